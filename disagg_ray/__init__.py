@@ -1,0 +1,48 @@
+"""Video generation with Wan on Ray, the model cut into stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from disagg_ray.config import Config, load_config
+from disagg_ray.errors import (
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    DisaggError,
+    GraphError,
+    InputError,
+    OutputError,
+    PoolError,
+    RequestError,
+    StageError,
+    StartError,
+    TransferError,
+)
+from disagg_ray.request import Request, Result
+from disagg_ray.version import VERSION
+
+if TYPE_CHECKING:
+    from disagg_ray.local import LocalPipeline
+    from disagg_ray.pipeline import Handle, Pipeline
+
+__version__ = VERSION
+
+__all__ = [
+    "Cancelled", "CheckpointError", "Config", "ConfigError", "DisaggError", "GraphError", "Handle", "InputError",
+    "LocalPipeline", "OutputError", "Pipeline", "PoolError", "Request", "RequestError", "Result", "StageError",
+    "StartError", "TransferError", "load_config",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Ray or torch only when it is asked for: checking a request takes neither."""
+    if name in ("Pipeline", "Handle"):
+        from disagg_ray import pipeline
+
+        return getattr(pipeline, name)
+    if name == "LocalPipeline":
+        from disagg_ray.local import LocalPipeline
+
+        return LocalPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,45 @@
+"""The one place that reads or writes environment variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def ray_address() -> str | None:
+    """Return the cluster that Ray itself would join (`ray job submit` sets it for its entrypoints)."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def in_ray_job() -> bool:
+    """Return whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def ray_auth_mode() -> str | None:
+    return os.environ.get("RAY_AUTH_MODE")
+
+
+def mooncake_config_path() -> Path | None:
+    """Return the JSON file that Mooncake's own tools read their transport settings from."""
+    path = os.environ.get("MOONCAKE_CONFIG_PATH")
+    return Path(path) if path else None
+
+
+def cache_folder() -> Path:
+    """Return where generated checkpoints are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "disagg_ray"
+
+
+def replace(name: str, value: str | None) -> None:
+    """Set a variable for this process and its libraries, or remove it."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def default(name: str, value: str) -> None:
+    """Set a variable unless the user has."""
+    os.environ.setdefault(name, value)

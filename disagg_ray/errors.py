@@ -1,0 +1,76 @@
+"""Every error this package raises on purpose.
+
+DisaggError
+├── InputError (ValueError)     what the user gave cannot be used; says field, value and remedy
+│   ├── ConfigError             a configuration key
+│   │   └── GraphError          the cut of the model into stages
+│   ├── RequestError            a request
+│   ├── CheckpointError         a model folder or hub repository
+│   └── OutputError             where or how to write a result
+├── StartError                  stages did not become ready
+├── StageError                  a stage failed one request
+├── TransferError               tensors did not arrive whole
+├── PoolError                   a pool cannot hold what it was asked to
+└── Cancelled                   the request was given up
+"""
+
+from __future__ import annotations
+
+
+class DisaggError(Exception):
+    """Base of every error below."""
+
+
+class InputError(DisaggError, ValueError):
+    """What the user gave cannot be used: names the field, the value and the remedy."""
+
+
+class ConfigError(InputError):
+    """A configuration key is unknown, of the wrong type or impossible."""
+
+
+class GraphError(ConfigError):
+    """The stages do not form a graph: unknown block, missing producer, cycle."""
+
+
+class RequestError(InputError):
+    """A request asks for something this model or this configuration cannot do."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing, incomplete, unsafe or of another kind than the configuration says."""
+
+
+class OutputError(InputError):
+    """A result cannot be written there, or not in that format."""
+
+
+class StartError(DisaggError):
+    """The stages did not become ready in time, or cannot on this cluster."""
+
+
+class StageError(DisaggError):
+    """A stage failed one request; other requests go on."""
+
+
+class PoolError(DisaggError):
+    """A pool cannot hold what it was asked to, or was closed."""
+
+
+class Cancelled(DisaggError):
+    """The request was cancelled, or its attempt given up."""
+
+
+class TransferError(DisaggError):
+    """Tensors did not arrive whole.
+
+    `session` is the peer's Mooncake name (`host:port`), `nbytes` what was asked of it, `code` Mooncake's return code
+    (0 when the bytes arrived and were wrong).
+    """
+
+    def __init__(self, reason: str, session: str, nbytes: int, code: int) -> None:
+        super().__init__(reason, session, nbytes, code)
+        self.reason, self.session, self.nbytes, self.code = reason, session, nbytes, code
+
+    def __str__(self) -> str:
+        return f"{self.reason} (session {self.session}, {self.nbytes} bytes, code {self.code})"

@@ -1,0 +1,73 @@
+"""The same stages in one process, with neither Ray nor Mooncake."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from disagg_ray.config import Config, load_config
+from disagg_ray.graph import build_graph
+from disagg_ray.request import Request, Result, StageTiming, resolve
+from disagg_ray.stage import Stage
+from disagg_ray.video import encode, to_array
+
+
+class LocalPipeline:
+    """Runs requests one after the other, stage after stage; has `Pipeline`'s blocking methods."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        stages = {name: Stage(name, config) for name in config.stages}
+        self.graph = build_graph([stage.ports for stage in stages.values()])
+        self._stages = [stages[name] for name in self.graph.order]
+        for stage in self._stages:
+            stage.connect(self.graph)
+            stage.load()
+
+    @classmethod
+    def from_config(cls, path: str | Path, *overrides: str) -> LocalPipeline:
+        return cls(load_config(path, *overrides))
+
+    def __enter__(self) -> LocalPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def weights(self) -> dict[str, dict[str, int]]:
+        """Bytes of each component, by stage."""
+        return {stage.name: stage.weights for stage in self._stages}
+
+    def generate(self, request: Request) -> Result:
+        """Generate one video; see `Pipeline.generate`."""
+        resolved, images = resolve(request, self.config)
+        started = time.monotonic()
+        tensors: dict[str, torch.Tensor] = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
+        timings, frames = [], None
+        for stage in self._stages:
+            begin = time.monotonic()
+            wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
+            outputs = stage.compute(resolved, wanted, None)
+            tensors |= outputs.tensors
+            frames = outputs.frames if outputs.frames is not None else frames
+            timings.append(StageTiming(stage.name, "local", 0.0, 0.0, time.monotonic() - begin, 0.0, 0, "local"))
+        assert frames is not None, "the graph has exactly one stage that makes frames"
+        data = encode(frames, resolved.fps, resolved.format) if resolved.format in ("mp4", "gif") else None
+        seconds = time.monotonic() - started
+        return Result(resolved, seconds, tuple(timings), data, frames if data is None else None)
+
+    def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Generate videos one after the other."""
+        for request in requests:
+            yield self.generate(request)
+
+    def close(self) -> None:
+        """Drop the weights."""
+        self._stages = []

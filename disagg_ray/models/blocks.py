@@ -1,0 +1,141 @@
+"""Our own blocks, where diffusers' modular ones differ from its stock Wan pipelines.
+
+Each takes the place of one block of diffusers 0.42 and computes exactly what `WanPipeline` and
+`WanImageToVideoPipeline` compute, which the parity tests hold to a maximum difference of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import ClassifierFreeGuidance
+from diffusers.modular_pipelines import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.wan.denoise import WanLoopAfterDenoiser
+from diffusers.modular_pipelines.wan.encoders import (
+    WanImageCropResizeStep,
+    WanImageResizeStep,
+    WanTextEncoderStep,
+    get_t5_prompt_embeds,
+)
+
+from disagg_ray.errors import RequestError
+
+OnStep = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all); may raise to stop."""
+
+
+class Guidance(ClassifierFreeGuidance):  # type: ignore[misc]
+    """Classifier-free guidance that is on or off for both transformers alike, as in the stock pipelines.
+
+    Diffusers' own turns itself off for a scale of exactly 1, which the second transformer's may be.
+    """
+
+    def _is_cfg_enabled(self) -> bool:
+        return bool(self._enabled)
+
+
+class TextEncoder(WanTextEncoderStep):  # type: ignore[misc]
+    """Encodes the negative prompt only under guidance (diffusers' fails without), and refuses to truncate."""
+
+    @staticmethod
+    def encode_prompt(
+        components: Any,
+        prompt: str,
+        device: torch.device,
+        prepare_unconditional_embeds: bool,
+        negative_prompt: str | None,
+        max_sequence_length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        texts = {"prompt": prompt} | (
+            {"negative_prompt": negative_prompt or ""} if prepare_unconditional_embeds else {}
+        )
+        for field, text in texts.items():
+            num_tokens = len(components.tokenizer(text).input_ids)
+            if num_tokens > max_sequence_length:
+                raise RequestError(
+                    f"{field}: {num_tokens} tokens are over the model's {max_sequence_length}; what is past them would "
+                    f"be cut off unseen, so shorten it"
+                )
+        embeds = [
+            get_t5_prompt_embeds(components.text_encoder, components.tokenizer, text, max_sequence_length, device)
+            for text in texts.values()
+        ]
+        return embeds[0], embeds[1] if len(embeds) > 1 else None
+
+
+class KeepImage(ModularPipelineBlocks):  # type: ignore[misc]
+    """Passes an image on as it is: the VAE's processor resizes it, and CLIP's its own copy, as in the stock pipeline.
+
+    Diffusers' resize blocks change the requested size to the image's aspect, or crop.
+    """
+
+    model_name = "wan"
+
+    def __init__(self, source: str = "image") -> None:
+        self._source = source
+        super().__init__()
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [InputParam(self._source, required=True)]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam(f"resized_{self._source}")]
+
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        state.set(f"resized_{self._source}", state.get(self._source))
+        return components, state
+
+
+class SchedulerStep(WanLoopAfterDenoiser):  # type: ignore[misc]
+    """Steps the scheduler with the prediction in the transformer's own precision, then tells `on_step`.
+
+    Diffusers' modular block converts the prediction to float32 first, which differs from stock in bfloat16.
+    """
+
+    on_step: OnStep | None = None
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+        step = components.scheduler.step(block_state.noise_pred, t, block_state.latents, return_dict=False)
+        block_state.latents = step[0]
+        if self.on_step is not None:
+            self.on_step(i + 1, block_state.num_inference_steps)
+        return components, block_state
+
+
+def replace_blocks(blocks: Mapping[str, Any]) -> tuple[dict[str, Any], SchedulerStep]:
+    """Return the leaf blocks with ours in place of those that differ, and the one that steps the scheduler."""
+    stepper = SchedulerStep()
+    replaced: dict[str, Any] = {}
+    for name, block in blocks.items():
+        match block:
+            case WanTextEncoderStep():
+                replaced[name] = TextEncoder()
+            case WanImageResizeStep():
+                replaced[name] = KeepImage("image")
+            case WanImageCropResizeStep():
+                replaced[name] = KeepImage("last_image")
+            case _:
+                replaced[name] = block
+                if "after_denoiser" in block.sub_blocks:
+                    block.sub_blocks["after_denoiser"] = stepper
+    return replaced, stepper
+
+
+def cast_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Bring a transformer's tensors to its precision, all but the timestep: a forward pre-hook.
+
+    Diffusers' modular loop rounds the timestep to the embeddings' precision (999 becomes 1000 in bfloat16), the stock
+    loop does not. Embeddings therefore enter the loop in float32, which is exact, and are rounded here.
+    """
+    dtype = next(module.parameters()).dtype
+    cast = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and name != "timestep" else value
+        for name, value in kwargs.items()
+    }
+    return args, cast

@@ -1,0 +1,164 @@
+"""Some top-level blocks of a checkpoint's diffusers modular pipeline, run as one stage."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.modular_pipelines import ModularPipeline, PipelineState, SequentialPipelineBlocks
+
+from disagg_ray.errors import CheckpointError, GraphError
+from disagg_ray.graph import StagePorts
+from disagg_ray.models.blocks import Guidance, OnStep, cast_inputs, replace_blocks
+from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.request import ResolvedRequest
+
+TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
+"""Inputs by which diffusers picks the blocks of a task."""
+
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+class Cut:
+    """Part of a model: the blocks of one stage and the components they need, nothing else.
+
+    Source: `diffusers.ModularPipeline` and its Wan blocks, with `models.blocks` in place of those that differ from
+    the stock pipelines.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stage: str, blocks: Sequence[str]) -> None:
+        _quiet()
+        self._checkpoint = checkpoint
+        leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks))
+        self.ports = _ports(stage, leaves)
+        self._blocks = SequentialPipelineBlocks.from_blocks_dict(leaves)
+        self._pipeline = self._blocks.init_pipeline(str(checkpoint.folder))
+        self._pipeline.set_progress_bar_config(disable=True)
+        if checkpoint.geometry.boundary_ratio is not None:
+            self._pipeline.register_to_config(boundary_ratio=checkpoint.geometry.boundary_ratio)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that are loaded from the checkpoint."""
+        names = self._pipeline.component_names
+        return tuple(n for n in names if self._pipeline.get_component_spec(n).default_creation_method != "from_config")
+
+    def load(self, dtypes: Mapping[str, str], device: str) -> dict[str, int]:
+        """Load the components' weights and return their bytes by component.
+
+        Raises:
+            CheckpointError: a component is missing, unsafe or unreadable.
+        """
+        self._checkpoint.fetch(self.components)
+        loaded = {name: self._load_component(name, dtypes[name], device) for name in self.components}
+        self._pipeline.update_components(**loaded)
+        return {name: _weight_bytes(c) for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
+
+    def _load_component(self, name: str, dtype: str, device: str) -> Any:
+        spec = self._pipeline.get_component_spec(name)
+        is_model = issubclass(spec.type_hint, torch.nn.Module)
+        options = {"dtype": getattr(torch, dtype), "use_safetensors": True} if is_model else {}
+        try:
+            component = spec.load(local_files_only=True, **options)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"model.path: component {name!r} cannot be loaded: {error}") from error
+        if name == "scheduler" and self._checkpoint.model.flow_shift is not None:
+            component = type(component).from_config(component.config, flow_shift=self._checkpoint.model.flow_shift)
+        if is_model:
+            component = component.to(device).eval()
+        if name in TRANSFORMERS:
+            component.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+        return component
+
+    def run(
+        self, request: ResolvedRequest, tensors: Mapping[str, Any], on_step: OnStep | None = None
+    ) -> dict[str, Any]:
+        """Run the blocks for one request and return their outputs by name.
+
+        `tensors` are the outputs of other stages, on this stage's device, and the request's images as PIL images.
+        """
+        self._prepare(request)
+        state = PipelineState()
+        for name, value in (_request_inputs(request, self._checkpoint) | self._conditions(tensors)).items():
+            state.set(name, value, "denoiser_input_fields" if name.endswith("prompt_embeds") else None)
+        self._stepper.on_step = on_step
+        _, state = self._pipeline.blocks(self._pipeline, state)
+        return {name: value for name in self.ports.outputs if (value := state.get(name)) is not None}
+
+    def _conditions(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring embeddings to float32 for the denoising loop: see `cast_inputs`."""
+        if not set(TRANSFORMERS) & set(self.components):
+            return dict(tensors)
+        return {name: t.float() if name.endswith("embeds") else t for name, t in tensors.items()}
+
+    def _prepare(self, request: ResolvedRequest) -> None:
+        """Give this request its own scheduler and guidance; both carry state from step to step."""
+        scales = {"guider": request.guidance_scale, "guider_2": request.guidance_scale_2}
+        own = {
+            name: Guidance(
+                guidance_scale=scale if scale is not None else request.guidance_scale, enabled=request.guided
+            )
+            for name, scale in scales.items()
+            if name in self._pipeline.component_names
+        }
+        if "scheduler" in self.components:
+            own["scheduler"] = copy.deepcopy(self._pipeline.scheduler)
+        self._pipeline.register_components(**own)
+
+
+def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
+    pipeline = ModularPipeline.from_pretrained(str(checkpoint.folder), trust_remote_code=False, local_files_only=True)
+    leaves = pipeline.blocks.get_execution_blocks(**dict.fromkeys(TRIGGERS[checkpoint.model.task], True)).sub_blocks
+    known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}; {hint}")
+    return {name: block for name, block in leaves.items() if name.split(".")[0] in names}
+
+
+def _ports(stage: str, leaves: Mapping[str, Any]) -> StagePorts:
+    required: dict[str, bool] = {}  # the first block that reads an input says whether it must be there
+    outputs: set[str] = set()
+    for block in leaves.values():
+        for param in block.inputs:
+            if param.name and param.name not in outputs:
+                required.setdefault(param.name, param.required)
+        outputs |= {param.name for param in block.intermediate_outputs}
+    needed = frozenset(name for name, must in required.items() if must)
+    return StagePorts(stage, needed, frozenset(required) - needed, frozenset(outputs))
+
+
+def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "max_sequence_length": checkpoint.geometry.max_sequence_length,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.num_frames,
+        "num_inference_steps": request.num_inference_steps,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "output_type": "np",
+    }
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _quiet() -> None:
+    """Leave it to our own errors and logs to speak: diffusers logs each exception once a nested block."""
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

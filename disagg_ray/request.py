@@ -1,0 +1,277 @@
+"""What a user asks for and gets, and every check on it that needs no model."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import uuid
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from disagg_ray.config import Config
+from disagg_ray.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("mp4", "gif", "png", "npy")
+MULTIPLE = 16
+"""Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to generate. A field left None gets the configuration's default.
+
+    Raises RequestError (a ValueError) when it is resolved against a configuration it does not fit.
+    """
+
+    prompt: str = ""
+    """What the video shows."""
+    negative_prompt: str | None = None
+    """What guidance steers away from."""
+    image: Image | str | Path | None = None
+    """First frame, for an image-to-video model: a PIL image or a file."""
+    last_image: Image | str | Path | None = None
+    """Last frame, for a first-and-last-frame model."""
+    height: int | None = None
+    """Pixels, a multiple of 16. For an image model and left out: the image's aspect at the model's area."""
+    width: int | None = None
+    """Pixels, a multiple of 16."""
+    num_frames: int | None = None
+    """Frames, 4k + 1."""
+    num_inference_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 or less turns it off."""
+    guidance_scale_2: float | None = None
+    """Guidance of Wan 2.2's low-noise transformer."""
+    seed: int | None = None
+    """Of the initial noise, drawn on the CPU; None: a random one, told in the result."""
+    fps: int | None = None
+    """Frames a second of the written video."""
+    format: str = "mp4"
+    """mp4, gif, png (a folder) or npy (float32 frames)."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """Name of this request in logs and files."""
+
+
+@dataclass(frozen=True)
+class ResolvedRequest:
+    """A request with every default filled in and every check passed; images travel beside it."""
+
+    id: str
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    seed: int
+    fps: int
+    format: str
+    images: dict[str, tuple[int, int]]
+    """(height, width) of each conditioning image as given, by name."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs at all; as in diffusers, the first scale decides for both."""
+        return self.guidance_scale > 1
+
+    @property
+    def image_pixels(self) -> int:
+        return max((height * width for height, width in self.images.values()), default=0)
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """Where one stage's share of a request's time went, in seconds."""
+
+    stage: str
+    replica: str
+    queue_s: float
+    """In the driver, until a replica took it."""
+    pull_s: float
+    """Reserving memory and pulling tensors in."""
+    compute_s: float
+    publish_s: float
+    """Copying outputs into the pool, or encoding the file."""
+    pulled_bytes: int
+    route: str
+    """How the tensors came: Mooncake's protocol, or `local`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished video."""
+
+    request: ResolvedRequest
+    seconds: float
+    """From admission to the last byte."""
+    stages: tuple[StageTiming, ...]
+    data: bytes | None = field(repr=False)
+    """The encoded file, for mp4 and gif."""
+    frames: np.ndarray[Any, np.dtype[np.float32]] | None = field(repr=False)
+    """Frames of shape (num_frames, height, width, 3) in [0, 1], for png and npy."""
+
+    def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
+        """Write the video: a file, a folder of images for png, or any fsspec URL. Never leaves half a file.
+
+        Raises:
+            OutputError: the suffix is not the request's format, or the place cannot be written.
+        """
+        from disagg_ray.output import save_result
+
+        return save_result(self, path, overwrite=overwrite)
+
+
+def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str, Image]]:
+    """Fill in a request's defaults and check it; return it with its conditioning images, upright and RGB.
+
+    Raises:
+        RequestError: names the field, the value and the remedy.
+    """
+    _check_types(request)
+    images = _load_images(request, config)
+    height, width = _size(request, config, images.get("image"))
+    defaults = config.defaults
+    resolved = ResolvedRequest(
+        id=request.id,
+        prompt=request.prompt,
+        negative_prompt=_or(request.negative_prompt, defaults.negative_prompt),
+        height=height,
+        width=width,
+        num_frames=_or(request.num_frames, defaults.num_frames),
+        num_inference_steps=_or(request.num_inference_steps, defaults.num_inference_steps),
+        guidance_scale=float(_or(request.guidance_scale, defaults.guidance_scale)),
+        guidance_scale_2=_or(request.guidance_scale_2, defaults.guidance_scale_2),
+        seed=_or(request.seed, secrets.randbelow(2**32)),
+        fps=_or(request.fps, defaults.fps),
+        format=request.format,
+        images={name: (image.height, image.width) for name, image in images.items()},
+    )
+    _check(resolved, config)
+    return resolved, images
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "height": (int,),
+    "width": (int,),
+    "num_frames": (int,),
+    "num_inference_steps": (int,),
+    "guidance_scale": (int, float),
+    "guidance_scale_2": (int, float),
+    "seed": (int,),
+    "fps": (int,),
+    "format": (str,),
+    "id": (str,),
+}
+
+
+def _check_types(request: Request) -> None:
+    for f in fields(Request):
+        value, types = getattr(request, f.name), TYPES.get(f.name)
+        optional = f.default is None
+        if types is None or (value is None and optional):
+            continue
+        if not isinstance(value, types) or isinstance(value, bool):
+            names = " or ".join(t.__name__ for t in types)
+            raise RequestError(f"{f.name}: {value!r} is a {type(value).__name__}; give {names}")
+
+
+def _load_images(request: Request, config: Config) -> dict[str, Image]:
+    task = config.model.task
+    wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[task]
+    images = {}
+    for name in ("image", "last_image"):
+        given = getattr(request, name)
+        if given is None and name in wanted:
+            raise RequestError(f"{name}: none given; a model of task {task} needs one")
+        if given is not None and name not in wanted:
+            raise RequestError(
+                f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
+            )
+        if given is not None:
+            from disagg_ray.video import load_image  # an optional field should not cost an import
+
+            images[name] = load_image(given, name, config.limits.max_image_pixels)
+    return images
+
+
+def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
+    """Return (height, width); missing ones follow the image's aspect at the default area (Wan's own rule)."""
+    height, width = request.height, request.width
+    if image is None:
+        return height or config.defaults.height, width or config.defaults.width
+    aspect = image.height / image.width
+    area = config.defaults.height * config.defaults.width
+    if height is None:
+        height = _floor(width * aspect if width is not None else math.sqrt(area * aspect))
+    if width is None:
+        width = _floor(request.height / aspect if request.height is not None else math.sqrt(area / aspect))
+    return height, width
+
+
+def _floor(pixels: float) -> int:
+    return max(MULTIPLE, round(pixels) // MULTIPLE * MULTIPLE)
+
+
+def _check(request: ResolvedRequest, config: Config) -> None:
+    limits = config.limits
+    if not request.prompt.strip():
+        raise RequestError("prompt: it is empty; say what the video shows")
+    for name in ("prompt", "negative_prompt"):
+        num_chars = len(getattr(request, name))
+        if num_chars > limits.max_prompt_chars:
+            raise RequestError(
+                f"{name}: {num_chars} characters are over limits.max_prompt_chars={limits.max_prompt_chars}; the model "
+                f"reads {config.model.max_sequence_length} tokens and a longer text is refused, never cut off unseen"
+            )
+    for name in ("height", "width"):
+        pixels = getattr(request, name)
+        if pixels < MULTIPLE or pixels % MULTIPLE:
+            nearest = max(MULTIPLE, round(pixels / MULTIPLE) * MULTIPLE)
+            raise RequestError(f"{name}: {pixels} is not a multiple of {MULTIPLE}; the nearest is {nearest}")
+    if request.height * request.width > limits.max_pixels:
+        raise RequestError(
+            f"height x width: {request.height}x{request.width} is over limits.max_pixels={limits.max_pixels}; "
+            f"ask for a smaller size or raise the limit"
+        )
+    _check_numbers(request, config)
+    if request.format not in FORMATS:
+        raise RequestError(f"format: {request.format!r} is unknown; give one of {', '.join(FORMATS)}")
+    if not 1 <= len(request.id) <= 200 or not request.id.isprintable():
+        raise RequestError(f"id: {request.id[:80]!r} is not 1 to 200 printable characters")
+
+
+def _check_numbers(request: ResolvedRequest, config: Config) -> None:
+    limits, frames, steps = config.limits, request.num_frames, request.num_inference_steps
+    if frames < 1 or frames % 4 != 1:
+        nearest = max(1, round((frames - 1) / 4) * 4 + 1)
+        raise RequestError(f"num_frames: {frames} is not 4k + 1; the nearest is {nearest}")
+    if frames > limits.max_frames:
+        raise RequestError(f"num_frames: {frames} is over limits.max_frames={limits.max_frames}; ask for fewer")
+    if not 1 <= steps <= limits.max_steps:
+        raise RequestError(f"num_inference_steps: {steps} is not from 1 to limits.max_steps={limits.max_steps}")
+    for name in ("guidance_scale", "guidance_scale_2"):
+        scale = getattr(request, name)
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise RequestError(f"{name}: {scale} is not a finite number of 0 or more")
+    if request.guidance_scale_2 is not None and config.defaults.guidance_scale_2 is None:
+        raise RequestError(f"guidance_scale_2: {request.guidance_scale_2} given, but this model has one transformer")
+    if not 0 <= request.seed <= MAX_SEED:
+        raise RequestError(f"seed: {request.seed} is not from 0 to {MAX_SEED}")
+    if not 1 <= request.fps <= 240:
+        raise RequestError(f"fps: {request.fps} is not from 1 to 240")

@@ -1,0 +1,145 @@
+"""A stage without Ray and without memory management: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from disagg_ray.config import Config
+from disagg_ray.errors import ConfigError
+from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
+from disagg_ray.models.blocks import OnStep
+from disagg_ray.models.checkpoint import Geometry, open_checkpoint
+from disagg_ray.models.cut import Cut
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.transfer.slots import slot_bytes
+from disagg_ray.video import Frames, to_image
+
+RAW = ("png", "npy")
+"""Formats for which the frames themselves travel to the driver."""
+
+PIECE_BYTES = 16 * 2**20
+"""Raw frames travel in pieces of about this size, at least one frame."""
+
+
+@dataclass(frozen=True)
+class PoolNeeds:
+    """Bytes of a pool that one request of the largest admitted size takes."""
+
+    input_bytes: int
+    output_bytes: int
+
+    @property
+    def minimum(self) -> int:
+        return self.input_bytes + self.output_bytes
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a stage made of one request."""
+
+    tensors: dict[str, torch.Tensor]
+    """Tensors that other stages read."""
+    frames: Frames | None
+    """Of the last stage."""
+
+
+class Stage:
+    """The blocks of one stage and their weights: encoder, transformer, decoder, or any other cut of the model."""
+
+    def __init__(self, name: str, config: Config) -> None:
+        self.name = name
+        self.config = config
+        self._settings = config.stages[name]
+        checkpoint = open_checkpoint(config.model)
+        _check_guidance(config, checkpoint.geometry)
+        self.geometry = checkpoint.geometry
+        self._cut = Cut(checkpoint, name, self._settings.blocks)
+        self.weights: dict[str, int] = {}
+        """Bytes of each loaded component."""
+
+    @property
+    def ports(self) -> StagePorts:
+        return self._cut.ports
+
+    @property
+    def device(self) -> str:
+        return self._settings.torch_device
+
+    def connect(self, graph: Graph) -> None:
+        """Learn which tensors come from other stages and which go to them."""
+        self._inputs = graph.inputs(self.name) + graph.image_inputs(self.name)
+        self._outputs = graph.outputs(self.name)
+
+    def load(self) -> None:
+        """Load the weights of this stage's components and nothing else."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"stages.{self.name}.device: cuda is not available to this process; write cpu")
+        dtypes = {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
+        self.weights = self._cut.load(dtypes, self.device)
+
+    def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
+        """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""
+        pixels = request.height * request.width
+        return self._sizes(self._outputs, pixels, request.num_frames, request.image_pixels, request.format in RAW)
+
+    def needs(self) -> PoolNeeds:
+        """Return what the largest request within `limits` takes of this stage's pool."""
+        limits = self.config.limits
+        most = (limits.max_pixels, limits.max_frames, limits.max_image_pixels)
+        inputs = self._sizes(self._inputs, *most, raw=False)
+        outputs = self._sizes(self._outputs, *most, raw=True)
+        return PoolNeeds(sum(map(slot_bytes, inputs.values())), sum(map(slot_bytes, outputs.values())))
+
+    def _sizes(
+        self, names: Iterable[str], pixels: int, num_frames: int, image_pixels: int, raw: bool
+    ) -> dict[str, int]:
+        known = self.geometry.tensor_bytes(pixels, num_frames, image_pixels)
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise ConfigError(f"stages.{self.name}.blocks: the size of {unknown[0]!r} between stages is not known")
+        sizes = {name: known[name] for name in names}
+        if raw and FRAMES in self.ports.outputs:
+            sizes[FRAMES] = frames_in_piece(pixels, num_frames) * frame_bytes(pixels)
+        return sizes
+
+    def compute(self, request: ResolvedRequest, tensors: Mapping[str, torch.Tensor], on_step: OnStep | None) -> Outputs:
+        """Run the blocks for one request.
+
+        `tensors` are other stages' outputs and the request's images (uint8, (height, width, 3)). Whatever `on_step`
+        raises ends the work.
+        """
+        torch.set_num_threads(self._settings.torch_threads)  # of this thread: torch keeps it a thread
+        inputs: dict[str, Any] = {
+            name: to_image(tensor.cpu().numpy()) if name in IMAGES else tensor.to(self.device)
+            for name, tensor in tensors.items()
+        }
+        with torch.inference_mode():
+            made = self._cut.run(request, inputs, on_step)
+        videos = made.get(FRAMES)
+        return Outputs(
+            {name: made[name] for name in self._outputs if name in made}, None if videos is None else videos[0]
+        )
+
+
+def frame_bytes(pixels: int) -> int:
+    """Return the bytes of one float32 RGB frame."""
+    return 3 * 4 * pixels
+
+
+def frames_in_piece(pixels: int, num_frames: int) -> int:
+    """Return how many frames travel at once when raw frames are asked for."""
+    return min(num_frames, max(1, PIECE_BYTES // frame_bytes(pixels)))
+
+
+def _check_guidance(config: Config, geometry: Geometry) -> None:
+    scale = config.defaults.guidance_scale_2
+    if geometry.two_transformers and scale is None:
+        raise ConfigError(f"defaults.guidance_scale_2: null, but {config.model.path!r} has two transformers; give one")
+    if not geometry.two_transformers and scale is not None:
+        raise ConfigError(
+            f"defaults.guidance_scale_2: {scale}, but {config.model.path!r} has one transformer; write null"
+        )

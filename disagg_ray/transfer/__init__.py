@@ -1,0 +1,1 @@
+"""Registered memory and the ways between it."""

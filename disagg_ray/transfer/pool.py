@@ -1,0 +1,271 @@
+"""A stage's registered memory: reserve room, publish tensors from it, pull others' into it, release.
+
+Who owns what: a slot belongs to the (request, attempt) it was reserved for. Releasing that key frees its slots at
+once, is idempotent, and wins over a late finish: the key is never served again. Nothing else frees a slot but a pull
+that failed, whose destination is quarantined while Mooncake may still write to it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from disagg_ray.config import TransportConfig
+from disagg_ray.errors import Cancelled, PoolError, TransferError
+from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
+from disagg_ray.transfer.checksum import NAME, checksum
+from disagg_ray.transfer.engine import Engine, ReadTimeout
+from disagg_ray.transfer.slots import HEADER_BYTES, SlotAllocator, Span, align, slot_bytes
+
+NONCE_BYTES = 16
+_REMEMBERED_KEYS = 100_000
+"""Released keys that are remembered, so that a late finish of one is refused."""
+
+
+class Pool:
+    """Memory that is allocated and registered once, for `nbytes` of slots.
+
+    Thread-safe. `reserve` waits its turn, in call order; everything else takes no longer than its copies.
+    """
+
+    def __init__(self, name: str, nbytes: int, host: str, transport: TransportConfig, device: str = "cpu") -> None:
+        self.name = name
+        self._verify = transport.verify
+        self._memory = torch.zeros(align(nbytes), dtype=torch.uint8, device=device)
+        self._engine = Engine(host, transport)
+        self._engine.register(self._memory.data_ptr(), len(self._memory))
+        self._allocator = SlotAllocator(len(self._memory))
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._slots: dict[AttemptKey, dict[str, Span]] = {}
+        self._copying: dict[AttemptKey, int] = {}
+        self._doomed: dict[AttemptKey, list[Span]] = {}
+        self._quarantine: list[tuple[str, Span]] = []
+        self._released: OrderedDict[AttemptKey, None] = OrderedDict()
+        self._closed = False
+
+    @property
+    def session(self) -> Session:
+        return self._engine.session
+
+    @property
+    def capacity(self) -> int:
+        return self._allocator.capacity
+
+    @property
+    def bytes_in_use(self) -> int:
+        return self._allocator.bytes_in_use
+
+    @property
+    def bytes_quarantined(self) -> int:
+        with self._changed:
+            return sum(span.nbytes for _, span in self._quarantine)
+
+    def reserve(self, key: AttemptKey, sizes: Mapping[str, int], timeout_s: float | None = None) -> None:
+        """Set room aside for tensors of at most these bytes, all or none; wait while the pool is full.
+
+        Calls are served in order. The wait ends when others release, when `key` is released, or at `timeout_s`.
+
+        Raises:
+            PoolError: the pool could never hold them, is closed, or had no room by `timeout_s`.
+            Cancelled: `key` was released.
+        """
+        needed = sum(slot_bytes(size) for size in sizes.values())
+        if needed > self.capacity:
+            raise PoolError(
+                f"{self.name}: {needed} bytes are needed at once and the pool holds {self.capacity}; "
+                f"raise transport.pool_bytes or lower limits"
+            )
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                while not (self._waiting[0] is ticket and self._try_reserve(key, sizes)):
+                    self._check_open(key)
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        raise PoolError(f"{self.name}: no room for {needed} bytes within {timeout_s} s")
+                    self._changed.wait(left)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+
+    def _try_reserve(self, key: AttemptKey, sizes: Mapping[str, int]) -> bool:
+        self._check_open(key)
+        spans: dict[str, Span] = {}
+        for name, size in sizes.items():
+            span = self._allocator.allocate(slot_bytes(size))
+            if span is None:
+                for taken in spans.values():
+                    self._allocator.free(taken)
+                return False
+            spans[name] = span
+        self._slots.setdefault(key, {}).update(spans)
+        return True
+
+    def publish(self, key: AttemptKey, tensors: Mapping[str, torch.Tensor]) -> Handoff:
+        """Copy tensors into the slots reserved for them under their names, and say where they lie.
+
+        Raises:
+            Cancelled: `key` was released meanwhile.
+            PoolError: a tensor is larger than its reservation.
+        """
+        with self._copies(key):
+            metas = tuple(self._publish_one(key, name, tensor) for name, tensor in tensors.items())
+            if self._memory.is_cuda:
+                torch.cuda.current_stream(self._memory.device).synchronize()
+        with self._changed:
+            self._check_open(key)
+        return Handoff(key, self.name, (self.session,), NAME, metas)
+
+    def _publish_one(self, key: AttemptKey, name: str, tensor: torch.Tensor) -> TensorMeta:
+        tensor = tensor.detach().contiguous()
+        spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes)
+        span = self._span(key, name)
+        if slot_bytes(spec.nbytes) > span.nbytes:
+            raise PoolError(f"{self.name}: {name} has {spec.nbytes} bytes, more than was reserved for it")
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        start = span.offset + HEADER_BYTES
+        self._memory[span.offset : span.offset + NONCE_BYTES] = torch.tensor(list(nonce), dtype=torch.uint8)
+        self._memory[start : start + spec.nbytes] = tensor.view(-1).view(torch.uint8)
+        padded = self._memory[start : start + _words(spec.nbytes)]
+        padded[spec.nbytes :] = 0
+        digest = checksum(padded) if self._verify else None
+        return TensorMeta(name, spec, self._memory.data_ptr() + span.offset, nonce, digest)
+
+    def pull(self, key: AttemptKey, handoff: Handoff, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Read published tensors into the slots reserved for them, in one batched read, and check them.
+
+        The returned tensors lie in this pool: they are good until `key` is released.
+
+        Raises:
+            TransferError: the peer is gone, silent or refused; the bytes are stale or damaged.
+            Cancelled: `key` was released meanwhile.
+        """
+        wanted = set(handoff.names if names is None else names)
+        metas = [meta for meta in handoff.tensors if meta.name in wanted]
+        spans = [self._span(key, meta.name) for meta in metas]
+        lengths = [HEADER_BYTES + _words(meta.spec.nbytes) for meta in metas]
+        for meta, span, length in zip(metas, spans, lengths, strict=True):
+            if length > span.nbytes:
+                raise PoolError(f"{self.name}: {meta.name} has {meta.spec.nbytes} bytes, more than was reserved for it")
+        base, peer = self._memory.data_ptr(), handoff.sessions[0]
+        with self._copies(key):
+            try:
+                self._engine.read(peer, [base + span.offset for span in spans], [m.address for m in metas], lengths)
+            except ReadTimeout as error:
+                self._set_aside(key, metas, error)
+                raise
+        with self._changed:
+            self._check_open(key)
+        return {meta.name: self._checked(meta, span, handoff, peer) for meta, span in zip(metas, spans, strict=True)}
+
+    def _checked(self, meta: TensorMeta, span: Span, handoff: Handoff, peer: Session) -> torch.Tensor:
+        start = span.offset + HEADER_BYTES
+        found = bytes(self._memory[span.offset : span.offset + NONCE_BYTES].tolist())
+        if found != meta.nonce:
+            raise TransferError(
+                f"{meta.name} is stale: its producer restarted or reused the slot", peer.name, meta.spec.nbytes, 0
+            )
+        if self._verify and meta.checksum is not None:
+            if handoff.checksum != NAME or checksum(self._memory[start:][: _words(meta.spec.nbytes)]) != meta.checksum:
+                raise TransferError(
+                    f"{meta.name} arrived damaged: its checksum differs", peer.name, meta.spec.nbytes, 0
+                )
+        data = self._memory[start : start + meta.spec.nbytes]
+        return data.view(getattr(torch, meta.spec.dtype)).view(meta.spec.shape)
+
+    def is_released(self, key: AttemptKey) -> bool:
+        return key in self._released
+
+    def release(self, key: AttemptKey, names: Iterable[str] | None = None) -> None:
+        """Free the key's slots, or only the named ones. Without names the key is never served again."""
+        with self._changed:
+            slots = self._slots.get(key, {})
+            spans = [slots.pop(name) for name in list(slots if names is None else names) if name in slots]
+            if key in self._copying:  # they are being written to: freed when that ends
+                self._doomed.setdefault(key, []).extend(spans)
+            else:
+                self._free(spans)
+            if names is None:
+                self._slots.pop(key, None)
+                self._released[key] = None
+                while len(self._released) > _REMEMBERED_KEYS:
+                    self._released.popitem(last=False)
+            self._changed.notify_all()
+
+    def forget(self, session: str) -> None:
+        """Free what was quarantined for a session whose process is known to be dead."""
+        with self._changed:
+            freed = [span for name, span in self._quarantine if name == session]
+            self._quarantine = [(name, span) for name, span in self._quarantine if name != session]
+            self._free(freed)
+
+    def close(self) -> None:
+        """End every wait and give the memory back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._engine.unregister(self._memory.data_ptr())
+        self._engine.close()
+
+    def _span(self, key: AttemptKey, name: str) -> Span:
+        with self._changed:
+            self._check_open(key)
+            try:
+                return self._slots[key][name]
+            except KeyError:
+                raise PoolError(f"{self.name}: no room was reserved for {name}") from None
+
+    def _check_open(self, key: AttemptKey) -> None:
+        if self._closed:
+            raise PoolError(f"{self.name}: the pool is closed")
+        if key in self._released:
+            raise Cancelled(f"request {key.request_id} attempt {key.attempt} was given up")
+
+    @contextmanager
+    def _copies(self, key: AttemptKey) -> Iterator[None]:
+        """Hold back the freeing of a key's slots while they are written to."""
+        with self._changed:
+            self._check_open(key)
+            self._copying[key] = self._copying.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._copying[key] -= 1
+                if self._copying[key] == 0:
+                    del self._copying[key]
+                    self._free(self._doomed.pop(key, []))
+
+    def _free(self, spans: Iterable[Span]) -> None:
+        for span in spans:
+            self._allocator.free(span)
+        self._changed.notify_all()
+
+    def _set_aside(self, key: AttemptKey, metas: Iterable[TensorMeta], error: ReadTimeout) -> None:
+        """Keep the destination of a timed-out read from being handed out again."""
+        with self._changed:
+            slots = self._slots.get(key, {})
+            spans = [slots.pop(meta.name) for meta in metas if meta.name in slots] + self._doomed.pop(key, [])
+            self._quarantine += [(error.session, span) for span in spans]
+        if error.settled is not None:
+            error.settled.add_done_callback(lambda read: self._settle(spans) if read.result() == 0 else None)
+
+    def _settle(self, spans: list[Span]) -> None:
+        """End the quarantine of a read that came back whole after all."""
+        with self._changed:
+            held = [entry for entry in self._quarantine if entry[1] in spans]
+            self._quarantine = [entry for entry in self._quarantine if entry[1] not in spans]
+            self._free(span for _, span in held)
+
+
+def _words(nbytes: int) -> int:
+    return -(-nbytes // 8) * 8

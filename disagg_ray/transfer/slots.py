@@ -1,0 +1,62 @@
+"""Where in a pool each slot lies: first fit over a sorted free list, coalesced on free."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+ALIGNMENT = 256
+"""Bytes; enough for any dtype and for CUDA's vectorised copies."""
+
+HEADER_BYTES = ALIGNMENT
+"""Before each slot's data: a nonce, new at each publish."""
+
+
+@dataclass(frozen=True)
+class Span:
+    offset: int
+    nbytes: int
+
+
+class SlotAllocator:
+    """Hands out aligned spans of `capacity` bytes; spans never overlap and may be freed in any order."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity // ALIGNMENT * ALIGNMENT
+        self.bytes_in_use = 0
+        self._free = [Span(0, self.capacity)] if self.capacity else []
+
+    def allocate(self, nbytes: int) -> Span | None:
+        """Return a span of at least `nbytes`, or None when no gap is large enough."""
+        size = align(nbytes)
+        for index, gap in enumerate(self._free):
+            if gap.nbytes >= size:
+                rest = Span(gap.offset + size, gap.nbytes - size)
+                self._free[index : index + 1] = [rest] if rest.nbytes else []
+                self.bytes_in_use += size
+                return Span(gap.offset, size)
+        return None
+
+    def free(self, span: Span) -> None:
+        index = bisect_left(self._free, span.offset, key=lambda gap: gap.offset)
+        start, end = span.offset, span.offset + span.nbytes
+        if index < len(self._free) and self._free[index].offset == end:
+            end += self._free.pop(index).nbytes
+        if index > 0 and self._free[index - 1].offset + self._free[index - 1].nbytes == start:
+            index -= 1
+            start = self._free.pop(index).offset
+        self._free.insert(index, Span(start, end - start))
+        self.bytes_in_use -= span.nbytes
+
+    @property
+    def num_gaps(self) -> int:
+        return len(self._free)
+
+
+def align(nbytes: int) -> int:
+    return max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
+
+
+def slot_bytes(nbytes: int) -> int:
+    """Return what a tensor of `nbytes` takes of a pool, header and alignment included."""
+    return HEADER_BYTES + align(nbytes)
