@@ -19,7 +19,8 @@ from disagg_ray.errors import (
     StartError,
     TransferError,
 )
-from disagg_ray.request import Request, Result
+from disagg_ray.request import Request
+from disagg_ray.result import Result
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:

@@ -9,15 +9,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # the parser below OmegaConf, for its errors
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from disagg_ray.environment import expand_home
 from disagg_ray.errors import ConfigError
 
+MULTIPLE = 16
+"""Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
 TASKS = ("t2v", "i2v", "flf2v")
 DTYPES = ("float32", "bfloat16", "float16")
 REPLICA_WINDOW = 2  # a replica holds one request that computes and one that is prefetched
@@ -197,22 +202,36 @@ def _checks(config: Config) -> Iterator[Check]:
         yield f"model.dtype.{f.name}", dtype, dtype in DTYPES, f"write one of {', '.join(DTYPES)}"
     for f in fields(LimitsConfig):
         yield f"limits.{f.name}", getattr(limits, f.name), getattr(limits, f.name) >= 1, "write 1 or more"
-    size = defaults.height * defaults.width
-    yield "defaults.height x width", size, size <= limits.max_pixels, f"limits.max_pixels is {limits.max_pixels}"
-    frames = defaults.num_frames
-    yield "defaults.num_frames", frames, frames <= limits.max_frames, f"limits.max_frames is {limits.max_frames}"
-    yield "defaults.fps", defaults.fps, 1 <= defaults.fps <= 240, "write 1 to 240"
+    yield from _default_checks(defaults, limits)
     yield from _stage_checks(config.stages)
     yield "transport.protocol", transport.protocol, transport.protocol in ("tcp", "rdma"), "write tcp or rdma"
-    yield "transport.timeout_s", transport.timeout_s, transport.timeout_s >= 5, "write 5 or more"
+    yield "transport.timeout_s", transport.timeout_s, 5 <= transport.timeout_s < math.inf, "write 5 or more"
     ports = transport.port_range
     yield "transport.port_range", ports, ports is None or _is_port_range(ports), "write FIRST-LAST, as 15000-15999"
     for key in ("pool_bytes", "driver_pool_bytes"):
         value = getattr(transport, key)
         ok = value == "auto" or (isinstance(value, int) and value > 0)
         yield f"transport.{key}", value, ok, "write auto or a number of bytes"
-    start = config.cluster.start_timeout_s
-    yield "cluster.start_timeout_s", start, start > 0, "write a positive number of seconds"
+    start, gpus = config.cluster.start_timeout_s, config.cluster.num_gpus
+    yield "cluster.start_timeout_s", start, 0 < start < math.inf, "write a positive number of seconds"
+    yield "cluster.num_gpus", gpus, gpus is None or gpus >= 0, "write 0 or more, or null"
+
+
+def _default_checks(defaults: DefaultsConfig, limits: LimitsConfig) -> Iterator[Check]:
+    for name in ("height", "width"):
+        pixels = getattr(defaults, name)
+        yield f"defaults.{name}", pixels, pixels > 0 and pixels % MULTIPLE == 0, f"write a multiple of {MULTIPLE}"
+    size = defaults.height * defaults.width
+    yield "defaults.height x width", size, size <= limits.max_pixels, f"limits.max_pixels is {limits.max_pixels}"
+    frames = defaults.num_frames
+    yield "defaults.num_frames", frames, frames > 0 and frames % 4 == 1, "write 4k + 1, as 81"
+    yield "defaults.num_frames", frames, frames <= limits.max_frames, f"limits.max_frames is {limits.max_frames}"
+    steps = defaults.num_inference_steps
+    yield "defaults.num_inference_steps", steps, 1 <= steps <= limits.max_steps, f"write 1 to {limits.max_steps}"
+    for name in ("guidance_scale", "guidance_scale_2"):
+        scale = getattr(defaults, name)
+        yield f"defaults.{name}", scale, scale is None or 0 <= scale < math.inf, "write a finite number of 0 or more"
+    yield "defaults.fps", defaults.fps, 1 <= defaults.fps <= 240, "write 1 to 240"
 
 
 def _stage_checks(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
@@ -222,9 +241,9 @@ def _stage_checks(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
         yield key, name, name.isidentifier() and name.islower(), "name it in lower-case letters, digits and _"
         yield f"{key}.blocks", stage.blocks, bool(stage.blocks), "name at least one block"
         yield f"{key}.replicas", stage.replicas, stage.replicas >= 1, "write 1 or more"
-        whole = stage.num_gpus <= 1 or stage.num_gpus == int(stage.num_gpus)
-        yield f"{key}.num_gpus", stage.num_gpus, stage.num_gpus >= 0 and whole, "write a fraction or a whole number"
-        yield f"{key}.num_cpus", stage.num_cpus, stage.num_cpus >= 0, "write 0 or more"
+        ok = 0 <= stage.num_gpus <= 1 or (stage.num_gpus > 1 and stage.num_gpus.is_integer())
+        yield f"{key}.num_gpus", stage.num_gpus, ok, "write a fraction or a whole number"
+        yield f"{key}.num_cpus", stage.num_cpus, 0 <= stage.num_cpus < math.inf, "write 0 or more"
         threads = stage.num_threads
         yield f"{key}.num_threads", threads, threads is None or threads >= 1, "write 1 or more, or null"
         yield f"{key}.dtype", stage.dtype, stage.dtype in (None, *DTYPES), f"write one of {', '.join(DTYPES)}"
@@ -242,23 +261,35 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     Raises:
         ConfigError: names the key, the value and the nearest right key.
     """
-    schema = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(schema, False)
-    try:
-        merged = OmegaConf.merge(schema, *_layers(Path(path)), _parse_overrides(overrides))
+    merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged, False)
+    for source, layer in (*_layers(expand_home(path)), *map(_parse_override, overrides)):
+        with _named_errors(source):
+            merged = OmegaConf.unsafe_merge(merged, layer)
+    with _named_errors(str(path)):
         config = OmegaConf.to_object(merged)
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        raise ConfigError(_unknown_key(str(error.full_key))) from error
-    except OmegaConfBaseException as error:
-        key, reason = error.full_key or "the file", str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{key}: {reason}") from error
     assert isinstance(config, Config)
     return config
 
 
-def _layers(path: Path) -> list[DictConfig]:
-    """Return the file and those it builds on, lowest first."""
-    layers: list[DictConfig] = []
+@contextmanager
+def _named_errors(source: str) -> Iterator[None]:
+    """Name the key of whatever OmegaConf refuses, or else the file or override it stands in."""
+    try:
+        yield
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise ConfigError(_unknown_key(str(error.full_key))) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: not given; write it in {source} or as {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or source}: {str(error).splitlines()[0]}") from error
+    except TypeError as error:  # a list where keys belong, or the other way round
+        raise ConfigError(f"{source}: {_one_line(error)}") from error
+
+
+def _layers(path: Path) -> list[tuple[str, DictConfig]]:
+    """Return the file and those it builds on with their names, lowest first."""
+    layers: list[tuple[str, DictConfig]] = []
     seen: set[Path] = set()
     following: Path | None = path
     while following is not None:
@@ -267,35 +298,39 @@ def _layers(path: Path) -> list[DictConfig]:
         seen.add(following.resolve())
         layer = _read_yaml(following)
         below = layer.pop("base", None)
-        layers.insert(0, layer)
+        layers.insert(0, (str(following), layer))
         following = following.parent / str(below) if below else None
     return layers
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise ConfigError(
-            f"config: {str(path)!r} is not a file; give the path of a YAML file such as conf/tiny_t2v.yaml"
-        )
     try:
         layer = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"config: {str(path)!r} cannot be read as YAML: {error}") from error
-    except Exception as error:  # PyYAML's errors have no common importable base here: the parser is OmegaConf's
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise ConfigError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(
+            f"config: {str(path)!r} is not a file; give the path of a YAML file such as conf/tiny_t2v.yaml"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config: {str(path)!r} cannot be read: {_one_line(error)}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"config: {str(path)!r} is not YAML: {_one_line(error)}") from error
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"config: {str(path)!r} must hold keys and values")
     return layer
 
 
-def _parse_overrides(overrides: tuple[str, ...]) -> DictConfig:
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"override: {override!r} is not KEY=VALUE, as stages.transformer.replicas=2")
-    return OmegaConf.from_dotlist(list(overrides))
+def _parse_override(override: str) -> tuple[str, DictConfig]:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override: {override!r} is not KEY=VALUE, as stages.transformer.replicas=2")
+    try:
+        return override, OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override: {override!r} is not YAML after the =: {_one_line(error)}") from error
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 def known_keys() -> list[str]:

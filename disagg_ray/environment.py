@@ -32,6 +32,11 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "disagg_ray"
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with a leading `~` as the user's home; one that names no user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError for no such user
+
+
 def replace(name: str, value: str | None) -> None:
     """Set a variable for this process and its libraries, or remove it."""
     if value is None:

@@ -11,7 +11,8 @@ import torch
 
 from disagg_ray.config import Config, load_config
 from disagg_ray.graph import build_graph
-from disagg_ray.request import Request, Result, StageTiming, resolve
+from disagg_ray.request import Request, resolve
+from disagg_ray.result import Result, StageTiming
 from disagg_ray.stage import Stage
 from disagg_ray.video import encode, to_array
 

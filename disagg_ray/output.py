@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import numpy as np
 
+from disagg_ray.environment import expand_home
 from disagg_ray.errors import OutputError
-from disagg_ray.request import Result
-from disagg_ray.video import encode_png
+from disagg_ray.video import Frames, encode_png
 
 SUFFIXES = {".mp4": "mp4", ".gif": "gif", ".npy": "npy", "": "png"}
 
@@ -31,7 +32,12 @@ def format_of(output: str | Path) -> str:
 
 
 def is_url(output: str | Path) -> bool:
-    return "://" in str(output)
+    """Return whether fsspec writes it; `file://` is a local path, written as whole as any."""
+    return "://" in str(output) and not str(output).startswith("file://")
+
+
+def local_path(output: str | Path) -> Path:
+    return expand_home(str(output).removeprefix("file://"))
 
 
 def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -> None:
@@ -41,104 +47,103 @@ def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -
         OutputError: exists without `overwrite`, cannot be written, or is relative inside a Ray job.
     """
     format_of(output)
-    if is_url(output):
-        _check_url(str(output), overwrite=overwrite)
-        return
-    path = Path(output).expanduser()
+    try:
+        if is_url(output):
+            _check_url(str(output), overwrite=overwrite)
+        else:
+            _check_path(local_path(output), repr(str(output)), overwrite=overwrite, in_job=in_job)
+    except OSError as error:
+        raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
+
+
+def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
     if in_job and not path.is_absolute():
         raise OutputError(
-            f"output: {str(output)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"output: {shown} is relative, and a Ray job runs in a folder that Ray throws away; "
             f"write an absolute path or a URL such as s3://bucket/video.mp4"
         )
+    if not path.name:
+        raise OutputError(f"output: {shown} names no file; write one such as video.mp4")
     if path.exists() and not overwrite:
-        raise OutputError(f"output: {str(output)!r} exists; give --overwrite or another name")
-    if path.exists() and path.is_dir() != (format_of(output) == "png"):
-        raise OutputError(
-            f"output: {str(output)!r} is {'a folder' if path.is_dir() else 'no folder'}; give another name"
-        )
+        raise OutputError(f"output: {shown} exists; give --overwrite or another name")
+    if path.exists() and path.is_dir() != (format_of(path) == "png"):
+        raise OutputError(f"output: {shown} is {'a folder' if path.is_dir() else 'no folder'}; give another name")
     if path.is_dir() and any(re.fullmatch(r"frame_\d+\.png", entry.name) is None for entry in path.iterdir()):
-        raise OutputError(f"output: {str(output)!r} holds other files than frames; give the name of a new folder")
+        raise OutputError(f"output: {shown} holds other files than frames; give the name of a new folder")
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"output: {str(folder)!r} is not a folder that can be written")
+        raise OutputError(f"output: {shown} cannot be written: {str(folder)!r} is not a folder that can be written")
 
 
 def _check_url(url: str, *, overwrite: bool) -> None:
     if format_of(url) == "png":
         raise OutputError(f"output: {url!r} has no suffix; a folder of png files can only be written to a local path")
+    if url.startswith(("http://", "https://")):
+        raise OutputError(f"output: {url!r} cannot be written; give a path or a URL such as s3://bucket/video.mp4")
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-        exists = filesystem.exists(path)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         raise OutputError(f"output: {url!r} cannot be reached: {error}") from error
-    if exists and not overwrite:
+    if filesystem.exists(path) and not overwrite:
         raise OutputError(f"output: {url!r} exists; give --overwrite or another name")
 
 
-def save_result(result: Result, output: str | Path, *, overwrite: bool) -> Path | str:
-    """Write a result to a path or fsspec URL; see `Result.save`."""
-    wanted, made = format_of(output), result.request.format
-    if wanted != made:
+def write(content: bytes | Frames, made: str, output: str | Path, *, overwrite: bool) -> Path | str:
+    """Write an encoded file, or frames as png or npy, to a path or fsspec URL; `made` is its format.
+
+    Raises:
+        OutputError: the suffix is not the format's, or the place cannot be written.
+    """
+    if (wanted := format_of(output)) != made:
         raise OutputError(f"output: {str(output)!r} asks for {wanted}, but the request's format is {made}")
     check_output(output, overwrite=overwrite)
     try:
         if is_url(output):
             with fsspec.open(str(output), "wb") as sink:
-                _write(result, sink)
+                _write_file(content, sink)
             return str(output)
-        path = Path(output).expanduser()
+        path = local_path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         if made == "png":
-            _write_folder(result, path)
+            assert isinstance(content, np.ndarray)
+            _write_folder(content, path)
         else:
             with atomic_file(path) as sink:
-                _write(result, sink)
+                _write_file(content, sink)
         return path
     except OSError as error:
         raise OutputError(f"output: {str(output)!r} could not be written: {error}") from error
 
 
-def _write(result: Result, sink) -> None:  # type: ignore[no-untyped-def]  # any binary file object
-    if result.data is not None:
-        sink.write(result.data)
+def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
+    if isinstance(content, bytes):
+        sink.write(content)
     else:
-        assert result.frames is not None
-        np.save(sink, result.frames, allow_pickle=False)
+        np.save(sink, content, allow_pickle=False)
 
 
-def _write_folder(result: Result, path: Path) -> None:
-    assert result.frames is not None
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        for index, frame in enumerate(result.frames):
-            (temporary / f"frame_{index:05d}.png").write_bytes(encode_png(frame))
-        temporary.chmod(0o777 & ~_umask())
+def _write_folder(frames: Frames, path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".disagg_ray-", dir=path.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        for index, frame in enumerate(frames):
+            (new / f"frame_{index:05d}.png").write_bytes(encode_png(frame))
         if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            path.rename(Path(temporary) / "old")
+        new.rename(path)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator:  # type: ignore[type-arg]  # yields a binary file object
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its name only once it is whole and on disk."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".disagg_ray-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as sink:
+        with temporary.open("xb") as sink:
             yield sink
             sink.flush()
             os.fsync(sink.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

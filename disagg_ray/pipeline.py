@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 import time
 import uuid
@@ -23,11 +24,14 @@ from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.placement import Actor, Cluster, ask, gather_ready, launch
 from disagg_ray.replica import Description, Health, ReplicaInfo, Reply, Task, driver_pool_bytes
-from disagg_ray.request import Request, ResolvedRequest, Result, StageTiming, resolve
+from disagg_ray.request import Request, ResolvedRequest, resolve
+from disagg_ray.result import Result, StageTiming
 from disagg_ray.scheduler import StageQueue
 from disagg_ray.stage import frames_in_piece
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.video import to_array
+
+logger = logging.getLogger("disagg_ray")
 
 CLOSE_S = 5.0
 """How long closing waits for replicas to give their pools back before it kills them."""
@@ -121,6 +125,7 @@ class Pipeline:
         self.close()
 
     async def _start(self) -> None:
+        began = time.monotonic()
         actors = launch(self.config, self.id)
         for actor in actors:
             self._actors.setdefault(actor.stage, []).append(actor)
@@ -130,6 +135,7 @@ class Pipeline:
         nbytes = driver_pool_bytes(self.config, self.graph, described[0].geometry)
         self._pool = Pool(f"driver-{self.id}", nbytes, ray.util.get_node_ip_address(), self.config.transport)
         self.replicas = tuple(await gather_ready(self.config, actors, "load", self.graph))
+        logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(actors), time.monotonic() - began)
         self._queues = {stage: StageQueue(len(replicas)) for stage, replicas in self._actors.items()}
         self._admitted = asyncio.Semaphore(self.config.max_in_flight)
 
@@ -243,6 +249,7 @@ class Pipeline:
                 reply: Reply = await ask(actor, "run", task, about=running.request.id)
         running.replies[stage] = reply
         running.timings.append(_timing(stage, actor.name, reply, time.monotonic() - began))
+        logger.info("request %s: %s done in %.2f s", running.request.id, actor.name, reply.compute_s)
         for producer in producers:
             if all(consumer in running.replies for consumer in self.graph.consumers(producer)):
                 self._release_stage(running, producer)

@@ -1,25 +1,23 @@
-"""What a user asks for and gets, and every check on it that needs no model."""
+"""What a user asks for, and every check on it that needs no model."""
 
 from __future__ import annotations
 
 import math
 import secrets
+import sys
 import uuid
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from disagg_ray.config import Config
+from disagg_ray.config import MULTIPLE, Config
 from disagg_ray.errors import RequestError
+from disagg_ray.video import MAX_GIF_FPS, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("mp4", "gif", "png", "npy")
-MULTIPLE = 16
-"""Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
 MAX_SEED = 2**63 - 1
 
 
@@ -89,48 +87,6 @@ class ResolvedRequest:
         return max((height * width for height, width in self.images.values()), default=0)
 
 
-@dataclass(frozen=True)
-class StageTiming:
-    """Where one stage's share of a request's time went, in seconds."""
-
-    stage: str
-    replica: str
-    queue_s: float
-    """In the driver, until a replica took it."""
-    pull_s: float
-    """Reserving memory and pulling tensors in."""
-    compute_s: float
-    publish_s: float
-    """Copying outputs into the pool, or encoding the file."""
-    pulled_bytes: int
-    route: str
-    """How the tensors came: Mooncake's protocol, or `local`."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished video."""
-
-    request: ResolvedRequest
-    seconds: float
-    """From admission to the last byte."""
-    stages: tuple[StageTiming, ...]
-    data: bytes | None = field(repr=False)
-    """The encoded file, for mp4 and gif."""
-    frames: np.ndarray[Any, np.dtype[np.float32]] | None = field(repr=False)
-    """Frames of shape (num_frames, height, width, 3) in [0, 1], for png and npy."""
-
-    def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
-        """Write the video: a file, a folder of images for png, or any fsspec URL. Never leaves half a file.
-
-        Raises:
-            OutputError: the suffix is not the request's format, or the place cannot be written.
-        """
-        from disagg_ray.output import save_result
-
-        return save_result(self, path, overwrite=overwrite)
-
-
 def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str, Image]]:
     """Fill in a request's defaults and check it; return it with its conditioning images, upright and RGB.
 
@@ -149,7 +105,7 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
         width=width,
         num_frames=_or(request.num_frames, defaults.num_frames),
         num_inference_steps=_or(request.num_inference_steps, defaults.num_inference_steps),
-        guidance_scale=float(_or(request.guidance_scale, defaults.guidance_scale)),
+        guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
         guidance_scale_2=_or(request.guidance_scale_2, defaults.guidance_scale_2),
         seed=_or(request.seed, secrets.randbelow(2**32)),
         fps=_or(request.fps, defaults.fps),
@@ -204,28 +160,29 @@ def _load_images(request: Request, config: Config) -> dict[str, Image]:
                 f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
             )
         if given is not None:
-            from disagg_ray.video import load_image  # an optional field should not cost an import
-
             images[name] = load_image(given, name, config.limits.max_image_pixels)
     return images
 
 
 def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
     """Return (height, width); missing ones follow the image's aspect at the default area (Wan's own rule)."""
-    height, width = request.height, request.width
+    height, width, area = request.height, request.width, config.defaults.height * config.defaults.width
     if image is None:
-        return height or config.defaults.height, width or config.defaults.width
-    aspect = image.height / image.width
-    area = config.defaults.height * config.defaults.width
+        return _or(height, config.defaults.height), _or(width, config.defaults.width)
     if height is None:
-        height = _floor(width * aspect if width is not None else math.sqrt(area * aspect))
-    if width is None:
-        width = _floor(request.height / aspect if request.height is not None else math.sqrt(area / aspect))
-    return height, width
+        if width is None:
+            return _side(area, image.height, image.width), _side(area, image.width, image.height)
+        return _floor(width * image.height // image.width), width
+    return height, _or(width, _floor(height * image.width // image.height))
 
 
-def _floor(pixels: float) -> int:
-    return max(MULTIPLE, round(pixels) // MULTIPLE * MULTIPLE)
+def _side(area: int, length: int, across: int) -> int:
+    """Return one side of an area of aspect length / across, no thinner than MULTIPLE either way."""
+    return min(_floor(math.isqrt(area * length // across)), _floor(area // MULTIPLE))
+
+
+def _floor(pixels: int) -> int:
+    return max(MULTIPLE, pixels // MULTIPLE * MULTIPLE)
 
 
 def _check(request: ResolvedRequest, config: Config) -> None:
@@ -234,6 +191,8 @@ def _check(request: ResolvedRequest, config: Config) -> None:
         raise RequestError("prompt: it is empty; say what the video shows")
     for name in ("prompt", "negative_prompt"):
         num_chars = len(getattr(request, name))
+        if any("\ud800" <= character <= "\udfff" for character in getattr(request, name)):
+            raise RequestError(f"{name}: it holds half of a character (a lone surrogate); give whole Unicode text")
         if num_chars > limits.max_prompt_chars:
             raise RequestError(
                 f"{name}: {num_chars} characters are over limits.max_prompt_chars={limits.max_prompt_chars}; the model "
@@ -258,16 +217,16 @@ def _check(request: ResolvedRequest, config: Config) -> None:
 
 def _check_numbers(request: ResolvedRequest, config: Config) -> None:
     limits, frames, steps = config.limits, request.num_frames, request.num_inference_steps
+    if frames > limits.max_frames:
+        raise RequestError(f"num_frames: {frames} is over limits.max_frames={limits.max_frames}; ask for fewer")
     if frames < 1 or frames % 4 != 1:
         nearest = max(1, round((frames - 1) / 4) * 4 + 1)
         raise RequestError(f"num_frames: {frames} is not 4k + 1; the nearest is {nearest}")
-    if frames > limits.max_frames:
-        raise RequestError(f"num_frames: {frames} is over limits.max_frames={limits.max_frames}; ask for fewer")
     if not 1 <= steps <= limits.max_steps:
         raise RequestError(f"num_inference_steps: {steps} is not from 1 to limits.max_steps={limits.max_steps}")
     for name in ("guidance_scale", "guidance_scale_2"):
         scale = getattr(request, name)
-        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+        if scale is not None and not 0 <= scale <= sys.float_info.max:  # an int may be larger
             raise RequestError(f"{name}: {scale} is not a finite number of 0 or more")
     if request.guidance_scale_2 is not None and config.defaults.guidance_scale_2 is None:
         raise RequestError(f"guidance_scale_2: {request.guidance_scale_2} given, but this model has one transformer")
@@ -275,3 +234,5 @@ def _check_numbers(request: ResolvedRequest, config: Config) -> None:
         raise RequestError(f"seed: {request.seed} is not from 0 to {MAX_SEED}")
     if not 1 <= request.fps <= 240:
         raise RequestError(f"fps: {request.fps} is not from 1 to 240")
+    if request.format == "gif" and request.fps > MAX_GIF_FPS:
+        raise RequestError(f"fps: {request.fps} is more than a gif can show; give {MAX_GIF_FPS} or less, or use mp4")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from disagg_ray.config import Config
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
-from disagg_ray.models.blocks import OnStep
 from disagg_ray.models.checkpoint import Geometry, open_checkpoint
-from disagg_ray.models.cut import Cut
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames, to_image
+
+if TYPE_CHECKING:
+    from disagg_ray.models.blocks import OnStep
 
 RAW = ("png", "npy")
 """Formats for which the frames themselves travel to the driver."""
@@ -51,6 +52,8 @@ class Stage:
     """The blocks of one stage and their weights: encoder, transformer, decoder, or any other cut of the model."""
 
     def __init__(self, name: str, config: Config) -> None:
+        from disagg_ray.models.cut import Cut  # seconds of imports that the driver does without
+
         self.name = name
         self.config = config
         self._settings = config.stages[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageOps
 
+from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 
 Frames = np.ndarray[Any, np.dtype[np.float32]]
@@ -20,43 +22,61 @@ Frames = np.ndarray[Any, np.dtype[np.float32]]
 MAX_IMAGE_BYTES = 256 * 2**20
 """A conditioning image file larger than this is refused unread."""
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow knows others, some of which start programs to decode."""
+
+MAX_GIF_FPS = 50
+"""Browsers slow a gif down whose frames last less than its two smallest units, 10 ms each."""
+
 H264 = ("-crf", "17", "-threads", "1", "-bitexact", "-fflags", "+bitexact", "-flags:v", "+bitexact",
-        "-movflags", "+faststart")  # fmt: skip
-"""One encoder thread and bit-exact flags: equal frames give equal bytes."""
+        "-vf", "scale=out_color_matrix=bt709", "-colorspace", "bt709", "-movflags", "+faststart")  # fmt: skip
+"""One encoder thread and bit-exact flags: equal frames give equal bytes. Players take untagged HD for BT.709."""
 
 
 def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) -> Image.Image:
-    """Return an image upright (EXIF rotation applied) and RGB; its alpha, if any, is dropped.
+    """Return an image upright (EXIF rotation applied) and RGB of 8 bits; its alpha, if any, is dropped.
 
     Raises:
         RequestError: missing, unreadable, truncated, or larger than `max_pixels` by its header, before it is decoded.
     """
-    if isinstance(source, Image.Image):
-        return _upright(source, field, max_pixels, "the image")
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise RequestError(f"{field}: {str(source)!r} is not a file")
-    if path.stat().st_size > MAX_IMAGE_BYTES:
-        raise RequestError(f"{field}: {str(source)!r} is over {MAX_IMAGE_BYTES} bytes; give a smaller one")
+    if not isinstance(source, (Image.Image, str, Path)):
+        raise RequestError(f"{field}: it is a {type(source).__name__}; give a file or a PIL image")
+    shown = "the image" if isinstance(source, Image.Image) else repr(str(source))
     try:
+        if isinstance(source, Image.Image):
+            return _upright(source, field, max_pixels, shown)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel check below is ours
-            with Image.open(path) as image:
-                return _upright(image, field, max_pixels, repr(str(source)))
+            with Image.open(_file(expand_home(source), field, shown), formats=IMAGE_FORMATS) as image:
+                return _upright(image, field, max_pixels, shown)
+    except RequestError:
+        raise
     except Image.DecompressionBombError as error:
-        raise RequestError(f"{field}: {str(source)!r} is over limits.max_image_pixels={max_pixels}") from error
+        raise RequestError(f"{field}: {shown} is over limits.max_image_pixels={max_pixels}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{field}: {str(source)!r} cannot be read as an image: {error}") from error
+        raise RequestError(f"{field}: {shown} cannot be read as an image: {error}") from error
+
+
+def _file(path: Path, field: str, shown: str) -> Path:
+    if not path.is_file():
+        raise RequestError(f"{field}: {shown} is not a file")
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise RequestError(f"{field}: {shown} is over {MAX_IMAGE_BYTES} bytes; give a smaller one")
+    return path
 
 
 def _upright(image: Image.Image, field: str, max_pixels: int, shown: str) -> Image.Image:
-    if image.width * image.height > max_pixels:
+    if not 0 < image.width * image.height <= max_pixels:
         raise RequestError(
-            f"{field}: {shown} has {image.width}x{image.height} pixels, over limits.max_image_pixels={max_pixels}"
+            f"{field}: {shown} has {image.width}x{image.height} pixels, not from 1 to "
+            f"limits.max_image_pixels={max_pixels}"
         )
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise RequestError(f"{field}: {shown} has 32-bit pixels, whose range is not known; give 8 or 16 bits")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # Pillow would clip it at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def to_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -73,7 +93,10 @@ def encode(frames: Frames, fps: int, format: str) -> bytes:
     """Return frames as an mp4 (H.264, yuv420p) or gif file."""
     pixels = quantise(frames)
     if format == "gif":
-        return bytes(iio.imwrite("<bytes>", pixels, extension=".gif", duration=1000 / fps, loop=0))
+        ends = [round(100 * (index + 1) / fps) for index in range(len(pixels))]  # a gif counts in 10 ms
+        lasts = [10 * (end - start) for start, end in pairwise([0, *ends])]
+        duration = lasts if len(lasts) > 1 else lasts[0]  # Pillow takes no list of one
+        return bytes(iio.imwrite("<bytes>", pixels, extension=".gif", duration=duration, loop=0))
     with tempfile.TemporaryDirectory(prefix="disagg_ray_") as folder:
         path = Path(folder) / "video.mp4"
         iio.imwrite(

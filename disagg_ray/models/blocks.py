@@ -7,13 +7,15 @@ Each takes the place of one block of diffusers 0.42 and computes exactly what `W
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
-from diffusers.modular_pipelines.wan.denoise import WanLoopAfterDenoiser
+from diffusers.modular_pipelines.wan.before_denoise import WanTextInputStep
+from diffusers.modular_pipelines.wan.denoise import Wan22LoopDenoiser, WanLoopAfterDenoiser, WanLoopDenoiser
 from diffusers.modular_pipelines.wan.encoders import (
     WanImageCropResizeStep,
     WanImageResizeStep,
@@ -91,6 +93,38 @@ class KeepImage(ModularPipelineBlocks):  # type: ignore[misc]
         return components, state
 
 
+class TextInput(WanTextInputStep):  # type: ignore[misc]
+    """Lets embeddings enter the denoising loop in float32, whichever stage made them: see `cast_inputs`."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            if (embeds := state.get(name)) is not None:
+                state.set(name, embeds.float(), "denoiser_input_fields")
+        components, state = super().__call__(components, state)
+        return components, state
+
+
+class Denoiser(WanLoopDenoiser):  # type: ignore[misc]
+    """Does without negative embeddings when guidance is off; diffusers' demands them always."""
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return _without_negative(super().inputs)
+
+
+class TwoDenoisers(Wan22LoopDenoiser):  # type: ignore[misc]
+    """The same of Wan 2.2."""
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return _without_negative(super().inputs)
+
+
+def _without_negative(inputs: list[InputParam]) -> list[InputParam]:
+    return [replace(param, required=param.required and param.name != "negative_prompt_embeds") for param in inputs]
+
+
 class SchedulerStep(WanLoopAfterDenoiser):  # type: ignore[misc]
     """Steps the scheduler with the prediction in the transformer's own precision, then tells `on_step`.
 
@@ -116,6 +150,8 @@ def replace_blocks(blocks: Mapping[str, Any]) -> tuple[dict[str, Any], Scheduler
         match block:
             case WanTextEncoderStep():
                 replaced[name] = TextEncoder()
+            case WanTextInputStep():
+                replaced[name] = TextInput()
             case WanImageResizeStep():
                 replaced[name] = KeepImage("image")
             case WanImageCropResizeStep():
@@ -123,17 +159,19 @@ def replace_blocks(blocks: Mapping[str, Any]) -> tuple[dict[str, Any], Scheduler
             case _:
                 replaced[name] = block
                 if "after_denoiser" in block.sub_blocks:
+                    kind = TwoDenoisers if isinstance(block.sub_blocks["denoiser"], Wan22LoopDenoiser) else Denoiser
+                    block.sub_blocks["denoiser"] = kind(block.sub_blocks["denoiser"]._guider_input_fields)
                     block.sub_blocks["after_denoiser"] = stepper
     return replaced, stepper
 
 
-def cast_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def cast_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Bring a transformer's tensors to its precision, all but the timestep: a forward pre-hook.
 
     Diffusers' modular loop rounds the timestep to the embeddings' precision (999 becomes 1000 in bfloat16), the stock
     loop does not. Embeddings therefore enter the loop in float32, which is exact, and are rounded here.
     """
-    dtype = next(module.parameters()).dtype
+    dtype = module.dtype
     cast = {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and name != "timestep" else value
         for name, value in kwargs.items()

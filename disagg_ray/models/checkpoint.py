@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.config import ModelConfig
-from disagg_ray.environment import cache_folder
+from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
 
 RANDOM = "random:"
@@ -102,7 +102,10 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
         raise CheckpointError(
             f"model.task: {model.task!r} does not fit {model.path!r}, which serves {' or '.join(tasks)}"
         )
-    return Checkpoint(model, folder, components, _geometry(model, folder, index, components))
+    try:
+        return Checkpoint(model, folder, components, _geometry(model, folder, index, components))
+    except KeyError as error:
+        raise CheckpointError(f"model.path: {model.path!r} lacks {error} in a component's config.json") from error
 
 
 def _find(model: ModelConfig) -> Path:
@@ -116,7 +119,7 @@ def _find(model: ModelConfig) -> Path:
             raise CheckpointError(f"model.path: {model.path!r} cannot be made: {error}") from error
     if _is_hub_id(model.path):
         return _download(model, ["*.json"])
-    folder = Path(model.path).expanduser()
+    folder = expand_home(model.path)
     if not folder.is_dir():
         raise CheckpointError(
             f"model.path: {model.path!r} is no folder on this node; give a diffusers-format folder "
@@ -127,7 +130,7 @@ def _find(model: ModelConfig) -> Path:
 
 def _is_hub_id(path: str) -> bool:
     parts = path.split("/")
-    return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(path).exists()
+    return len(parts) == 2 and all(parts) and path[0] not in ".~" and not Path(path).exists()
 
 
 def _download(model: ModelConfig, patterns: list[str]) -> Path:
@@ -135,13 +138,13 @@ def _download(model: ModelConfig, patterns: list[str]) -> Path:
 
     if model.revision is None:
         raise CheckpointError(
-            f"model.revision: null does not say which weights of {model.path!r} to load; give a commit or a tag"
+            f"model.revision: null, but {model.path!r} is no folder on this node, and a hub id needs a commit or a tag"
         )
     allowed = [p for pattern in patterns for p in ([pattern] if pattern.endswith(".json") else _safe_files(pattern))]
     try:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"model.path: {model.path!r} could not be fetched from the hub: {reason}") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -33,13 +32,16 @@ class Cut:
     """
 
     def __init__(self, checkpoint: Checkpoint, stage: str, blocks: Sequence[str]) -> None:
-        _quiet()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         self._checkpoint = checkpoint
         leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks))
         self.ports = _ports(stage, leaves)
         self._blocks = SequentialPipelineBlocks.from_blocks_dict(leaves)
         self._pipeline = self._blocks.init_pipeline(str(checkpoint.folder))
-        self._pipeline.set_progress_bar_config(disable=True)
+        for block in leaves.values():  # the pipeline only has copies: ours run, and call our `on_step`
+            if hasattr(block, "set_progress_bar_config"):
+                block.set_progress_bar_config(disable=True)
         if checkpoint.geometry.boundary_ratio is not None:
             self._pipeline.register_to_config(boundary_ratio=checkpoint.geometry.boundary_ratio)
 
@@ -85,17 +87,11 @@ class Cut:
         """
         self._prepare(request)
         state = PipelineState()
-        for name, value in (_request_inputs(request, self._checkpoint) | self._conditions(tensors)).items():
+        for name, value in (_request_inputs(request, self._checkpoint) | dict(tensors)).items():
             state.set(name, value, "denoiser_input_fields" if name.endswith("prompt_embeds") else None)
         self._stepper.on_step = on_step
-        _, state = self._pipeline.blocks(self._pipeline, state)
+        _, state = self._blocks(self._pipeline, state)
         return {name: value for name in self.ports.outputs if (value := state.get(name)) is not None}
-
-    def _conditions(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Bring embeddings to float32 for the denoising loop: see `cast_inputs`."""
-        if not set(TRANSFORMERS) & set(self.components):
-            return dict(tensors)
-        return {name: t.float() if name.endswith("embeds") else t for name, t in tensors.items()}
 
     def _prepare(self, request: ResolvedRequest) -> None:
         """Give this request its own scheduler and guidance; both carry state from step to step."""
@@ -154,11 +150,3 @@ def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[st
 def _weight_bytes(module: torch.nn.Module) -> int:
     tensors = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _quiet() -> None:
-    """Leave it to our own errors and logs to speak: diffusers logs each exception once a nested block."""
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

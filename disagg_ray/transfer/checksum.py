@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import torch
 
-NAME = "weighted-int64-1"
-"""Definition: sum over 8-byte little-endian words w_i of (w_i xor 0x5bd1e995_9e3779b9) * (2 i + 1), modulo 2^64.
+NAME = "mixed-int64-1"
+"""Definition, over 8-byte little-endian words w_i and modulo 2^64: m_i = w_i xor 0x5bd1e995_9e3779b9, the sum of
+(m_i xor (m_i >> 29)) * (2 i + 1), read as a signed number.
 
-Odd weights make any change of a single word visible, growing ones make any swap of two different words visible.
+Mixing is one to one and weights are odd, so any change of a single word is visible. Weights grow, so a swap of two
+words is, but for a few of their 2^64 differences. Without the shift, changes of the highest bit (the sign of a float)
+in two words would cancel.
 """
 
 _MASK = 0x5BD1E9959E3779B9
-_CHUNK_WORDS = 1 << 19  # temporaries of 4 MiB stay in cache
+_SHIFT = 29
+_LOW = (1 << (64 - _SHIFT)) - 1  # torch shifts the sign in; this takes it out again
+_CHUNK_WORDS = 1 << 17  # temporaries of 1 MiB stay in cache
 
 
 def checksum(data: torch.Tensor) -> int:
@@ -20,6 +25,7 @@ def checksum(data: torch.Tensor) -> int:
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     odd = torch.arange(1, 2 * min(_CHUNK_WORDS, len(words)) + 1, 2, dtype=torch.int64, device=data.device)
     for start in range(0, len(words), _CHUNK_WORDS):
-        masked = words[start : start + _CHUNK_WORDS] ^ _MASK
-        total += (masked * odd[: len(masked)]).sum() + masked.sum() * (2 * start)
+        mixed = words[start : start + _CHUNK_WORDS] ^ _MASK
+        mixed ^= (mixed >> _SHIFT) & _LOW
+        total += (mixed * odd[: len(mixed)]).sum() + mixed.sum() * (2 * start)
     return int(total)

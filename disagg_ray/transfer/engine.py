@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +20,10 @@ from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.handoff import Session
 
 TIMED_OUT = -1000
-"""Code of a read that had not returned by its deadline; Mooncake's own codes are small."""
+"""Code of a peer that gave no sign of life; Mooncake's own codes are small."""
 
-GRACE_S = 2.0
-"""How long after Mooncake's own timeout a read may still take to return."""
+SILENT = "no answer within transport.timeout_s"
+GONE = "the peer is gone or refused the read"
 
 
 class Engine:
@@ -33,7 +37,8 @@ class Engine:
         self._timeout_s = settings.timeout_s
         _export(settings)
         self._engine = _new_engine()
-        code = self._engine.initialize(host, settings.metadata_server, settings.protocol, settings.device_name)
+        with _quiet_stderr():
+            code = self._engine.initialize(host, settings.metadata_server, settings.protocol, settings.device_name)
         if code != 0:
             raise TransferError(
                 f"Mooncake could not start with transport.protocol={settings.protocol} "
@@ -41,7 +46,7 @@ class Engine:
                 host, 0, code,
             )  # fmt: skip
         self.session = Session(settings.protocol, f"{host}:{self._engine.get_rpc_port()}")
-        self._reader = ThreadPoolExecutor(max_workers=4, thread_name_prefix="mooncake-read")
+        self._met: set[str] = set()
 
     def register(self, address: int, nbytes: int) -> None:
         """Make a region readable by any peer that reaches this host's ports."""
@@ -55,40 +60,53 @@ class Engine:
     def read(self, peer: Session, local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy regions of a peer's memory into ours, one-sided: the peer's process takes no part.
 
-        Raises:
-            ReadTimeout: no answer by the deadline; `settled` ends when Mooncake can no longer write to `local`.
-            TransferError: the peer is gone, or refused.
-        """
-        started = time.monotonic()
-        read = self._reader.submit(
-            self._engine.batch_transfer_sync_read, peer.name, list(local), list(remote), list(lengths)
-        )
-        try:
-            code = read.result(self._timeout_s + GRACE_S)
-        except FutureTimeout:
-            raise ReadTimeout(peer.name, sum(lengths), TIMED_OUT, read) from None
-        if code != 0 and time.monotonic() - started >= self._timeout_s:
-            raise ReadTimeout(peer.name, sum(lengths), code, None)
-        if code != 0:
-            raise TransferError("the peer is gone or refused the read", peer.name, sum(lengths), code)
+        One region after another: a batch that fails returns while Mooncake still writes its other regions.
 
-    def close(self) -> None:
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        Raises:
+            ReadTimeout: no answer by the deadline.
+            TransferError: the peer is gone, or refused; nothing is written any more.
+        """
+        self._meet(peer, sum(lengths))
+        for region in zip(local, remote, lengths, strict=True):
+            code = self._read_region(peer, region)
+            if code != 0:  # a pooled connection breaks now and then: a new one serves, or the peer is really gone
+                code = self._read_region(peer, region)
+            if code != 0:
+                raise TransferError(GONE, peer.name, sum(lengths), code)
+        self._met.add(peer.name)
+
+    def _read_region(self, peer: Session, region: tuple[int, int, int]) -> int:
+        started = time.monotonic()
+        code = int(self._engine.transfer_sync_read(peer.name, *region))
+        if code != 0 and time.monotonic() - started >= self._timeout_s:
+            raise ReadTimeout(SILENT, peer.name, region[2], code)
+        return code
+
+    def _meet(self, peer: Session, nbytes: int) -> None:
+        """Wait for a sign of life before the first read of a peer.
+
+        That read opens a session, and Mooncake lets no other read pass until the peer has answered: up to a minute.
+        """
+        if peer.name in self._met:
+            return
+        answer: Future[int] = Future()
+        threading.Thread(
+            target=lambda: answer.set_result(self._engine.send_probe(peer.name)), name="mooncake-probe", daemon=True
+        ).start()
+        try:
+            code = answer.result(self._timeout_s)
+        except FutureTimeout:
+            raise TransferError(SILENT, peer.name, nbytes, TIMED_OUT) from None
+        if code != 0:
+            raise TransferError(GONE, peer.name, nbytes, code)
 
 
 class ReadTimeout(TransferError):
-    """A read ran past its deadline; its destination may still be written to.
+    """A read ran past its deadline.
 
-    `settled` is the read itself while it has not returned. None: it has returned, but Mooncake gives no sign of when
-    the peer's late bytes can no longer arrive.
+    Mooncake gives no sign of when the peer's late bytes can no longer arrive: the destination may still be written to
+    for as long as the peer's process lives.
     """
-
-    def __init__(self, session: str, nbytes: int, code: int, settled: Future[int] | None = None) -> None:
-        super().__init__("no answer within transport.timeout_s", session, nbytes, code)
-        self.settled = settled
-
-    def __reduce__(self) -> Any:  # a future does not travel between processes
-        return TransferError, self.args
 
 
 def _new_engine() -> Any:
@@ -102,10 +120,24 @@ def _new_engine() -> Any:
     return TransferEngine()
 
 
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep back what Mooncake writes while it starts: an error line that means nothing, at every start."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _export(settings: TransportConfig) -> None:
     """Hand the settings that Mooncake only takes from the environment, before it starts."""
-    environment.replace("MC_TRANSFER_TIMEOUT", str(int(settings.timeout_s)))
-    environment.default("GLOG_minloglevel", "3")  # its codes come back as our errors
+    environment.replace("MC_TRANSFER_TIMEOUT", str(math.ceil(settings.timeout_s)))
+    environment.default("MC_LOG_LEVEL", "ERROR")
     if settings.port_range is not None:
         first, _, last = settings.port_range.partition("-")
         for name in ("RPC", "PRC"):  # Mooncake releases differ in the spelling

@@ -1,17 +1,18 @@
 """A stage's registered memory: reserve room, publish tensors from it, pull others' into it, release.
 
 Who owns what: a slot belongs to the (request, attempt) it was reserved for. Releasing that key frees its slots at
-once, is idempotent, and wins over a late finish: the key is never served again. Nothing else frees a slot but a pull
-that failed, whose destination is quarantined while Mooncake may still write to it.
+once, is idempotent, and wins over a late finish: the key is never served again. Slots that are being copied to are
+freed when that ends. The destination of a pull that ran out of time belongs to nobody until the peer is known dead.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -73,7 +74,7 @@ class Pool:
         Calls are served in order. The wait ends when others release, when `key` is released, or at `timeout_s`.
 
         Raises:
-            PoolError: the pool could never hold them, is closed, or had no room by `timeout_s`.
+            PoolError: the pool could never hold them, is closed, had no room by `timeout_s`, or holds one already.
             Cancelled: `key` was released.
         """
         needed = sum(slot_bytes(size) for size in sizes.values())
@@ -99,6 +100,9 @@ class Pool:
 
     def _try_reserve(self, key: AttemptKey, sizes: Mapping[str, int]) -> bool:
         self._check_open(key)
+        twice = self._slots.get(key, {}).keys() & sizes.keys()
+        if twice:
+            raise PoolError(f"{self.name}: room for {', '.join(sorted(twice))} was reserved before")
         spans: dict[str, Span] = {}
         for name, size in sizes.items():
             span = self._allocator.allocate(slot_bytes(size))
@@ -130,7 +134,7 @@ class Pool:
         spec = TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes)
         span = self._span(key, name)
         if slot_bytes(spec.nbytes) > span.nbytes:
-            raise PoolError(f"{self.name}: {name} has {spec.nbytes} bytes, more than was reserved for it")
+            raise self._too_large(name, spec.nbytes)
         nonce = secrets.token_bytes(NONCE_BYTES)
         start = span.offset + HEADER_BYTES
         self._memory[span.offset : span.offset + NONCE_BYTES] = torch.tensor(list(nonce), dtype=torch.uint8)
@@ -141,34 +145,36 @@ class Pool:
         return TensorMeta(name, spec, self._memory.data_ptr() + span.offset, nonce, digest)
 
     def pull(self, key: AttemptKey, handoff: Handoff, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Read published tensors into the slots reserved for them, in one batched read, and check them.
+        """Read published tensors into the slots reserved for them and check them.
 
         The returned tensors lie in this pool: they are good until `key` is released.
 
         Raises:
             TransferError: the peer is gone, silent or refused; the bytes are stale or damaged.
             Cancelled: `key` was released meanwhile.
+            PoolError: a tensor is larger than its reservation, or has none.
         """
         wanted = set(handoff.names if names is None else names)
         metas = [meta for meta in handoff.tensors if meta.name in wanted]
-        spans = [self._span(key, meta.name) for meta in metas]
-        lengths = [HEADER_BYTES + _words(meta.spec.nbytes) for meta in metas]
-        for meta, span, length in zip(metas, spans, lengths, strict=True):
-            if length > span.nbytes:
-                raise PoolError(f"{self.name}: {meta.name} has {meta.spec.nbytes} bytes, more than was reserved for it")
         base, peer = self._memory.data_ptr(), handoff.sessions[0]
         with self._copies(key):
+            spans = [self._span(key, meta.name) for meta in metas]
+            lengths = [HEADER_BYTES + _words(meta.spec.nbytes) for meta in metas]
+            for meta, span, length in zip(metas, spans, lengths, strict=True):
+                if length > span.nbytes:
+                    raise self._too_large(meta.name, meta.spec.nbytes)
             try:
                 self._engine.read(peer, [base + span.offset for span in spans], [m.address for m in metas], lengths)
-            except ReadTimeout as error:
-                self._set_aside(key, metas, error)
+            except ReadTimeout:
+                self._set_aside(key, spans, peer.name)
                 raise
+            pulled = {meta.name: self._checked(meta, span, handoff) for meta, span in zip(metas, spans, strict=True)}
         with self._changed:
             self._check_open(key)
-        return {meta.name: self._checked(meta, span, handoff, peer) for meta, span in zip(metas, spans, strict=True)}
+        return pulled
 
-    def _checked(self, meta: TensorMeta, span: Span, handoff: Handoff, peer: Session) -> torch.Tensor:
-        start = span.offset + HEADER_BYTES
+    def _checked(self, meta: TensorMeta, span: Span, handoff: Handoff) -> torch.Tensor:
+        peer, start = handoff.sessions[0], span.offset + HEADER_BYTES
         found = bytes(self._memory[span.offset : span.offset + NONCE_BYTES].tolist())
         if found != meta.nonce:
             raise TransferError(
@@ -179,8 +185,10 @@ class Pool:
                 raise TransferError(
                     f"{meta.name} arrived damaged: its checksum differs", peer.name, meta.spec.nbytes, 0
                 )
-        data = self._memory[start : start + meta.spec.nbytes]
-        return data.view(getattr(torch, meta.spec.dtype)).view(meta.spec.shape)
+        dtype: torch.dtype = getattr(torch, meta.spec.dtype)
+        if math.prod(meta.spec.shape) * dtype.itemsize != meta.spec.nbytes:
+            raise TransferError(f"{meta.name} is not as long as its shape says", peer.name, meta.spec.nbytes, 0)
+        return self._memory[start : start + meta.spec.nbytes].view(dtype).view(meta.spec.shape)
 
     def is_released(self, key: AttemptKey) -> bool:
         return key in self._released
@@ -214,7 +222,9 @@ class Pool:
             self._closed = True
             self._changed.notify_all()
         self._engine.unregister(self._memory.data_ptr())
-        self._engine.close()
+
+    def _too_large(self, name: str, nbytes: int) -> PoolError:
+        return PoolError(f"{self.name}: {name} has {nbytes} bytes, more than was reserved for it")
 
     def _span(self, key: AttemptKey, name: str) -> Span:
         with self._changed:
@@ -250,21 +260,14 @@ class Pool:
             self._allocator.free(span)
         self._changed.notify_all()
 
-    def _set_aside(self, key: AttemptKey, metas: Iterable[TensorMeta], error: ReadTimeout) -> None:
+    def _set_aside(self, key: AttemptKey, spans: Sequence[Span], session: str) -> None:
         """Keep the destination of a timed-out read from being handed out again."""
         with self._changed:
-            slots = self._slots.get(key, {})
-            spans = [slots.pop(meta.name) for meta in metas if meta.name in slots] + self._doomed.pop(key, [])
-            self._quarantine += [(error.session, span) for span in spans]
-        if error.settled is not None:
-            error.settled.add_done_callback(lambda read: self._settle(spans) if read.result() == 0 else None)
-
-    def _settle(self, spans: list[Span]) -> None:
-        """End the quarantine of a read that came back whole after all."""
-        with self._changed:
-            held = [entry for entry in self._quarantine if entry[1] in spans]
-            self._quarantine = [entry for entry in self._quarantine if entry[1] not in spans]
-            self._free(span for _, span in held)
+            slots, doomed = self._slots.get(key, {}), self._doomed.get(key, [])
+            for name in [name for name, span in slots.items() if span in spans]:
+                del slots[name]
+            doomed[:] = [span for span in doomed if span not in spans]
+            self._quarantine += [(session, span) for span in spans]
 
 
 def _words(nbytes: int) -> int:

@@ -1,0 +1,25 @@
+# `make demo` and `make test` each set up what they need; nothing else is required on Debian or Ubuntu.
+.PHONY: demo test check format clean
+
+demo:
+	@.ci/setup demo
+	@mkdir -p outputs
+	.venv/bin/disagg-ray generate --config conf/tiny_t2v.yaml --prompt "a red circle moving left" --seed 7 \
+		--output outputs/demo.mp4 --overwrite
+
+test: check
+	.venv/bin/python -m pytest
+
+check:
+	@.ci/setup test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format:
+	@.ci/setup test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv outputs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,176 @@
+"""The `disagg-ray` command.
+
+Exit status: 0 done, 2 what was given cannot be used, 1 it failed, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import logging
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from disagg_ray.config import load_config, to_yaml
+from disagg_ray.environment import in_ray_job
+from disagg_ray.errors import DisaggError, InputError
+from disagg_ray.output import check_output, format_of
+from disagg_ray.request import TYPES, Request, resolve
+from disagg_ray.version import VERSION
+
+EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name == "--version":
+        print(f"disagg-ray {VERSION}")
+        return 0
+    if name not in COMMANDS:
+        asked_for_help = name in ("-h", "--help")
+        print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        with _terminated():
+            return COMMANDS[name](arguments[1:])
+    except InputError as error:
+        print(f"disagg-ray: error: {error}", file=sys.stderr)
+        return 2
+    except DisaggError as error:
+        print(f"disagg-ray: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("disagg-ray: interrupted", file=sys.stderr)
+        return 130
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Generate one video."""
+    parser = _parser("generate", generate)
+    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--output", required=True, help="where to write: .mp4, .gif, .npy, or a folder for png files")
+    parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_request_flags(parser)
+    options = parser.parse_intermixed_args(argv)
+    config = load_config(options.config, *options.overrides)
+    check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
+    given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
+    request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
+    resolve(request, config)  # what is wrong with it should show before anything starts
+
+    if options.local:
+        from disagg_ray.local import LocalPipeline as Chosen
+    else:
+        from disagg_ray.pipeline import Pipeline as Chosen  # type: ignore[assignment]
+    from disagg_ray.report import print_result
+
+    with Chosen(config) as pipeline, _terminated():  # once more: Ray took the handler when it started
+        result = pipeline.generate(request)
+        path = result.save(options.output, overwrite=options.overwrite)
+        print_result(result, pipeline.weights)
+        print(f"wrote {path}")
+    return 0
+
+
+def show_config(argv: Sequence[str]) -> int:
+    """Print the resolved configuration."""
+    parser = _parser("config", show_config)
+    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    options = parser.parse_intermixed_args(argv)
+    print(to_yaml(load_config(options.config, *options.overrides)), end="")
+    return 0
+
+
+def make_checkpoint(argv: Sequence[str]) -> int:
+    """Write a checkpoint of a known shape with seeded random weights."""
+    parser = _Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
+    parser.add_argument("shape", help="as wan2.1-t2v-1.3b or tiny-t2v")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", help="where the weights are drawn")
+    options = parser.parse_args(argv)
+    from disagg_ray.models import maker
+
+    try:
+        path = maker.make_checkpoint(
+            options.shape, options.folder, seed=options.seed, dtype=options.dtype, device=options.device
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
+    print(f"wrote {path}")
+    return 0
+
+
+COMMANDS = {"generate": generate, "config": show_config, "make-checkpoint": make_checkpoint}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<16} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
+    return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` says more."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as everything else is reported: in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _parser(name: str, command: Any) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    return parser
+
+
+def _add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a kebab-case flag for every field of Request but `format`, which the output's suffix decides."""
+    docs = field_docs(Request)
+    for f in fields(Request):
+        if f.name != "format":
+            kind = TYPES.get(f.name, (str,))[-1]
+            parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=kind.__name__, help=docs[f.name])
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
+    return docs
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let SIGTERM unwind the program, so that every `with` closes what it holds."""
+
+    def leave(signum: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What a user gets: the video, and where its time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from disagg_ray.output import write
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.video import Frames
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """Where one stage's share of a request's time went, in seconds."""
+
+    stage: str
+    replica: str
+    queue_s: float
+    """In the driver, until a replica took it."""
+    pull_s: float
+    """Reserving memory and pulling tensors in."""
+    compute_s: float
+    publish_s: float
+    """Copying outputs into the pool, or encoding the file."""
+    pulled_bytes: int
+    route: str
+    """How the tensors came: Mooncake's protocol, or `local`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished video."""
+
+    request: ResolvedRequest
+    seconds: float
+    """From admission to the last byte."""
+    stages: tuple[StageTiming, ...]
+    data: bytes | None = field(repr=False)
+    """The encoded file, for mp4 and gif."""
+    frames: Frames | None = field(repr=False)
+    """Frames of shape (num_frames, height, width, 3) in [0, 1], for png and npy."""
+
+    def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
+        """Write the video: a file, a folder of images for png, or any fsspec URL. Never leaves half a file.
+
+        Raises:
+            OutputError: the suffix is not the request's format, or the place cannot be written.
+        """
+        content = self.frames if self.data is None else self.data
+        assert content is not None, "a result holds either the file or the frames"
+        return write(content, self.request.format, path, overwrite=overwrite)

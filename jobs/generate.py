@@ -1,0 +1,13 @@
+"""Generate one video, on this machine or as a Ray job.
+
+    python jobs/generate.py --config conf/tiny_t2v.yaml --prompt "a red circle moving left" --output circle.mp4
+    ray job submit --working-dir . -- python jobs/generate.py --config conf/tiny_t2v.yaml \\
+        --prompt "a red circle moving left" --output /data/circle.mp4
+"""
+
+import sys
+
+from disagg_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Submits one video to a running cluster and follows its log; the exit status is the job's.
+#     RAY_ADDRESS=http://127.0.0.1:8265 jobs/submit.sh conf/tiny_t2v.yaml "a red circle moving left" /data/circle.mp4
+# The output is an absolute path that the cluster's head sees, or a URL such as s3://bucket/circle.mp4.
+# What follows the third argument goes on to `disagg-ray generate`: --seed 7, stages.transformer.replicas=2, ...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+config=$1 prompt=$2 output=$3
+exec ray job submit --working-dir . --runtime-env-json '{"excludes": [".venv", ".git", "outputs"]}' \
+  -- disagg-ray generate --config "$config" --prompt "$prompt" --output "$output" "${@:4}"

@@ -1,0 +1,39 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a shape's random checkpoint, made at its first use."""
+    from disagg_ray.models.maker import make_checkpoint  # costs an import of every model class
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return lambda shape: make_checkpoint(shape, folder / shape)
+
+
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Return an RGB image of seeded noise: no two pixels alike, so that every resize and crop shows."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def image() -> Callable[..., Image.Image]:
+    """Give `make_image`."""
+    return make_image
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Give one local Ray for the whole session, with CPUs enough that no pipeline waits for another."""
+    import ray
+
+    ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

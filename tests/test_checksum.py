@@ -1,0 +1,80 @@
+"""The checksum that travels in handoffs."""
+
+import random
+from unittest.mock import patch
+
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from disagg_ray.transfer import checksum as module
+from disagg_ray.transfer.checksum import checksum
+
+WORDS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40)
+
+
+def of_words(words: list[int]) -> int:
+    return checksum(torch.tensor(list(b"".join(word.to_bytes(8, "little") for word in words)), dtype=torch.uint8))
+
+
+def defined(words: list[int]) -> int:
+    mixed = [word ^ 0x5BD1E9959E3779B9 for word in words]
+    total = sum((m ^ (m >> 29)) * (2 * i + 1) for i, m in enumerate(mixed)) % 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+@given(WORDS, st.sampled_from([1, 2, 3, 7, 8, 1 << 17]))
+def test_checksum_is_as_defined_whatever_the_chunk(words, chunk):
+    with patch.object(module, "_CHUNK_WORDS", chunk):
+        assert of_words(words) == defined(words)
+
+
+def test_checksum_is_as_defined_over_several_chunks():
+    words = [random.Random(7).getrandbits(64) for _ in range(1000)] * 300
+    assert len(words) > 2 * module._CHUNK_WORDS
+    data = torch.tensor([word - 2**63 for word in words])
+    assert checksum(data.view(torch.uint8)) == defined([(word - 2**63) % 2**64 for word in words])
+
+
+@given(WORDS, st.data())
+def test_any_flipped_bit_changes_the_checksum(words, data):
+    place, bit = data.draw(st.integers(0, len(words) - 1)), data.draw(st.integers(0, 63))
+    flipped = [word ^ (1 << bit) if i == place else word for i, word in enumerate(words)]
+    assert of_words(flipped) != of_words(words)
+
+
+@given(WORDS, st.data())
+def test_any_changed_word_changes_the_checksum(words, data):
+    place, word = data.draw(st.integers(0, len(words) - 1)), data.draw(st.integers(0, 2**64 - 1))
+    assume(word != words[place])
+    assert of_words([*words[:place], word, *words[place + 1 :]]) != of_words(words)
+
+
+@given(WORDS, st.data())
+def test_swapped_words_change_the_checksum(words, data):
+    i, j = data.draw(st.integers(0, len(words) - 1)), data.draw(st.integers(0, len(words) - 1))
+    assume(words[i] != words[j])
+    swapped = list(words)
+    swapped[i], swapped[j] = words[j], words[i]
+    assert of_words(swapped) != of_words(words)
+
+
+@given(WORDS, st.integers(0, 63), st.data())
+def test_one_bit_flipped_in_two_words_changes_the_checksum(words, bit, data):
+    words = [*words, 0]
+    places = data.draw(st.sets(st.integers(0, len(words) - 1), min_size=2, max_size=2))
+    flipped = [word ^ (1 << bit) if i in places else word for i, word in enumerate(words)]
+    assert of_words(flipped) != of_words(words)
+
+
+def test_swapped_signs_of_neighbouring_floats_change_the_checksum():
+    data = torch.tensor([1.0, 2.0, 1.0, -2.0])
+    assert checksum(data.view(torch.uint8)) != checksum(data[[2, 3, 0, 1]].view(torch.uint8))
+
+
+def test_checksum_sees_length():
+    assert len({of_words([0] * count) for count in range(20)}) == 20
+
+
+def test_checksum_of_nothing_is_zero():
+    assert checksum(torch.empty(0, dtype=torch.uint8)) == 0

@@ -1,0 +1,163 @@
+"""The installed command as a user types it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import psutil
+import pytest
+
+from disagg_ray import cli
+
+T2V = "conf/tiny_t2v.yaml"
+COMMAND = [sys.executable, "-m", "disagg_ray.cli"]
+NO_CLUSTER = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def generate(capsys: pytest.CaptureFixture[str], output: Path, *arguments: str) -> tuple[int, str, str]:
+    return run(capsys, "generate", "--config", T2V, "--output", str(output), "--prompt", "a red circle", *arguments)
+
+
+BAD = [
+    (["--prompt", ""], "prompt: it is empty"),
+    (["--prompt", "x" * 10_001], "prompt: 10001 characters are over limits.max_prompt_chars=10000"),
+    (["--height", "50"], "height: 50 is not a multiple of 16; the nearest is 48"),
+    (["--width", "-16"], "width: -16 is not a multiple of 16; the nearest is 16"),
+    (["--num-frames", "8"], "num_frames: 8 is not 4k + 1; the nearest is 9"),
+    (["--num-inference-steps", "0"], "num_inference_steps: 0"),
+    (["--height", "512", "--width", "512"], "limits.max_pixels=65536"),
+    (["--num-frames", "101"], "limits.max_frames=33"),
+    (["--guidance-scale", "nan"], "guidance_scale: nan"),
+    (["--guidance-scale", "inf"], "guidance_scale: inf"),
+    (["--guidance-scale-2", "3"], "guidance_scale_2: 3.0 given, but this model has one transformer"),
+    (["--seed", "-1"], "seed: -1"),
+    (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
+    (["--image", "README.md"], "image: given, but a model of task t2v takes none"),
+    (["--imag", "README.md"], "unrecognized arguments"),
+    (["model.path=/no/such/folder"], "model.path: '/no/such/folder' is no folder on this node"),
+    (["stages.transformer.replica=2"], "did you mean stages.transformer.replicas?"),
+    (["stages.transformer.replicas=0"], "stages.transformer.replicas: 0 is not possible"),
+    (["replicas"], "override: 'replicas' is not KEY=VALUE"),
+    (["stages.encoder.blocks=[text_encodr]"], "no block 'text_encodr'; did you mean text_encoder?"),
+    (["stages.encoder.blocks=[decode]"], "'prompt_embeds' has no producer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = generate(capsys, tmp_path / "out.mp4", "--local", *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept_without_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.mp4"
+    output.write_bytes(b"mine")
+    assert generate(capsys, output)[0] == 2
+    assert output.read_bytes() == b"mine"
+
+
+def test_missing_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "generate", "--config", "conf/none.yaml", "--output", "x.mp4", "--prompt", "x")
+    assert (status, "conf/none.yaml" in err) == (2, True)
+
+
+def test_local_run_writes_a_video_that_decodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "out.mp4"
+    status, out, _ = generate(capsys, output, "--local", "stages.encoder.num_threads=1", "--fps", "12")
+    assert status == 0
+    assert f"wrote {output}" in out
+    assert iio.imread(output, plugin="FFMPEG").shape == (9, 64, 64, 3)
+    assert iio.immeta(output, plugin="FFMPEG")["fps"] == 12
+
+
+def test_suffix_decides_the_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("frames.npy", "frames", "frames.gif"):
+        assert generate(capsys, tmp_path / name, "--local", "--seed", "7")[0] == 0
+    frames = np.load(tmp_path / "frames.npy")
+    images = np.stack([iio.imread(path) for path in sorted((tmp_path / "frames").iterdir())])
+    assert (frames.shape, frames.dtype, images.shape) == ((9, 64, 64, 3), np.float32, (9, 64, 64, 3))
+    assert np.array_equal((frames * 255).round().astype(np.uint8), images)
+
+
+def test_config_prints_what_was_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "config", "stages.transformer.replicas=3", "--config", T2V)
+    assert status == 0
+    assert "replicas: 3" in out
+    assert "path: random:tiny-t2v" in out
+
+
+def test_every_request_field_has_a_flag_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for field, meaning in cli.field_docs(cli.Request).items():
+        if field != "format":
+            assert f"--{field.replace('_', '-')}" in out
+            assert meaning.split(";")[0][:40] in out
+
+
+def test_unknown_command_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "generat")[0] == 2
+    assert run(capsys)[0] == 0
+
+
+def test_make_checkpoint_names_the_nearest_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "make-checkpoint", "tiny-t2w", str(tmp_path / "model"))
+    assert status == 2
+    assert "tiny-t2v" in err
+
+
+@pytest.mark.slow
+def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
+    arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
+    arguments += ["stages.transformer.num_gpus=64"]
+    done = subprocess.run(
+        [*COMMAND, *arguments], check=False, env=NO_CLUSTER, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "64 GPUs are asked for (encoder 1 x 0, transformer 1 x 64, decoder 1 x 0)" in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
+    shared_before = set(Path("/dev/shm").iterdir())
+    output = tmp_path / "out.mp4"
+    arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(output)]
+    arguments += ["--num-inference-steps", "100", "--height", "256", "--width", "256", "--num-frames", "33"]
+    child = subprocess.Popen(
+        [*COMMAND, *arguments], env=NO_CLUSTER, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stderr is not None
+        log = next(line for line in child.stderr if "encoder-0 done" in line)
+        started = psutil.Process(child.pid).children(recursive=True)
+        assert len(started) > 3, log
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+    deadline = time.monotonic() + 15
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in started):
+        assert time.monotonic() < deadline, [process for process in started if process.is_running()]
+        time.sleep(0.1)
+    assert set(Path("/dev/shm").iterdir()) <= shared_before
+    assert not output.exists()

@@ -1,0 +1,334 @@
+"""Files, bases and overrides become one checked configuration, or one line that says why not."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from disagg_ray import ConfigError, load_config
+from disagg_ray.config import Config, DefaultsConfig, LimitsConfig, ModelConfig, known_keys, to_yaml
+
+CONF = Path(__file__).parent.parent / "conf"
+T2V = CONF / "tiny_t2v.yaml"
+BASES = {"base.yaml", "tiny.yaml", "wan.yaml"}
+MODELS = sorted(path.name for path in CONF.glob("*.yaml") if path.name not in BASES)
+PUBLISHED = [name for name in MODELS if name.startswith("wan")]
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """Return the message with which a configuration is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, *overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@cache
+def published(name: str) -> Config:
+    return load_config(CONF / name)
+
+
+def write(folder: Path, name: str = "model.yaml", **layer: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(layer))  # which is YAML too
+    return path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_s_file_loads(name: str) -> None:
+    config = load_config(CONF / name)
+    assert set(config.stages) == {"encoder", "transformer", "decoder"}
+    assert (config.defaults.guidance_scale_2 is not None) == ("a14b" in name)
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+def test_a_shared_file_lacks_only_the_model(name: str) -> None:
+    assert refusal(CONF / name).startswith("model.path: not given")
+    assert load_config(CONF / name, "model.path=random:tiny-t2v").stages
+
+
+def test_a_file_of_published_models_is_there_for_each() -> None:
+    assert len(PUBLISHED) == 7
+    assert not {name for name in MODELS if name not in PUBLISHED and not name.startswith("tiny_")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_pinned_to_a_commit_and_leaves_the_rest_to_its_checkpoint(name: str) -> None:
+    model = published(name).model
+    assert model.path.startswith("Wan-AI/Wan2.")
+    assert model.path.lower().endswith("-diffusers")
+    assert model.revision is not None
+    assert len(bytes.fromhex(model.revision)) == 20
+    assert (model.flow_shift, model.boundary_ratio) == (None, None)
+    assert (model.dtype.text_encoder, model.dtype.transformer, model.dtype.vae) == ("bfloat16", "bfloat16", "float32")
+
+
+def test_published_models_differ_in_repository_and_commit() -> None:
+    models = [published(name).model for name in PUBLISHED]
+    assert len({model.path for model in models}) == len({model.revision for model in models}) == len(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "size", "steps", "guidance"),
+    [
+        ("wan21_t2v_1_3b.yaml", "t2v", (480, 832), 50, (5.0, None)),
+        ("wan21_t2v_14b.yaml", "t2v", (720, 1280), 50, (5.0, None)),
+        ("wan21_i2v_14b_480p.yaml", "i2v", (480, 832), 40, (5.0, None)),
+        ("wan21_i2v_14b_720p.yaml", "i2v", (720, 1280), 40, (5.0, None)),
+        ("wan21_flf2v_14b_720p.yaml", "flf2v", (720, 1280), 50, (5.0, None)),
+        ("wan22_t2v_a14b.yaml", "t2v", (720, 1280), 40, (4.0, 3.0)),
+        ("wan22_i2v_a14b.yaml", "i2v", (720, 1280), 40, (3.5, 3.5)),
+    ],
+)
+def test_a_published_model_s_defaults_are_wan_s_own(
+    name: str, task: str, size: tuple[int, int], steps: int, guidance: tuple[float, float | None]
+) -> None:
+    config = published(name)
+    defaults = config.defaults
+    assert config.model.task == task
+    assert (defaults.height, defaults.width) == size
+    assert (defaults.num_frames, defaults.fps, defaults.num_inference_steps) == (81, 16, steps)
+    assert (defaults.guidance_scale, defaults.guidance_scale_2) == guidance
+    assert "最差质量，低质量，JPEG压缩残留" in defaults.negative_prompt
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_fits_on_two_gpus(name: str) -> None:
+    stages = published(name).stages
+    assert sum(stage.num_gpus * stage.replicas for stage in stages.values()) == 2
+    assert {stage.torch_device for stage in stages.values()} == {"cuda"}
+
+
+def test_base_repeats_no_default_of_the_schema() -> None:
+    layer = OmegaConf.load(CONF / "base.yaml")
+    assert set(layer) == {"stages"}
+    assert all(set(stage) == {"blocks"} for stage in layer.stages.values())
+
+
+def test_every_key_says_what_it_means() -> None:
+    keys = known_keys()
+    assert len(keys) == len(set(keys))
+    assert {"model.dtype.vae", "stages.*.blocks", "transport.verify", "cluster.start_timeout_s"} <= set(keys)
+    assert {f"defaults.{f.name}" for f in fields(DefaultsConfig)} <= set(keys)
+
+
+def test_overrides_apply_in_order() -> None:
+    config = load_config(T2V, "defaults.fps=10", "limits.max_steps=90", "defaults.fps=12")
+    assert (config.defaults.fps, config.limits.max_steps) == (12, 90)
+
+
+def test_an_override_changes_one_stage_only() -> None:
+    stages = load_config(T2V, "stages.transformer.replicas=2").stages
+    assert {name: stage.replicas for name, stage in stages.items()} == {"encoder": 1, "transformer": 2, "decoder": 1}
+
+
+def test_an_override_adds_a_stage() -> None:
+    config = load_config(T2V, "stages.eye.blocks=[image_encoder]", "stages.eye.num_gpus=0.5")
+    assert config.stages["eye"].blocks == ["image_encoder"]
+    assert config.stages["eye"].torch_device == "cuda"
+    assert config.max_in_flight == 2 * 4
+
+
+def test_an_override_may_hold_an_equals_sign() -> None:
+    assert load_config(T2V, "defaults.negative_prompt=a=b").defaults.negative_prompt == "a=b"
+
+
+def test_files_build_on_each_other_from_wherever_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path, "low.yaml", model={"path": "low"}, stages={"all": {"blocks": ["a"]}}, defaults={"fps": 5})
+    write(tmp_path, "inner/middle.yaml", base="../low.yaml", model={"path": "middle"}, limits={"max_steps": 70})
+    top = write(tmp_path, "top.yaml", base="inner/middle.yaml", limits={"max_steps": 60})
+    config = load_config(top)
+    assert (config.model.path, config.defaults.fps, config.limits.max_steps) == ("middle", 5, 60)
+
+
+@pytest.mark.parametrize("name", ["tiny_i2v.yaml", "wan21_flf2v_14b_720p.yaml", "wan22_t2v_a14b.yaml"])
+def test_the_printed_configuration_loads_again_equal(name: str, tmp_path: Path) -> None:
+    config = load_config(CONF / name, "transport.pool_bytes=123456", "stages.encoder.num_threads=3")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(printed) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("modl.path=x", "modl", "model"),
+        ("model.pth=x", "model.pth", "model.path"),
+        ("model.dtype.transfomer=float32", "model.dtype.transfomer", "model.dtype.transformer"),
+        ("defaults.guidance=3", "defaults.guidance", "defaults.guidance_scale"),
+        ("limit.max_frames=5", "limit", "limits"),
+        ("stages.transformer.replica=2", "stages.transformer.replica", "stages.transformer.replicas"),
+        ("transport.verfy=true", "transport.verfy", "transport.verify"),
+        ("cluster.adress=x", "cluster.adress", "cluster.address"),
+        ("max_frames=5", "max_frames", "limits.max_frames"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest(override: str, key: str, nearest: str) -> None:
+    assert refusal(T2V, override) == f"{key}: no such key; did you mean {nearest}?"
+
+
+def test_a_misspelt_key_in_a_file_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, base=str(T2V), stages={"encoder": {"blocs": ["text_encoder"]}})
+    assert refusal(path) == "stages.encoder.blocs: no such key; did you mean stages.encoder.blocks?"
+
+
+def test_a_key_like_no_other_points_to_the_list() -> None:
+    assert "disagg-ray config" in refusal(T2V, "zzzzzzzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.transformer.replicas=two", ("stages.transformer.replicas", "two")),
+        ("stages.transformer.replicas=2.5", ("stages.transformer.replicas", "2.5")),
+        ("stages.transformer.replicas=true", ("stages.transformer.replicas", "True")),
+        ("stages.transformer.blocks=denoise", ("stages.transformer.blocks",)),
+        ("stages.transformer=null", ("stages.transformer",)),
+        ("stages.transformer.blocks[0]=denoise", ("stages.transformer.blocks[0]=denoise",)),
+        ("stages=[encoder]", ("stages=[encoder]",)),
+        ("stages=3", ("stages", "int")),
+        ("model=null", ("model",)),
+        ("model.dtype=float16", ("model.dtype", "float16")),
+        ("model.path={a: 1}", ("model.path", "{'a': 1}")),
+        ("model.path=${nowhere}", ("model.path", "nowhere")),
+        ("defaults.fps=16.5", ("defaults.fps", "16.5")),
+        ("defaults.negative_prompt=null", ("defaults.negative_prompt", "None")),
+        ("transport.verify=maybe", ("transport.verify", "maybe")),
+        ("transport.pool_bytes=1.5", ("transport.pool_bytes", "1.5")),
+        ("cluster.start_timeout_s=soon", ("cluster.start_timeout_s", "soon")),
+    ],
+)
+def test_a_wrong_type_is_refused_by_name(override: str, words: Sequence[str]) -> None:
+    message = refusal(T2V, override)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("model.task=v2v", "'v2v'"),
+        ("model.max_sequence_length=0", "0"),
+        ("model.flow_shift=0", "0"),
+        ("model.flow_shift=.nan", "nan"),
+        ("model.flow_shift=.inf", "inf"),
+        ("model.boundary_ratio=1.5", "1.5"),
+        ("model.boundary_ratio=.nan", "nan"),
+        *((f"model.dtype.{f.name}=fp16", "'fp16'") for f in fields(ModelConfig().dtype)),
+        *((f"limits.{f.name}=0", "0") for f in fields(LimitsConfig)),
+        ("defaults.height=100", "100"),
+        ("defaults.width=0", "0"),
+        ("defaults.width=-16", "-16"),
+        ("defaults.num_frames=8", "8"),
+        ("defaults.num_frames=-3", "-3"),
+        ("defaults.num_frames=37", "37"),
+        ("defaults.num_inference_steps=0", "0"),
+        ("defaults.num_inference_steps=101", "101"),
+        ("defaults.guidance_scale=.nan", "nan"),
+        ("defaults.guidance_scale=-1", "-1"),
+        ("defaults.guidance_scale_2=.inf", "inf"),
+        ("defaults.fps=0", "0"),
+        ("defaults.fps=241", "241"),
+        ("stages.encoder.blocks=[]", "[]"),
+        ("stages.encoder.replicas=0", "0"),
+        ("stages.encoder.num_gpus=-1", "-1"),
+        ("stages.encoder.num_gpus=1.5", "1.5"),
+        ("stages.encoder.num_gpus=.nan", "nan"),
+        ("stages.encoder.num_gpus=.inf", "inf"),
+        ("stages.encoder.num_cpus=-1", "-1"),
+        ("stages.encoder.num_cpus=.inf", "inf"),
+        ("stages.encoder.num_threads=0", "0"),
+        ("stages.encoder.dtype=fp16", "'fp16'"),
+        ("stages.encoder.device=tpu", "'tpu'"),
+        ("transport.protocol=udp", "'udp'"),
+        ("transport.port_range=15000", "'15000'"),
+        ("transport.port_range=20000-10000", "'20000-10000'"),
+        ("transport.port_range=80-90", "'80-90'"),
+        ("transport.port_range=60000-70000", "'60000-70000'"),
+        ("transport.pool_bytes=0", "0"),
+        ("transport.pool_bytes=much", "'much'"),
+        ("transport.driver_pool_bytes=-1", "-1"),
+        ("transport.timeout_s=4", "4"),
+        ("transport.timeout_s=.inf", "inf"),
+        ("cluster.num_gpus=-1", "-1"),
+        ("cluster.start_timeout_s=0", "0"),
+        ("cluster.start_timeout_s=.nan", "nan"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_a_remedy(override: str, shown: str) -> None:
+    key = override.partition("=")[0]
+    start, remedy = refusal(T2V, override).split(" is not possible: ")
+    assert start.startswith(f"{key}: {shown}")
+    assert remedy
+
+
+def test_a_default_size_over_the_limit_is_refused() -> None:
+    message = refusal(T2V, "defaults.height=2048")
+    assert message == "defaults.height x width: 131072 is not possible: limits.max_pixels is 65536"
+
+
+def test_a_stage_s_name_must_do_for_an_actor() -> None:
+    assert refusal(T2V, "stages.my-stage.blocks=[denoise]").startswith("stages.my-stage: 'my-stage' is not possible")
+
+
+def test_a_new_stage_needs_blocks() -> None:
+    assert refusal(T2V, "stages.extra.replicas=1").startswith("stages.extra.blocks: [] is not possible")
+
+
+def test_no_stage_at_all_is_refused(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path, model={"path": "x"})).startswith("stages: [] is not possible")
+
+
+@pytest.mark.parametrize("override", ["transformer", "=3", " =3", ""])
+def test_an_override_must_be_key_and_value(override: str) -> None:
+    assert refusal(T2V, override).startswith(f"override: {override!r} is not KEY=VALUE")
+
+
+def test_an_override_that_is_not_yaml_is_refused() -> None:
+    assert "stages.transformer.blocks=[denoise" in refusal(T2V, "stages.transformer.blocks=[denoise")
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ".", "x" * 300 + ".yaml"])
+def test_a_missing_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert str(path) in refusal(path)
+
+
+def test_a_missing_base_is_refused_by_name(tmp_path: Path) -> None:
+    assert "nowhere.yaml" in refusal(write(tmp_path, base="nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [1, 2", b"a: b: c", b"\tkey: 1", b"a: 1\na: 2", b"- a\n- b", b"5", b"\xff\xfe\x00", b"a: ${b"],
+    ids=["open list", "two colons", "tab", "twice the same key", "list", "number", "not text", "open interpolation"],
+)
+def test_a_file_of_something_else_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    assert str(path) in refusal(path)
+
+
+def test_files_that_build_on_each_other_in_a_circle_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", base="b.yaml")
+    path = write(tmp_path, "b.yaml", base="a.yaml")
+    assert "builds on itself" in refusal(path)
+
+
+@pytest.mark.parametrize(("num_cpus", "num_threads", "expected"), [(2.5, None, 3), (0.0, None, 1), (4.0, 2, 2)])
+def test_threads_follow_cpus_unless_given(num_cpus: float, num_threads: int | None, expected: int) -> None:
+    given = "null" if num_threads is None else num_threads
+    stage = load_config(T2V, f"stages.encoder.num_cpus={num_cpus}", f"stages.encoder.num_threads={given}")
+    assert stage.stages["encoder"].torch_threads == expected
+
+
+def test_a_stage_s_dtype_overrides_the_component_s() -> None:
+    config: Config = load_config(T2V, "model.dtype.transformer=float16", "stages.decoder.dtype=bfloat16")
+    assert config.dtype_of("transformer", "transformer_2") == "float16"
+    assert config.dtype_of("decoder", "vae") == "bfloat16"
+    assert config.dtype_of("encoder", "vae") == "float32"

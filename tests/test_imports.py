@@ -1,0 +1,155 @@
+"""Imports go one way, and each foreign library has one importer."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "disagg_ray"
+
+LAYERS = (
+    {"jobs"},
+    {"cli", "__main__"},
+    {"report", "batch", "doctor"},
+    {"__init__"},
+    {"pipeline", "local"},
+    {"placement"},
+    {"replica", "scheduler"},
+    {"stage", "result", "metrics"},
+    {"models", "transfer", "output", "progress"},
+    {"request"},
+    {"video"},
+    {"config", "graph"},
+    {"environment", "handoff"},
+    {"errors", "version"},
+)
+"""Units of the package, highest first; each imports only from those below. A folder is one unit."""
+
+IMPORTERS = {
+    "mooncake": {"transfer.engine"},
+    "imageio": {"video"},
+    "PIL": {"video"},
+    "omegaconf": {"config"},
+    "yaml": {"config"},
+    "fsspec": {"output"},
+    "rich": {"report", "cli"},
+    "zmq": {"progress"},
+    "diffusers": {"models"},
+    "transformers": {"models"},
+    "tokenizers": {"models"},
+    "huggingface_hub": {"models"},
+    "ray": {"pipeline", "placement", "replica", "scheduler", "metrics", "doctor"},
+}
+"""Foreign libraries, and the modules or units that may import them."""
+
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+} | {f"jobs.{path.stem}": path for path in sorted((ROOT / "jobs").glob("*.py"))}  # fmt: skip
+"""Every module by its name below the package."""
+
+
+@cache
+def parse(path: Path) -> list[ast.AST]:
+    """Return every node that runs, function bodies included and `if TYPE_CHECKING:` left out."""
+    nodes: list[ast.AST] = []
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        nodes.append(node)
+        typing_only = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        pending += node.orelse if typing_only and isinstance(node, ast.If) else ast.iter_child_nodes(node)
+    return nodes
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the full name of every module or attribute a file imports."""
+    for node in parse(path):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_modules(path: Path) -> set[str]:
+    """Return the modules of this package that a file imports."""
+    found = set()
+    for name in imported(path):
+        first, *parts = name.split(".")
+        if first == "disagg_ray":
+            while parts and not {".".join(parts), ".".join([*parts, "__init__"])} & set(FILES):
+                parts.pop()
+            dotted = ".".join(parts)
+            found.add(dotted if dotted in FILES else ".".join([*parts, "__init__"]))
+    return found
+
+
+def layer_of(module: str) -> int:
+    unit = module.split(".", maxsplit=1)[0]
+    return next((depth for depth, units in enumerate(LAYERS) if unit in units), -1)
+
+
+def is_sibling(module: str, other: str) -> bool:
+    return "." in module and module.split(".", maxsplit=1)[0] == other.split(".", maxsplit=1)[0]
+
+
+def test_the_reader_of_imports_sees_functions_and_skips_typing(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "if TYPE_CHECKING:\n    import PIL\nelse:\n    import zmq\n"
+        "def late():\n    from disagg_ray.models import maker\n    from disagg_ray import Request, config\n"
+    )
+    assert set(imported(path)) == {"zmq", "disagg_ray.models.maker", "disagg_ray.Request", "disagg_ray.config"}
+    assert own_modules(path) == {"models.maker", "__init__", "config"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module: str) -> None:
+    assert layer_of(module) >= 0, f"{module} has no layer: give it one"
+    upwards = {
+        other
+        for other in own_modules(FILES[module])
+        if not is_sibling(module, other) and layer_of(other) <= layer_of(module)
+    }
+    assert not upwards
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    TopologicalSorter({module: own_modules(path) - {module} for module, path in FILES.items()}).prepare()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_each_foreign_library_has_its_importers(module: str) -> None:
+    libraries = {name.split(".")[0] for name in imported(FILES[module])} & set(IMPORTERS)
+    unit = module.split(".", maxsplit=1)[0]
+    assert not {library for library in libraries if not {module, unit} & IMPORTERS[library]}
+
+
+@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "omegaconf", "fsspec", "diffusers", "ray"])
+def test_each_importer_is_seen(library: str) -> None:
+    assert any(name.split(".")[0] == library for path in FILES.values() for name in imported(path))
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"environment"}))
+def test_only_environment_touches_environment_variables(module: str) -> None:
+    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+    touched = {node.attr for node in parse(FILES[module]) if isinstance(node, ast.Attribute) and node.attr in names}
+    touched |= {name for name in imported(FILES[module]) if name.rpartition(".")[2] in names}
+    assert not touched
+
+
+def test_checking_a_request_imports_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from disagg_ray import Request, load_config; from disagg_ray.request import resolve;"
+        f"resolve(Request(prompt='a cat'), load_config({str(ROOT / 'conf' / 'tiny_t2v.yaml')!r}));"
+        "print(sorted({'ray', 'torch', 'diffusers', 'transformers', 'mooncake'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"

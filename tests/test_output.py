@@ -1,0 +1,275 @@
+"""Results are written whole, where the user said, or not at all."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from disagg_ray import OutputError, Request, Result, load_config
+from disagg_ray.output import check_output, format_of, write
+from disagg_ray.request import resolve
+from disagg_ray.video import Frames, quantise
+
+CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
+FRAMES: Frames = np.random.default_rng(0).random((3, 16, 32, 3), np.float32)
+NAMES = {"mp4": "out.mp4", "gif": "out.gif", "npy": "out.npy", "png": "out"}
+
+
+@pytest.fixture(autouse=True)
+def empty_memory() -> Iterator[None]:
+    """Start every test with nothing under memory://."""
+    fsspec.filesystem("memory").store.clear()
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
+def result(format: str = "mp4") -> Result:
+    request, _ = resolve(Request(prompt="a cat", format=format), CONFIG)
+    encoded = format in ("mp4", "gif")
+    return Result(request, 1.0, (), b"encoded" if encoded else None, None if encoded else FRAMES)
+
+
+def refusal(output: Any, *, overwrite: bool = False, in_job: bool = False) -> str:
+    """Return the message with which an output is refused before any work."""
+    with pytest.raises(OutputError) as caught:
+        check_output(output, overwrite=overwrite, in_job=in_job)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("output", "format"),
+    [
+        ("a.mp4", "mp4"), ("a.MP4", "mp4"), ("a.gif", "gif"), ("a.Gif", "gif"), ("a.npy", "npy"), ("a", "png"),
+        ("a.b/c", "png"), ("a/", "png"), ("s3://bucket/a.mp4", "mp4"), ("file:///tmp/a.NPY", "npy"),
+    ],
+)  # fmt: skip
+def test_the_suffix_decides_the_format(output: str, format: str) -> None:
+    assert format_of(output) == format_of(Path(output)) == format
+
+
+@pytest.mark.parametrize("output", ["a.avi", "a.mp4.txt", "s3://bucket/a.webm", "a.jpg"])
+def test_an_unknown_suffix_is_refused_by_name(output: str) -> None:
+    message = refusal(output)
+    assert repr(Path(output).suffix) in message
+    assert ".mp4, .gif, .npy" in message
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif"])
+def test_an_encoded_file_is_written_as_it_is(format: str, tmp_path: Path) -> None:
+    path = result(format).save(tmp_path / NAMES[format])
+    assert path == tmp_path / NAMES[format]
+    assert Path(path).read_bytes() == b"encoded"
+
+
+def test_npy_keeps_every_bit(tmp_path: Path) -> None:
+    result("npy").save(tmp_path / "out.npy")
+    loaded = np.load(tmp_path / "out.npy", allow_pickle=False)
+    assert loaded.dtype == np.float32
+    assert (loaded == FRAMES).all()
+
+
+def test_png_is_a_folder_of_numbered_frames(tmp_path: Path) -> None:
+    result("png").save(tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["frame_00000.png", "frame_00001.png", "frame_00002.png"]
+    with Image.open(tmp_path / "out" / names[2]) as image:
+        assert (np.asarray(image) == quantise(FRAMES[2])).all()
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_folders_above_are_created(format: str, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / NAMES[format]
+    check_output(path, overwrite=False)
+    assert not (tmp_path / "a").exists()
+    result(format).save(path)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("made", NAMES)
+@pytest.mark.parametrize("wanted", NAMES)
+def test_a_suffix_of_another_format_is_refused_by_both_names(made: str, wanted: str, tmp_path: Path) -> None:
+    if made == wanted:
+        assert result(made).save(tmp_path / NAMES[wanted])
+        return
+    with pytest.raises(OutputError, match=f"asks for {wanted}, but the request's format is {made}"):
+        result(made).save(tmp_path / NAMES[wanted])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_an_existing_output_is_kept_unless_told(format: str, tmp_path: Path) -> None:
+    path = tmp_path / NAMES[format]
+    result(format).save(path)
+    assert "exists; give --overwrite" in refusal(path)
+    with pytest.raises(OutputError, match="exists"):
+        result(format).save(path, overwrite=False)
+    check_output(path, overwrite=True)
+
+
+def test_an_existing_file_is_replaced_when_told(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").write_bytes(b"something old and longer")
+    (tmp_path / "reader").hardlink_to(tmp_path / "out.mp4")
+    result().save(tmp_path / "out.mp4", overwrite=True)
+    assert (tmp_path / "out.mp4").read_bytes() == b"encoded"
+    assert (tmp_path / "reader").read_bytes() == b"something old and longer", "whoever reads the old one is disturbed"
+    assert {path.name for path in tmp_path.iterdir()} == {"out.mp4", "reader"}
+
+
+def test_an_existing_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "frame_00009.png").touch()
+    result("png").save(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "frame_00009.png").exists()
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "frame_1.jpg", "frame_00001.png.bak", "frames"])
+def test_a_folder_with_other_files_is_never_replaced(foreign: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / foreign).touch()
+    assert "other files than frames" in refusal(tmp_path / "out", overwrite=True)
+    with pytest.raises(OutputError, match="other files"):
+        result("png").save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / foreign).exists()
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").mkdir()
+    (tmp_path / "out").touch()
+    assert "is a folder" in refusal(tmp_path / "out.mp4", overwrite=True)
+    assert "is no folder" in refusal(tmp_path / "out", overwrite=True)
+
+
+def test_a_file_cannot_hold_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = refusal(tmp_path / "file" / "deeper" / "out.mp4")
+    assert "out.mp4" in message
+    assert "is not a folder that can be written" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    assert "is not a folder that can be written" in refusal(tmp_path / "out.mp4")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert repr(str(tmp_path)) in refusal(tmp_path / "new" / "out.mp4")
+
+
+@pytest.mark.parametrize("output", ["", ".", "x" * 300 + ".mp4"])
+def test_what_cannot_be_a_file_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(output, overwrite=True).startswith(f"output: {output!r}")
+
+
+def test_a_relative_path_in_a_ray_job_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    message = refusal("videos/out.mp4", in_job=True)
+    assert "absolute path" in message
+    assert "s3://" in message
+    assert "relative" in refusal("file://out.mp4", in_job=True)
+    check_output(tmp_path / "out.mp4", overwrite=False, in_job=True)
+    check_output("~/out.mp4", overwrite=True, in_job=True)
+    check_output("memory://out.mp4", overwrite=False, in_job=True)
+
+
+def test_a_relative_path_lands_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result().save("out.mp4")
+    assert (tmp_path / "out.mp4").exists()
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert result().save("~/out.mp4") == tmp_path / "out.mp4"
+    assert (tmp_path / "out.mp4").exists()
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/new/out.mp4"
+    assert result().save(url) == tmp_path / "new" / "out.mp4"
+    assert "exists" in refusal(url)
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif", "npy"])
+def test_a_url_is_written_and_kept_unless_told(format: str) -> None:
+    url = f"memory://folder/{NAMES[format]}"
+    assert result(format).save(url) == url
+    with fsspec.open(url) as source:
+        assert source.read(6) == (b"\x93NUMPY" if format == "npy" else b"encode")
+    assert "exists" in refusal(url)
+    check_output(url, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("memory://folder/frames", "local path"),
+        ("https://example.org/out.mp4", "cannot be written"),
+        ("nosuch://folder/out.mp4", "cannot be reached"),
+    ],
+)
+def test_a_url_that_cannot_take_the_result_is_refused(url: str, words: str) -> None:
+    message = refusal(url)
+    assert repr(url) in message
+    assert words in message
+
+
+def disk_is_full(*_: object) -> bytes:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("format", ["mp4", "npy"])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / NAMES[format]
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    with pytest.raises(OutputError, match="No space left"):
+        result(format).save(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failing_folder_leaves_the_old_one_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result("png").save(tmp_path / "out")
+    before = (tmp_path / "out" / "frame_00000.png").read_bytes()
+    written = iter([b"whole"])
+    monkeypatch.setattr("disagg_ray.output.encode_png", lambda frame: next(written, None) or disk_is_full())
+    with pytest.raises(OutputError, match="No space left"):
+        result("png").save(tmp_path / "out")
+    assert (tmp_path / "out" / "frame_00000.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(b"encoded", "mp4", tmp_path / "out.mp4", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_is_respected(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        result().save(tmp_path / "out.mp4")
+        result("png").save(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out.mp4").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+    assert stat.S_IMODE((tmp_path / "out" / "frame_00000.png").stat().st_mode) == 0o666 & ~umask

@@ -1,0 +1,373 @@
+"""Frames equal the stock diffusers pipelines' bit for bit, wherever the model is cut and however tensors travel."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from disagg_ray.config import Config, StageConfig, TransportConfig, load_config
+from disagg_ray.errors import Cancelled
+from disagg_ray.graph import FRAMES, build_graph
+from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.local import LocalPipeline
+from disagg_ray.models.shapes import get_shape
+from disagg_ray.replica import Replica, Reply, Task
+from disagg_ray.request import Request, ResolvedRequest, resolve
+from disagg_ray.stage import frame_bytes
+from disagg_ray.transfer.pool import Pool
+from disagg_ray.video import to_array
+
+HOST = "127.0.0.1"
+CONF = Path(__file__).parents[1] / "conf"
+
+TASKS = ("t2v", "i2v", "flf2v", "a14b_t2v", "a14b_i2v")
+IMAGE_TASKS = ("i2v", "flf2v", "a14b_i2v")
+TWO_TRANSFORMERS = ("a14b_t2v", "a14b_i2v")
+
+Arguments = dict[str, Any]
+T = TypeVar("T")
+Load = Callable[..., T]
+
+PLAIN: Arguments = {
+    "prompt": "a red circle", "negative_prompt": "blurry", "image": (190, 130), "last_image": (130, 190), "height": 32,
+    "width": 48, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 5.0, "guidance_scale_2": 2.5, "seed": 7,
+}  # fmt: skip
+"""Of which a model gets those it takes; images are (width, height) here."""
+
+GUIDED, UNGUIDED, TALL, LOW_NOISE_UNGUIDED = "guided", "unguided", "tall from a square", "low noise unguided"
+
+CASES: dict[str, Arguments] = {
+    GUIDED: {},
+    UNGUIDED: {"image": (32, 32), "last_image": (32, 32), "height": 32, "width": 32, "num_frames": 9,
+               "num_inference_steps": 2, "guidance_scale": 1.0, "prompt": "two", "seed": 2},
+    TALL: {"image": (96, 96), "last_image": (32, 32), "height": 48, "width": 32, "prompt": "three", "seed": 2**63 - 1},
+    LOW_NOISE_UNGUIDED: {"guidance_scale_2": 1.0},
+}  # fmt: skip
+"""What differs from `PLAIN`."""
+
+CUTS = THREE, FOUR, TWO, ONE = "three stages", "four stages", "two stages", "one stage"
+
+
+def recut(config: Config, cut: str) -> Config:
+    """Return the configuration of three stages with its blocks laid out otherwise."""
+    encoder, transformer, decoder = (config.stages[name].blocks for name in ("encoder", "transformer", "decoder"))
+    stages = {
+        THREE: {"encoder": encoder, "transformer": transformer, "decoder": decoder},
+        FOUR: {"decoder": decoder, "text": encoder[:1], "transformer": transformer, "image": encoder[1:]},
+        TWO: {"maker": encoder + transformer, "decoder": decoder},
+        ONE: {"fused": encoder + transformer + decoder},
+    }[cut]
+    return replace(config, stages={name: StageConfig(blocks=blocks) for name, blocks in stages.items()})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A tiny checkpoint: its configuration, and the stock pipeline of it."""
+
+    task: str
+    config: Config
+    stock: Any
+    make_image: Callable[..., Image.Image]
+    expected: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def arguments(self, case: str) -> Arguments:
+        asked = PLAIN | CASES[case]
+        shape = get_shape(f"tiny-{self.task.replace('_', '-')}")
+        takes = {
+            "image": shape.takes_image,
+            "last_image": shape.takes_last_image,
+            "guidance_scale_2": shape.transformer_2 is not None,
+        }
+        asked = {name: value for name, value in asked.items() if takes.get(name, True)}
+        images = {
+            name: self.make_image(*asked[name], seed=len(name)) for name in ("image", "last_image") if takes[name]
+        }
+        return asked | images
+
+    def request(self, case: str) -> Request:
+        return Request(**self.arguments(case), format="npy")
+
+    def expect(self, case: str) -> np.ndarray:
+        """Return the stock pipeline's frames."""
+        if case not in self.expected:
+            arguments = self.arguments(case)
+            generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
+            length = self.config.model.max_sequence_length
+            result = self.stock(**arguments, generator=generator, max_sequence_length=length)
+            self.expected[case] = result.frames[0]
+        return self.expected[case]
+
+
+@dataclass
+class Job:
+    """What a driver remembers of a request."""
+
+    key: AttemptKey
+    request: ResolvedRequest
+    images: Handoff | None
+    replies: dict[str, Reply] = field(default_factory=dict)
+
+
+class Split:
+    """Replicas that hand tensors over with Mooncake, in this process, and the driver's part of the work."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        self.config = config
+        self.pool = pool
+        self.replicas = {stage: Replica(stage, 0, config) for stage in config.stages}
+        self.graph = build_graph([replica.describe().ports for replica in self.replicas.values()])
+        for replica in self.replicas.values():
+            replica.load(self.graph, host=HOST)
+
+    def submit(self, request: Request) -> Job:
+        resolved, images = resolve(request, self.config)
+        key = AttemptKey(request.id, 0)
+        pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
+        self.pool.reserve(key, {name: tensor.nbytes for name, tensor in pixels.items()})
+        return Job(key, resolved, self.pool.publish(key, pixels) if pixels else None)
+
+    def task(self, job: Job, stage: str) -> Task:
+        handoffs = [job.replies[producer].handoff for producer in self.graph.producers(stage)]
+        if job.images is not None and self.graph.image_inputs(stage):
+            handoffs.append(job.images)
+        return Task(job.key, job.request, tuple(handoffs))
+
+    def prefetch(self, job: Job, stage: str) -> None:
+        self.replicas[stage].prefetch(self.task(job, stage))
+
+    def run(self, job: Job, stage: str) -> None:
+        """Run a stage, and release the producers that nobody needs any more."""
+        job.replies[stage] = self.replicas[stage].run(self.task(job, stage))
+        for producer in self.graph.producers(stage):
+            if job.replies.keys() >= set(self.graph.consumers(producer)):
+                self.replicas[producer].release(job.key)
+
+    def collect(self, job: Job) -> np.ndarray:
+        """Pull the frames, piece by piece, and release everything."""
+        frames: list[np.ndarray] = []
+        while len(frames) < job.replies[self.graph.last].num_frames:
+            piece = self.replicas[self.graph.last].piece(job.key, len(frames))
+            key = AttemptKey(f"{job.key.request_id}/piece", len(frames))
+            self.pool.reserve(key, {FRAMES: piece.nbytes})
+            frames.extend(self.pool.pull(key, piece)[FRAMES].clone().numpy())
+            self.pool.release(key)
+        self.release(job)
+        return np.stack(frames)
+
+    def release(self, job: Job) -> None:
+        for pool in (*self.replicas.values(), self.pool):
+            pool.release(job.key)
+
+    def generate(self, request: Request) -> np.ndarray:
+        job = self.submit(request)
+        for stage in self.graph.order:
+            self.run(job, stage)
+        return self.collect(job)
+
+    def bytes_in_use(self) -> dict[str, int]:
+        """Return the bytes taken in every pool that has any."""
+        used = {stage: replica.health().bytes_in_use for stage, replica in self.replicas.items()}
+        return {name: nbytes for name, nbytes in (used | {"driver": self.pool.bytes_in_use}).items() if nbytes}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Frames are equal only for equal thread counts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint: Callable[[str], Path], image: Callable[..., Image.Image]) -> Load[Model]:
+    """Give a task's model, loaded once."""
+
+    @cache
+    def load(task: str, dtype: str = "float32") -> Model:
+        shape = get_shape(f"tiny-{task.replace('_', '-')}")
+        folder = checkpoint(shape.name)
+        wanted = {name: getattr(torch, dtype) for name in ("text_encoder", "transformer", "transformer_2")}
+        dtypes = {"default": torch.float32} | {name: wanted[name] for name in wanted if (folder / name).is_dir()}
+        stock = getattr(diffusers, shape.pipeline).from_pretrained(folder, dtype=dtypes)
+        stock.set_progress_bar_config(disable=True)
+        overrides = (f"model.path={folder}", f"model.dtype.text_encoder={dtype}", f"model.dtype.transformer={dtype}")
+        small = ("model.max_sequence_length=64", "limits.max_pixels=4096", "limits.max_frames=9",
+                 "limits.max_image_pixels=24700")  # fmt: skip
+        return Model(task, load_config(CONF / f"tiny_{task}.yaml", *overrides, *small), stock, image)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> Load[LocalPipeline]:
+    """Give a model's stages in one process, loaded once a cut."""
+    return cache(lambda model, cut: LocalPipeline(recut(model.config, cut)))
+
+
+@pytest.fixture(scope="module")
+def splits() -> Iterator[Load[Split]]:
+    """Give a model's replicas, started once a cut; the driver's pool is common to all."""
+    pool = Pool("driver", 2**20, HOST, TransportConfig())
+    closing: list[Pool | Replica] = [pool]
+
+    @cache
+    def start(model: Model, cut: str = THREE) -> Split:
+        split = Split(recut(model.config, cut), pool)
+        closing.extend(split.replicas.values())
+        return split
+
+    yield start
+    for part in closing:
+        part.close()
+
+
+def grid(tasks: Iterable[str] = TASKS, cuts: Iterable[str] = CUTS) -> list[tuple[str, str, str]]:
+    """Return every (task, cut, case) that goes together."""
+    return [
+        (task, cut, case)
+        for task, cut, case in product(tasks, cuts, CASES)
+        if cut != (TWO if task in IMAGE_TASKS else FOUR) and (case != LOW_NOISE_UNGUIDED or task in TWO_TRANSFORMERS)
+    ]
+
+
+@pytest.mark.parametrize(("task", "cut", "case"), grid())
+def test_stages_in_one_process_equal_stock(
+    models: Load[Model], pipelines: Load[LocalPipeline], task: str, cut: str, case: str
+) -> None:
+    model = models(task)
+    frames = pipelines(model, cut).generate(model.request(case)).frames
+    assert np.array_equal(frames, model.expect(case))
+
+
+@pytest.mark.parametrize(("task", "cut", "case"), [*grid(cuts=[THREE]), *grid(["i2v"], [FOUR])])
+def test_replicas_equal_stock(models: Load[Model], splits: Load[Split], task: str, cut: str, case: str) -> None:
+    model = models(task)
+    split = splits(model, cut)
+    assert np.array_equal(split.generate(model.request(case)), model.expect(case))
+    assert split.bytes_in_use() == {}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first come", "last come"])
+@pytest.mark.parametrize("task", TASKS)
+def test_interleaved_requests_equal_each_alone(
+    models: Load[Model], splits: Load[Split], task: str, order: tuple[int, int]
+) -> None:
+    model = models(task)
+    split = splits(model)
+    jobs = [split.submit(model.request(case)) for case in (GUIDED, UNGUIDED)]
+    for stage in split.graph.order:
+        for job in jobs:
+            split.prefetch(job, stage)
+        for place in order:
+            split.run(jobs[place], stage)
+    for job, case in zip(jobs, (GUIDED, UNGUIDED), strict=True):
+        assert np.array_equal(split.collect(job), model.expect(case))
+    assert split.bytes_in_use() == {}
+
+
+def test_prefetch_while_another_request_computes_changes_neither(models: Load[Model], splits: Load[Split]) -> None:
+    model = models("i2v")
+    split = splits(model)
+    jobs = [split.submit(model.request(case)) for case in (UNGUIDED, GUIDED)]
+    with ThreadPoolExecutor() as threads:
+        for stage in split.graph.order:
+            running = threads.submit(split.run, jobs[0], stage)
+            split.prefetch(jobs[1], stage)
+            running.result()
+            split.run(jobs[1], stage)
+    for job, case in zip(jobs, (UNGUIDED, GUIDED), strict=True):
+        assert np.array_equal(split.collect(job), model.expect(case))
+    assert split.bytes_in_use() == {}
+
+
+def test_slots_stay_until_every_consumer_is_done(models: Load[Model], splits: Load[Split]) -> None:
+    model = models("i2v")
+    split = splits(model, FOUR)
+    job = split.submit(model.request(GUIDED))
+    held = []
+    for stage in split.graph.order:
+        split.run(job, stage)
+        held.append(set(split.bytes_in_use()))
+    split.release(job)
+    assert held[1:] == [{"driver", "text", "image"}, {"driver", "transformer"}, {"driver", "decoder"}]
+    assert split.bytes_in_use() == {}
+
+
+def test_frames_arrive_whole_in_pieces(
+    models: Load[Model], splits: Load[Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models("t2v")
+    split = splits(model)
+    monkeypatch.setattr("disagg_ray.stage.PIECE_BYTES", 2 * frame_bytes(32 * 48))
+    job = split.submit(model.request(GUIDED))
+    for stage in split.graph.order:
+        split.run(job, stage)
+    assert split.replicas["decoder"].piece(job.key, 4).tensors[0].spec.shape == (1, 32, 48, 3)
+    assert np.array_equal(split.collect(job), model.expect(GUIDED))
+    assert split.bytes_in_use() == {}
+
+
+@pytest.mark.parametrize("task", ["i2v", "a14b_t2v"])
+def test_result_does_not_depend_on_requests_before(models: Load[Model], task: str) -> None:
+    model = models(task)
+    order = (UNGUIDED, GUIDED, UNGUIDED)
+    with LocalPipeline(model.config) as pipeline:
+        results = [pipeline.generate(model.request(case)) for case in order]
+    assert all(np.array_equal(r.frames, model.expect(case)) for r, case in zip(results, order, strict=True))
+
+
+def test_cancelled_request_leaves_no_trace(
+    models: Load[Model], splits: Load[Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models("a14b_t2v")
+    split = splits(model)
+    job = split.submit(model.request(UNGUIDED))
+    split.run(job, "encoder")
+    with monkeypatch.context() as patch, pytest.raises(Cancelled, match="step 1 of 2"):
+        patch.setattr(Pool, "is_released", lambda pool, key: key == job.key)
+        split.run(job, "transformer")
+    split.release(job)
+    assert split.bytes_in_use() == {}
+    assert np.array_equal(split.generate(model.request(GUIDED)), model.expect(GUIDED))
+
+
+@pytest.mark.parametrize("case", [GUIDED, UNGUIDED])
+@pytest.mark.parametrize("cut", [THREE, ONE])
+@pytest.mark.parametrize("task", ["t2v", "i2v", "a14b_i2v"])
+def test_bfloat16_stages_equal_stock(
+    models: Load[Model], pipelines: Load[LocalPipeline], task: str, cut: str, case: str
+) -> None:
+    model = models(task, "bfloat16")
+    frames = pipelines(model, cut).generate(model.request(case)).frames
+    assert np.array_equal(frames, model.expect(case))
+    assert not np.array_equal(frames, models(task).expect(case))
+
+
+def test_bfloat16_replicas_equal_stock(models: Load[Model], splits: Load[Split]) -> None:
+    model = models("i2v", "bfloat16")
+    split = splits(model)
+    assert np.array_equal(split.generate(model.request(GUIDED)), model.expect(GUIDED))
+    assert split.bytes_in_use() == {}
+
+
+def test_configured_schedule_and_boundary_equal_stock(models: Load[Model]) -> None:
+    model = models("a14b_t2v")
+    settings = replace(model.config.model, flow_shift=7.0, boundary_ratio=0.97)
+    scheduler = type(model.stock.scheduler).from_config(model.stock.scheduler.config, flow_shift=7.0)
+    stock = type(model.stock)(**model.stock.components | {"scheduler": scheduler}, boundary_ratio=0.97)
+    stock.set_progress_bar_config(disable=True)
+    other = replace(model, stock=stock, config=replace(model.config, model=settings), expected={})
+    with LocalPipeline(other.config) as pipeline:
+        frames = pipeline.generate(other.request(GUIDED)).frames
+    assert np.array_equal(frames, other.expect(GUIDED))
+    assert not np.array_equal(frames, model.expect(GUIDED))

@@ -1,0 +1,167 @@
+"""The pipeline on a real local Ray: one set of replicas serves every test here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
+
+pytestmark = pytest.mark.slow
+
+T2V = "conf/tiny_t2v.yaml"
+PROMPT = "a red circle moving left"
+LONG = Request(prompt=PROMPT, height=128, width=128, num_frames=17, num_inference_steps=100, id="long")
+
+
+@pytest.fixture(scope="module")
+def pipeline(cluster: None) -> Iterator[Pipeline]:
+    with Pipeline.from_config(T2V) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def local() -> LocalPipeline:
+    return LocalPipeline.from_config(T2V)
+
+
+def wait_until_empty(pipeline: Pipeline, timeout_s: float = 20.0) -> None:
+    """Releases are sent without waiting for their answer; a leak never goes away."""
+    deadline = time.monotonic() + timeout_s
+    while used := {name: h.bytes_in_use for name, h in pipeline.health().items() if h.bytes_in_use}:
+        assert time.monotonic() < deadline, f"slots leaked: {used}"
+        time.sleep(0.05)
+    assert pipeline.driver_bytes_in_use == 0
+
+
+def test_split_frames_equal_local_frames(pipeline: Pipeline, local: LocalPipeline) -> None:
+    request = Request(prompt=PROMPT, seed=7, height=48, width=80, format="npy")
+    split, fused = pipeline.generate(request), local.generate(request)
+    assert split.frames is not None
+    assert split.frames.shape == (9, 48, 80, 3)
+    assert np.array_equal(split.frames, fused.frames)
+    wait_until_empty(pipeline)
+
+
+def test_mp4_of_split_equals_mp4_of_local(pipeline: Pipeline, local: LocalPipeline) -> None:
+    request = Request(prompt=PROMPT, seed=7)
+    assert pipeline.generate(request).data == local.generate(request).data
+
+
+def test_interleaved_requests_equal_each_alone(pipeline: Pipeline, local: LocalPipeline) -> None:
+    requests = [Request(prompt=f"{PROMPT} {i}", seed=i, num_inference_steps=2 + i % 3, format="npy") for i in range(6)]
+    results = {result.request.id: result for result in pipeline.generate_all(requests)}
+    assert len(results) == 6
+    for request in requests:
+        assert np.array_equal(results[request.id].frames, local.generate(request).frames)
+    wait_until_empty(pipeline)
+
+
+def test_result_says_where_time_and_bytes_went(pipeline: Pipeline) -> None:
+    result = pipeline.generate(Request(prompt=PROMPT, seed=7))
+    assert [stage.stage for stage in result.stages] == ["encoder", "transformer", "decoder"]
+    encoder, transformer, decoder = result.stages
+    assert encoder.pulled_bytes == 0
+    assert transformer.pulled_bytes > decoder.pulled_bytes > 0
+    assert transformer.route == decoder.route == "tcp"
+    assert all(stage.compute_s > 0 and stage.publish_s > 0 for stage in result.stages)
+    assert sum(s.queue_s + s.pull_s + s.compute_s + s.publish_s for s in result.stages) <= result.seconds
+
+
+def test_each_replica_holds_only_its_components(pipeline: Pipeline) -> None:
+    held = {replica: sorted(weights) for replica, weights in pipeline.weights.items()}
+    assert held == {"encoder-0": ["text_encoder"], "transformer-0": ["transformer"], "decoder-0": ["vae"]}
+
+
+def test_a_failing_request_does_not_disturb_the_others(pipeline: Pipeline, local: LocalPipeline) -> None:
+    good = Request(prompt=PROMPT, seed=3, format="npy")
+    long = Request(prompt="a red circle " * 100)
+    handles = [pipeline.submit(good), pipeline.submit(long), pipeline.submit(good)]
+    with pytest.raises(RequestError, match="tokens are over the model's 512"):
+        handles[1].result(60)
+    expected = local.generate(good).frames
+    assert all(np.array_equal(handles[i].result(60).frames, expected) for i in (0, 2))
+    wait_until_empty(pipeline)
+
+
+def test_generate_all_raises_a_failure_after_all_others_are_done(pipeline: Pipeline) -> None:
+    requests = [Request(prompt=PROMPT, seed=1), Request(prompt=""), Request(prompt=PROMPT, seed=2)]
+    finished = []
+    with pytest.raises(RequestError, match="prompt: it is empty"):
+        for result in pipeline.generate_all(requests):
+            finished.append(result.request.seed)
+    assert sorted(finished) == [1, 2]
+
+
+def test_handle_can_be_awaited(pipeline: Pipeline) -> None:
+    async def use() -> int:
+        handle = pipeline.submit(Request(prompt=PROMPT, seed=11))
+        return (await handle).request.seed
+
+    assert asyncio.run(use()) == 11
+
+
+def test_result_times_out_and_the_request_goes_on(pipeline: Pipeline) -> None:
+    handle = pipeline.submit(Request(prompt=PROMPT, seed=11))
+    with pytest.raises(TimeoutError):
+        handle.result(0.001)
+    assert handle.result(60).request.seed == 11
+
+
+def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) -> None:
+    handle = pipeline.submit(LONG)
+    time.sleep(2.0)
+    assert not handle.done()
+    assert handle.cancel()
+    with pytest.raises(Cancelled):
+        handle.result(10)
+    started = time.monotonic()
+    pipeline.generate(Request(prompt=PROMPT, seed=1))
+    assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
+    wait_until_empty(pipeline)
+
+
+def test_cancel_of_a_waiting_request_leaves_the_others(pipeline: Pipeline) -> None:
+    handles = [pipeline.submit(Request(prompt=PROMPT, seed=i)) for i in range(8)]
+    assert handles[-1].cancel()
+    assert [handle.result(60).request.seed for handle in handles[:-1]] == list(range(7))
+    assert handles[-1].done()
+    wait_until_empty(pipeline)
+
+
+def test_actor_names_carry_the_pipeline_and_reprs_the_replica(pipeline: Pipeline) -> None:
+    actor = ray.get_actor(f"disagg_ray-{pipeline.id}-transformer-0")
+    assert actor is not None
+    assert "Transformer" in repr(actor)
+
+
+def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: Callable[..., Image.Image]) -> None:
+    config = "conf/tiny_i2v.yaml"
+    request = Request(prompt=PROMPT, image=image(90, 60), seed=5, format="npy")
+    expected = LocalPipeline.from_config(config).generate(request).frames
+    with Pipeline.from_config(config) as second:
+        result = second.generate(request)
+        assert np.array_equal(result.frames, expected)
+        wait_until_empty(second)
+    assert ray.is_initialized()
+    assert pipeline.generate(Request(prompt=PROMPT, seed=1)).data
+
+
+def test_a_dead_replica_fails_its_request_by_name(cluster: None) -> None:
+    """Replay of a lost stage comes later; until then the failure says which replica died."""
+    with Pipeline.from_config(T2V) as short:
+        actor = short._actors["transformer"][0]
+        handle = short.submit(LONG)
+        time.sleep(2.0)
+        ray.kill(actor.handle)
+        with pytest.raises(Exception, match="transformer-0: the replica died"):
+            handle.result(30)
+    with pytest.raises(Cancelled, match="closed"):
+        short.submit(Request(prompt=PROMPT))
+    short.close()
