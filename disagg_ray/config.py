@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,8 @@ class Config:
     """Stages by name, in any order: the graph is inferred from their blocks."""
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    fused: bool = False
+    """Run the blocks of all stages in one, named `fused`, with the largest of their resources."""
 
     def __post_init__(self) -> None:
         for key, value, ok, remedy in _checks(self):
@@ -264,21 +266,47 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     merged = OmegaConf.structured(Config)
     OmegaConf.set_readonly(merged, False)
     for source, layer in (*_layers(expand_home(path)), *map(_parse_override, overrides)):
-        with _named_errors(source):
+        with _named_errors(source, layer):
+            _drop_stages(merged, layer)
             merged = OmegaConf.unsafe_merge(merged, layer)
-    with _named_errors(str(path)):
+    with _named_errors(str(path), merged):
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    return config
+    folder = expand_home(config.model.path)
+    if folder.is_dir():  # replicas have other working folders
+        config = replace(config, model=replace(config.model, path=str(folder.absolute())))
+    return replace(config, stages={"fused": _fuse(config.stages.values())}) if config.fused else config
+
+
+def _drop_stages(merged: DictConfig, layer: DictConfig) -> None:
+    """Let a stage that a layer sets to null go, so that others can take its blocks."""
+    stages = layer.get("stages")
+    if isinstance(stages, DictConfig):
+        for name in [name for name, stage in stages.items() if stage is None]:
+            del stages[name]
+            merged.stages.pop(name, None)
+
+
+def _fuse(stages: Collection[StageConfig]) -> StageConfig:
+    threads = [stage.num_threads for stage in stages if stage.num_threads is not None]
+    dtypes = {stage.dtype for stage in stages}
+    return StageConfig(
+        blocks=[block for stage in stages for block in stage.blocks],
+        replicas=max(stage.replicas for stage in stages),
+        num_gpus=max(stage.num_gpus for stage in stages),
+        num_cpus=max(stage.num_cpus for stage in stages),
+        num_threads=max(threads, default=None),
+        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+    )
 
 
 @contextmanager
-def _named_errors(source: str) -> Iterator[None]:
+def _named_errors(source: str, layer: DictConfig) -> Iterator[None]:
     """Name the key of whatever OmegaConf refuses, or else the file or override it stands in."""
     try:
         yield
     except (ConfigKeyError, ConfigAttributeError) as error:
-        raise ConfigError(_unknown_key(str(error.full_key))) from error
+        raise ConfigError(_unknown_key(str(error.full_key), OmegaConf.select(layer, str(error.full_key)))) from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: not given; write it in {source} or as {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
@@ -345,19 +373,21 @@ def known_keys() -> list[str]:
 
     sections = (ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig)
     names = ("model", "defaults", "limits", "transport", "cluster")
-    keys = [*names, "stages"]
+    keys = [*names, "stages", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")
     return keys + [f"stages.*.{f.name}" for f in fields(StageConfig)]
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, value: object) -> str:
     parts = key.split(".")
     shown = [k.replace("*", parts[1]) if len(parts) > 1 else k for k in known_keys()]
     leaf = {k.rsplit(".", 1)[-1]: k for k in shown}
     near = difflib.get_close_matches(key, shown, n=1, cutoff=0.6)
     near = near or [leaf[n] for n in difflib.get_close_matches(parts[-1], leaf, n=1, cutoff=0.6)]
-    return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "; `disagg-ray config` prints them all")
+    return f"{key}: no such key for {value!r}" + (
+        f"; did you mean {near[0]}?" if near else "; `disagg-ray config` prints them all"
+    )
 
 
 def to_yaml(config: Config) -> str:

@@ -145,7 +145,7 @@ def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: 
     config = "conf/tiny_i2v.yaml"
     request = Request(prompt=PROMPT, image=image(90, 60), seed=5, format="npy")
     expected = LocalPipeline.from_config(config).generate(request).frames
-    with Pipeline.from_config(config) as second:
+    with Pipeline.from_config(config, "fused=true") as second:
         result = second.generate(request)
         assert np.array_equal(result.frames, expected)
         wait_until_empty(second)
@@ -155,12 +155,12 @@ def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: 
 
 def test_a_dead_replica_fails_its_request_by_name(cluster: None) -> None:
     """Replay of a lost stage comes later; until then the failure says which replica died."""
-    with Pipeline.from_config(T2V) as short:
-        actor = short._actors["transformer"][0]
+    with Pipeline.from_config(T2V, "fused=true") as short:
+        (actor,) = short._actors["fused"]
         handle = short.submit(LONG)
         time.sleep(2.0)
         ray.kill(actor.handle)
-        with pytest.raises(Exception, match="transformer-0: the replica died"):
+        with pytest.raises(Exception, match="fused-0: the replica died"):
             handle.result(30)
     with pytest.raises(Cancelled, match="closed"):
         short.submit(Request(prompt=PROMPT))
