@@ -78,7 +78,7 @@ def generate(argv: Sequence[str]) -> int:
     with Chosen(config) as pipeline, _terminated():  # once more: Ray took the handler when it started
         result = pipeline.generate(request)
         path = result.save(options.output, overwrite=options.overwrite)
-        print_result(result, pipeline.weights)
+        print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
     return 0
 

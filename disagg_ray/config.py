@@ -24,6 +24,7 @@ from disagg_ray.errors import ConfigError
 MULTIPLE = 16
 """Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
 TASKS = ("t2v", "i2v", "flf2v")
+PROTOCOLS = ("auto", "nvlink_intra", "rdma", "tcp")
 DTYPES = ("float32", "bfloat16", "float16")
 REPLICA_WINDOW = 2  # a replica holds one request that computes and one that is prefetched
 
@@ -128,8 +129,8 @@ class StageConfig:
 class TransportConfig:
     """How tensors travel between pools; names are Mooncake's own."""
 
-    protocol: str = "tcp"
-    """Mooncake transport: tcp or rdma."""
+    protocol: str = "auto"
+    """auto (for each pair of pools the best that both have), or one of Mooncake's: nvlink_intra, rdma, tcp."""
     device_name: str = ""
     """RDMA devices, comma separated; empty: Mooncake chooses."""
     metadata_server: str = "P2PHANDSHAKE"
@@ -206,7 +207,7 @@ def _checks(config: Config) -> Iterator[Check]:
         yield f"limits.{f.name}", getattr(limits, f.name), getattr(limits, f.name) >= 1, "write 1 or more"
     yield from _default_checks(defaults, limits)
     yield from _stage_checks(config.stages)
-    yield "transport.protocol", transport.protocol, transport.protocol in ("tcp", "rdma"), "write tcp or rdma"
+    yield "transport.protocol", transport.protocol, transport.protocol in PROTOCOLS, f"write {' or '.join(PROTOCOLS)}"
     yield "transport.timeout_s", transport.timeout_s, 5 <= transport.timeout_s < math.inf, "write 5 or more"
     ports = transport.port_range
     yield "transport.port_range", ports, ports is None or _is_port_range(ports), "write FIRST-LAST, as 15000-15999"

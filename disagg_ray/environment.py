@@ -26,6 +26,11 @@ def mooncake_config_path() -> Path | None:
     return Path(path) if path else None
 
 
+def cuda_allocator() -> str:
+    """Return the settings of torch's CUDA allocator, under its old name and its new one."""
+    return ",".join(os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+
+
 def cache_folder() -> Path:
     """Return where generated checkpoints are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME")

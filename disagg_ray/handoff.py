@@ -30,7 +30,7 @@ class TensorMeta:
     name: str
     spec: TensorSpec
     address: int
-    """Of its slot's header, in the producer's address space."""
+    """Of its slot's header in the pool, in the producer's address space."""
     nonce: bytes
     """The header's first bytes; a pull checks them, so a restarted process at the same address is noticed."""
     checksum: int | None
@@ -39,12 +39,16 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class Session:
-    """One way into a pool."""
+    """One way into a pool, as a peer needs to know it."""
 
     route: str
     """Mooncake's protocol."""
     name: str
     """Mooncake's name of the engine, `host:port`."""
+    machine: str = ""
+    """Which machine it is on."""
+    shift: int = 0
+    """From an address in the pool to the same byte in the memory that this engine has registered."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ class LocalPipeline:
         self.close()
 
     @property
+    def pools(self) -> dict[str, int]:
+        """No stage of this pipeline has a pool."""
+        return {}
+
+    @property
     def weights(self) -> dict[str, dict[str, int]]:
         """Bytes of each component, by stage."""
         return {stage.name: stage.weights for stage in self._stages}
@@ -58,7 +63,7 @@ class LocalPipeline:
             outputs = stage.compute(resolved, wanted, None)
             tensors |= outputs.tensors
             frames = outputs.frames if outputs.frames is not None else frames
-            timings.append(StageTiming(stage.name, "local", 0.0, 0.0, time.monotonic() - begin, 0.0, 0, "local"))
+            timings.append(_timing(stage, time.monotonic() - begin))
         assert frames is not None, "the graph has exactly one stage that makes frames"
         data = encode(frames, resolved.fps, resolved.format) if resolved.format in ("mp4", "gif") else None
         seconds = time.monotonic() - started
@@ -72,3 +77,7 @@ class LocalPipeline:
     def close(self) -> None:
         """Drop the weights."""
         self._stages = []
+
+
+def _timing(stage: Stage, seconds: float) -> StageTiming:
+    return StageTiming(stage.name, "local", 0.0, 0.0, seconds, 0.0, 0, "local", stage.peak_bytes)

@@ -140,6 +140,11 @@ class Pipeline:
         self._admitted = asyncio.Semaphore(self.config.max_in_flight)
 
     @property
+    def pools(self) -> dict[str, int]:
+        """Bytes of each replica's pool, by replica."""
+        return {replica.name: replica.pool_bytes for replica in self.replicas}
+
+    @property
     def weights(self) -> dict[str, dict[str, int]]:
         """Bytes of each component, by replica."""
         return {replica.name: replica.weights for replica in self.replicas}
@@ -340,7 +345,7 @@ def _timing(stage: str, replica: str, reply: Reply, elapsed: float) -> StageTimi
     busy = reply.pull_s + reply.compute_s + reply.publish_s
     return StageTiming(
         stage, replica, max(0.0, elapsed - busy), reply.pull_s, reply.compute_s, reply.publish_s,
-        reply.pulled_bytes, reply.route,
+        reply.pulled_bytes, reply.route, reply.peak_bytes,
     )  # fmt: skip
 
 

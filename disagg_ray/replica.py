@@ -73,6 +73,8 @@ class Reply:
     publish_s: float
     pulled_bytes: int
     route: str
+    peak_bytes: int
+    """Most GPU memory the replica has ever taken."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ class Replica:
             compute_s=computed - started,
             publish_s=time.monotonic() - computed,
             pulled_bytes=sum(tensor.nbytes for tensor in pulled.tensors.values()),
-            route=task.handoffs[0].sessions[0].route if task.handoffs else "none",
+            route=self._pool.route(task.handoffs[0]) if task.handoffs else "none",
+            peak_bytes=self._stage.peak_bytes,
         )
 
     def _finish(self, task: Task, frames: Frames | None) -> tuple[bytes | None, int]:

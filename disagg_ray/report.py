@@ -11,10 +11,11 @@ from rich.table import Table
 from disagg_ray.result import Result
 
 
-def print_result(result: Result, weights: Mapping[str, Mapping[str, int]]) -> None:
+def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools: Mapping[str, int]) -> None:
     """Print where a request's time went, stage by stage, and what each replica holds.
 
-    `weights` are bytes by component, by replica (or by stage where everything runs in one process).
+    `weights` are bytes by component, by replica (or by stage where everything runs in one process); `pools` bytes by
+    replica.
     """
     request = result.request
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=(
@@ -25,6 +26,8 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]]) -> No
     for column in ("queue s", "pull s", "compute s", "publish s", "pulled"):
         table.add_column(column, justify="right")
     table.add_column("route")
+    table.add_column("pool", justify="right")
+    table.add_column("GPU peak", justify="right")
     table.add_column("weights")
     for timing in result.stages:
         seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s)
@@ -34,6 +37,8 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]]) -> No
             *(f"{value:.3f}" for value in seconds),
             human_bytes(timing.pulled_bytes),
             timing.route,
+            human_bytes(pools[timing.replica]) if timing.replica in pools else "-",
+            human_bytes(timing.peak_bytes) if timing.peak_bytes else "-",
             ", ".join(f"{name} {human_bytes(nbytes)}" for name, nbytes in held.items()),
         )
     console = Console()

@@ -26,6 +26,8 @@ class StageTiming:
     pulled_bytes: int
     route: str
     """How the tensors came: Mooncake's protocol, or `local`."""
+    peak_bytes: int
+    """Most GPU memory the replica has ever taken, weights and pool included; 0 on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Stage:
         return self._cut.ports
 
     @property
+    def peak_bytes(self) -> int:
+        """Most GPU memory that tensors of this process ever took, pool and weights included; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+
+    @property
     def device(self) -> str:
         return self._settings.torch_device
 
@@ -122,6 +127,8 @@ class Stage:
         }
         with torch.inference_mode():
             made = self._cut.run(request, inputs, on_step)
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # so that whoever times this, times the work
         videos = made.get(FRAMES)
         return Outputs(
             {name: made[name] for name in self._outputs if name in made}, None if videos is None else videos[0]

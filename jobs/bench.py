@@ -119,7 +119,7 @@ def serve(nbytes: int) -> None:
     pool.reserve(key, {"t": nbytes})
     handoff = pool.publish(key, {"t": torch.randint(0, 256, (nbytes,), dtype=torch.uint8)})
     (meta,) = handoff.tensors
-    said = {"session": pool.session.name, "address": meta.address, "nonce": meta.nonce.hex(), "sum": meta.checksum}
+    said = {"session": pool.sessions[0].name, "address": meta.address, "nonce": meta.nonce.hex(), "sum": meta.checksum}
     print(json.dumps(said | {"checksum": handoff.checksum}), flush=True)
     sys.stdin.read()
 

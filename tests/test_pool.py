@@ -292,14 +292,15 @@ def test_pulling_more_than_was_reserved_is_refused(producer, consumer):
 
 
 def test_release_during_a_pull_waits_for_the_copy_and_wins(producer, consumer, monkeypatch):
-    handoff, key, read = publish(producer, new_key(), x=torch.ones(UNIT // 4)), new_key(), consumer._engine.read
+    (endpoint,) = consumer._endpoints.values()
+    handoff, key, read = publish(producer, new_key(), x=torch.ones(UNIT // 4)), new_key(), endpoint.engine.read
 
     def read_and_release(*regions: object) -> None:
         consumer.release(key)
         assert consumer.bytes_in_use == 1024
         read(*regions)
 
-    monkeypatch.setattr(consumer._engine, "read", read_and_release)
+    monkeypatch.setattr(endpoint.engine, "read", read_and_release)
     with pytest.raises(Cancelled):
         pull(consumer, key, handoff)
     assert consumer.bytes_in_use == 0

@@ -280,7 +280,7 @@ def mooncake_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_mooncake_file_is_honoured(mooncake_file):
     mooncake_file.write_text(json.dumps({"protocol": "rdma", "device_name": "none0", "local_hostname": "ignored"}))
-    assert Pool("puller", 1024, HOST, TRANSPORT).session.route == "rdma"
+    assert Pool("puller", 1024, HOST, TRANSPORT).sessions[0].route == "rdma"
 
 
 def test_mooncake_file_gives_the_metadata_server_and_device(mooncake_file):
@@ -292,7 +292,7 @@ def test_mooncake_file_gives_the_metadata_server_and_device(mooncake_file):
 def test_our_configuration_wins_over_the_mooncake_file(mooncake_file):
     mooncake_file.write_text(json.dumps({"protocol": "tcp", "metadata_server": "P2PHANDSHAKE"}))
     transport = TransportConfig(protocol="rdma", timeout_s=5)
-    assert Pool("puller", 1024, HOST, transport).session.route == "rdma"
+    assert Pool("puller", 1024, HOST, transport).sessions[0].route == "rdma"
 
 
 @pytest.mark.parametrize(("text", "reason"), [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "JSON object")])

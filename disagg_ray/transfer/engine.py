@@ -33,19 +33,18 @@ class Engine:
     """
 
     def __init__(self, host: str, transport: TransportConfig) -> None:
-        settings = _with_mooncake_file(transport)
-        self._timeout_s = settings.timeout_s
-        _export(settings)
+        self._timeout_s = transport.timeout_s
+        _export(transport)
         self._engine = _new_engine()
         with _quiet_stderr():
-            code = self._engine.initialize(host, settings.metadata_server, settings.protocol, settings.device_name)
+            code = self._engine.initialize(host, transport.metadata_server, transport.protocol, transport.device_name)
         if code != 0:
             raise TransferError(
-                f"Mooncake could not start with transport.protocol={settings.protocol} "
-                f"device_name={settings.device_name!r} metadata_server={settings.metadata_server}",
+                f"Mooncake could not start with transport.protocol={transport.protocol} "
+                f"device_name={transport.device_name!r} metadata_server={transport.metadata_server}",
                 host, 0, code,
             )  # fmt: skip
-        self.session = Session(settings.protocol, f"{host}:{self._engine.get_rpc_port()}")
+        self.session = Session(transport.protocol, f"{host}:{self._engine.get_rpc_port()}")
         self._met: set[str] = set()
 
     def register(self, address: int, nbytes: int) -> None:
@@ -136,6 +135,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 def _export(settings: TransportConfig) -> None:
     """Hand the settings that Mooncake only takes from the environment, before it starts."""
+    environment.replace("MC_INTRANODE_NVLINK", "1" if settings.protocol == "nvlink_intra" else None)
     environment.replace("MC_TRANSFER_TIMEOUT", str(math.ceil(settings.timeout_s)))
     environment.default("MC_LOG_LEVEL", "ERROR")
     if settings.port_range is not None:
@@ -145,7 +145,7 @@ def _export(settings: TransportConfig) -> None:
             environment.replace(f"MC_MAX_{name}_PORT", last)
 
 
-def _with_mooncake_file(transport: TransportConfig) -> TransportConfig:
+def with_mooncake_file(transport: TransportConfig) -> TransportConfig:
     """Let a MOONCAKE_CONFIG_PATH file speak where our configuration says nothing else than the default."""
     path = environment.mooncake_config_path()
     if path is None:

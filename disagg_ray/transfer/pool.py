@@ -7,6 +7,7 @@ freed when that ends. The destination of a pull that ran out of time belongs to 
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import threading
@@ -14,17 +15,24 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 
 from disagg_ray.config import TransportConfig
-from disagg_ray.errors import Cancelled, PoolError, TransferError
+from disagg_ray.environment import cuda_allocator
+from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
 from disagg_ray.transfer.checksum import NAME, checksum
-from disagg_ray.transfer.engine import Engine, ReadTimeout
+from disagg_ray.transfer.engine import ReadTimeout, with_mooncake_file
+from disagg_ray.transfer.routes import open_endpoints, shared_sessions
 from disagg_ray.transfer.slots import HEADER_BYTES, SlotAllocator, Span, align, slot_bytes
 
+logger = logging.getLogger("disagg_ray")
+
 NONCE_BYTES = 16
+_OWN_SEGMENT_BYTES = 32 * 2**20
+"""Torch gives an allocation of this size a segment of its own, and only whole segments can be shared."""
 _REMEMBERED_KEYS = 100_000
 """Released keys that are remembered, so that a late finish of one is refused."""
 
@@ -38,9 +46,14 @@ class Pool:
     def __init__(self, name: str, nbytes: int, host: str, transport: TransportConfig, device: str = "cpu") -> None:
         self.name = name
         self._verify = transport.verify
-        self._memory = torch.zeros(align(nbytes), dtype=torch.uint8, device=device)
-        self._engine = Engine(host, transport)
-        self._engine.register(self._memory.data_ptr(), len(self._memory))
+        self._memory = _allocate(align(nbytes), device)
+        self._mirror = (
+            self._memory.new_zeros(len(self._memory), device="cpu", pin_memory=True) if self._on_gpu else None
+        )
+        self._stream = torch.cuda.Stream(self._memory.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        mirror = self._memory if self._mirror is None else self._mirror
+        self._endpoints = open_endpoints(host, with_mooncake_file(transport), self._memory, mirror)
+        self._broken: set[tuple[str, str]] = set()
         self._allocator = SlotAllocator(len(self._memory))
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
@@ -52,8 +65,18 @@ class Pool:
         self._closed = False
 
     @property
-    def session(self) -> Session:
-        return self._engine.session
+    def _on_gpu(self) -> bool:
+        return self._memory.is_cuda
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The ways into this pool, best first."""
+        return tuple(endpoint.session for endpoint in self._endpoints.values())
+
+    def route(self, handoff: Handoff) -> str:
+        """Return the route by which a handoff is pulled."""
+        shared = shared_sessions(self._endpoints, handoff.sessions, self._broken)
+        return shared[0].route if shared else "none"
 
     @property
     def capacity(self) -> int:
@@ -121,13 +144,11 @@ class Pool:
             Cancelled: `key` was released meanwhile.
             PoolError: a tensor is larger than its reservation.
         """
-        with self._copies(key):
+        with self._copies(key), self._own_stream(after_caller=True):
             metas = tuple(self._publish_one(key, name, tensor) for name, tensor in tensors.items())
-            if self._memory.is_cuda:
-                torch.cuda.current_stream(self._memory.device).synchronize()
         with self._changed:
             self._check_open(key)
-        return Handoff(key, self.name, (self.session,), NAME, metas)
+        return Handoff(key, self.name, self.sessions, NAME, metas)
 
     def _publish_one(self, key: AttemptKey, name: str, tensor: torch.Tensor) -> TensorMeta:
         tensor = tensor.detach().contiguous()
@@ -141,6 +162,9 @@ class Pool:
         self._memory[start : start + spec.nbytes] = tensor.view(-1).view(torch.uint8)
         padded = self._memory[start : start + _words(spec.nbytes)]
         padded[spec.nbytes :] = 0
+        if self._mirror is not None:
+            end = start + len(padded)
+            self._mirror[span.offset : end].copy_(self._memory[span.offset : end], non_blocking=True)
         digest = checksum(padded) if self._verify else None
         return TensorMeta(name, spec, self._memory.data_ptr() + span.offset, nonce, digest)
 
@@ -156,25 +180,57 @@ class Pool:
         """
         wanted = set(handoff.names if names is None else names)
         metas = [meta for meta in handoff.tensors if meta.name in wanted]
-        base, peer = self._memory.data_ptr(), handoff.sessions[0]
-        with self._copies(key):
+        with self._copies(key), self._own_stream():
             spans = [self._span(key, meta.name) for meta in metas]
             lengths = [HEADER_BYTES + _words(meta.spec.nbytes) for meta in metas]
             for meta, span, length in zip(metas, spans, lengths, strict=True):
                 if length > span.nbytes:
                     raise self._too_large(meta.name, meta.spec.nbytes)
-            try:
-                self._engine.read(peer, [base + span.offset for span in spans], [m.address for m in metas], lengths)
-            except ReadTimeout:
-                self._set_aside(key, spans, peer.name)
-                raise
-            pulled = {meta.name: self._checked(meta, span, handoff) for meta, span in zip(metas, spans, strict=True)}
+            peer = self._read(key, handoff, metas, spans, lengths)
+            pulled = {
+                meta.name: self._checked(meta, span, handoff, peer) for meta, span in zip(metas, spans, strict=True)
+            }
         with self._changed:
             self._check_open(key)
         return pulled
 
-    def _checked(self, meta: TensorMeta, span: Span, handoff: Handoff) -> torch.Tensor:
-        peer, start = handoff.sessions[0], span.offset + HEADER_BYTES
+    def _read(
+        self, key: AttemptKey, handoff: Handoff, metas: list[TensorMeta], spans: list[Span], lengths: list[int]
+    ) -> Session:
+        """Read by the best route that both ends have; one that fails is left for the next, for good.
+
+        A peer that hangs is not tried twice.
+        """
+        sessions = shared_sessions(self._endpoints, handoff.sessions, self._broken)
+        if not sessions:
+            theirs, ours = ([s.route for s in side] for side in (handoff.sessions, self.sessions))
+            raise TransferError(
+                f"{handoff.producer} offers {theirs} and {self.name} has {ours}", str(theirs), handoff.nbytes, 0
+            )
+        for session, following in zip_longest(sessions, sessions[1:]):
+            endpoint = self._endpoints[session.route]
+            local = [endpoint.memory.data_ptr() + span.offset for span in spans]
+            try:
+                endpoint.engine.read(session, local, [meta.address + session.shift for meta in metas], lengths)
+            except ReadTimeout:
+                self._set_aside(key, spans, session.name)
+                raise
+            except TransferError as error:
+                if following is None:
+                    raise
+                self._broken.add((session.route, session.name))
+                logger.warning("%s: pulls from %s go by %s from now on, not by %s: %s", self.name, handoff.producer,
+                               following.route, session.route, error)  # fmt: skip
+                continue
+            if endpoint.memory is self._mirror:
+                for span, length in zip(spans, lengths, strict=True):
+                    end = span.offset + length
+                    self._memory[span.offset : end].copy_(self._mirror[span.offset : end], non_blocking=True)
+            return session
+        raise AssertionError("the last session returned or raised")
+
+    def _checked(self, meta: TensorMeta, span: Span, handoff: Handoff, peer: Session) -> torch.Tensor:
+        start = span.offset + HEADER_BYTES
         found = bytes(self._memory[span.offset : span.offset + NONCE_BYTES].tolist())
         if found != meta.nonce:
             raise TransferError(
@@ -221,7 +277,8 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._engine.unregister(self._memory.data_ptr())
+        for endpoint in self._endpoints.values():
+            endpoint.engine.unregister(endpoint.memory.data_ptr())
 
     def _too_large(self, name: str, nbytes: int) -> PoolError:
         return PoolError(f"{self.name}: {name} has {nbytes} bytes, more than was reserved for it")
@@ -255,6 +312,18 @@ class Pool:
                     del self._copying[key]
                     self._free(self._doomed.pop(key, []))
 
+    @contextmanager
+    def _own_stream(self, *, after_caller: bool = False) -> Iterator[None]:
+        """Copy on the pool's own CUDA stream and wait for it alone, so that a pull does not wait for a denoise."""
+        if self._stream is None:
+            yield
+            return
+        if after_caller:
+            self._stream.wait_stream(torch.cuda.current_stream(self._memory.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
     def _free(self, spans: Iterable[Span]) -> None:
         for span in spans:
             self._allocator.free(span)
@@ -268,6 +337,28 @@ class Pool:
                 del slots[name]
             doomed[:] = [span for span in doomed if span not in spans]
             self._quarantine += [(session, span) for span in spans]
+
+
+def _allocate(nbytes: int, device: str) -> torch.Tensor:
+    """Return zeroed memory that can be registered; on a GPU, an allocation that nothing else lies in.
+
+    Raises:
+        ConfigError: torch's allocator is set so that its memory cannot be shared, or the GPU is too full.
+    """
+    if device == "cpu":
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    if "expandable_segments:true" in cuda_allocator().lower():
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True makes memory that Mooncake cannot register; unset it"
+        )
+    try:
+        return torch.zeros(max(nbytes, _OWN_SEGMENT_BYTES), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            f"transport.pool_bytes: a pool of {nbytes} bytes does not fit the GPU, which has {free} of {total} free; "
+            f"lower limits or pool_bytes, or give the stage more of a GPU"
+        ) from error
 
 
 def _words(nbytes: int) -> int:
