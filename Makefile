@@ -3,9 +3,7 @@
 
 demo:
 	@.ci/setup demo
-	@mkdir -p outputs
-	.venv/bin/disagg-ray generate --config conf/tiny_t2v.yaml --prompt "a red circle moving left" --seed 7 \
-		--output outputs/demo.mp4 --overwrite
+	.venv/bin/python jobs/demo.py
 
 test: check
 	.venv/bin/python -m pytest

@@ -44,7 +44,8 @@ class DtypeConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = "???"
-    """A diffusers-format folder, a hub id (`org/name`), or `random:SHAPE` for seeded random weights."""
+    """A diffusers-format folder, a hub id (`org/name`), `builtin:NAME` for a tiny trained model that comes with the
+    package, or `random:SHAPE` for seeded random weights."""
     task: str = "t2v"
     """What the model makes a video from: t2v (text), i2v (text and first image), flf2v (first and last image)."""
     revision: str | None = None
@@ -148,6 +149,12 @@ class TransportConfig:
 
 
 @dataclass(frozen=True)
+class OutputConfig:
+    scale: int = 1
+    """Whole number by which mp4 and gif are enlarged for viewing; png and npy are the frames as they are."""
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     address: str | None = None
     """Ray cluster to join; null: RAY_ADDRESS if set, else one of our own on this machine."""
@@ -168,6 +175,7 @@ class Config:
     """Stages by name, in any order: the graph is inferred from their blocks."""
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     fused: bool = False
     """Run the blocks of all stages in one, named `fused`, with the largest of their resources."""
 
@@ -215,6 +223,7 @@ def _checks(config: Config) -> Iterator[Check]:
         value = getattr(transport, key)
         ok = value == "auto" or (isinstance(value, int) and value > 0)
         yield f"transport.{key}", value, ok, "write auto or a number of bytes"
+    yield "output.scale", config.output.scale, 1 <= config.output.scale <= 16, "write 1 to 16"
     start, gpus = config.cluster.start_timeout_s, config.cluster.num_gpus
     yield "cluster.start_timeout_s", start, 0 < start < math.inf, "write a positive number of seconds"
     yield "cluster.num_gpus", gpus, gpus is None or gpus >= 0, "write 0 or more, or null"
@@ -372,8 +381,8 @@ def known_keys() -> list[str]:
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
 
-    sections = (ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig)
-    names = ("model", "defaults", "limits", "transport", "cluster")
+    sections = (ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, OutputConfig)
+    names = ("model", "defaults", "limits", "transport", "cluster", "output")
     keys = [*names, "stages", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")

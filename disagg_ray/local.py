@@ -65,7 +65,11 @@ class LocalPipeline:
             frames = outputs.frames if outputs.frames is not None else frames
             timings.append(_timing(stage, time.monotonic() - begin))
         assert frames is not None, "the graph has exactly one stage that makes frames"
-        data = encode(frames, resolved.fps, resolved.format) if resolved.format in ("mp4", "gif") else None
+        data = (
+            encode(frames, resolved.fps, resolved.format, self.config.output.scale)
+            if resolved.format in ("mp4", "gif")
+            else None
+        )
         seconds = time.monotonic() - started
         return Result(resolved, seconds, tuple(timings), data, frames if data is None else None)
 

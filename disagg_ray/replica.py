@@ -203,7 +203,7 @@ class Replica:
         if frames is None:
             return None, 0
         if task.request.format not in RAW:
-            return encode(frames, task.request.fps, task.request.format), 0
+            return encode(frames, task.request.fps, task.request.format, self._config.output.scale), 0
         with self._lock:
             self._frames[task.key] = frames
         return None, len(frames)

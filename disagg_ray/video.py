@@ -89,9 +89,9 @@ def to_image(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def encode(frames: Frames, fps: int, format: str) -> bytes:
-    """Return frames as an mp4 (H.264, yuv420p) or gif file."""
-    pixels = quantise(frames)
+def encode(frames: Frames, fps: int, format: str, scale: int = 1) -> bytes:
+    """Return frames as an mp4 (H.264, yuv420p) or gif file, enlarged by a whole number."""
+    pixels = quantise(frames).repeat(scale, axis=1).repeat(scale, axis=2)
     if format == "gif":
         ends = [round(100 * (index + 1) / fps) for index in range(len(pixels))]  # a gif counts in 10 ms
         lasts = [10 * (end - start) for start, end in pairwise([0, *ends])]
@@ -104,6 +104,11 @@ def encode(frames: Frames, fps: int, format: str) -> bytes:
             quality=None, output_params=list(H264), ffmpeg_log_level="error",
         )  # fmt: skip
         return path.read_bytes()
+
+
+def load_video(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the frames of a video file, uint8 of shape (num_frames, height, width, 3)."""
+    return np.asarray(iio.imread(path, plugin="FFMPEG"), dtype=np.uint8)
 
 
 def encode_png(frame: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:

@@ -12,6 +12,7 @@ from disagg_ray.config import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
 
+BUILTIN = "builtin:"
 RANDOM = "random:"
 PIPELINES = {"WanPipeline": ("t2v",), "WanImageToVideoPipeline": ("i2v", "flf2v")}
 """Pipeline classes of the model families that are known, and the tasks they serve."""
@@ -109,6 +110,8 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
 
 
 def _find(model: ModelConfig) -> Path:
+    if model.path.startswith(BUILTIN):
+        return _builtin(model.path.removeprefix(BUILTIN))
     if model.path.startswith(RANDOM):
         from disagg_ray.models.maker import make_checkpoint  # costs an import of every model class
 
@@ -126,6 +129,13 @@ def _find(model: ModelConfig) -> Path:
             f"or a hub id (org/name)"
         )
     return folder
+
+
+def _builtin(name: str) -> Path:
+    known = {folder.name: folder for folder in sorted((Path(__file__).parent.parent / "builtin").iterdir())}
+    if name not in known:
+        raise CheckpointError(f"model.path: no model {name!r} comes with the package; known are {', '.join(known)}")
+    return known[name]
 
 
 def _is_hub_id(path: str) -> bool:
