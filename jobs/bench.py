@@ -1,7 +1,8 @@
 """Measurements, each beside its baseline in the same run; prints a table and writes JSON.
 
 python jobs/bench.py overhead            # the tiny model split over actors against one process, on this machine
-python jobs/bench.py pull                # a pool's pull against a bare Mooncake read of the same bytes
+python jobs/bench.py transfer            # pools' pulls by route and size against bare Mooncake reads; also plots
+python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 """
 
 from __future__ import annotations
@@ -10,25 +11,18 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bench_transfer
 import psutil
 import torch
 
 from disagg_ray import LocalPipeline, Pipeline, Request
-from disagg_ray.config import TransportConfig
-from disagg_ray.handoff import AttemptKey, Session
-from disagg_ray.transfer.engine import Engine
-from disagg_ray.transfer.pool import Pool
-from disagg_ray.transfer.slots import slot_bytes
-
-MIB = 2**20
-HOST = "127.0.0.1"
+from disagg_ray.result import StageTiming
 
 
 def overhead(repeats: int) -> dict[str, Any]:
@@ -55,73 +49,45 @@ def overhead(repeats: int) -> dict[str, Any]:
     }
 
 
-def pull(repeats: int) -> list[dict[str, Any]]:
-    """Time a pool's pull from another process, checked and unchecked, and a bare read of the same bytes, in turn."""
-    rows = []
-    for nbytes in (4096, MIB, 16 * MIB, 64 * MIB):
-        child = subprocess.Popen(
-            [sys.executable, __file__, "serve", str(nbytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert child.stdout is not None
-        try:
-            rows.append(_pull_row(nbytes, json.loads(child.stdout.readline()), repeats))
-        finally:
-            child.kill()
-    return rows
+def split(config: str, overrides: Sequence[str], repeats: int = 3) -> dict[str, Any]:
+    """Time one request at a time and then all queued at once, cut into stages and fused, one pipeline after another."""
+    shapes = {"split": (), "fused": ("fused=true",)}
+    rows = {name: _run(Pipeline.from_config(config, *overrides, *extra), repeats) for name, extra in shapes.items()}
+    return rows | {"split_over_fused": rows["split"]["seconds"] / rows["fused"]["seconds"]}
 
 
-def _pull_row(nbytes: int, served: dict[str, Any], repeats: int) -> dict[str, Any]:
-    from disagg_ray.handoff import Handoff, TensorMeta, TensorSpec
-
-    meta = TensorMeta(
-        "t", TensorSpec((nbytes,), "uint8", nbytes), served["address"], bytes.fromhex(served["nonce"]), served["sum"]
-    )
-    session = Session("tcp", served["session"])
-    handoff = Handoff(AttemptKey("bench", 0), "bench", (session,), served["checksum"], (meta,))
-    buffer = torch.zeros(slot_bytes(nbytes), dtype=torch.uint8)
-    engine = Engine(HOST, TransportConfig())
-    engine.register(buffer.data_ptr(), len(buffer))
-    pools = {
-        verify: Pool("bench", slot_bytes(nbytes), HOST, TransportConfig(verify=verify)) for verify in (True, False)
+def _run(pipeline: Pipeline, repeats: int) -> dict[str, Any]:
+    requests = [Request(prompt="a red circle moving left", seed=seed, format="npy") for seed in range(repeats + 1)]
+    with pipeline:
+        pipeline.generate(requests[0])  # a warm-up
+        alone = [pipeline.generate(request) for request in requests[1:]]
+        began = time.perf_counter()
+        queued = list(pipeline.generate_all(requests[1:]))
+        queued_s = time.perf_counter() - began
+        held = {name: sum(weights.values()) for name, weights in pipeline.weights.items()}
+        pools = pipeline.pools
+    by_stage = {stage.stage: [r.stages[place] for r in alone] for place, stage in enumerate(alone[0].stages)}
+    names = ("queue_s", "pull_s", "compute_s", "publish_s")
+    return {
+        "seconds": statistics.median(result.seconds for result in alone),
+        "seconds_each_when_queued": queued_s / repeats,
+        "stages": {
+            stage: {name: statistics.median(getattr(t, name) for t in timings) for name in names}
+            | {"route": timings[-1].route, "pulled_bytes": timings[-1].pulled_bytes}
+            for stage, timings in by_stage.items()
+        },
+        "memory": {
+            t.replica: {"weights": held[t.replica], "pool": pools[t.replica], "peak": t.peak_bytes}
+            for t in queued[-1].stages
+        },
+        "idle_gaps_s": {stage: _gaps([t for r in queued for t in r.stages if t.stage == stage]) for stage in by_stage},
     }
-    keys = iter(range(10**9))
-
-    def read() -> None:
-        engine.read(session, [buffer.data_ptr()], [served["address"]], [slot_bytes(nbytes)])
-
-    def pull_into(pool: Pool) -> Callable[[], None]:
-        def once() -> None:
-            key = AttemptKey("bench", next(keys))
-            pool.reserve(key, {"t": nbytes})
-            pool.pull(key, handoff)
-            pool.release(key)
-
-        return once
-
-    actions = {"bare": read, "checked": pull_into(pools[True]), "unchecked": pull_into(pools[False])}
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats + 3):
-        for name, action in actions.items():
-            started = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(seconds[3:]) for name, seconds in times.items()}
-    row: dict[str, Any] = {"bytes": nbytes} | {f"{name}_s": seconds for name, seconds in medians.items()}
-    row |= {f"{name}_share_of_bare": medians["bare"] / medians[name] for name in ("checked", "unchecked")}
-    row["bare_gb_per_s"] = nbytes / medians["bare"] / 1e9
-    return row
 
 
-def serve(nbytes: int) -> None:
-    """Publish random bytes and wait to be killed: the other end of `pull`."""
-    pool = Pool("serve", slot_bytes(nbytes), HOST, TransportConfig())
-    key = AttemptKey("bench", 0)
-    pool.reserve(key, {"t": nbytes})
-    handoff = pool.publish(key, {"t": torch.randint(0, 256, (nbytes,), dtype=torch.uint8)})
-    (meta,) = handoff.tensors
-    said = {"session": pool.sessions[0].name, "address": meta.address, "nonce": meta.nonce.hex(), "sum": meta.checksum}
-    print(json.dumps(said | {"checksum": handoff.checksum}), flush=True)
-    sys.stdin.read()
+def _gaps(timings: Sequence[StageTiming]) -> list[float]:
+    """Return how long a replica computed nothing between one request and the next."""
+    turns = sorted(timings, key=lambda timing: timing.started)
+    return [after.started - before.started - before.compute_s for before, after in pairwise(turns)]
 
 
 def machine() -> dict[str, Any]:
@@ -138,19 +104,26 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "pull", "serve"))
-    parser.add_argument("nbytes", type=int, nargs="?", default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("outputs"))
-    options = parser.parse_args()
-    if options.what == "serve":
-        return serve(options.nbytes)
+    parser.add_argument("what", choices=("overhead", "transfer", "split"))
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split")
+    parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split")
+    parser.add_argument("--repeats", type=int, help="by default 20 for overhead, 3 for split")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder")
+    options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    result = {"machine": machine(), options.what: {"overhead": overhead, "pull": pull}[options.what](options.repeats)}
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"bench_{options.what}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
-    return None
+    if options.what == "overhead":
+        result = overhead(options.repeats or 20)
+    elif options.what == "split":
+        result = split(options.config, options.overrides, options.repeats or 3)
+    else:
+        result = bench_transfer.measure()
+    text = json.dumps({"machine": machine(), options.what: result}, indent=2)
+    (options.output / f"bench_{options.what}.json").write_text(text + "\n")
+    if options.what == "transfer":
+        bench_transfer.report(result, options.output)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from disagg_ray import cli
 
 T2V = "conf/tiny_t2v.yaml"
 COMMAND = [sys.executable, "-m", "disagg_ray.cli"]
+SMALL = ["--num-frames", "9", "--num-inference-steps", "4"]
 NO_CLUSTER = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
@@ -28,7 +29,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def generate(capsys: pytest.CaptureFixture[str], output: Path, *arguments: str) -> tuple[int, str, str]:
-    return run(capsys, "generate", "--config", T2V, "--output", str(output), "--prompt", "a red circle", *arguments)
+    return run(
+        capsys, "generate", "--config", T2V, "--output", str(output), "--prompt", "a red circle", *SMALL, *arguments
+    )
 
 
 BAD = [
@@ -85,7 +88,7 @@ def test_local_run_writes_a_video_that_decodes(tmp_path: Path, capsys: pytest.Ca
     status, out, _ = generate(capsys, output, "--local", "stages.encoder.num_threads=1", "--fps", "12")
     assert status == 0
     assert f"wrote {output}" in out
-    assert iio.imread(output, plugin="FFMPEG").shape == (9, 64, 64, 3)
+    assert iio.imread(output, plugin="FFMPEG").shape == (9, 256, 256, 3)
     assert iio.immeta(output, plugin="FFMPEG")["fps"] == 12
 
 
@@ -102,7 +105,7 @@ def test_config_prints_what_was_resolved(capsys: pytest.CaptureFixture[str]) -> 
     status, out, _ = run(capsys, "config", "stages.transformer.replicas=3", "--config", T2V)
     assert status == 0
     assert "replicas: 3" in out
-    assert "path: random:tiny-t2v" in out
+    assert "path: builtin:tiny-wan-t2v" in out
 
 
 def test_every_request_field_has_a_flag_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ IMPORTERS = {
     "transformers": {"models"},
     "tokenizers": {"models"},
     "huggingface_hub": {"models"},
-    "ray": {"pipeline", "placement", "replica", "scheduler", "metrics", "doctor"},
+    "ray": {"pipeline", "placement", "replica", "scheduler", "metrics", "doctor", "jobs"},
 }
 """Foreign libraries, and the modules or units that may import them."""
 

@@ -47,8 +47,10 @@ def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
 
 
 def wait_for_head(client: dict[str, str]) -> None:
-    deadline = time.monotonic() + 60
-    while subprocess.run([RAY, "job", "list"], env=client, capture_output=True, check=False).returncode:
+    """The head answers before its agent takes jobs: wait until one is taken."""
+    deadline = time.monotonic() + 120
+    command = [RAY, "job", "submit", "--no-wait", "--", "true"]
+    while subprocess.run(command, env=client, capture_output=True, check=False).returncode:
         assert time.monotonic() < deadline, "the head node did not come up"
         time.sleep(1)
 
@@ -62,7 +64,7 @@ def test_job_writes_the_video_and_its_log_says_so(job_environment: dict[str, str
     output = tmp_path / "out.mp4"
     done = submit(job_environment, str(output), "--seed", "7")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert iio.imread(output, plugin="FFMPEG").shape == (9, 64, 64, 3)
+    assert iio.imread(output, plugin="FFMPEG").shape == (17, 256, 256, 3)
     for line in ("3 replicas ready", "transformer-0 done", f"wrote {output}"):
         assert line in done.stdout
 

@@ -201,7 +201,8 @@ def models(checkpoint: Callable[[str], Path], image: Callable[..., Image.Image])
         stock = getattr(diffusers, shape.pipeline).from_pretrained(folder, dtype=dtypes)
         stock.set_progress_bar_config(disable=True)
         overrides = (f"model.path={folder}", f"model.dtype.text_encoder={dtype}", f"model.dtype.transformer={dtype}")
-        small = ("model.max_sequence_length=64", "limits.max_pixels=4096", "limits.max_frames=9",
+        small = (f"model.max_sequence_length={512 if task in ('i2v', 'flf2v') else 64}", "limits.max_pixels=4096",
+                 "limits.max_frames=9", "defaults.num_frames=9",
                  "limits.max_image_pixels=24700")  # fmt: skip
         return Model(task, load_config(CONF / f"tiny_{task}.yaml", *overrides, *small), stock, image)
 

@@ -9,14 +9,23 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import ray
+import torch
 from PIL import Image
+from tiny_world import judge
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
+from disagg_ray.video import quantise
 
 pytestmark = pytest.mark.slow
 
 T2V = "conf/tiny_t2v.yaml"
 PROMPT = "a red circle moving left"
+PROMPTS = [
+    ("red", "circle", "left", "white"), ("red", "square", "right", "gray"), ("green", "triangle", "up", "black"),
+    ("green", "circle", "down", "white"), ("blue", "square", "left", "black"), ("blue", "triangle", "right", "white"),
+    ("yellow", "circle", "up", "gray"), ("yellow", "square", "down", "black"),
+]  # fmt: skip
+SMALL: dict[str, int] = {"num_frames": 9, "num_inference_steps": 4}
 LONG = Request(prompt=PROMPT, height=128, width=128, num_frames=17, num_inference_steps=100, id="long")
 
 
@@ -41,7 +50,7 @@ def wait_until_empty(pipeline: Pipeline, timeout_s: float = 20.0) -> None:
 
 
 def test_split_frames_equal_local_frames(pipeline: Pipeline, local: LocalPipeline) -> None:
-    request = Request(prompt=PROMPT, seed=7, height=48, width=80, format="npy")
+    request = Request(prompt=PROMPT, **SMALL, seed=7, height=48, width=80, format="npy")
     split, fused = pipeline.generate(request), local.generate(request)
     assert split.frames is not None
     assert split.frames.shape == (9, 48, 80, 3)
@@ -50,12 +59,15 @@ def test_split_frames_equal_local_frames(pipeline: Pipeline, local: LocalPipelin
 
 
 def test_mp4_of_split_equals_mp4_of_local(pipeline: Pipeline, local: LocalPipeline) -> None:
-    request = Request(prompt=PROMPT, seed=7)
+    request = Request(prompt=PROMPT, **SMALL, seed=7)
     assert pipeline.generate(request).data == local.generate(request).data
 
 
 def test_interleaved_requests_equal_each_alone(pipeline: Pipeline, local: LocalPipeline) -> None:
-    requests = [Request(prompt=f"{PROMPT} {i}", seed=i, num_inference_steps=2 + i % 3, format="npy") for i in range(6)]
+    requests = [
+        Request(prompt=f"{PROMPT} {i}", seed=i, num_frames=9, num_inference_steps=2 + i % 3, format="npy")
+        for i in range(6)
+    ]
     results = {result.request.id: result for result in pipeline.generate_all(requests)}
     assert len(results) == 6
     for request in requests:
@@ -64,7 +76,7 @@ def test_interleaved_requests_equal_each_alone(pipeline: Pipeline, local: LocalP
 
 
 def test_result_says_where_time_and_bytes_went(pipeline: Pipeline) -> None:
-    result = pipeline.generate(Request(prompt=PROMPT, seed=7))
+    result = pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=7))
     assert [stage.stage for stage in result.stages] == ["encoder", "transformer", "decoder"]
     encoder, transformer, decoder = result.stages
     assert encoder.pulled_bytes == 0
@@ -80,10 +92,10 @@ def test_each_replica_holds_only_its_components(pipeline: Pipeline) -> None:
 
 
 def test_a_failing_request_does_not_disturb_the_others(pipeline: Pipeline, local: LocalPipeline) -> None:
-    good = Request(prompt=PROMPT, seed=3, format="npy")
+    good = Request(prompt=PROMPT, **SMALL, seed=3, format="npy")
     long = Request(prompt="a red circle " * 100)
     handles = [pipeline.submit(good), pipeline.submit(long), pipeline.submit(good)]
-    with pytest.raises(RequestError, match="tokens are over the model's 512"):
+    with pytest.raises(RequestError, match="tokens are over the model's 32"):
         handles[1].result(60)
     expected = local.generate(good).frames
     assert all(np.array_equal(handles[i].result(60).frames, expected) for i in (0, 2))
@@ -91,7 +103,7 @@ def test_a_failing_request_does_not_disturb_the_others(pipeline: Pipeline, local
 
 
 def test_generate_all_raises_a_failure_after_all_others_are_done(pipeline: Pipeline) -> None:
-    requests = [Request(prompt=PROMPT, seed=1), Request(prompt=""), Request(prompt=PROMPT, seed=2)]
+    requests = [Request(prompt=PROMPT, **SMALL, seed=1), Request(prompt=""), Request(prompt=PROMPT, **SMALL, seed=2)]
     finished = []
     with pytest.raises(RequestError, match="prompt: it is empty"):
         for result in pipeline.generate_all(requests):
@@ -101,14 +113,14 @@ def test_generate_all_raises_a_failure_after_all_others_are_done(pipeline: Pipel
 
 def test_handle_can_be_awaited(pipeline: Pipeline) -> None:
     async def use() -> int:
-        handle = pipeline.submit(Request(prompt=PROMPT, seed=11))
+        handle = pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=11))
         return (await handle).request.seed
 
     assert asyncio.run(use()) == 11
 
 
 def test_result_times_out_and_the_request_goes_on(pipeline: Pipeline) -> None:
-    handle = pipeline.submit(Request(prompt=PROMPT, seed=11))
+    handle = pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=11))
     with pytest.raises(TimeoutError):
         handle.result(0.001)
     assert handle.result(60).request.seed == 11
@@ -122,13 +134,13 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
     with pytest.raises(Cancelled):
         handle.result(10)
     started = time.monotonic()
-    pipeline.generate(Request(prompt=PROMPT, seed=1))
+    pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
     assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
     wait_until_empty(pipeline)
 
 
 def test_cancel_of_a_waiting_request_leaves_the_others(pipeline: Pipeline) -> None:
-    handles = [pipeline.submit(Request(prompt=PROMPT, seed=i)) for i in range(8)]
+    handles = [pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=i)) for i in range(8)]
     assert handles[-1].cancel()
     assert [handle.result(60).request.seed for handle in handles[:-1]] == list(range(7))
     assert handles[-1].done()
@@ -143,14 +155,14 @@ def test_actor_names_carry_the_pipeline_and_reprs_the_replica(pipeline: Pipeline
 
 def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: Callable[..., Image.Image]) -> None:
     config = "conf/tiny_i2v.yaml"
-    request = Request(prompt=PROMPT, image=image(90, 60), seed=5, format="npy")
+    request = Request(prompt=PROMPT, **SMALL, image=image(90, 60), seed=5, format="npy")
     expected = LocalPipeline.from_config(config).generate(request).frames
     with Pipeline.from_config(config) as second:
         result = second.generate(request)
         assert np.array_equal(result.frames, expected)
         wait_until_empty(second)
     assert ray.is_initialized()
-    assert pipeline.generate(Request(prompt=PROMPT, seed=1)).data
+    assert pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1)).data
 
 
 def test_a_dead_replica_fails_its_request_by_name(cluster: None) -> None:
@@ -165,3 +177,14 @@ def test_a_dead_replica_fails_its_request_by_name(cluster: None) -> None:
     with pytest.raises(Cancelled, match="closed"):
         short.submit(Request(prompt=PROMPT))
     short.close()
+
+
+def test_prompts_are_obeyed_through_the_split_pipeline(pipeline: Pipeline) -> None:
+    """A broken prompt path, a swapped negative prompt or an ignored seed draws something else."""
+    scenes = {f"a {c} {s} moves {d} on a {b} background": (c, s, d, b) for c, s, d, b in PROMPTS}
+    requests = [Request(prompt=prompt, seed=seed, format="npy") for seed, prompt in enumerate(scenes)]
+    for result in pipeline.generate_all(requests):
+        assert result.frames is not None
+        seen = judge(torch.from_numpy(quantise(result.frames)))
+        said = (seen.colour, seen.shape, seen.direction, seen.background)
+        assert said == scenes[result.request.prompt]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,11 @@ from typing import Any
 from disagg_ray.config import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
+
+logger = logging.getLogger("disagg_ray")
+
+IMAGE_TEXT_TOKENS = 512
+"""What diffusers' `WanAttnProcessor` splits image tokens from text tokens at, whatever the text's length is."""
 
 BUILTIN = "builtin:"
 RANDOM = "random:"
@@ -183,6 +189,12 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
         image = _read_json(folder / "image_encoder" / "config.json")
         image_tokens = (image["image_size"] // image["patch_size"]) ** 2 + 1
         image_dim = image["hidden_size"]
+    if transformer.get("added_kv_proj_dim") is not None and model.max_sequence_length != IMAGE_TEXT_TOKENS:
+        logger.warning(
+            "model.max_sequence_length: %d is not what %r expects: its attention takes the last %d tokens for text and "
+            "those before for the image, as the stock pipeline does", model.max_sequence_length, model.path,
+            IMAGE_TEXT_TOKENS,
+        )  # fmt: skip
     first_and_last = transformer.get("pos_embed_seq_len") is not None
     if model.task != "t2v" and wants_image and first_and_last != (model.task == "flf2v"):
         right = "flf2v" if first_and_last else "i2v"
