@@ -20,7 +20,7 @@ STAGES = ("encoder", "transformer", "decoder")
 ON_GPU = tuple(f"stages.{stage}.device={CUDA}" for stage in STAGES)
 SMALL = ("defaults.num_frames=9", "limits.max_pixels=4096", "limits.max_frames=9", "limits.max_image_pixels=24700")
 T2V = CONF / "tiny_t2v.yaml"
-REQUEST = Request(prompt="a red circle", height=48, width=80, num_frames=5, seed=7, format="npy")
+REQUEST = Request(prompt="a red circle", height=48, width=80, num_frames=5, num_inference_steps=4, seed=7, format="npy")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def model(
     folder = checkpoint(shape.name)
     stock = getattr(diffusers, shape.pipeline).from_pretrained(folder, dtype={"default": torch.float32}).to(CUDA)
     stock.set_progress_bar_config(disable=True)
-    short = "model.max_sequence_length=64"
+    short = "model.max_sequence_length=512"
     config = load_config(CONF / f"tiny_{task}.yaml", f"model.path={folder}", short, *SMALL, *ON_GPU)
     return Model(task, config, stock, image)
 
