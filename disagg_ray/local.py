@@ -58,12 +58,12 @@ class LocalPipeline:
         tensors: dict[str, torch.Tensor] = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
         timings, frames = [], None
         for stage in self._stages:
-            begin = time.monotonic()
+            began, begin = time.time(), time.monotonic()
             wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
             outputs = stage.compute(resolved, wanted, None)
             tensors |= outputs.tensors
             frames = outputs.frames if outputs.frames is not None else frames
-            timings.append(_timing(stage, time.monotonic() - begin))
+            timings.append(_timing(stage, began, time.monotonic() - begin))
         assert frames is not None, "the graph has exactly one stage that makes frames"
         data = (
             encode(frames, resolved.fps, resolved.format, self.config.output.scale)
@@ -83,5 +83,5 @@ class LocalPipeline:
         self._stages = []
 
 
-def _timing(stage: Stage, seconds: float) -> StageTiming:
-    return StageTiming(stage.name, "local", 0.0, 0.0, seconds, 0.0, 0, "local", stage.peak_bytes)
+def _timing(stage: Stage, began: float, seconds: float) -> StageTiming:
+    return StageTiming(stage.name, "local", 0.0, 0.0, began, seconds, 0.0, 0, "local", stage.peak_bytes)

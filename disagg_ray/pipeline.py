@@ -344,8 +344,8 @@ class Pipeline:
 def _timing(stage: str, replica: str, reply: Reply, elapsed: float) -> StageTiming:
     busy = reply.pull_s + reply.compute_s + reply.publish_s
     return StageTiming(
-        stage, replica, max(0.0, elapsed - busy), reply.pull_s, reply.compute_s, reply.publish_s,
-        reply.pulled_bytes, reply.route, reply.peak_bytes,
+        stage, replica, max(0.0, elapsed - busy), reply.pull_s, reply.started, reply.compute_s,
+        reply.publish_s, reply.pulled_bytes, reply.route, reply.peak_bytes,
     )  # fmt: skip
 
 

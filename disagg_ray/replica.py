@@ -69,6 +69,8 @@ class Reply:
     num_frames: int
     """Raw frames kept for `piece`, from the last stage."""
     pull_s: float
+    started: float
+    """When computing began, in seconds since the epoch."""
     compute_s: float
     publish_s: float
     pulled_bytes: int
@@ -181,7 +183,7 @@ class Replica:
             if self._pool.is_released(task.key):
                 raise Cancelled(f"request {request.id} was given up at step {step} of {steps}")
 
-        started = time.monotonic()
+        began, started = time.time(), time.monotonic()
         outputs = self._stage.compute(request, pulled.tensors, stop_when_released)
         computed = time.monotonic()
         handoff = self._pool.publish(task.key, outputs.tensors)
@@ -192,6 +194,7 @@ class Replica:
             data=data,
             num_frames=num_frames,
             pull_s=pulled.seconds,
+            started=began,
             compute_s=computed - started,
             publish_s=time.monotonic() - computed,
             pulled_bytes=sum(tensor.nbytes for tensor in pulled.tensors.values()),

@@ -20,6 +20,8 @@ class StageTiming:
     """In the driver, until a replica took it."""
     pull_s: float
     """Reserving memory and pulling tensors in."""
+    started: float
+    """When computing began, in seconds since the epoch, by the replica's clock."""
     compute_s: float
     publish_s: float
     """Copying outputs into the pool, or encoding the file."""

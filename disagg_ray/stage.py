@@ -63,6 +63,7 @@ class Stage:
         self._cut = Cut(checkpoint, name, self._settings.blocks)
         self.weights: dict[str, int] = {}
         """Bytes of each loaded component."""
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def ports(self) -> StagePorts:
@@ -78,16 +79,23 @@ class Stage:
         return self._settings.torch_device
 
     def connect(self, graph: Graph) -> None:
-        """Learn which tensors come from other stages and which go to them."""
+        """Learn which tensors come from other stages and which go to them.
+
+        Raises:
+            ConfigError: the stage has no GPU to run on; a pool there would fail with other words.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"stages.{self.name}.device: cuda is not available to this process; write cpu")
         self._inputs = graph.inputs(self.name) + graph.image_inputs(self.name)
         self._outputs = graph.outputs(self.name)
 
     def load(self) -> None:
         """Load the weights of this stage's components and nothing else."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"stages.{self.name}.device: cuda is not available to this process; write cpu")
         dtypes = {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
         self.weights = self._cut.load(dtypes, self.device)
+        if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
 
     def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
         """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""
@@ -125,10 +133,10 @@ class Stage:
             name: to_image(tensor.cpu().numpy()) if name in IMAGES else tensor.to(self.device)
             for name, tensor in tensors.items()
         }
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             made = self._cut.run(request, inputs, on_step)
-        if self.device == "cuda":
-            torch.cuda.current_stream().synchronize()  # so that whoever times this, times the work
+        if self._stream is not None:
+            self._stream.synchronize()  # so that whoever times this, times the work
         videos = made.get(FRAMES)
         return Outputs(
             {name: made[name] for name in self._outputs if name in made}, None if videos is None else videos[0]

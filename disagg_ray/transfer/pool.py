@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 
 import torch
@@ -216,6 +216,7 @@ class Pool:
                 self._set_aside(key, spans, session.name)
                 raise
             except TransferError as error:
+                self._forget_cuda_error()
                 if following is None:
                     raise
                 self._broken.add((session.route, session.name))
@@ -320,9 +321,17 @@ class Pool:
             return
         if after_caller:
             self._stream.wait_stream(torch.cuda.current_stream(self._memory.device))
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._stream.synchronize()  # a copy that was given up still runs
+
+    def _forget_cuda_error(self) -> None:
+        """Take the error that a failed CUDA call of Mooncake leaves for this thread's next kernel to find."""
+        if self._on_gpu:
+            with suppress(torch.AcceleratorError):
+                torch.ones(1, device=self._memory.device)
 
     def _free(self, spans: Iterable[Span]) -> None:
         for span in spans:
