@@ -34,7 +34,7 @@ class TensorMeta:
     nonce: bytes
     """The header's first bytes; a pull checks them, so a restarted process at the same address is noticed."""
     checksum: int | None
-    """`transfer.checksum` of the data, or None when `transport.verify` is off."""
+    """`transfer.checksum` of the data (128 bits), or None when `transport.verify` is off."""
 
 
 @dataclass(frozen=True)

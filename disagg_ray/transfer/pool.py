@@ -158,10 +158,11 @@ class Pool:
             raise self._too_large(name, spec.nbytes)
         nonce = secrets.token_bytes(NONCE_BYTES)
         start = span.offset + HEADER_BYTES
-        self._memory[span.offset : span.offset + NONCE_BYTES] = torch.tensor(list(nonce), dtype=torch.uint8)
+        self._memory[span.offset : span.offset + NONCE_BYTES] = torch.frombuffer(bytearray(nonce), dtype=torch.uint8)
         self._memory[start : start + spec.nbytes] = tensor.view(-1).view(torch.uint8)
         padded = self._memory[start : start + _words(spec.nbytes)]
-        padded[spec.nbytes :] = 0
+        if len(padded) > spec.nbytes:
+            padded[spec.nbytes :] = 0
         if self._mirror is not None:
             end = start + len(padded)
             self._mirror[span.offset : end].copy_(self._memory[span.offset : end], non_blocking=True)
