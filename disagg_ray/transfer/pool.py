@@ -24,7 +24,7 @@ from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
 from disagg_ray.transfer.checksum import NAME, checksum
-from disagg_ray.transfer.engine import ReadTimeout, with_mooncake_file
+from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file
 from disagg_ray.transfer.routes import open_endpoints, shared_sessions
 from disagg_ray.transfer.slots import HEADER_BYTES, SlotAllocator, Span, align, slot_bytes
 
@@ -218,7 +218,7 @@ class Pool:
                 raise
             except TransferError as error:
                 self._forget_cuda_error()
-                if following is None:
+                if following is None or error.code == TIMED_OUT:
                     raise
                 self._broken.add((session.route, session.name))
                 logger.warning("%s: pulls from %s go by %s from now on, not by %s: %s", self.name, handoff.producer,
