@@ -13,17 +13,21 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from disagg_ray.config import load_config, to_yaml
+from disagg_ray.config import Config, load_config, to_yaml
 from disagg_ray.environment import in_ray_job
 from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.output import check_output, format_of
 from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
+
+if TYPE_CHECKING:
+    from disagg_ray.local import LocalPipeline
+    from disagg_ray.pipeline import Pipeline
 
 EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
 
@@ -69,18 +73,30 @@ def generate(argv: Sequence[str]) -> int:
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
     resolve(request, config)  # what is wrong with it should show before anything starts
 
-    if options.local:
-        from disagg_ray.local import LocalPipeline as Chosen
-    else:
-        from disagg_ray.pipeline import Pipeline as Chosen  # type: ignore[assignment]
     from disagg_ray.report import print_result
 
-    with Chosen(config) as pipeline, _terminated():  # once more: Ray took the handler when it started
+    with _start(config, local=options.local) as pipeline:
         result = pipeline.generate(request)
         path = result.save(options.output, overwrite=options.overwrite)
         print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
     return 0
+
+
+@contextmanager
+def _start(config: Config, *, local: bool) -> Iterator[LocalPipeline | Pipeline]:
+    """Start the pipeline, and end it whatever happens."""
+    if local:
+        from disagg_ray.local import LocalPipeline
+
+        with LocalPipeline(config) as pipeline:
+            yield pipeline
+        return
+    from disagg_ray.pipeline import Pipeline
+    from disagg_ray.placement import Cluster
+
+    with closing(Cluster(config)), _terminated(), Pipeline(config) as split:  # Ray took the handler when it started
+        yield split
 
 
 def show_config(argv: Sequence[str]) -> int:

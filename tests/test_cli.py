@@ -141,7 +141,14 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "moments", "status"),
+    [(signal.SIGINT, ("encoder-0 done",), 130), (signal.SIGTERM, ("waiting for", "replicas ready"), 143)],
+    ids=["Ctrl-C in a denoise", "SIGTERM while starting"],
+)
+def test_a_signal_leaves_no_process_and_no_shared_memory(
+    sent: signal.Signals, moments: tuple[str, ...], status: int, tmp_path: Path
+) -> None:
     shared_before = set(Path("/dev/shm").iterdir())
     output = tmp_path / "out.mp4"
     arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(output)]
@@ -151,11 +158,11 @@ def test_ctrl_c_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
     )
     try:
         assert child.stderr is not None
-        log = next(line for line in child.stderr if "encoder-0 done" in line)
+        log = next(line for line in child.stderr if any(moment in line for moment in moments))
         started = psutil.Process(child.pid).children(recursive=True)
         assert len(started) > 3, log
-        child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 130
+        child.send_signal(sent)
+        assert child.wait(60) == status, child.stderr.read()
     finally:
         child.kill()
     deadline = time.monotonic() + 15
