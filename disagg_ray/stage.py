@@ -85,7 +85,10 @@ class Stage:
             ConfigError: the stage has no GPU to run on; a pool there would fail with other words.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"stages.{self.name}.device: cuda is not available to this process; write cpu")
+            raise ConfigError(
+                f"stages.{self.name}.device: cuda is not available to this process; write cpu, give the "
+                f"stage num_gpus, or see whether CUDA_VISIBLE_DEVICES hides the GPU"
+            )
         self._inputs = graph.inputs(self.name) + graph.image_inputs(self.name)
         self._outputs = graph.outputs(self.name)
 

@@ -25,7 +25,7 @@ from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
 from disagg_ray.transfer.checksum import NAME, checksum
 from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file
-from disagg_ray.transfer.routes import open_endpoints, shared_sessions
+from disagg_ray.transfer.routes import HINTS, open_endpoints, shared_sessions
 from disagg_ray.transfer.slots import HEADER_BYTES, SlotAllocator, Span, align, slot_bytes
 
 logger = logging.getLogger("disagg_ray")
@@ -221,8 +221,8 @@ class Pool:
                 if following is None or error.code == TIMED_OUT:
                     raise
                 self._broken.add((session.route, session.name))
-                logger.warning("%s: pulls from %s go by %s from now on, not by %s: %s", self.name, handoff.producer,
-                               following.route, session.route, error)  # fmt: skip
+                logger.warning("%s: pulls from %s go by %s from now on, not by %s: %s%s", self.name, handoff.producer,
+                               following.route, session.route, error, HINTS.get(session.route, ""))  # fmt: skip
                 continue
             if endpoint.memory is self._mirror:
                 for span, length in zip(spans, lengths, strict=True):

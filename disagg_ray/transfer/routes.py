@@ -26,6 +26,12 @@ ROUTES = ("nvlink_intra", "rdma", "tcp")
 """Best first."""
 
 
+HINTS = {
+    "nvlink_intra": "; GPU memory is only shared by processes of one PID namespace: run containers with --pid=host"
+}
+"""What to look at when a route fails that both ends have."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """One way into a pool: an engine and the memory that is registered with it."""
