@@ -13,7 +13,7 @@ from disagg_ray.config import Config, load_config
 from disagg_ray.graph import build_graph
 from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result, StageTiming
-from disagg_ray.stage import Stage
+from disagg_ray.stage import RAW, Stage
 from disagg_ray.video import encode, to_array
 
 
@@ -65,13 +65,10 @@ class LocalPipeline:
             frames = outputs.frames if outputs.frames is not None else frames
             timings.append(_timing(stage, began, time.monotonic() - begin))
         assert frames is not None, "the graph has exactly one stage that makes frames"
-        data = (
-            encode(frames, resolved.fps, resolved.format, self.config.output.scale)
-            if resolved.format in ("mp4", "gif")
-            else None
-        )
+        raw = resolved.format in RAW
+        data = None if raw else encode(frames, resolved.fps, resolved.format, self.config.output.scale)
         seconds = time.monotonic() - started
-        return Result(resolved, seconds, tuple(timings), data, frames if data is None else None)
+        return Result(resolved, seconds, tuple(timings), data, frames if raw else None)
 
     def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate videos one after the other."""

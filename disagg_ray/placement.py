@@ -143,7 +143,7 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
         DisaggError: what a replica raised.
     """
     deadline = time.monotonic() + config.cluster.start_timeout_s
-    calls = {actor.name: asyncio.ensure_future(_answer(actor, method, *args)) for actor in actors}
+    calls = {actor.name: asyncio.ensure_future(ask(actor, method, *args)) for actor in actors}
     try:
         while missing := sorted(name for name, call in calls.items() if not call.done()):
             left = deadline - time.monotonic()
@@ -159,10 +159,6 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
     finally:
         for call in calls.values():
             call.cancel()
-
-
-async def _answer(actor: Actor, method: str, *args: Any) -> Any:
-    return await ask(actor, method, *args)
 
 
 async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:

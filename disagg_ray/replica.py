@@ -20,7 +20,7 @@ from disagg_ray.graph import FRAMES, Graph, StagePorts
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.models.checkpoint import Geometry
 from disagg_ray.request import ResolvedRequest
-from disagg_ray.stage import RAW, Stage, frames_in_piece
+from disagg_ray.stage import RAW, Stage, frame_bytes, frames_in_piece
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames, encode
@@ -244,7 +244,7 @@ def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
     limits = config.limits
     sizes = geometry.tensor_bytes(limits.max_pixels, limits.max_frames, limits.max_image_pixels)
     images = sum(slot_bytes(sizes[name]) for name in {name for _, names in graph.images for name in names})
-    piece = slot_bytes(frames_in_piece(limits.max_pixels, limits.max_frames) * 12 * limits.max_pixels)
+    piece = slot_bytes(frames_in_piece(limits.max_pixels, limits.max_frames) * frame_bytes(limits.max_pixels))
     asked, minimum = config.transport.driver_pool_bytes, images + piece
     if asked == "auto":
         return config.max_in_flight * images + REPLICA_WINDOW * piece
