@@ -13,6 +13,7 @@ from disagg_ray.errors import (
     GraphError,
     InputError,
     OutputError,
+    Overloaded,
     PoolError,
     RequestError,
     StageError,
@@ -31,8 +32,8 @@ __version__ = VERSION
 
 __all__ = [
     "Cancelled", "CheckpointError", "Config", "ConfigError", "DisaggError", "GraphError", "Handle", "InputError",
-    "LocalPipeline", "OutputError", "Pipeline", "PoolError", "Request", "RequestError", "Result", "StageError",
-    "StartError", "TransferError", "load_config",
+    "LocalPipeline", "OutputError", "Overloaded", "Pipeline", "PoolError", "Request", "RequestError", "Result",
+    "StageError", "StartError", "TransferError", "load_config",
 ]  # fmt: skip
 
 

@@ -96,6 +96,23 @@ class LimitsConfig:
     """Characters of prompt and of negative prompt."""
     max_image_pixels: int = 4096 * 4096
     """Height x width of a conditioning image as given, before it is resized."""
+    max_queued: int = 256
+    """Requests that wait to be started; `submit` past it waits or raises Overloaded."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Replicas of a stage on one kind of hardware; what is null is as the stage says."""
+
+    replicas: int = 1
+    """Actors of this group."""
+    accelerator_type: str | None = None
+    """As in StageConfig, like all below."""
+    num_gpus: float | None = None
+    num_cpus: float | None = None
+    memory: int | None = None
+    resources: dict[str, float] | None = None
+    label_selector: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,38 @@ class StageConfig:
     """GPUs of each replica; a fraction shares one."""
     num_cpus: float = 1.0
     """CPUs Ray reserves for each replica."""
+    memory: int | None = None
+    """Bytes of host memory Ray reserves for each replica; null: none."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources of each replica, by name."""
+    label_selector: dict[str, str] = field(default_factory=dict)
+    """Labels a replica's node must have, as `ray.io/accelerator-type: H100`, `zone: "!b"` or `disk: in(ssd,nvme)`."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPU each replica must have, as H200 or L40S; null: any."""
+    placement: str = "pack"
+    """pack (fill nodes that are in use first) or spread (over as many nodes as there are)."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Replicas on mixed hardware, by a name of your choice; when given, they take the place of `replicas`."""
     num_threads: int | None = None
     """Torch threads; null: num_cpus rounded up. Frames are bit-identical only for equal thread counts."""
     dtype: str | None = None
     """Overrides model.dtype for every component of this stage."""
     device: str = "auto"
     """auto (cuda with num_gpus, else cpu), cpu or cuda."""
+
+    @property
+    def num_replicas(self) -> int:
+        return sum(group.replicas for group in self.replica_groups.values())
+
+    @property
+    def replica_groups(self) -> dict[str, StageConfig]:
+        """The stage as each group of its replicas sees it, by the group's name."""
+        if not self.groups:
+            return {"": self}
+        return {
+            name: replace(self, groups={}, **{k: v for k, v in vars(group).items() if v is not None})
+            for name, group in self.groups.items()
+        }
 
     @property
     def torch_threads(self) -> int:
@@ -149,6 +192,18 @@ class TransportConfig:
 
 
 @dataclass(frozen=True)
+class FailuresConfig:
+    max_attempts: int = 3
+    """Times a stage is computed for a request before the request fails; a lost node does not count."""
+    stall_s: float = 600.0
+    """A replica that finishes no denoising step, encode or decode and gives no answer for so long is replaced."""
+    timeout_s: float | None = None
+    """Limit of a request from admission to its last byte; null: none."""
+    shutdown_grace_s: float = 30.0
+    """What running requests get to finish when a run is told to stop."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     scale: int = 1
     """Whole number by which mp4 and gif are enlarged for viewing; png and npy are the frames as they are."""
@@ -173,8 +228,11 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Stages by name, in any order: the graph is inferred from their blocks."""
+    share_gpu: list[str] = field(default_factory=list)
+    """Stages whose replicas lie on one GPU: the first of each together, the second of each, and so on."""
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    failures: FailuresConfig = field(default_factory=FailuresConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     fused: bool = False
     """Run the blocks of all stages in one, named `fused`, with the largest of their resources."""
@@ -187,7 +245,12 @@ class Config:
     @property
     def max_in_flight(self) -> int:
         """Requests the driver admits at once: what all replicas together can hold."""
-        return sum(REPLICA_WINDOW * stage.replicas for stage in self.stages.values())
+        return sum(REPLICA_WINDOW * stage.num_replicas for stage in self.stages.values())
+
+    def for_group(self, stage: str, group: str) -> Config:
+        """Return the configuration as a replica of a stage's group sees it."""
+        settings = replace(self.stages[stage].replica_groups[group], groups=self.stages[stage].groups)
+        return replace(self, stages=self.stages | {stage: settings})
 
     def dtype_of(self, stage: str, component: str) -> str:
         """Return the precision in which a stage holds a component's weights."""
@@ -215,6 +278,8 @@ def _checks(config: Config) -> Iterator[Check]:
         yield f"limits.{f.name}", getattr(limits, f.name), getattr(limits, f.name) >= 1, "write 1 or more"
     yield from _default_checks(defaults, limits)
     yield from _stage_checks(config.stages)
+    yield from _sharing_checks(config)
+    yield from _failure_checks(config.failures)
     yield "transport.protocol", transport.protocol, transport.protocol in PROTOCOLS, f"write {' or '.join(PROTOCOLS)}"
     yield "transport.timeout_s", transport.timeout_s, 5 <= transport.timeout_s < math.inf, "write 5 or more"
     ports = transport.port_range
@@ -252,14 +317,47 @@ def _stage_checks(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
         key = f"stages.{name}"
         yield key, name, name.isidentifier() and name.islower(), "name it in lower-case letters, digits and _"
         yield f"{key}.blocks", stage.blocks, bool(stage.blocks), "name at least one block"
-        yield f"{key}.replicas", stage.replicas, stage.replicas >= 1, "write 1 or more"
-        ok = 0 <= stage.num_gpus <= 1 or (stage.num_gpus > 1 and stage.num_gpus.is_integer())
-        yield f"{key}.num_gpus", stage.num_gpus, ok, "write a fraction or a whole number"
-        yield f"{key}.num_cpus", stage.num_cpus, 0 <= stage.num_cpus < math.inf, "write 0 or more"
+        for group, settings in stage.replica_groups.items():
+            yield from _resource_checks(f"{key}.groups.{group}" if group else key, settings)
         threads = stage.num_threads
         yield f"{key}.num_threads", threads, threads is None or threads >= 1, "write 1 or more, or null"
         yield f"{key}.dtype", stage.dtype, stage.dtype in (None, *DTYPES), f"write one of {', '.join(DTYPES)}"
         yield f"{key}.device", stage.device, stage.device in ("auto", "cpu", "cuda"), "write auto, cpu or cuda"
+        yield f"{key}.placement", stage.placement, stage.placement in ("pack", "spread"), "write pack or spread"
+
+
+def _resource_checks(key: str, stage: StageConfig) -> Iterator[Check]:
+    yield f"{key}.replicas", stage.replicas, stage.replicas >= 1, "write 1 or more"
+    ok = 0 <= stage.num_gpus <= 1 or (stage.num_gpus > 1 and stage.num_gpus.is_integer())
+    yield f"{key}.num_gpus", stage.num_gpus, ok, "write a fraction or a whole number"
+    yield f"{key}.num_cpus", stage.num_cpus, 0 <= stage.num_cpus < math.inf, "write 0 or more"
+    yield f"{key}.memory", stage.memory, stage.memory is None or stage.memory > 0, "write a number of bytes, or null"
+    for name, number in stage.resources.items():
+        own = name not in ("CPU", "GPU", "memory", "object_store_memory")
+        yield f"{key}.resources", name, own, "write num_cpus, num_gpus or memory"
+        ok = 0 < number <= 1 or (number > 1 and float(number).is_integer())
+        yield f"{key}.resources.{name}", number, ok, "write a fraction or a whole number"
+    kind = stage.accelerator_type
+    yield f"{key}.accelerator_type", kind, kind is None or stage.num_gpus > 0, "give the stage num_gpus, or write null"
+
+
+def _sharing_checks(config: Config) -> Iterator[Check]:
+    names = config.share_gpu
+    yield "share_gpu", names, len(set(names)) == len(names) != 1, "name two stages or more, each once"
+    yield "share_gpu", names, set(names) <= set(config.stages), f"the stages are {', '.join(config.stages)}"
+    sharing = [config.stages[name] for name in names if name in config.stages]
+    yield "share_gpu", names, not any(s.groups for s in sharing), "a stage with groups cannot share"
+    yield "share_gpu", names, len({s.replicas for s in sharing}) <= 1, "give these stages the same number of replicas"
+    gpus = sum(s.num_gpus for s in sharing)
+    yield "share_gpu", names, gpus <= 1, f"their num_gpus add up to {gpus:g}; let them add up to 1 at most"
+
+
+def _failure_checks(failures: FailuresConfig) -> Iterator[Check]:
+    yield "failures.max_attempts", failures.max_attempts, failures.max_attempts >= 1, "write 1 or more"
+    stall, limit, grace = failures.stall_s, failures.timeout_s, failures.shutdown_grace_s
+    yield "failures.stall_s", stall, 1 <= stall < math.inf, "write 1 second or more"
+    yield "failures.timeout_s", limit, limit is None or 0 < limit < math.inf, "write a positive number, or null"
+    yield "failures.shutdown_grace_s", grace, 0 <= grace < math.inf, "write 0 or more"
 
 
 def _is_port_range(text: str) -> bool:
@@ -285,7 +383,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     folder = expand_home(config.model.path)
     if folder.is_dir():  # replicas have other working folders
         config = replace(config, model=replace(config.model, path=str(folder.absolute())))
-    return replace(config, stages={"fused": _fuse(config.stages.values())}) if config.fused else config
+    return replace(config, stages={"fused": _fuse(config.stages.values())}, share_gpu=[]) if config.fused else config
 
 
 def _drop_stages(merged: DictConfig, layer: DictConfig) -> None:
@@ -302,10 +400,11 @@ def _fuse(stages: Collection[StageConfig]) -> StageConfig:
     dtypes = {stage.dtype for stage in stages}
     return StageConfig(
         blocks=[block for stage in stages for block in stage.blocks],
-        replicas=max(stage.replicas for stage in stages),
+        replicas=max(stage.num_replicas for stage in stages),
         num_gpus=max(stage.num_gpus for stage in stages),
         num_cpus=max(stage.num_cpus for stage in stages),
         num_threads=max(threads, default=None),
+        memory=max((stage.memory for stage in stages if stage.memory is not None), default=None),
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
     )
 
@@ -381,9 +480,11 @@ def known_keys() -> list[str]:
             if is_dataclass(value):
                 yield from walk(value, f"{prefix}{f.name}.")
 
-    sections = (ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, OutputConfig)
-    names = ("model", "defaults", "limits", "transport", "cluster", "output")
-    keys = [*names, "stages", "fused"]
+    sections = (
+        ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, FailuresConfig, OutputConfig,
+    )  # fmt: skip
+    names = ("model", "defaults", "limits", "transport", "cluster", "failures", "output")
+    keys = [*names, "stages", "share_gpu", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")
     return keys + [f"stages.*.{f.name}" for f in fields(StageConfig)]

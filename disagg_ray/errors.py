@@ -10,6 +10,8 @@ DisaggError
 ├── StartError                  stages did not become ready
 ├── StageError                  a stage failed one request
 ├── TransferError               tensors did not arrive whole
+├── ReplicaLost                 a replica died, hung or cannot be reached
+├── Overloaded                  the queue is full, and the caller would not wait
 ├── PoolError                   a pool cannot hold what it was asked to
 └── Cancelled                   the request was given up
 """
@@ -51,6 +53,18 @@ class StartError(DisaggError):
 
 class StageError(DisaggError):
     """A stage failed one request; other requests go on."""
+
+
+class ReplicaLost(DisaggError):
+    """A replica died, hung or cannot be reached; `with_node`: its whole node is gone."""
+
+    def __init__(self, reason: str, *, with_node: bool = False) -> None:
+        super().__init__(reason)
+        self.with_node = with_node
+
+
+class Overloaded(DisaggError):
+    """`limits.max_queued` requests wait already, and the caller would not wait."""
 
 
 class PoolError(DisaggError):

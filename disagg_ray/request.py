@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("mp4", "gif", "png", "npy")
 MAX_SEED = 2**63 - 1
+MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Request:
     """Frames a second of the written video."""
     format: str = "mp4"
     """mp4, gif, png (a folder) or npy (float32 frames)."""
+    priority: int = 0
+    """Higher goes first; equals go in order, and every eighth turn is the oldest's."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     """Name of this request in logs and files."""
 
@@ -74,6 +77,7 @@ class ResolvedRequest:
     seed: int
     fps: int
     format: str
+    priority: int
     images: dict[str, tuple[int, int]]
     """(height, width) of each conditioning image as given, by name."""
 
@@ -110,6 +114,7 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
         seed=_or(request.seed, secrets.randbelow(2**32)),
         fps=_or(request.fps, defaults.fps),
         format=request.format,
+        priority=request.priority,
         images={name: (image.height, image.width) for name, image in images.items()},
     )
     _check(resolved, config)
@@ -132,6 +137,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "fps": (int,),
     "format": (str,),
+    "priority": (int,),
     "id": (str,),
 }
 
@@ -211,6 +217,8 @@ def _check(request: ResolvedRequest, config: Config) -> None:
     _check_numbers(request, config)
     if request.format not in FORMATS:
         raise RequestError(f"format: {request.format!r} is unknown; give one of {', '.join(FORMATS)}")
+    if abs(request.priority) > MAX_PRIORITY:
+        raise RequestError(f"priority: {request.priority} is not from {-MAX_PRIORITY} to {MAX_PRIORITY}")
     if not 1 <= len(request.id) <= 200 or not request.id.isprintable():
         raise RequestError(f"id: {request.id[:80]!r} is not 1 to 200 printable characters")
 

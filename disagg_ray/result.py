@@ -30,6 +30,8 @@ class StageTiming:
     """How the tensors came: Mooncake's protocol, or `local`."""
     peak_bytes: int
     """Most GPU memory the replica has ever taken, weights and pool included; 0 on a CPU."""
+    attempts: int = 1
+    """Times the stage was begun for this request, this one included."""
 
 
 @dataclass(frozen=True)

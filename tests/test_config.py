@@ -1,6 +1,7 @@
 """Files, bases and overrides become one checked configuration, or one line that says why not."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
@@ -354,3 +355,46 @@ def test_a_relative_model_folder_is_made_absolute(tmp_path: Path, monkeypatch: p
     config = Path("conf/tiny_t2v.yaml").absolute()
     monkeypatch.chdir(tmp_path)
     assert load_config(config, "model.path=model").model.path == str(tmp_path / "model")
+
+
+def test_groups_of_a_stage_take_what_they_do_not_say_from_it() -> None:
+    config = load_config(
+        "conf/tiny_t2v.yaml",
+        "stages.transformer={num_cpus: 2, groups: {fast: {replicas: 2, num_cpus: 4}, slow: {replicas: 3}}}",
+    )
+    assert config.stages["transformer"].num_replicas == 5
+    seen = {group: config.for_group("transformer", group).stages["transformer"] for group in ("fast", "slow")}
+    assert {group: (stage.num_cpus, stage.torch_threads) for group, stage in seen.items()} == {
+        "fast": (4, 4),
+        "slow": (2, 2),
+    }
+    assert config.for_group("transformer", "slow").max_in_flight == config.max_in_flight == 14
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.encoder.placement=x", "stages.encoder.placement: 'x' is not possible: write pack or spread"),
+        ("stages.encoder.resources={GPU: 1}", "stages.encoder.resources: 'GPU'"),
+        ("stages.encoder.resources={disk: 1.5}", "stages.encoder.resources.disk: 1.5"),
+        ("stages.encoder.accelerator_type=H100", "give the stage num_gpus"),
+        ("stages.encoder.groups={a: {replicas: 0}}", "stages.encoder.groups.a.replicas: 0"),
+        ("stages.encoder.memory=-1", "stages.encoder.memory: -1"),
+        ("share_gpu=[encoder]", "name two stages or more"),
+        ("share_gpu=[encoder, painter]", "the stages are encoder, transformer, decoder"),
+        ("failures.stall_s=0", "failures.stall_s: 0.0"),
+        ("failures.max_attempts=0", "failures.max_attempts: 0"),
+        ("failures.timeout_s=-1", "failures.timeout_s: -1.0"),
+    ],
+)
+def test_impossible_deployment_is_refused_by_key(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config("conf/tiny_t2v.yaml", override)
+
+
+def test_stages_that_share_a_gpu_must_fit_one_and_be_alike() -> None:
+    gpus = ("stages.encoder.num_gpus=0.6", "stages.decoder.num_gpus=0.6", "share_gpu=[encoder, decoder]")
+    with pytest.raises(ConfigError, match=r"add up to 1\.2"):
+        load_config("conf/tiny_t2v.yaml", *gpus)
+    with pytest.raises(ConfigError, match="same number of replicas"):
+        load_config("conf/tiny_t2v.yaml", "stages.encoder.replicas=2", "share_gpu=[encoder, decoder]")
