@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import itertools
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 import torch
 
 from disagg_ray.config import Config, load_config
-from disagg_ray.errors import Cancelled, DisaggError
-from disagg_ray.graph import FRAMES, build_graph
-from disagg_ray.handoff import AttemptKey, Handoff
-from disagg_ray.placement import Actor, Cluster, ask, gather_ready, launch
-from disagg_ray.replica import Description, Health, ReplicaInfo, Reply, Task, driver_pool_bytes
+from disagg_ray.errors import Cancelled, DisaggError, Overloaded, StageError, StartError
+from disagg_ray.fleet import Fleet
+from disagg_ray.graph import build_graph
+from disagg_ray.holdings import Holdings
+from disagg_ray.journey import Crew, Journey
+from disagg_ray.placement import Actor, Cluster
+from disagg_ray.queues import PriorityQueue
+from disagg_ray.replica import Health, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
-from disagg_ray.result import Result, StageTiming
-from disagg_ray.scheduler import StageQueue
-from disagg_ray.stage import frames_in_piece
-from disagg_ray.transfer.pool import Pool
+from disagg_ray.result import Result
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
-
-CLOSE_S = 5.0
-"""How long closing waits for replicas to give their pools back before it kills them."""
 
 T = TypeVar("T")
 
@@ -65,21 +61,40 @@ class Handle:
     def done(self) -> bool:
         return self._future.done()
 
+    def add_done_callback(self, call: Callable[[Handle], None]) -> None:
+        """Have `call` called with this handle when the request is finished, failed or cancelled, in some thread."""
+        self._future.add_done_callback(lambda _: call(self))
+
     def cancel(self) -> bool:
         """Give the request up: it leaves the queue, or stops within one denoising step. False: it is finished."""
         return self._future.cancel()
 
 
-@dataclass
-class _Running:
-    """What the driver remembers of one request in flight."""
+class Gate:
+    """Lets so many requests in at once; the others wait by priority."""
 
-    request: ResolvedRequest
-    key: AttemptKey
-    replies: dict[str, Reply] = field(default_factory=dict)
-    holders: dict[str, Actor] = field(default_factory=dict)
-    """By stage: the replica that holds slots for this request."""
-    timings: list[StageTiming] = field(default_factory=list)
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._waiting: PriorityQueue[asyncio.Future[None]] = PriorityQueue()
+
+    async def enter(self, priority: int, sequence: int) -> None:
+        if self._room:
+            self._room -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.push(turn, priority, sequence)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not self._waiting.remove(turn):
+                self.leave()  # it was let in at the same moment
+            raise
+
+    def leave(self) -> None:
+        if self._waiting:
+            self._waiting.pop().set_result(None)
+        else:
+            self._room += 1
 
 
 class Pipeline:
@@ -91,10 +106,19 @@ class Pipeline:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.id = uuid.uuid4().hex[:8]
-        self.replicas: tuple[ReplicaInfo, ...] = ()
-        self._actors: dict[str, list[Actor]] = {}
-        self._pool: Pool | None = None
+        self._journeys: dict[asyncio.Task[Result], Journey] = {}
+        """Of admitted requests."""
+        self._waiting: set[asyncio.Task[Result]] = set()
+        """Requests before the gate."""
+        self._sequence = itertools.count()
+        self._room = threading.Condition()
+        self._queued: set[object] = set()
+        """Tickets of requests before the gate."""
+        self._failure: DisaggError | None = None
+        """Why nothing can be served any more."""
         self._closed = False
+        self._fleet: Fleet | None = None
+        self._holdings: Holdings | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{self.id}", daemon=True)
         self._thread.start()
@@ -126,18 +150,27 @@ class Pipeline:
 
     async def _start(self) -> None:
         began = time.monotonic()
-        actors = launch(self.config, self.id)
-        for actor in actors:
-            self._actors.setdefault(actor.stage, []).append(actor)
-        described: list[Description] = await gather_ready(self.config, actors, "describe")
-        by_stage = {d.ports.stage: d.ports for d in described}
-        self.graph = build_graph([by_stage[stage] for stage in self.config.stages])
-        nbytes = driver_pool_bytes(self.config, self.graph, described[0].geometry)
-        self._pool = Pool(f"driver-{self.id}", nbytes, ray.util.get_node_ip_address(), self.config.transport)
-        self.replicas = tuple(await gather_ready(self.config, actors, "load", self.graph))
-        logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(actors), time.monotonic() - began)
-        self._queues = {stage: StageQueue(len(replicas)) for stage, replicas in self._actors.items()}
-        self._admitted = asyncio.Semaphore(self.config.max_in_flight)
+        fleet = self._fleet = Fleet(self.config, self.id, self._lose, self._fail)
+        described = await fleet.launch()
+        ports = {description.ports.stage: description.ports for description in described}
+        self.graph = build_graph([ports[stage] for stage in self.config.stages])
+        self._holdings = Holdings(
+            f"driver-{self.id}", self.config, self.graph, described[0].geometry, ray.util.get_node_ip_address()
+        )
+        await fleet.load(self.graph)
+        self._crew = Crew(self.config, self.graph, fleet, self._holdings)
+        self._gate = Gate(self.config.max_in_flight)
+        logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """Those that serve now."""
+        return self._fleet.replicas if self._fleet is not None else ()
+
+    @property
+    def num_restarts(self) -> dict[str, int]:
+        """How often a replica was replaced, by stage."""
+        return dict(self._fleet.num_restarts) if self._fleet is not None else {}
 
     @property
     def pools(self) -> dict[str, int]:
@@ -190,146 +223,145 @@ class Pipeline:
                 failures[0].add_note(f"another request failed too: {other}")
             raise failures[0]
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
         """Check a request and queue it.
+
+        While `limits.max_queued` requests wait to be started, it waits for room; without `wait` it raises.
+        `latents_file` keeps the finished latents until the caller deletes it: a request that is submitted again, by
+        another process too, goes on from there.
 
         Raises:
             RequestError: the request cannot be served by this model and configuration.
+            Overloaded: there is no room, and `wait` is False.
+            Cancelled: the pipeline is closed or draining.
+            StartError: a stage has no replica left.
         """
-        if self._closed:
-            raise Cancelled("the pipeline is closed")
         resolved, images = resolve(request, self.config)
         pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
-        future = asyncio.run_coroutine_threadsafe(self._run(resolved, pixels), self._loop)
+        ticket = self._queue(wait=wait)
+        future = asyncio.run_coroutine_threadsafe(self._run(resolved, pixels, latents_file, ticket), self._loop)
+        future.add_done_callback(lambda _: self._unqueue(ticket))  # it may be cancelled before it begins
         return Handle(resolved, future)
+
+    def _queue(self, *, wait: bool) -> object:
+        """Take one of the places in the queue."""
+        limit = self.config.limits.max_queued
+        with self._room:
+            if len(self._queued) >= limit and not wait and not self._closed:
+                raise Overloaded(f"limits.max_queued: {limit} requests wait already; try again later, or wait")
+            self._room.wait_for(lambda: self._closed or self._failure or len(self._queued) < limit)
+            if self._failure is not None:
+                raise self._failure
+            if self._closed:
+                raise Cancelled("the pipeline is closed")
+            ticket = object()
+            self._queued.add(ticket)
+            return ticket
+
+    def _unqueue(self, ticket: object) -> None:
+        with self._room:
+            self._queued.discard(ticket)
+            self._room.notify()
+
+    async def _run(
+        self, request: ResolvedRequest, images: dict[str, torch.Tensor], latents_file: Path | None, ticket: object
+    ) -> Result:
+        sequence, task = next(self._sequence), asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            await self._gate.enter(request.priority, sequence)
+        finally:
+            self._waiting.discard(task)
+            self._unqueue(ticket)
+        journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], sequence, latents_file)
+        self._journeys[task] = journey
+        limit_s = self.config.failures.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await journey.travel()
+        except TimeoutError:
+            raise StageError(f"request {request.id}: not done within failures.timeout_s={limit_s:g} s") from None
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        finally:
+            del self._journeys[task]
+            self._gate.leave()
+
+    def _lose(self, actor: Actor, info: ReplicaInfo) -> None:
+        """A replica is gone."""
+        if self._holdings is not None:
+            self._holdings.forget(info.sessions)
+        for journey in self._journeys.values():
+            journey.lose(actor)
+
+    def _fail(self, error: StartError) -> None:
+        """A stage has no replica left: nothing can be served any more."""
+        with self._room:
+            self._failure = error
+            self._room.notify_all()
+        for task in [*self._waiting, *self._journeys]:
+            task.cancel()
 
     def health(self) -> dict[str, Health]:
         """Ask every replica how it is, by name."""
-        actors = [actor for actors in self._actors.values() for actor in actors]
+        fleet = self._fleet
+        assert fleet is not None
 
-        async def ask_all() -> list[Health]:
-            return list(await asyncio.gather(*(ask(actor, "health") for actor in actors)))
+        async def ask_all() -> dict[str, Health]:
+            actors = fleet.actors
+            healths = await asyncio.gather(*(fleet.ask(actor, "health") for actor in actors))
+            return dict(zip([actor.name for actor in actors], healths, strict=True))
 
-        return dict(zip([actor.name for actor in actors], self._call(ask_all()), strict=True))
+        return self._call(ask_all())
 
     @property
     def driver_bytes_in_use(self) -> int:
-        """Bytes of the driver's own pool that are taken."""
-        return self._pool.bytes_in_use if self._pool is not None else 0
+        """Bytes of the driver's own pool that requests take."""
+        return self._holdings.bytes_in_use if self._holdings is not None else 0
 
-    async def _run(self, request: ResolvedRequest, images: dict[str, torch.Tensor]) -> Result:
-        async with self._admitted:
-            started = time.monotonic()
-            running = _Running(request, AttemptKey(f"{request.id}.{uuid.uuid4().hex[:8]}", 0))
-            try:
-                given = await asyncio.to_thread(self._publish_images, running.key, images) if images else None
-                stages: dict[str, asyncio.Task[None]] = {}
-                async with asyncio.TaskGroup() as group:
-                    for stage in self.graph.order:
-                        before = [stages[producer] for producer in self.graph.producers(stage)]
-                        stages[stage] = group.create_task(self._run_stage(running, stage, before, given))
-                return await self._collect(running, started)
-            except BaseExceptionGroup as errors:  # of the task group; the first one is what failed the request
-                raise _first(errors) from None
-            finally:
-                self._release(running)
+    def drain(self, grace_s: float) -> None:
+        """Admit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
 
-    async def _run_stage(
-        self, running: _Running, stage: str, before: list[asyncio.Task[None]], images: Handoff | None
-    ) -> None:
-        """Run one stage of a request on some replica, once the stages it reads from are done."""
-        for earlier in before:
-            await asyncio.shield(earlier)
-        began = time.monotonic()
-        producers = self.graph.producers(stage)
-        handoffs = [running.replies[producer].handoff for producer in producers]
-        if images is not None and self.graph.image_inputs(stage):
-            handoffs.append(images)
-        task = Task(running.key, running.request, tuple(handoffs))
-        async with self._queues[stage].take() as load:
-            actor = running.holders[stage] = self._actors[stage][load.index]
-            if load.turn.locked():
-                await ask(actor, "prefetch", task, about=running.request.id)
-            async with load.turn:
-                reply: Reply = await ask(actor, "run", task, about=running.request.id)
-        running.replies[stage] = reply
-        running.timings.append(_timing(stage, actor.name, reply, time.monotonic() - began))
-        logger.info("request %s: %s done in %.2f s", running.request.id, actor.name, reply.compute_s)
-        for producer in producers:
-            if all(consumer in running.replies for consumer in self.graph.consumers(producer)):
-                self._release_stage(running, producer)
+        async def drain() -> None:
+            for task in self._waiting:
+                task.cancel()
+            if self._journeys:
+                _, late = await asyncio.wait(self._journeys, timeout=grace_s)
+                for task in late:
+                    task.cancel()
 
-    def _publish_images(self, key: AttemptKey, images: dict[str, torch.Tensor]) -> Handoff:
-        assert self._pool is not None
-        self._pool.reserve(key, {name: image.nbytes for name, image in images.items()})
-        return self._pool.publish(key, images)
-
-    async def _collect(self, running: _Running, started: float) -> Result:
-        reply = running.replies[self.graph.last]
-        frames = await self._pull_frames(running, reply.num_frames) if reply.data is None else None
-        order = {stage: place for place, stage in enumerate(self.graph.order)}
-        timings = tuple(sorted(running.timings, key=lambda timing: order[timing.stage]))
-        return Result(running.request, time.monotonic() - started, timings, reply.data, frames)
-
-    async def _pull_frames(self, running: _Running, num_frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Bring raw frames here piece by piece, through one slot of the driver's pool."""
-        request, actor = running.request, running.holders[self.graph.last]
-        pixels = request.height * request.width
-        frames = np.empty((num_frames, request.height, request.width, 3), np.float32)
-        for start in range(0, num_frames, frames_in_piece(pixels, num_frames)):
-            piece = await ask(actor, "piece", running.key, start, about=request.id)
-            await asyncio.to_thread(self._pull_piece, running.key._replace(attempt=start), piece, frames[start:])
-        return frames
-
-    def _pull_piece(self, key: AttemptKey, piece: Handoff, into: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-        assert self._pool is not None
-        key = key._replace(request_id=f"{key.request_id}/piece")
-        try:
-            self._pool.reserve(key, {FRAMES: piece.nbytes})
-            pulled = self._pool.pull(key, piece)[FRAMES]
-            into[: len(pulled)] = pulled.numpy()
-        finally:
-            self._pool.release(key)
-
-    def _release(self, running: _Running) -> None:
-        for stage in list(running.holders):
-            self._release_stage(running, stage)
-        assert self._pool is not None
-        self._pool.release(running.key)
-
-    def _release_stage(self, running: _Running, stage: str) -> None:
-        """Tell the replica that holds a stage's slots to free them; a dead one has none."""
-        actor = running.holders.pop(stage, None)
-        if actor is not None:
-            actor.call("release", running.key, about=running.request.id)
+        self._end_admission()
+        self._call(drain())
 
     def close(self) -> None:
         """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent."""
-        if self._closed:
+        if self._loop.is_closed():
             return
-        self._closed = True
+        self._end_admission()
         self._call(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        if self._pool is not None:
-            self._pool.close()
+        if self._holdings is not None:
+            self._holdings.close()
         if hasattr(self, "_cluster"):
             self._cluster.close()
 
+    def _end_admission(self) -> None:
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+
     async def _stop(self) -> None:
-        running = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in running:
+        requests = [*self._waiting, *self._journeys]
+        for task in requests:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        actors = [actor for actors in self._actors.values() for actor in actors]
-        if actors and ray.is_initialized():
-            closing = [asyncio.ensure_future(ask(actor, "close")) for actor in actors]
-            await asyncio.wait(closing, timeout=CLOSE_S)
-            for call, actor in zip(closing, actors, strict=True):
-                call.cancel()
-                ray.kill(actor.handle)
-            await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.gather(*requests, return_exceptions=True)
+        if self._fleet is not None:
+            await self._fleet.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the pipeline's loop and wait for it here."""
@@ -339,18 +371,3 @@ class Pipeline:
         except BaseException:
             future.cancel()
             raise
-
-
-def _timing(stage: str, replica: str, reply: Reply, elapsed: float) -> StageTiming:
-    busy = reply.pull_s + reply.compute_s + reply.publish_s
-    return StageTiming(
-        stage, replica, max(0.0, elapsed - busy), reply.pull_s, reply.started, reply.compute_s,
-        reply.publish_s, reply.pulled_bytes, reply.route, reply.peak_bytes,
-    )  # fmt: skip
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

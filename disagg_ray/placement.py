@@ -15,10 +15,12 @@ from typing import Any
 import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from disagg_ray import environment
 from disagg_ray.config import Config, StageConfig
-from disagg_ray.errors import ConfigError, DisaggError, StageError, StartError
+from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.replica import Replica
 
 logger = logging.getLogger("disagg_ray")
@@ -27,17 +29,46 @@ GROUPS = {"compute": 1, "pull": 1, "control": 2}
 """Threads of each kind in a replica."""
 GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull"}
 """Every other call is a control call."""
+STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
+"""Ray's names: its default fills nodes that are in use first, up to half."""
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
+
+
+@dataclass(frozen=True)
+class Post:
+    """A place in the deployment, which one actor after another may hold."""
+
+    stage: str
+    index: int
+    group: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.index}"
 
 
 @dataclass(frozen=True)
 class Actor:
     """A launched replica."""
 
-    stage: str
-    name: str
+    post: Post
+    incarnation: int
+    """How many held the post before."""
     handle: ActorHandle[Any]
+
+    @property
+    def stage(self) -> str:
+        return self.post.stage
+
+    @property
+    def name(self) -> str:
+        return self.post.name
+
+    @property
+    def id(self) -> str:
+        """Tells the actors of a post apart."""
+        return f"{self.name}.{self.incarnation}"
 
     def call(self, method: str, *args: Any, about: str = "") -> Awaitable[Any]:
         """Call a method; `about` names the request in the dashboard's task list."""
@@ -70,11 +101,12 @@ class Cluster:
     def _start(self, config: Config) -> None:
         """Start one on this machine, reachable with a token only."""
         _make_token()
-        cpus = sum(stage.num_cpus * stage.replicas for stage in config.stages.values())
+        asked = _asked(config)
         ray.init(
             address="local",
-            num_cpus=max(psutil.cpu_count() or 1, int(cpus) + 1),  # CPUs are bookkeeping: let the stages share cores
+            num_cpus=max(psutil.cpu_count() or 1, int(asked["CPU"]) + 1),  # bookkeeping: let the stages share cores
             num_gpus=config.cluster.num_gpus,
+            resources={name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
             include_dashboard=config.cluster.dashboard,
             logging_level=logging.ERROR,
         )
@@ -92,10 +124,30 @@ class Cluster:
             self._started = False
 
 
+def _asked(config: Config) -> dict[str, float]:
+    """Return what all replicas together ask of a cluster, by Ray's names."""
+    asked: dict[str, float] = {"CPU": 0, "GPU": 0}
+    for stage in config.stages.values():
+        for group in stage.replica_groups.values():
+            for name, number in _resources(group).items():
+                asked[name] = asked.get(name, 0) + group.replicas * number
+    return asked
+
+
+def _resources(settings: StageConfig) -> dict[str, float]:
+    """Return what one replica asks for, by Ray's names."""
+    memory = {"memory": float(settings.memory)} if settings.memory is not None else {}
+    return {"CPU": settings.num_cpus, "GPU": settings.num_gpus} | memory | settings.resources
+
+
 def _check_gpus(config: Config, available: float) -> None:
-    asked = sum(stage.num_gpus * stage.replicas for stage in config.stages.values())
+    asked = _asked(config)["GPU"]
     if asked > available:
-        by_stage = ", ".join(f"{name} {s.replicas} x {s.num_gpus:g}" for name, s in config.stages.items())
+        by_stage = ", ".join(
+            f"{name} {group.replicas} x {group.num_gpus:g}"
+            for name, stage in config.stages.items()
+            for group in stage.replica_groups.values()
+        )
         raise ConfigError(
             f"stages.*.num_gpus: {asked:g} GPUs are asked for ({by_stage}) and this machine has {available:g}; "
             f"lower num_gpus or replicas, or join a cluster with cluster.address"
@@ -113,26 +165,78 @@ def _make_token() -> None:
     path.chmod(0o600)
 
 
-def launch(config: Config, pipeline_id: str) -> list[Actor]:
-    """Create every replica of every stage; they begin to start side by side."""
-    actors = []
-    for stage, settings in config.stages.items():
-        actor_class: Any = ray.remote(**_options(settings))(type(stage.capitalize(), (Replica,), {}))
-        for index in range(settings.replicas):
-            name = f"{stage}-{index}"
-            handle = actor_class.options(name=f"disagg_ray-{pipeline_id}-{name}").remote(stage, index, config)
-            actors.append(Actor(stage, name, handle))
-    return actors
+class Placement:
+    """Puts actors where the configuration wants them."""
+
+    def __init__(self, config: Config, pipeline_id: str) -> None:
+        self._config = config
+        self._pipeline_id = pipeline_id
+        self._shared = [_share(config) for _ in range(self._num_shared)]
+
+    @property
+    def _num_shared(self) -> int:
+        """How many GPUs are shared by stages."""
+        return self._config.stages[self._config.share_gpu[0]].replicas if self._config.share_gpu else 0
+
+    def posts(self) -> list[Post]:
+        """Return the deployment's places, stage by stage."""
+        return [
+            Post(stage, index, group)
+            for stage, settings in self._config.stages.items()
+            for index, group in enumerate(
+                name for name, group in settings.replica_groups.items() for _ in range(group.replicas)
+            )
+        ]
+
+    def launch(self, post: Post, incarnation: int = 0) -> Actor:
+        """Create an actor for a post; it begins to start as soon as there is room for it."""
+        config = self._config.for_group(post.stage, post.group)
+        actor_class: Any = ray.remote(**self._options(post, config.stages[post.stage]))(
+            type(post.stage.capitalize(), (Replica,), {})
+        )
+        name = f"disagg_ray-{self._pipeline_id}-{post.name}" + (f".{incarnation}" if incarnation else "")
+        return Actor(post, incarnation, actor_class.options(name=name).remote(post.stage, post.index, config))
+
+    def _options(self, post: Post, settings: StageConfig) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "resources": dict(settings.resources),
+            "max_restarts": 0,  # a new actor takes the post: calls meant for the old one can never reach it
+            "max_task_retries": 0,  # a retry by Ray would run against memory that is gone
+            "concurrency_groups": GROUPS,
+            "scheduling_strategy": STRATEGIES[settings.placement],
+        }
+        if settings.memory is not None:
+            options["memory"] = settings.memory
+        if settings.accelerator_type is not None:
+            options["accelerator_type"] = settings.accelerator_type
+        if post.stage in self._config.share_gpu:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._shared[post.index], 0)
+        elif settings.label_selector:
+            options["label_selector"] = dict(settings.label_selector)
+        return options
+
+    def close(self) -> None:
+        """Give the shared GPUs back."""
+        for group in self._shared:
+            remove_placement_group(group)
+        self._shared = []
 
 
-def _options(settings: StageConfig) -> dict[str, Any]:
-    return {
-        "num_cpus": settings.num_cpus,
-        "num_gpus": settings.num_gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,  # a retry by Ray would run against memory that is gone
-        "concurrency_groups": GROUPS,
-    }
+def _share(config: Config) -> PlacementGroup:
+    """Reserve one bundle for a replica of each stage that shares a GPU."""
+    bundle: dict[str, float] = {}
+    labels: dict[str, str] = {}
+    for stage in (config.stages[name] for name in config.share_gpu):
+        labels |= stage.label_selector
+        for name, number in _resources(stage).items():
+            bundle[name] = bundle.get(name, 0) + number
+        if stage.accelerator_type is not None:
+            labels["ray.io/accelerator-type"] = stage.accelerator_type
+    bundle = {name: number for name, number in bundle.items() if number}
+    group: PlacementGroup = placement_group([bundle], bundle_label_selector=[labels] if labels else [])
+    return group
 
 
 async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *args: Any) -> list[Any]:
@@ -162,7 +266,12 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
 
 
 async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
-    """Call a replica and await its answer, its errors made ours."""
+    """Call a replica and await its answer, its errors made ours.
+
+    Raises:
+        ReplicaLost: it died or cannot be reached; it may have done what was asked or not.
+        DisaggError: what it raised.
+    """
     try:
         return await actor.call(method, *args, about=about)
     except ray.exceptions.RayTaskError as error:
@@ -171,17 +280,22 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
             raise cause from None
         raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StageError(f"{actor.name}: the replica died or cannot be reached: {reason}") from error
+        reason = _reason(error)
+        raise ReplicaLost(
+            f"{actor.name}: the replica died or cannot be reached: {reason}",
+            with_node="node has died" in reason or getattr(error, "preempted", False),
+        ) from error
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    """Return the line of Ray's message that says why."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
 
 
 def _waiting_for(config: Config, missing: Sequence[str]) -> str:
-    asked: Mapping[str, float] = {
-        "CPU": sum(s.num_cpus * s.replicas for s in config.stages.values()),
-        "GPU": sum(s.num_gpus * s.replicas for s in config.stages.values()),
-    }
-    free = ray.available_resources()
+    free: Mapping[str, float] = ray.available_resources()
     shares = ", ".join(
-        f"{kind} {number:g} (free now {free.get(kind, 0):g})" for kind, number in asked.items() if number
+        f"{kind} {number:g} (free now {free.get(kind, 0):g})" for kind, number in _asked(config).items() if number
     )
     return f"waiting for {', '.join(missing)}; the pipeline asks for {shares}"

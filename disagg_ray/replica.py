@@ -20,9 +20,9 @@ from disagg_ray.graph import FRAMES, Graph, StagePorts
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.models.checkpoint import Geometry
 from disagg_ray.request import ResolvedRequest
-from disagg_ray.stage import RAW, Stage, frame_bytes, frames_in_piece
+from disagg_ray.result import StageTiming
+from disagg_ray.stage import RAW, Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
-from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames, encode
 
 
@@ -46,6 +46,8 @@ class ReplicaInfo:
     pool_bytes: int
     weights: dict[str, int]
     """Bytes by component."""
+    sessions: tuple[str, ...]
+    """Mooncake's names of the ways into its pool."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a task, and where the time went, in seconds."""
+    """What came of a task."""
 
     handoff: Handoff
     """Of the tensors that other stages read."""
@@ -68,15 +70,7 @@ class Reply:
     """The encoded file, from the last stage."""
     num_frames: int
     """Raw frames kept for `piece`, from the last stage."""
-    pull_s: float
-    started: float
-    """When computing began, in seconds since the epoch."""
-    compute_s: float
-    publish_s: float
-    pulled_bytes: int
-    route: str
-    peak_bytes: int
-    """Most GPU memory the replica has ever taken."""
+    timing: StageTiming
 
 
 @dataclass(frozen=True)
@@ -85,6 +79,8 @@ class Health:
     bytes_quarantined: int
     pool_bytes: int
     rss_bytes: int
+    stalled_s: float
+    """Since the last sign of progress of what computes; 0 when nothing does."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,8 @@ class Replica:
         self._pulled: dict[AttemptKey, _Pulled] = {}
         self._frames: dict[AttemptKey, Frames] = {}
         self._lock = threading.Lock()  # of the two dictionaries above
+        self._progressed: float | None = None
+        """When what computes last made progress."""
         self._pool: Pool
 
     def __repr__(self) -> str:  # Ray prefixes log lines and lists actors with it
@@ -124,7 +122,8 @@ class Replica:
         self._stage.load()
         pid = psutil.Process().pid
         name, device = self._stage.name, self._stage.device
-        return ReplicaInfo(self.name, name, host, pid, device, self._pool.capacity, self._stage.weights)
+        sessions = tuple(session.name for session in self._pool.sessions)
+        return ReplicaInfo(self.name, name, host, pid, device, self._pool.capacity, self._stage.weights, sessions)
 
     def _pool_bytes(self) -> int:
         needs, asked = self._stage.needs(), self._config.transport.pool_bytes
@@ -156,11 +155,14 @@ class Replica:
             pulled = self._pulled.pop(task.key, None)
         if pulled is None:
             pulled = self._pull(task)
+        self._progressed = time.monotonic()
         try:
             return self._compute(task, pulled)
         except BaseException:
             self.release(task.key)
             raise
+        finally:
+            self._progressed = None
 
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
@@ -180,6 +182,7 @@ class Replica:
         request = task.request
 
         def stop_when_released(step: int, steps: int) -> None:
+            self._progressed = time.monotonic()
             if self._pool.is_released(task.key):
                 raise Cancelled(f"request {request.id} was given up at step {step} of {steps}")
 
@@ -189,10 +192,10 @@ class Replica:
         handoff = self._pool.publish(task.key, outputs.tensors)
         data, num_frames = self._finish(task, outputs.frames)
         self._pool.release(task.key, pulled.tensors)
-        return Reply(
-            handoff=handoff,
-            data=data,
-            num_frames=num_frames,
+        timing = StageTiming(
+            stage=self._stage.name,
+            replica=self.name,
+            queue_s=0.0,  # the driver knows
             pull_s=pulled.seconds,
             started=began,
             compute_s=computed - started,
@@ -201,6 +204,7 @@ class Replica:
             route=self._pool.route(task.handoffs[0]) if task.handoffs else "none",
             peak_bytes=self._stage.peak_bytes,
         )
+        return Reply(handoff, data, num_frames, timing)
 
     def _finish(self, task: Task, frames: Frames | None) -> tuple[bytes | None, int]:
         if frames is None:
@@ -228,26 +232,15 @@ class Replica:
 
     def health(self) -> Health:
         rss = psutil.Process().memory_info().rss
-        return Health(self._pool.bytes_in_use, self._pool.bytes_quarantined, self._pool.capacity, rss)
+        progressed = self._progressed
+        stalled_s = 0.0 if progressed is None else time.monotonic() - progressed
+        return Health(self._pool.bytes_in_use, self._pool.bytes_quarantined, self._pool.capacity, rss, stalled_s)
+
+    def forget(self, sessions: tuple[str, ...]) -> None:
+        """Hear that the process behind these sessions is dead: what it might still have written to is free again."""
+        for session in sessions:
+            self._pool.forget(session)
 
     def close(self) -> None:
         """Give the pool back."""
         self._pool.close()
-
-
-def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
-    """Return the host memory the driver needs: each admitted request's images, and pieces of raw frames.
-
-    Raises:
-        ConfigError: `transport.driver_pool_bytes` is too small.
-    """
-    limits = config.limits
-    sizes = geometry.tensor_bytes(limits.max_pixels, limits.max_frames, limits.max_image_pixels)
-    images = sum(slot_bytes(sizes[name]) for name in {name for _, names in graph.images for name in names})
-    piece = slot_bytes(frames_in_piece(limits.max_pixels, limits.max_frames) * frame_bytes(limits.max_pixels))
-    asked, minimum = config.transport.driver_pool_bytes, images + piece
-    if asked == "auto":
-        return config.max_in_flight * images + REPLICA_WINDOW * piece
-    if int(asked) < minimum:
-        raise ConfigError(f"transport.driver_pool_bytes: {asked} is too small: one request may take {minimum} bytes")
-    return int(asked)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -165,15 +167,20 @@ def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: 
     assert pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1)).data
 
 
-def test_a_dead_replica_fails_its_request_by_name(cluster: None) -> None:
-    """Replay of a lost stage comes later; until then the failure says which replica died."""
+def test_a_dead_replica_is_replaced_and_its_request_replayed(cluster: None, local: LocalPipeline) -> None:
+    request = Request(prompt=PROMPT, num_frames=17, num_inference_steps=20, seed=3)
     with Pipeline.from_config(T2V, "fused=true") as short:
-        (actor,) = short._actors["fused"]
-        handle = short.submit(LONG)
-        time.sleep(2.0)
-        ray.kill(actor.handle)
-        with pytest.raises(Exception, match="fused-0: the replica died"):
-            handle.result(30)
+        handle = short.submit(request)
+        time.sleep(1.0)
+        os.kill(short.replicas[0].pid, signal.SIGKILL)
+        result = handle.result(120)
+        assert result.data == local.generate(request).data
+        assert [timing.attempts for timing in result.stages] == [2]
+        assert short.num_restarts == {"fused": 1}
+        wait_until_empty(short)
+        again = short.submit(LONG)
+    with pytest.raises(Cancelled):
+        again.result(10)
     with pytest.raises(Cancelled, match="closed"):
         short.submit(Request(prompt=PROMPT))
     short.close()

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import zip_longest
 
 import torch
@@ -194,6 +195,14 @@ class Pool:
         with self._changed:
             self._check_open(key)
         return pulled
+
+    def relay(self, key: AttemptKey, handoff: Handoff) -> Handoff:
+        """Say where the copy of a pulled handoff lies in this pool; headers and checksums came along with it."""
+        metas = tuple(
+            replace(meta, address=self._memory.data_ptr() + self._span(key, meta.name).offset)
+            for meta in handoff.tensors
+        )
+        return Handoff(key, self.name, self.sessions, handoff.checksum, metas)
 
     def _read(
         self, key: AttemptKey, handoff: Handoff, metas: list[TensorMeta], spans: list[Span], lengths: list[int]

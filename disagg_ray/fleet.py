@@ -1,0 +1,184 @@
+"""The replicas of all stages: started, watched, and replaced when they die or hang."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import ray
+
+from disagg_ray.config import Config
+from disagg_ray.errors import DisaggError, ReplicaLost, StartError
+from disagg_ray.graph import Graph
+from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
+from disagg_ray.replica import Description, Health, ReplicaInfo
+from disagg_ray.scheduler import StageScheduler
+
+logger = logging.getLogger("disagg_ray")
+
+CLOSE_S = 5.0
+"""How long closing waits for replicas to give their pools back before it kills them."""
+MAX_STARTS = 3
+"""Times in a row a replica may fail to start before its post is given up."""
+LOOK_S = 10.0
+"""Replicas are asked how they are at least this often."""
+
+
+class Fleet:
+    """Owns the actors; whatever is called here is called on the driver's event loop.
+
+    `on_lost` hears of each replica that is gone, `on_hopeless` of a stage that has none left and gets none back.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pipeline_id: str,
+        on_lost: Callable[[Actor, ReplicaInfo], None],
+        on_hopeless: Callable[[StartError], None],
+    ) -> None:
+        self._config = config
+        self._placement = Placement(config, pipeline_id)
+        self._on_lost, self._on_hopeless = on_lost, on_hopeless
+        self.schedulers = {stage: StageScheduler() for stage in config.stages}
+        self.num_restarts = dict.fromkeys(config.stages, 0)
+        self.healths: dict[str, Health] = {}
+        """By replica, as last heard."""
+        self._actors: dict[str, Actor] = {}
+        """Those that serve, by id."""
+        self._infos: dict[str, ReplicaInfo] = {}
+        self._starting: dict[Post, Actor] = {}
+        self._sessions: set[str] = set()
+        """Of all replicas there ever were: engines remember a dead one's and cannot reach another under its name."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._graph: Graph | None = None
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """Those that serve, by stage and index."""
+        posts = {post: place for place, post in enumerate(self._placement.posts())}
+        serving = sorted(self._actors.values(), key=lambda actor: posts[actor.post])
+        return tuple(self._infos[actor.id] for actor in serving)
+
+    @property
+    def actors(self) -> tuple[Actor, ...]:
+        return tuple(self._actors.values())
+
+    def actor(self, replica_id: str) -> Actor:
+        return self._actors[replica_id]
+
+    def is_serving(self, actor: Actor) -> bool:
+        return actor.id in self._actors
+
+    async def launch(self) -> list[Description]:
+        """Create every replica and learn what the stages are."""
+        for post in self._placement.posts():
+            self._starting[post] = self._placement.launch(post)
+        described: list[Description] = await gather_ready(self._config, list(self._starting.values()), "describe")
+        return described
+
+    async def load(self, graph: Graph) -> None:
+        """Load every replica and put it to work."""
+        self._graph = graph
+        actors = list(self._starting.values())
+        infos: list[ReplicaInfo] = await gather_ready(self._config, actors, "load", graph)
+        for actor, info in zip(actors, infos, strict=True):
+            self._enlist(actor, info)
+
+    def _enlist(self, actor: Actor, info: ReplicaInfo) -> None:
+        self._starting.pop(actor.post, None)
+        self._actors[actor.id], self._infos[actor.id] = actor, info
+        self._sessions |= set(info.sessions)
+        self.schedulers[actor.stage].add(actor.id, actor.post.group, time.monotonic())
+        self._spawn(self._watch(actor))
+
+    async def ask(self, actor: Actor, method: str, *args: Any, about: str = "") -> Any:
+        """Call a replica, as `placement.ask`; one that is gone is replaced."""
+        try:
+            return await ask(actor, method, *args, about=about)
+        except ReplicaLost as error:
+            self.lose(actor, str(error))
+            raise
+
+    async def _watch(self, actor: Actor) -> None:
+        """Ask a replica how it is until it is gone: dead, without an answer, or without a step for `stall_s`."""
+        stall_s = self._config.failures.stall_s
+        while self.is_serving(actor):
+            try:
+                async with asyncio.timeout(stall_s):
+                    health: Health = await ask(actor, "health")
+            except TimeoutError:
+                self.lose(actor, f"{actor.name}: no answer for failures.stall_s={stall_s:g} s")
+                break
+            except DisaggError as error:
+                self.lose(actor, str(error))
+                break
+            self.healths[actor.name] = health
+            if health.stalled_s > stall_s:
+                self.lose(actor, f"{actor.name}: no step for failures.stall_s={stall_s:g} s")
+            await asyncio.sleep(min(LOOK_S, stall_s / 4))
+
+    def lose(self, actor: Actor, reason: str) -> None:
+        """Take a replica out of service for good, and have another take its post. Idempotent."""
+        if self._actors.pop(actor.id, None) is None:
+            return
+        logger.warning("replica lost: %s; it is replaced", reason)
+        info = self._infos.pop(actor.id)
+        self.healths.pop(actor.name, None)
+        ray.kill(actor.handle)
+        for other in self._actors.values():
+            other.call("forget", info.sessions)
+        self.schedulers[actor.stage].remove(actor.id, time.monotonic())
+        self._on_lost(actor, info)
+        self._spawn(self._replace(actor))
+
+    async def _replace(self, lost: Actor) -> None:
+        began, incarnation = time.monotonic(), lost.incarnation
+        for _ in range(MAX_STARTS):
+            incarnation += 1
+            actor = self._starting[lost.post] = self._placement.launch(lost.post, incarnation)
+            try:
+                (info,) = await gather_ready(self._config, [actor], "load", self._graph)
+                if not self._sessions & set(info.sessions):
+                    self._enlist(actor, info)
+                    self.num_restarts[actor.stage] += 1
+                    logger.info("replica %s is back after %.1f s", actor.name, time.monotonic() - began)
+                    return
+                failure: DisaggError = StartError(f"{actor.name}: it got a dead replica's port, {info.sessions[0]}")
+            except DisaggError as error:
+                failure = error
+            ray.kill(actor.handle)
+            logger.warning("replica %s did not start: %s", actor.name, failure)
+        del self._starting[lost.post]
+        self._give_up(lost.post, failure)
+
+    def _give_up(self, post: Post, failure: DisaggError) -> None:
+        others = [actor.post for actor in self._actors.values()] + list(self._starting)
+        left = sum(other.stage == post.stage for other in others)
+        logger.error("replica %s is given up; %s has %d left: %s", post.name, post.stage, left, failure)
+        if not left:
+            self._on_hopeless(StartError(f"no replica of {post.stage} is left and none starts: {failure}"))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """End every replica: politely for a while, then for good."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        actors = [*self._actors.values(), *self._starting.values()]
+        self._actors.clear()
+        if actors and ray.is_initialized():
+            closing = [asyncio.ensure_future(ask(actor, "close")) for actor in actors]
+            await asyncio.wait(closing, timeout=CLOSE_S)
+            for call, actor in zip(closing, actors, strict=True):
+                call.cancel()
+                ray.kill(actor.handle)
+            await asyncio.gather(*closing, return_exceptions=True)
+            self._placement.close()

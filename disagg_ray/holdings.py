@@ -1,0 +1,136 @@
+"""What the driver holds in a pool of its own: a request's images, finished latents, raw frames on their way in."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from disagg_ray.config import REPLICA_WINDOW, Config, LimitsConfig
+from disagg_ray.errors import ConfigError
+from disagg_ray.graph import FRAMES, Graph
+from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.stage import frame_bytes, frames_in_piece
+from disagg_ray.transfer.pool import Pool
+from disagg_ray.transfer.slots import slot_bytes
+from disagg_ray.video import Frames
+
+T = TypeVar("T")
+
+NUM_THREADS = 4
+"""Copies of each kind at once."""
+
+
+class Holdings:
+    """Copies in and out of the driver's pool, off the event loop.
+
+    No copy waits for another kind's room or threads: raw frames have slots of their own, and each kind its threads.
+    """
+
+    def __init__(self, name: str, config: Config, graph: Graph, geometry: Geometry, host: str) -> None:
+        self._pool = Pool(name, _pool_bytes(config, graph, geometry), host, config.transport)
+        self._threads = {kind: ThreadPoolExecutor(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
+        self._piece_bytes = _piece_bytes(config.limits)
+        self._pieces: queue.SimpleQueue[AttemptKey] = queue.SimpleQueue()
+        self._serial = itertools.count()
+        for _ in range(REPLICA_WINDOW):
+            self._add_piece()
+        self._own_bytes = self._pool.bytes_in_use
+
+    def _add_piece(self) -> None:
+        key = AttemptKey("frames", next(self._serial))
+        self._pool.reserve(key, {FRAMES: self._piece_bytes})
+        self._pieces.put(key)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes that requests take."""
+        return self._pool.bytes_in_use - self._own_bytes
+
+    @property
+    def capacity(self) -> int:
+        return self._pool.capacity
+
+    async def publish(self, key: AttemptKey, tensors: Mapping[str, torch.Tensor]) -> Handoff:
+        """Put tensors where stages can pull them."""
+
+        def publish() -> Handoff:
+            self._pool.reserve(key, {name: tensor.nbytes for name, tensor in tensors.items()})
+            return self._pool.publish(key, tensors)
+
+        return await self._run("out", publish)
+
+    async def hold(self, key: AttemptKey, handoff: Handoff) -> tuple[Handoff, dict[str, torch.Tensor]]:
+        """Pull a verified copy; return where it lies now, and the tensors, good until `key` is released."""
+
+        def pull() -> tuple[Handoff, dict[str, torch.Tensor]]:
+            self._pool.reserve(key, {meta.name: meta.spec.nbytes for meta in handoff.tensors})
+            tensors = self._pool.pull(key, handoff)
+            return self._pool.relay(key, handoff), tensors
+
+        return await self._run("hold", pull)
+
+    async def pull_frames(self, piece: Handoff, into: Frames) -> None:
+        """Bring a piece of raw frames to the start of `into`."""
+
+        def pull() -> None:
+            key = self._pieces.get()
+            try:
+                pulled = self._pool.pull(key, piece)[FRAMES]
+                into[: len(pulled)] = pulled.numpy()
+            except BaseException:
+                self._pool.release(key)  # what a late answer may still write to is not used again
+                self._add_piece()
+                raise
+            self._pieces.put(key)
+
+        await self._run("frames", pull)
+
+    def release(self, key: AttemptKey) -> None:
+        self._pool.release(key)
+
+    def forget(self, sessions: tuple[str, ...]) -> None:
+        """Free what a dead process might still have written to."""
+        for session in sessions:
+            self._pool.forget(session)
+
+    def close(self) -> None:
+        self._pool.close()
+        for threads in self._threads.values():
+            threads.shutdown()
+
+    async def _run(self, kind: str, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads[kind], work)
+
+
+def _piece_bytes(limits: LimitsConfig) -> int:
+    return frames_in_piece(limits.max_pixels, limits.max_frames) * frame_bytes(limits.max_pixels)
+
+
+def _pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
+    """Return the host memory the driver needs: each admitted request's images, latents held, pieces of raw frames.
+
+    Latents wait in their producer's pool while there is no room here.
+
+    Raises:
+        ConfigError: `transport.driver_pool_bytes` is too small.
+    """
+    limits = config.limits
+    sizes = geometry.tensor_bytes(limits.max_pixels, limits.max_frames, limits.max_image_pixels)
+    images = sum(slot_bytes(sizes[name]) for name in {name for _, names in graph.images for name in names})
+    held = sum(slot_bytes(sizes[name]) for name in graph.inputs(graph.last))
+    pieces = REPLICA_WINDOW * slot_bytes(_piece_bytes(limits))
+    asked, minimum = config.transport.driver_pool_bytes, images + held + pieces
+    if asked == "auto":
+        holders = {graph.last, *graph.producers(graph.last)}
+        num_held = REPLICA_WINDOW * sum(config.stages[stage].num_replicas for stage in holders)
+        return config.max_in_flight * images + num_held * held + pieces
+    if int(asked) < minimum:
+        raise ConfigError(f"transport.driver_pool_bytes: {asked} is too small: one request may take {minimum} bytes")
+    return int(asked)

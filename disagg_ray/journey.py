@@ -1,0 +1,329 @@
+"""One request's way through the stages; what is lost on it is made again, from the last finished stage on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from disagg_ray.config import Config
+from disagg_ray.errors import Cancelled, DisaggError, PoolError, ReplicaLost, StageError, TransferError
+from disagg_ray.fleet import Fleet
+from disagg_ray.graph import Graph
+from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.holdings import Holdings
+from disagg_ray.latents import describe, read_latents, write_latents
+from disagg_ray.placement import Actor
+from disagg_ray.replica import Reply, Task
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.result import Result, StageTiming
+from disagg_ray.scheduler import Job
+from disagg_ray.stage import frames_in_piece
+from disagg_ray.video import Frames
+from disagg_ray.visit import Turn, follow
+
+logger = logging.getLogger("disagg_ray")
+
+SETBACKS_PER_ATTEMPT = 10
+"""Failures that cost no computing, as a pull that fails, which a request may have for each attempt that may fail."""
+MAX_PAUSE_S = 5.0
+"""Longest pause after a failed pull."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What every journey works with."""
+
+    config: Config
+    graph: Graph
+    fleet: Fleet
+    holdings: Holdings
+
+
+@dataclass(eq=False)
+class _Output:
+    """What a stage made, and who has it."""
+
+    key: AttemptKey
+    handoff: Handoff
+    holder: Actor | None
+    """None: the driver itself."""
+    reply: Reply | None = None
+    num_failed_pulls: int = 0
+
+
+class Journey:
+    """Lives on the driver's event loop: `travel` once; cancel that to give the request up."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        request: ResolvedRequest,
+        images: Mapping[str, torch.Tensor],
+        run_id: str,
+        sequence: int,
+        latents_file: Path | None = None,
+    ) -> None:
+        self.request = request
+        self._config, self._graph, self._fleet, self._holdings = crew.config, crew.graph, crew.fleet, crew.holdings
+        self._images, self._sequence, self._latents_file = images, sequence, latents_file
+        self._id = f"{request.id}.{run_id}"
+        self._keys: list[AttemptKey] = []
+        self._given: Handoff | None = None
+        """The images."""
+        self._outputs: dict[str, _Output] = {}
+        self._held: dict[str, _Output] = {}
+        """Copies of latents in the driver's pool, by the stage that made them."""
+        self._running: dict[str, asyncio.Task[_Output | None]] = {}
+        self._queued: set[str] = set()
+        """Running stages that no replica has taken yet."""
+        self._holding: dict[str, asyncio.Task[None]] = {}
+        self._saving: asyncio.Task[None] | None = None
+        self._attempts: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._num_setbacks = 0
+        self._timings: dict[str, StageTiming] = {}
+
+    async def travel(self) -> Result:
+        """Run the stages, each once its inputs are there, until the video is here.
+
+        Raises:
+            InputError: a stage found that the request cannot be served.
+            StageError: a stage failed `failures.max_attempts` times.
+            TransferError: tensors did not arrive, however often it was tried.
+            OutputError: the latents' file could not be written.
+        """
+        started = time.monotonic()
+        try:
+            if self._images:
+                self._given = await self._holdings.publish(self._new_key(), self._images)
+            await self._resume()
+            while True:
+                await self._reach(self._graph.last)
+                if (video := await self._bring()) is not None:
+                    order = {stage: place for place, stage in enumerate(self._graph.order)}
+                    timings = sorted(self._timings.values(), key=lambda timing: order[timing.stage])
+                    return Result(self.request, time.monotonic() - started, tuple(timings), *video)
+        finally:
+            await self._leave()
+
+    def lose(self, actor: Actor) -> None:
+        """Hear that a replica is gone, with all that it held."""
+        for stage, output in list(self._outputs.items()):
+            if output.holder is actor:
+                self._drop(stage)
+
+    def _new_key(self) -> AttemptKey:
+        key = AttemptKey(self._id, len(self._keys))
+        self._keys.append(key)
+        return key
+
+    async def _reach(self, last: str) -> None:
+        """Have every output made that is missing on the way to `last`."""
+        while last not in self._outputs:
+            for stage in self._missing(last):
+                self._running[stage] = asyncio.ensure_future(self._attempt(stage))
+            pending = {*self._running.values(), *self._holding.values()}
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for stage in [stage for stage, hold in self._holding.items() if hold.done()]:
+                self._holding.pop(stage).result()
+            for stage in [stage for stage, attempt in self._running.items() if attempt.done()]:
+                if (output := self._running.pop(stage).result()) is not None:
+                    self._arrive(stage, output)
+            self._release_spent()
+
+    def _missing(self, last: str) -> list[str]:
+        """Return the stages to run now: their output is wanted and on no way, and their inputs are there."""
+        wanted, ready = [last], []
+        while wanted:
+            stage = wanted.pop()
+            if stage in self._running or stage in self._holding or stage in ready:
+                continue
+            lacking = [producer for producer in self._graph.producers(stage) if producer not in self._outputs]
+            wanted += lacking
+            if not lacking:
+                ready.append(stage)
+        return ready
+
+    def _arrive(self, stage: str, output: _Output) -> None:
+        if output.holder is not None and not self._fleet.is_serving(output.holder):
+            return  # it died right after its answer
+        self._outputs[stage] = output
+        if stage in self._graph.producers(self._graph.last):
+            self._holding[stage] = asyncio.ensure_future(self._hold(stage, output))
+
+    def _drop(self, stage: str) -> None:
+        """Do without a stage's output: the driver's copy takes its place, or it is made again."""
+        self._release(self._outputs.pop(stage))
+        if stage in self._held:
+            self._outputs[stage] = self._held[stage]
+            return
+        for consumer in self._queued & set(self._graph.consumers(stage)):
+            self._running.pop(consumer).cancel()
+
+    def _release_spent(self) -> None:
+        """Free what all its consumers have made safe use of; latents stay until the end."""
+        for stage in list(self._outputs):
+            consumers = self._graph.consumers(stage)
+            used = all(consumer in self._outputs and consumer not in self._holding for consumer in consumers)
+            if used and consumers and self._graph.last not in consumers:
+                self._release(self._outputs.pop(stage))
+
+    async def _attempt(self, stage: str) -> _Output | None:
+        """Have a stage computed on the replica that the scheduler says; None: it did not come about this time."""
+        began, turn, visit = time.monotonic(), Turn(), None
+        work, shape = measure(self.request, self._config.stages[stage].blocks)
+        job = Job(self.request.id, work, shape, self.request.priority, self._sequence, turn.move)
+        scheduler = self._fleet.schedulers[stage]
+        self._queued.add(stage)
+        scheduler.push(job, began)
+        try:
+            visit = await follow(turn, self._fleet, lambda: self._task(stage))
+            self._attempts[stage] += 1
+            reply: Reply = await self._fleet.ask(visit.actor, "run", visit.task, about=self.request.id)
+        except TransferError as error:
+            self._doubt_inputs(stage, error)
+            await asyncio.sleep(min(0.05 * 2**self._num_setbacks, MAX_PAUSE_S))
+            return None
+        except (ReplicaLost, StageError, PoolError, Cancelled) as error:
+            self._note_failure(stage, error, computing=visit is not None)
+            return None
+        else:
+            timing = reply.timing
+            scheduler.finish(job, time.monotonic(), timing.compute_s + timing.publish_s)
+            self._note_success(stage, timing, time.monotonic() - began)
+            output, visit = _Output(visit.task.key, reply.handoff, visit.actor, reply), None
+            return output
+        finally:
+            self._queued.discard(stage)
+            scheduler.withdraw(job, time.monotonic())
+            if visit is not None:
+                visit.leave()
+
+    def _task(self, stage: str) -> Task:
+        """Return a new attempt, with its inputs where they lie now."""
+        self._queued.discard(stage)
+        if lost := [producer for producer in self._graph.producers(stage) if producer not in self._outputs]:
+            raise ReplicaLost(f"the output of {lost[0]} was lost")
+        handoffs = [self._outputs[producer].handoff for producer in self._graph.producers(stage)]
+        if self._given is not None and self._graph.image_inputs(stage):
+            handoffs.append(self._given)
+        return Task(self._new_key(), self.request, tuple(handoffs))
+
+    def _note_success(self, stage: str, timing: StageTiming, elapsed: float) -> None:
+        queue_s = max(0.0, elapsed - timing.pull_s - timing.compute_s - timing.publish_s)
+        self._timings[stage] = replace(timing, queue_s=queue_s, attempts=self._attempts[stage])
+        logger.info("request %s: %s done in %.2f s", self.request.id, timing.replica, timing.compute_s)
+
+    def _note_failure(self, stage: str, error: DisaggError, *, computing: bool) -> None:
+        """Count a failed attempt; what dies with its whole node, or before it computed, counts as a setback only."""
+        if isinstance(error, ReplicaLost) and (error.with_node or not computing):
+            self._note_setback(error)
+            return
+        self._failures[stage] += 1
+        allowed = self._config.failures.max_attempts
+        if self._failures[stage] >= allowed:
+            raise StageError(f"{stage} failed {allowed} times (failures.max_attempts), at last so: {error}") from error
+        logger.warning("request %s: %s is tried again: %s", self.request.id, stage, error)
+
+    def _note_setback(self, error: DisaggError) -> None:
+        self._num_setbacks += 1
+        if self._num_setbacks >= SETBACKS_PER_ATTEMPT * self._config.failures.max_attempts:
+            raise error
+        logger.info("request %s: %s", self.request.id, error)
+
+    def _doubt_inputs(self, stage: str, error: TransferError) -> None:
+        """An input did not arrive: take the driver's copy, or make it again when it fails a second time."""
+        self._note_setback(error)
+        for producer in self._graph.producers(stage):
+            output = self._outputs.get(producer)
+            if output is None or output.holder is None:
+                continue
+            if error.session in {session.name for session in output.handoff.sessions}:
+                output.num_failed_pulls += 1
+                if producer in self._held or output.num_failed_pulls > 1:
+                    self._drop(producer)
+
+    async def _hold(self, stage: str, output: _Output) -> None:
+        """Copy latents here, and to their file; from then on nothing that dies costs the denoise."""
+        key = self._new_key()
+        try:
+            handoff, tensors = await self._holdings.hold(key, output.handoff)
+        except (TransferError, PoolError, Cancelled) as error:
+            logger.info("request %s: the driver has no copy of the %s's output: %s", self.request.id, stage, error)
+            self._holdings.release(key)
+            return
+        self._held[stage] = _Output(key, handoff, None)
+        self._outputs.setdefault(stage, self._held[stage])
+        if self._latents_file is not None and self._is_only_input(stage):
+            about = describe(self.request, self._config)
+            self._saving = asyncio.ensure_future(asyncio.to_thread(write_latents, self._latents_file, tensors, about))
+            await asyncio.shield(self._saving)
+
+    async def _resume(self) -> None:
+        """Take up an earlier run's latents, if they are this request's."""
+        producers = self._graph.producers(self._graph.last)
+        if self._latents_file is None or len(producers) != 1:
+            return
+        tensors = await asyncio.to_thread(read_latents, self._latents_file, describe(self.request, self._config))
+        if tensors is None or set(tensors) != set(self._graph.inputs(self._graph.last)):
+            return
+        (stage,) = producers
+        key = self._new_key()
+        self._held[stage] = self._outputs[stage] = _Output(key, await self._holdings.publish(key, tensors), None)
+        logger.info("request %s: goes on from %s", self.request.id, self._latents_file)
+
+    def _is_only_input(self, stage: str) -> bool:
+        """Whether the last stage needs nothing but this stage's output."""
+        return self._graph.producers(self._graph.last) == (stage,)
+
+    async def _bring(self) -> tuple[bytes | None, Frames | None] | None:
+        """Return the file, or bring the raw frames here piece by piece; None: they were lost on the way."""
+        output, request = self._outputs[self._graph.last], self.request
+        assert output.reply is not None and output.holder is not None, "the last stage's output is never held"
+        if output.reply.data is not None:
+            return output.reply.data, None
+        num_frames, pixels = output.reply.num_frames, request.height * request.width
+        frames = np.empty((num_frames, request.height, request.width, 3), np.float32)
+        try:
+            for start in range(0, num_frames, frames_in_piece(pixels, num_frames)):
+                piece = await self._fleet.ask(output.holder, "piece", output.key, start, about=request.id)
+                await self._holdings.pull_frames(piece, frames[start:])
+        except (ReplicaLost, TransferError) as error:
+            self._note_setback(error)
+            if self._graph.last in self._outputs:
+                self._drop(self._graph.last)
+            return None
+        return None, frames
+
+    def _release(self, output: _Output) -> None:
+        """Free an output's slots where they are; a dead replica has none."""
+        if output.holder is None:
+            self._holdings.release(output.key)
+        elif self._fleet.is_serving(output.holder):
+            output.holder.call("release", output.key, about=self.request.id)
+
+    async def _leave(self) -> None:
+        """Leave nothing behind, here or at any replica."""
+        tasks = [*self._running.values(), *self._holding.values()]
+        for task in tasks:
+            task.cancel()
+        for output in self._outputs.values():
+            self._release(output)
+        for key in self._keys:
+            self._holdings.release(key)
+        await asyncio.gather(*tasks, *([self._saving] if self._saving else []), return_exceptions=True)
+
+
+def measure(request: ResolvedRequest, blocks: list[str]) -> tuple[float, tuple[int, ...]]:
+    """Return how much work a stage has with a request (in steps x pixels), and what makes two requests alike for it."""
+    passes = request.num_inference_steps * (2 if request.guided else 1) if "denoise" in blocks else 1
+    shape = (request.height, request.width, request.num_frames, passes)
+    return float(request.height * request.width * request.num_frames * passes), shape
