@@ -85,6 +85,12 @@ class Health:
     bytes_quarantined: int
     pool_bytes: int
     rss_bytes: int
+    bytes_kept: int
+    """Of the pool, for prompt embeddings that are kept while nothing else needs the room."""
+    cache_hits: int
+    """Texts whose embeddings were kept."""
+    cache_misses: int
+    """Texts that had to be encoded."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +126,19 @@ class Replica:
         """
         host = host or ray.util.get_node_ip_address()
         self._stage.connect(graph)
-        self._pool = Pool(self.name, self._pool_bytes(), host, self._config.transport, self._stage.device)
+        transport, device, cache_bytes = self._config.transport, self._stage.device, self._stage.cache_bytes
+        self._pool = Pool(self.name, self._pool_bytes(), host, transport, device, cache_bytes)
+        self._stage.use_cache(self._pool.cache)
         self._stage.load()
         pid = psutil.Process().pid
-        name, device = self._stage.name, self._stage.device
-        return ReplicaInfo(self.name, name, host, pid, device, self._pool.capacity, self._stage.weights)
+        weights = self._stage.weights
+        return ReplicaInfo(self.name, self._stage.name, host, pid, device, self._pool.capacity, weights)
 
     def _pool_bytes(self) -> int:
         needs, asked = self._stage.needs(), self._config.transport.pool_bytes
         if asked == "auto":
-            return REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
+            slots = REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
+            return slots + self._stage.cache_bytes
         if int(asked) < needs.minimum:
             raise ConfigError(
                 f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
@@ -228,7 +237,9 @@ class Replica:
 
     def health(self) -> Health:
         rss = psutil.Process().memory_info().rss
-        return Health(self._pool.bytes_in_use, self._pool.bytes_quarantined, self._pool.capacity, rss)
+        pool, cache = self._pool, self._pool.cache
+        in_use, quarantined = pool.bytes_in_use, pool.bytes_quarantined
+        return Health(in_use, quarantined, pool.capacity, rss, cache.bytes_kept, cache.hits, cache.misses)
 
     def close(self) -> None:
         """Give the pool back."""
