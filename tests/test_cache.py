@@ -161,7 +161,7 @@ def test_a_reservation_waits_for_a_copy_and_never_spoils_it(pool, monkeypatch):
             reservation.result(0.05)
         go_on.set()
         assert torch.equal(copy.result(10), tensor(1))
-        reservation.result(10)
+        reservation.result(5)
     assert kept(pool) == []
 
 
@@ -294,6 +294,7 @@ def test_embeddings_are_the_same_kept_or_not_and_wherever_the_text_stands(encode
     found = encode(encoder, config, 2, prompt="a blue square", negative_prompt="a red circle")
     for attempt in (1, 2):
         encoder.release(KEY._replace(attempt=attempt))
+    assert missed["prompt_embeds"] != missed["negative_prompt_embeds"]
     assert found["prompt_embeds"] == missed["negative_prompt_embeds"]
     assert found["negative_prompt_embeds"] == missed["prompt_embeds"]
     assert encoder.health().bytes_in_use == 0 < encoder.health().bytes_kept
