@@ -81,6 +81,12 @@ class Health:
     rss_bytes: int
     stalled_s: float
     """Since the last sign of progress of what computes; 0 when nothing does."""
+    bytes_kept: int
+    """Of the pool, for prompt embeddings that are kept while nothing else needs the room."""
+    cache_hits: int
+    """Texts whose embeddings were kept."""
+    cache_misses: int
+    """Texts that had to be encoded."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +124,27 @@ class Replica:
         """
         host = host or ray.util.get_node_ip_address()
         self._stage.connect(graph)
-        self._pool = Pool(self.name, self._pool_bytes(), host, self._config.transport, self._stage.device)
+        transport, device, cache_bytes = self._config.transport, self._stage.device, self._stage.cache_bytes
+        self._pool = Pool(self.name, self._pool_bytes(), host, transport, device, cache_bytes)
+        self._stage.use_cache(self._pool.cache)
         self._stage.load()
         pid = psutil.Process().pid
-        name, device = self._stage.name, self._stage.device
-        sessions = tuple(session.name for session in self._pool.sessions)
-        return ReplicaInfo(self.name, name, host, pid, device, self._pool.capacity, self._stage.weights, sessions)
+        return ReplicaInfo(
+            name=self.name,
+            stage=self._stage.name,
+            host=host,
+            pid=pid,
+            device=device,
+            pool_bytes=self._pool.capacity,
+            weights=self._stage.weights,
+            sessions=tuple(session.name for session in self._pool.sessions),
+        )
 
     def _pool_bytes(self) -> int:
         needs, asked = self._stage.needs(), self._config.transport.pool_bytes
         if asked == "auto":
-            return REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
+            slots = REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
+            return slots + self._stage.cache_bytes
         if int(asked) < needs.minimum:
             raise ConfigError(
                 f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
@@ -232,9 +248,17 @@ class Replica:
 
     def health(self) -> Health:
         rss = psutil.Process().memory_info().rss
-        progressed = self._progressed
-        stalled_s = 0.0 if progressed is None else time.monotonic() - progressed
-        return Health(self._pool.bytes_in_use, self._pool.bytes_quarantined, self._pool.capacity, rss, stalled_s)
+        pool, progressed = self._pool, self._progressed
+        return Health(
+            bytes_in_use=pool.bytes_in_use,
+            bytes_quarantined=pool.bytes_quarantined,
+            pool_bytes=pool.capacity,
+            rss_bytes=rss,
+            stalled_s=0.0 if progressed is None else time.monotonic() - progressed,
+            bytes_kept=pool.cache.bytes_kept,
+            cache_hits=pool.cache.hits,
+            cache_misses=pool.cache.misses,
+        )
 
     def forget(self, sessions: tuple[str, ...]) -> None:
         """Hear that the process behind these sessions is dead: what it might still have written to is free again."""

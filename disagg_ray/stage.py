@@ -17,7 +17,7 @@ from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames, to_image
 
 if TYPE_CHECKING:
-    from disagg_ray.models.blocks import OnStep
+    from disagg_ray.models.blocks import EmbeddingCache, OnStep
 
 RAW = ("png", "npy")
 """Formats for which the frames themselves travel to the driver."""
@@ -77,6 +77,15 @@ class Stage:
     @property
     def device(self) -> str:
         return self._settings.torch_device
+
+    @property
+    def cache_bytes(self) -> int:
+        """Most bytes of prompt embeddings to keep; 0 where no text is encoded."""
+        return self._settings.cache_bytes if self._cut.encodes_text else 0
+
+    def use_cache(self, cache: EmbeddingCache) -> None:
+        """Look texts up, before encoding them, in a cache that serves this stage alone."""
+        self._cut.use_cache(cache)
 
     def connect(self, graph: Graph) -> None:
         """Learn which tensors come from other stages and which go to them.

@@ -249,6 +249,7 @@ def test_a_wrong_type_is_refused_by_name(override: str, words: Sequence[str]) ->
         ("stages.encoder.num_threads=0", "0"),
         ("stages.encoder.dtype=fp16", "'fp16'"),
         ("stages.encoder.device=tpu", "'tpu'"),
+        ("stages.encoder.cache_bytes=-1", "-1"),
         ("transport.protocol=udp", "'udp'"),
         ("transport.port_range=15000", "'15000'"),
         ("transport.port_range=20000-10000", "'20000-10000'"),
@@ -344,10 +345,11 @@ def test_a_stage_set_to_null_is_left_out() -> None:
 
 
 def test_fused_is_one_stage_with_all_blocks_and_the_largest_resources() -> None:
-    overrides = ("fused=true", "stages.transformer.num_cpus=2", "stages.decoder.replicas=3")
+    overrides = ("fused=true", "stages.transformer.num_cpus=2", "stages.decoder.replicas=3",
+                 "stages.encoder.cache_bytes=100000000")  # fmt: skip
     (stage,) = load_config("conf/tiny_i2v.yaml", *overrides).stages.values()
     assert stage.blocks == ["text_encoder", "image_encoder", "vae_encoder", "denoise", "decode"]
-    assert (stage.num_cpus, stage.replicas, stage.torch_threads) == (2, 3, 2)
+    assert (stage.num_cpus, stage.replicas, stage.torch_threads, stage.cache_bytes) == (2, 3, 2, 100_000_000)
 
 
 def test_a_relative_model_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,6 +361,37 @@ def test_bfloat16_replicas_equal_stock(models: Load[Model], splits: Load[Split])
     assert split.bytes_in_use() == {}
 
 
+@pytest.mark.parametrize("cut", [THREE, ONE])
+def test_kept_embeddings_change_no_bit(models: Load[Model], splits: Load[Split], cut: str) -> None:
+    model = models("t2v")
+    split = splits(model, cut)
+    first = split.graph.order[0]
+    handoffs, health = [], [split.replicas[first].health()]
+    for case in (TALL, GUIDED, GUIDED):
+        job = split.submit(model.request(case))
+        for stage in split.graph.order:
+            split.run(job, stage)
+        handoffs.append([(meta.spec, meta.checksum) for meta in job.replies[first].handoff.tensors])
+        health.append(split.replicas[first].health())
+        assert np.array_equal(split.collect(job), model.expect(case))
+    assert handoffs[1] == handoffs[2]
+    assert (health[3].cache_hits - health[2].cache_hits, health[3].cache_misses) == (2, health[2].cache_misses)
+    assert health[2].cache_hits > health[1].cache_hits, "the negative prompt was encoded for another request"
+    assert split.bytes_in_use() == {}
+
+
+def test_frames_are_the_same_without_a_cache(models: Load[Model], splits: Load[Split]) -> None:
+    model = models("t2v")
+    stages = {name: replace(stage, cache_bytes=0) for name, stage in model.config.stages.items()}
+    split = Split(replace(model.config, stages=stages), splits(model).pool)
+    for _ in range(2):
+        assert np.array_equal(split.generate(model.request(GUIDED)), model.expect(GUIDED))
+    health = split.replicas["encoder"].health()
+    assert (health.cache_hits, health.cache_misses, health.bytes_kept) == (0, 4, 0)
+    for replica in split.replicas.values():
+        replica.close()
+
+
 def test_configured_schedule_and_boundary_equal_stock(models: Load[Model]) -> None:
     model = models("a14b_t2v")
     settings = replace(model.config.model, flow_shift=7.0, boundary_ratio=0.97)

@@ -88,6 +88,16 @@ def test_result_says_where_time_and_bytes_went(pipeline: Pipeline) -> None:
     assert sum(s.queue_s + s.pull_s + s.compute_s + s.publish_s for s in result.stages) <= result.seconds
 
 
+def test_a_negative_prompt_is_encoded_once(pipeline: Pipeline) -> None:
+    before = pipeline.health()["encoder-0"]
+    for prompt in ("a red circle", "a blue circle", "a green circle"):
+        pipeline.generate(Request(prompt=prompt, negative_prompt="a square", **SMALL))
+    after = pipeline.health()["encoder-0"]
+    assert (after.cache_misses - before.cache_misses, after.cache_hits - before.cache_hits) == (4, 2)
+    assert after.bytes_kept > 0
+    wait_until_empty(pipeline)
+
+
 def test_each_replica_holds_only_its_components(pipeline: Pipeline) -> None:
     held = {replica: sorted(weights) for replica, weights in pipeline.weights.items()}
     assert held == {"encoder-0": ["text_encoder"], "transformer-0": ["transformer"], "decoder-0": ["vae"]}

@@ -18,12 +18,12 @@ def assert_apart(spans: list[Span]) -> None:
     assert all(a.offset + a.nbytes <= b.offset for a, b in pairwise(spans))
 
 
-@given(st.lists(SIZES | st.tuples(st.just("free"), st.integers(0)), max_size=80))
+@given(st.lists(SIZES | st.tuples(st.just("at end"), SIZES) | st.tuples(st.just("free"), st.integers(0)), max_size=80))
 def test_slots_never_overlap_or_leak_in_any_order_of_allocate_and_free(steps):
     allocator, held = SlotAllocator(CAPACITY), []
     for step in steps:
-        if isinstance(step, int):
-            span = allocator.allocate(step)
+        if isinstance(step, int) or step[0] == "at end":
+            span = allocator.allocate(step) if isinstance(step, int) else allocator.allocate(step[1], at_end=True)
             held += [span] if span else []
         elif held:
             allocator.free(held.pop(step[1] % len(held)))
@@ -43,6 +43,14 @@ def test_slots_freed_in_any_order_become_one_gap(order):
     for index in order:
         allocator.free(spans[index])
     assert allocator.allocate(16 * ALIGNMENT) == Span(0, 16 * ALIGNMENT)
+
+
+def test_a_slot_may_lie_at_the_end_of_the_last_gap():
+    allocator = SlotAllocator(16 * ALIGNMENT)
+    first, last = allocator.allocate(ALIGNMENT), allocator.allocate(2 * ALIGNMENT, at_end=True)
+    assert (first, last) == (Span(0, ALIGNMENT), Span(14 * ALIGNMENT, 2 * ALIGNMENT))
+    assert allocator.allocate(13 * ALIGNMENT, at_end=True) == Span(ALIGNMENT, 13 * ALIGNMENT)
+    assert (allocator.num_gaps, allocator.allocate(1, at_end=True)) == (0, None)
 
 
 @given(st.sets(st.integers(0, 31), min_size=1, max_size=31))

@@ -6,9 +6,9 @@ Each takes the place of one block of diffusers 0.42 and computes exactly what `W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -29,6 +29,14 @@ OnStep = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all); may raise to stop."""
 
 
+class EmbeddingCache(Protocol):
+    """Where embeddings are kept for the next request with the same text."""
+
+    def get(self, key: Hashable) -> torch.Tensor | None: ...
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None: ...
+
+
 class Guidance(ClassifierFreeGuidance):  # type: ignore[misc]
     """Classifier-free guidance that is on or off for both transformers alike, as in the stock pipelines.
 
@@ -40,10 +48,15 @@ class Guidance(ClassifierFreeGuidance):  # type: ignore[misc]
 
 
 class TextEncoder(WanTextEncoderStep):  # type: ignore[misc]
-    """Encodes the negative prompt only under guidance (diffusers' fails without), and refuses to truncate."""
+    """Encodes the negative prompt only under guidance (diffusers' fails without), and refuses to truncate.
 
-    @staticmethod
+    With a `cache` it encodes no text twice: embeddings are the same wherever a text stands.
+    """
+
+    cache: EmbeddingCache | None = None
+
     def encode_prompt(
+        self,
         components: Any,
         prompt: str,
         device: torch.device,
@@ -61,11 +74,18 @@ class TextEncoder(WanTextEncoderStep):  # type: ignore[misc]
                     f"{field}: {num_tokens} tokens are over the model's {max_sequence_length}; what is past them would "
                     f"be cut off unseen, so shorten it"
                 )
-        embeds = [
-            get_t5_prompt_embeds(components.text_encoder, components.tokenizer, text, max_sequence_length, device)
-            for text in texts.values()
-        ]
+        embeds = [self._encode(components, text, max_sequence_length, device) for text in texts.values()]
         return embeds[0], embeds[1] if len(embeds) > 1 else None
+
+    def _encode(self, components: Any, text: str, max_sequence_length: int, device: torch.device) -> torch.Tensor:
+        key = (text, max_sequence_length)
+        embeds = None if self.cache is None else self.cache.get(key)
+        if embeds is None:
+            encoder, tokenizer = components.text_encoder, components.tokenizer
+            embeds = get_t5_prompt_embeds(encoder, tokenizer, text, max_sequence_length, device)
+            if self.cache is not None:
+                self.cache.put(key, embeds)
+        return embeds
 
 
 class KeepImage(ModularPipelineBlocks):  # type: ignore[misc]

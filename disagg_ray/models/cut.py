@@ -14,7 +14,7 @@ from diffusers.modular_pipelines import ModularPipeline, PipelineState, Sequenti
 
 from disagg_ray.errors import CheckpointError, GraphError
 from disagg_ray.graph import StagePorts
-from disagg_ray.models.blocks import Guidance, OnStep, cast_inputs, replace_blocks
+from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.request import ResolvedRequest
 
@@ -36,6 +36,7 @@ class Cut:
         transformers.utils.logging.disable_progress_bar()
         self._checkpoint = checkpoint
         leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks))
+        self._text_encoders = [block for block in leaves.values() if isinstance(block, TextEncoder)]
         self.ports = _ports(stage, leaves)
         self._blocks = SequentialPipelineBlocks.from_blocks_dict(leaves)
         self._pipeline = self._blocks.init_pipeline(str(checkpoint.folder))
@@ -50,6 +51,15 @@ class Cut:
         """Names of the components that are loaded from the checkpoint."""
         names = self._pipeline.component_names
         return tuple(n for n in names if self._pipeline.get_component_spec(n).default_creation_method != "from_config")
+
+    @property
+    def encodes_text(self) -> bool:
+        return bool(self._text_encoders)
+
+    def use_cache(self, cache: EmbeddingCache) -> None:
+        """Look texts up, before encoding them, in a cache that serves this cut alone."""
+        for block in self._text_encoders:
+            block.cache = cache
 
     def load(self, dtypes: Mapping[str, str], device: str) -> dict[str, int]:
         """Load the components' weights and return their bytes by component.

@@ -3,6 +3,7 @@
 Who owns what: a slot belongs to the (request, attempt) it was reserved for. Releasing that key frees its slots at
 once, is idempotent, and wins over a late finish: the key is never served again. Slots that are being copied to are
 freed when that ends. The destination of a pull that ran out of time belongs to nobody until the peer is known dead.
+What no slot takes may hold tensors that are kept for later requests: see `transfer.cache`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from disagg_ray.config import TransportConfig
 from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
+from disagg_ray.transfer.cache import TensorCache
 from disagg_ray.transfer.checksum import NAME, checksum
 from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file
 from disagg_ray.transfer.routes import HINTS, open_endpoints, shared_sessions
@@ -39,12 +41,20 @@ _REMEMBERED_KEYS = 100_000
 
 
 class Pool:
-    """Memory that is allocated and registered once, for `nbytes` of slots.
+    """Memory that is allocated and registered once, for `nbytes` of slots and, where they leave room, a cache.
 
     Thread-safe. `reserve` waits its turn, in call order; everything else takes no longer than its copies.
     """
 
-    def __init__(self, name: str, nbytes: int, host: str, transport: TransportConfig, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        nbytes: int,
+        host: str,
+        transport: TransportConfig,
+        device: str = "cpu",
+        cache_bytes: int = 0,
+    ) -> None:
         self.name = name
         self._verify = transport.verify
         self._memory = _allocate(align(nbytes), device)
@@ -57,6 +67,7 @@ class Pool:
         self._broken: set[tuple[str, str]] = set()
         self._allocator = SlotAllocator(len(self._memory))
         self._changed = threading.Condition()
+        self.cache = TensorCache(self._memory, self._allocator, self._changed, self._own_stream, cache_bytes)
         self._waiting: deque[object] = deque()
         self._slots: dict[AttemptKey, dict[str, Span]] = {}
         self._copying: dict[AttemptKey, int] = {}
@@ -85,7 +96,9 @@ class Pool:
 
     @property
     def bytes_in_use(self) -> int:
-        return self._allocator.bytes_in_use
+        """Bytes that slots take; what the cache keeps is as good as free."""
+        with self._changed:
+            return self._allocator.bytes_in_use - self.cache.bytes_kept
 
     @property
     def bytes_quarantined(self) -> int:
@@ -95,7 +108,8 @@ class Pool:
     def reserve(self, key: AttemptKey, sizes: Mapping[str, int], timeout_s: float | None = None) -> None:
         """Set room aside for tensors of at most these bytes, all or none; wait while the pool is full.
 
-        Calls are served in order. The wait ends when others release, when `key` is released, or at `timeout_s`.
+        Calls are served in order, and what is cached gives way before they wait. The wait ends when others release,
+        when `key` is released, or at `timeout_s`.
 
         Raises:
             PoolError: the pool could never hold them, is closed, had no room by `timeout_s`, or holds one already.
@@ -127,9 +141,11 @@ class Pool:
         twice = self._slots.get(key, {}).keys() & sizes.keys()
         if twice:
             raise PoolError(f"{self.name}: room for {', '.join(sorted(twice))} was reserved before")
+        if sum(map(slot_bytes, sizes.values())) > self.capacity - self.bytes_in_use:
+            return False  # an empty cache would not help
         spans: dict[str, Span] = {}
         for name, size in sizes.items():
-            span = self._allocator.allocate(slot_bytes(size))
+            span = self._allocate(slot_bytes(size))
             if span is None:
                 for taken in spans.values():
                     self._allocator.free(taken)
@@ -137,6 +153,11 @@ class Pool:
             spans[name] = span
         self._slots.setdefault(key, {}).update(spans)
         return True
+
+    def _allocate(self, nbytes: int) -> Span | None:
+        while (span := self._allocator.allocate(nbytes)) is None and self.cache.evict():
+            pass
+        return span
 
     def publish(self, key: AttemptKey, tensors: Mapping[str, torch.Tensor]) -> Handoff:
         """Copy tensors into the slots reserved for them under their names, and say where they lie.

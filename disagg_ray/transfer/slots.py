@@ -26,15 +26,18 @@ class SlotAllocator:
         self.bytes_in_use = 0
         self._free = [Span(0, self.capacity)] if self.capacity else []
 
-    def allocate(self, nbytes: int) -> Span | None:
-        """Return a span of at least `nbytes`, or None when no gap is large enough."""
+    def allocate(self, nbytes: int, *, at_end: bool = False) -> Span | None:
+        """Return a span of at least `nbytes`, the first or the last there is, or None when no gap is large enough."""
         size = align(nbytes)
-        for index, gap in enumerate(self._free):
-            if gap.nbytes >= size:
-                rest = Span(gap.offset + size, gap.nbytes - size)
-                self._free[index : index + 1] = [rest] if rest.nbytes else []
+        indices = range(len(self._free))
+        for index in reversed(indices) if at_end else indices:
+            gap = self._free[index]
+            left = gap.nbytes - size
+            if left >= 0:
+                rest = Span(gap.offset if at_end else gap.offset + size, left)
+                self._free[index : index + 1] = [rest] if left else []
                 self.bytes_in_use += size
-                return Span(gap.offset, size)
+                return Span(gap.offset + left if at_end else gap.offset, size)
         return None
 
     def free(self, span: Span) -> None:
