@@ -21,9 +21,9 @@ LAYERS = (
     {"pipeline", "local"},
     {"placement"},
     {"replica", "scheduler"},
-    {"stage", "result", "metrics"},
-    {"models", "transfer", "output", "progress"},
-    {"request"},
+    {"stage", "result", "metrics", "display"},
+    {"models", "transfer", "output", "board"},
+    {"request", "progress"},
     {"video"},
     {"config", "graph"},
     {"environment", "handoff"},
@@ -38,8 +38,9 @@ IMPORTERS = {
     "omegaconf": {"config"},
     "yaml": {"config"},
     "fsspec": {"output"},
-    "rich": {"report", "cli"},
+    "rich": {"report", "cli", "display"},
     "zmq": {"progress"},
+    "msgpack": {"progress"},
     "diffusers": {"models"},
     "transformers": {"models"},
     "tokenizers": {"models"},
@@ -132,7 +133,7 @@ def test_each_foreign_library_has_its_importers(module: str) -> None:
     assert not {library for library in libraries if not {module, unit} & IMPORTERS[library]}
 
 
-@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "omegaconf", "fsspec", "diffusers", "ray"])
+@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "omegaconf", "fsspec", "diffusers", "ray", "zmq"])
 def test_each_importer_is_seen(library: str) -> None:
     assert any(name.split(".")[0] == library for path in FILES.values() for name in imported(path))
 
