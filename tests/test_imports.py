@@ -25,9 +25,9 @@ LAYERS = (
     {"placement"},
     {"replica", "scheduler"},
     {"holdings"},
-    {"stage", "result", "metrics", "queues", "predictor", "latents"},
-    {"models", "transfer", "output", "progress"},
-    {"request"},
+    {"stage", "result", "metrics", "queues", "predictor", "latents", "display"},
+    {"models", "transfer", "output", "board"},
+    {"request", "progress"},
     {"video"},
     {"config", "graph"},
     {"environment", "handoff"},
@@ -43,8 +43,9 @@ IMPORTERS = {
     "yaml": {"config"},
     "fsspec": {"output"},
     "safetensors": {"latents", "models"},
-    "rich": {"report", "cli"},
+    "rich": {"report", "cli", "display"},
     "zmq": {"progress"},
+    "msgpack": {"progress"},
     "diffusers": {"models"},
     "transformers": {"models"},
     "tokenizers": {"models"},
@@ -137,7 +138,7 @@ def test_each_foreign_library_has_its_importers(module: str) -> None:
     assert not {library for library in libraries if not {module, unit} & IMPORTERS[library]}
 
 
-@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "omegaconf", "fsspec", "diffusers", "ray"])
+@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "omegaconf", "fsspec", "diffusers", "ray", "zmq"])
 def test_each_importer_is_seen(library: str) -> None:
     assert any(name.split(".")[0] == library for path in FILES.values() for name in imported(path))
 
