@@ -243,7 +243,7 @@ class Replica:
 def _imports_kept() -> Iterator[None]:
     """Keep the garbage collector from what imports make: it is looked through many times over and never freed.
 
-    That takes a seventh of a replica's start, and a quarter of a second at each full collection afterwards.
+    That takes a tenth of a replica's start, and a quarter of a second at each full collection afterwards.
     """
     gc.disable()
     try:

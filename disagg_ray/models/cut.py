@@ -112,9 +112,8 @@ class Cut:
 def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[str, Any]:
     """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
     task = checkpoint.model.task
-    leaves = (
-        _model_blocks(task, checkpoint.geometry).get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
-    )
+    model = _model_blocks(task, checkpoint.geometry)
+    leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
     known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
     for name in names:
         if name not in known:
@@ -125,7 +124,7 @@ def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[st
 
 
 def _model_blocks(task: str, geometry: Geometry) -> SequentialPipelineBlocks:
-    """Return what `ModularPipeline.from_pretrained` picks, which imports every pipeline there is to find out."""
+    """Return what `ModularPipeline.from_pretrained` would pick; it imports every pipeline there is to find out."""
     if geometry.two_transformers:
         return Wan22Blocks() if task == "t2v" else Wan22Image2VideoBlocks()
     return WanBlocks() if task == "t2v" else WanImage2VideoAutoBlocks()
