@@ -236,6 +236,8 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
+    progress: bool = True
+    """Have replicas tell of their steps, over an encrypted port that the driver opens on its node."""
     output: OutputConfig = field(default_factory=OutputConfig)
     fused: bool = False
     """Run the blocks of all stages in one, named `fused`, with the largest of their resources."""
@@ -489,7 +491,7 @@ def known_keys() -> list[str]:
         ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, FailuresConfig, OutputConfig,
     )  # fmt: skip
     names = ("model", "defaults", "limits", "transport", "cluster", "failures", "output")
-    keys = [*names, "stages", "share_gpu", "fused"]
+    keys = [*names, "stages", "share_gpu", "progress", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")
     return keys + [f"stages.*.{f.name}" for f in fields(StageConfig)]

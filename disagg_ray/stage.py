@@ -75,6 +75,11 @@ class Stage:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
 
     @property
+    def allocated_bytes(self) -> int:
+        """GPU memory that tensors of this process take now; 0 on a CPU."""
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+
+    @property
     def device(self) -> str:
         return self._settings.torch_device
 

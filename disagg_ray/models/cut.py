@@ -10,12 +10,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.modular_pipelines import ModularPipeline, PipelineState, SequentialPipelineBlocks
+from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
+from diffusers.modular_pipelines.wan import Wan22Blocks, Wan22Image2VideoBlocks, WanBlocks, WanImage2VideoAutoBlocks
 
 from disagg_ray.errors import CheckpointError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
-from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.models.checkpoint import Checkpoint, Geometry
 from disagg_ray.request import ResolvedRequest
 
 TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
@@ -120,8 +121,9 @@ class Cut:
 
 def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[str, Any]:
     """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
-    pipeline = ModularPipeline.from_pretrained(str(checkpoint.folder), trust_remote_code=False, local_files_only=True)
-    leaves = pipeline.blocks.get_execution_blocks(**dict.fromkeys(TRIGGERS[checkpoint.model.task], True)).sub_blocks
+    task = checkpoint.model.task
+    model = _model_blocks(task, checkpoint.geometry)
+    leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
     known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
     for name in names:
         if name not in known:
@@ -129,6 +131,13 @@ def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[st
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}; {hint}")
     return {name: block for name, block in leaves.items() if name.split(".")[0] in names}
+
+
+def _model_blocks(task: str, geometry: Geometry) -> SequentialPipelineBlocks:
+    """Return what `ModularPipeline.from_pretrained` would pick; it imports every pipeline there is to find out."""
+    if geometry.two_transformers:
+        return Wan22Blocks() if task == "t2v" else Wan22Image2VideoBlocks()
+    return WanBlocks() if task == "t2v" else WanImage2VideoAutoBlocks()
 
 
 def _ports(stage: str, leaves: Mapping[str, Any]) -> StagePorts:
