@@ -56,6 +56,8 @@ class Fleet:
         self._starting: dict[Post, Actor] = {}
         self._sessions: set[str] = set()
         """Of all replicas there ever were: engines remember a dead one's and cannot reach another under its name."""
+        self._stalled: set[str] = set()
+        """Ids of replicas that were given up because they hung."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._graph: Graph | None = None
         self._credentials: Credentials | None = None
@@ -76,6 +78,9 @@ class Fleet:
 
     def is_serving(self, actor: Actor) -> bool:
         return actor.id in self._actors
+
+    def has_stalled(self, actor: Actor) -> bool:
+        return actor.id in self._stalled
 
     async def launch(self) -> list[Description]:
         """Create every replica and learn what the stages are."""
@@ -115,6 +120,7 @@ class Fleet:
                 async with asyncio.timeout(stall_s):
                     health: Health = await ask(actor, "health")
             except TimeoutError:
+                self._stalled.add(actor.id)
                 self.lose(actor, f"{actor.name}: no answer for failures.stall_s={stall_s:g} s")
                 break
             except DisaggError as error:
@@ -123,6 +129,7 @@ class Fleet:
             self.healths[actor.name] = health
             self._metrics.replica_health(actor.stage, actor.name, health)
             if health.stalled_s > stall_s:
+                self._stalled.add(actor.id)
                 self.lose(actor, f"{actor.name}: no step for failures.stall_s={stall_s:g} s")
             await asyncio.sleep(min(LOOK_S, stall_s / 4))
 

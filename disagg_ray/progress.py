@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
 import socket
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -167,6 +169,36 @@ class Receiver:
         self._socket.close()
         _shared.expel(self._domain)
         _shared.release()
+
+
+class Listener:
+    """Hands events to `on_event` on a thread of its own, so that it holds nobody up; too many are dropped."""
+
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self._on_event = on_event
+        self._events: queue.Queue[Event | None] = queue.Queue(QUEUED_EVENTS)
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name="disagg_ray-listener", daemon=True)
+        self._thread.start()
+
+    def hear(self, event: Event) -> None:
+        with suppress(queue.Full):
+            self._events.put_nowait(event)
+
+    def _run(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                self._on_event(event)
+            except Exception:
+                if not self._failed:
+                    logger.exception("what watches the progress failed; the videos go on")
+                self._failed = True
+
+    def close(self) -> None:
+        """Deliver what came before and end the thread; one that hangs is left behind."""
+        with suppress(queue.Full):
+            self._events.put(None, timeout=CLOSE_S)
+            self._thread.join(CLOSE_S)
 
 
 class Sender:
