@@ -23,7 +23,7 @@ from disagg_ray.progress import Event
 
 Mode = Literal["auto", "bars", "lines", "quiet"]
 
-BARS_INTERVAL_S = 0.25
+BARS_INTERVAL_S = 0.5
 LINE_INTERVAL_S = 1.0
 MAX_ROWS = 16
 MAX_ID_CHARS = 40

@@ -160,7 +160,10 @@ class Receiver:
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             logger.warning("what watches the progress has hung for %.0f s: left behind", CLOSE_S)
-            return
+        else:
+            self._end()
+
+    def _end(self) -> None:
         self._closing.close()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
