@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -136,7 +137,8 @@ class Receiver:
             if self._monitor in ready:
                 self._connections[parse_monitor_message(self._monitor.recv_multipart())["event"]] += 1
             if self._socket in ready:
-                self._receive(self._socket.recv())
+                with suppress(zmq.Again):  # zmq may announce a message where a stranger sent what is none
+                    self._receive(self._socket.recv(zmq.NOBLOCK))
 
     def _receive(self, data: bytes) -> None:
         try:
