@@ -22,7 +22,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from disagg_ray import display
-from disagg_ray.board import Board
+from disagg_ray.board import Board, Totals
 from disagg_ray.display import Display, describe, human_seconds, printable, summary
 from disagg_ray.progress import Event
 
@@ -295,6 +295,12 @@ def test_output_that_goes_to_a_file_stays_there_while_bars_run() -> None:
 )
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+def test_the_rate_is_a_number_that_says_something() -> None:
+    totals = Totals(3, 1, 60, 2, {}, 4.234, 700.0)
+    assert summary(totals) == "3 of 60 videos done, 1 failed, 4.2 a minute, 12 min left"
+    assert summary(replace(totals, videos_per_min=0.05)).split(", ")[2] == "3.0 an hour"
 
 
 def test_describe_counts_the_time_left_down() -> None:
