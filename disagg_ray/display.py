@@ -23,7 +23,7 @@ from disagg_ray.progress import Event
 
 Mode = Literal["auto", "bars", "lines", "quiet"]
 
-BARS_INTERVAL_S = 0.25
+BARS_INTERVAL_S = 0.5
 LINE_INTERVAL_S = 1.0
 MAX_ROWS = 16
 MAX_ID_CHARS = 40
@@ -123,7 +123,8 @@ class _Lines:
             line = self._next()
         if line is not None:
             encoding = self._stream.encoding or "utf-8"
-            print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+            self._stream.write(f"{line}\n".encode(encoding, "replace").decode(encoding))  # at once: others write too
+            self._stream.flush()
 
     def _next(self) -> str | None:
         """Return what to say: the requests that ended, else the one whose change has waited longest.
@@ -257,10 +258,14 @@ def summary(totals: Totals) -> str:
     if totals.failed:
         parts.append(f"{totals.failed} failed")
     if totals.videos_per_min is not None:
-        parts.append(f"{totals.videos_per_min:.3g} a minute")
+        parts.append(_rate(totals.videos_per_min))
     if totals.seconds_left:
         parts.append(f"{human_seconds(totals.seconds_left)} left")
     return ", ".join(parts)
+
+
+def _rate(per_min: float) -> str:
+    return f"{per_min:.1f} a minute" if per_min >= 1 else f"{per_min * 60:.1f} an hour"
 
 
 def human_seconds(seconds: float) -> str:

@@ -138,7 +138,8 @@ class Receiver:
             if self._monitor in ready:
                 self._connections[parse_monitor_message(self._monitor.recv_multipart())["event"]] += 1
             if self._socket in ready:
-                self._receive(self._socket.recv())
+                with suppress(zmq.Again):  # zmq may announce a message where a stranger sent what is none
+                    self._receive(self._socket.recv(zmq.NOBLOCK))
 
     def _receive(self, data: bytes) -> None:
         try:
@@ -162,7 +163,10 @@ class Receiver:
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             logger.warning("what watches the progress has hung for %.0f s: left behind", CLOSE_S)
-            return
+        else:
+            self._end()
+
+    def _end(self) -> None:
         self._closing.close()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
