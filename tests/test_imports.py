@@ -26,7 +26,7 @@ LAYERS = (
     {"request"},
     {"video"},
     {"config", "graph"},
-    {"environment", "handoff"},
+    {"environment", "handoff", "options"},
     {"errors", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
@@ -44,6 +44,8 @@ IMPORTERS = {
     "transformers": {"models"},
     "tokenizers": {"models"},
     "huggingface_hub": {"models"},
+    "accelerate": {"models"},
+    "torchao": {"models"},
     "ray": {"pipeline", "placement", "replica", "scheduler", "metrics", "doctor", "jobs"},
 }
 """Foreign libraries, and the modules or units that may import them."""
