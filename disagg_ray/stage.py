@@ -104,6 +104,10 @@ class Stage:
             tensors = example_tensors(self._checkpoint, self._inputs, size)
             self.compute(example_request(self._checkpoint, size), tensors, None)
 
+    def component(self, name: str) -> Any:
+        """Return a loaded model, to measure or to look at."""
+        return self._cut.component(name)
+
     def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
         """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""
         pixels = request.height * request.width

@@ -1,8 +1,7 @@
 """Options that make a stage faster or smaller: what each does to the frames, and what is refused."""
 
-import shutil
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,6 @@ CACHES = {
     "taylorseer": (f"{DENOISER}.step_cache.method=taylorseer", f"{DENOISER}.step_cache.interval=2"),
 }
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -51,6 +48,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let graphs be traced whole, as for any backend, and run by torch: a C++ compiler would take minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +157,8 @@ def test_cancelled_request_leaves_no_step_cache(start: Callable[..., LocalPipeli
 
 @pytest.mark.parametrize("name", ["none", "first_block"])
 @pytest.mark.parametrize("offload", ["none", "group"])
-@needs_compiler
 def test_compiled_denoiser_goes_with_cache_and_offload(
-    start: Callable[..., LocalPipeline], name: str, offload: str
+    traced_only: None, start: Callable[..., LocalPipeline], name: str, offload: str
 ) -> None:
     options = (*CACHES.get(name, ()), f"stages.transformer.offload={offload}")
     eager = frames(start(*options), num_inference_steps=3)
@@ -164,9 +166,8 @@ def test_compiled_denoiser_goes_with_cache_and_offload(
     assert np.abs(frames(compiled, num_inference_steps=3) - eager).max() < 1e-3
 
 
-@needs_compiler
 def test_compiled_vae_makes_the_same_frames(
-    start: Callable[..., LocalPipeline], plain: Callable[..., np.ndarray]
+    traced_only: None, start: Callable[..., LocalPipeline], plain: Callable[..., np.ndarray]
 ) -> None:
     assert np.abs(frames(start(f"{VAE}.compile=true", f"{VAE}.channels_last=true")) - plain()).max() < 1e-4
 
@@ -175,7 +176,7 @@ def test_eight_bit_weights_are_smaller_and_near(
     start: Callable[..., LocalPipeline], plain: Callable[..., np.ndarray]
 ) -> None:
     pipeline = start(f"{DENOISER}.quantization=fp8_storage")
-    weight = pipeline._stages[1]._cut._pipeline.transformer.blocks[0].ffn.net[2].weight
+    weight = pipeline._stages[1].component("transformer").blocks[0].ffn.net[2].weight
     assert weight.dtype == torch.float8_e4m3fn
     error = np.abs(frames(pipeline, num_inference_steps=2) - plain(num_inference_steps=2)).mean()
     assert 0 < error < 0.05
@@ -272,7 +273,7 @@ def test_sigmas_decide_the_steps(start: Callable[..., LocalPipeline], scheduler:
     given = start(*common, "model.sigmas=[1.0,0.75,0.5,0.25]")
     seen = frames(given, num_inference_steps=None)
     assert np.array_equal(seen, frames(given, num_inference_steps=4))
-    timesteps = given._stages[1]._cut._pipeline.scheduler.timesteps.tolist()
+    timesteps = given._stages[1].component("scheduler").timesteps.tolist()
     assert np.allclose(timesteps, [1000, 750, 500, 250], atol=1)
     assert not np.array_equal(seen, frames(start(*common), num_inference_steps=4))
     with pytest.raises(RequestError, match=r"num_inference_steps: 6, but model\.sigmas holds 4"):

@@ -84,6 +84,10 @@ class Cut:
         self._pipeline.update_components(**loaded)
         return weights
 
+    def component(self, name: str) -> Any:
+        """Return a loaded component."""
+        return getattr(self._pipeline, name)
+
     def _check_options(self) -> None:
         """Refuse options of models that the stage does not hold."""
         options, key = self._options, f"stages.{self._stage}"

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,28 +93,29 @@ def tune_vae(vae: Any, options: VaeConfig) -> None:
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.dim()])
     if options.compile:
-        torch._dynamo.config.recompile_limit = 64  # a kernel for each width and layout that a norm meets
+        fused = torch.compile(_norm_silu, dynamic=True)
         for block in vae.modules():
-            if hasattr(block, "nonlinearity"):
-                _fuse_norms(block)
+            if isinstance(getattr(block, "nonlinearity", None), nn.SiLU):
+                _fuse_norms(block, fused)
 
 
-def _fuse_norms(block: Any) -> None:
+def _fuse_norms(block: Any, fused: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Let each norm of a residual block, or the last of a whole half, apply the activation that follows it."""
     for norm in block.children():
         if isinstance(norm, WanRMS_norm):
-            norm.forward = _norm_and_activate(norm, block.nonlinearity)
+            norm.forward = partial(_call_with_gamma, fused, norm)
     block.nonlinearity = nn.Identity()
 
 
-def _norm_and_activate(norm: Any, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    plain = norm.forward
+def _call_with_gamma(fused: Callable[[Tensor, Tensor], Tensor], norm: Any, x: Tensor) -> Tensor:
+    return fused(norm.gamma, x)  # read anew each time: offloading moves it
 
-    @torch.compile(dynamic=True)
-    def fused(x: Tensor) -> Tensor:
-        return activation(plain(x))
 
-    return fused
+def _norm_silu(gamma: Tensor, x: Tensor) -> Tensor:
+    """Return WanRMS_norm over the channels of x (n, c, t, h, w), then SiLU, rounded once."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-24) * gamma
+    return nn.functional.silu(scaled).to(x.dtype)
 
 
 def offload_groups(module: Any, device: str) -> None:
