@@ -30,7 +30,7 @@ LAYERS = (
     {"request", "progress"},
     {"video"},
     {"config", "graph"},
-    {"environment", "handoff"},
+    {"environment", "handoff", "options"},
     {"errors", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
@@ -51,6 +51,8 @@ IMPORTERS = {
     "tokenizers": {"models"},
     "huggingface_hub": {"models"},
     "ray": {"pipeline", "fleet", "placement", "replica", "metrics", "doctor", "jobs"},
+    "accelerate": {"models"},
+    "torchao": {"models"},
 }
 """Foreign libraries, and the modules or units that may import them."""
 
