@@ -1,12 +1,323 @@
-"""Which replica takes a request: the one with the least outstanding work, first come first served."""
+"""Which replica takes a request, and when: the queue of one stage, bound to replicas as late as keeps them busy.
+
+A state machine without a clock, threads or I/O: whoever drives it says what happened and when (`now`, seconds of a
+clock that never runs backwards), and hears through `Job.on_place` where each job goes.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from disagg_ray.config import REPLICA_WINDOW
+from disagg_ray.predictor import Predictor
+from disagg_ray.queues import Heap, PriorityQueue
+
+__all__ = ["Job", "Place", "PriorityQueue", "StageScheduler"]
+
+OVERDUE_SHARE = 0.1
+"""A job that takes longer than predicted is expected to take this much longer than it already has."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job is to be."""
+
+    replica: str
+    run: bool
+    """True: compute there now. False: prefetch its inputs there and wait."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One stage's work for one request."""
+
+    request_id: str
+    work: float
+    """Frames x pixels x steps, or what else seconds grow with."""
+    shape: Hashable
+    """Jobs of equal shape take equally long on like hardware."""
+    priority: int
+    """Higher first."""
+    sequence: int
+    """Order of admission, kept when the job is tried again."""
+    on_place: Callable[[Place | None], None]
+    """Called when its place has changed; with None when the replica it was prefetched on is gone and it waits again.
+    May call the scheduler."""
+    place: Place | None = None
+    """Set by the scheduler alone."""
+
+
+@dataclass(eq=False)
+class _Group:
+    """Replicas of like hardware."""
+
+    name: str
+    idle: Heap[_Replica] = field(default_factory=Heap)
+    """By the time since when."""
+    open: Heap[_Replica] = field(default_factory=Heap)
+    """Busy and with nothing prefetched, by predicted end."""
+    offers: Heap[_Replica] = field(default_factory=Heap)
+    """Every replica of the stage with a prefetched job, by what starting that job in this group would gain."""
+
+
+@dataclass(eq=False)
+class _Replica:
+    name: str
+    group: _Group
+    running: Job | None = None
+    prefetched: Job | None = None
+    """Only while one is running."""
+    started: float = 0.0
+    end: float = 0.0
+    """When the running job began, and is predicted to end."""
+
+
+class StageScheduler:
+    """Places the jobs of one stage on its replicas: one computing and one prefetched on each, the rest waiting here.
+
+    The first in the queue goes where it is predicted to finish first. That may be the prefetch place of a fast replica
+    although a slow one is idle; as long as jobs wait here, though, every replica computes. With none waiting, an idle
+    replica takes over a prefetched job that it would finish no later, where most time is gained first. Whatever
+    happens, a call costs O(groups x log(replicas + waiting)).
+    """
+
+    def __init__(self) -> None:
+        self._predictor = Predictor()
+        self._replicas: dict[str, _Replica] = {}
+        self._groups: dict[str, _Group] = {}
+        self._busy: Heap[_Replica] = Heap()
+        """By predicted end."""
+        self._waiting: PriorityQueue[Job] = PriorityQueue()
+        self._waiting_work = 0.0
+        self._changed: dict[Job, Place | None] = {}
+        """Jobs whose place has changed, and the place that they were last told."""
+        self._telling = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._busy)
+
+    @property
+    def num_prefetched(self) -> int:
+        return sum(replica.prefetched is not None for replica in self._replicas.values())
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        return tuple(self._replicas)
+
+    def outstanding_seconds(self, now: float) -> float:
+        """Return the replica seconds that all jobs here are predicted to take from now on; linear in the replicas."""
+        self._extend_overdue(now)
+        busy = [replica for replica in self._replicas.values() if replica.running]
+        prefetched = [self.predict(r.group.name, r.prefetched) for r in busy if r.prefetched]
+        waiting = self._waiting_work * self._predictor.mean_rate()
+        return sum(replica.end - now for replica in busy) + sum(prefetched) + waiting
+
+    def predict(self, group: str, job: Job) -> float:
+        """Return the seconds a job would compute on a replica of a group; 0 as long as nothing is known."""
+        return self._predictor.predict(group, job.shape, job.work)
+
+    def add(self, replica: str, group: str, now: float) -> None:
+        """Take on a replica that is ready and idle; replicas of one group are like hardware."""
+        assert replica not in self._replicas, f"{replica} is there already"
+        if group not in self._groups:
+            self._groups[group] = _Group(group)
+            for other in self._replicas.values():
+                if other.prefetched:
+                    self._offer(other, other.prefetched)
+        added = self._replicas[replica] = _Replica(replica, self._groups[group])
+        added.group.idle.push(added, now)
+        self._settle(now)
+
+    def remove(self, replica: str, now: float) -> None:
+        """Let go of a replica that died or is drained.
+
+        What it had prefetched waits again in its old order. What it was running is no longer here: `push` it to have
+        it run again.
+        """
+        removed = self._replicas.pop(replica)
+        if removed.prefetched:
+            self._wait(self._take_prefetched(removed))
+        if removed.running:
+            self._forget(removed.running)
+        self._busy.remove(removed)
+        removed.group.idle.remove(removed)
+        removed.group.open.remove(removed)
+        self._settle(now)
+
+    def push(self, job: Job, now: float) -> None:
+        """Take on a job that is not here."""
+        assert job.place is None, f"{job.request_id} has a place already"
+        self._wait(job)
+        self._settle(now)
+
+    def withdraw(self, job: Job, now: float) -> None:
+        """Let go of a job, wherever it is; nothing happens if it is not here.
+
+        One that runs is withdrawn when its replica has let go of it: the next one runs there at once.
+        """
+        replica = self._replica_of(job)
+        if replica is None and self._waiting.remove(job):
+            self._count_waiting(-job.work)
+        elif replica is not None and replica.running is job:
+            self._free(replica, now)
+        elif replica is not None:
+            self._take_prefetched(replica)
+            replica.group.open.push(replica, replica.end)
+        self._forget(job)
+        self._settle(now)
+
+    def finish(self, job: Job, now: float, seconds: float) -> None:
+        """Note that a running job was computed in `seconds`; nothing happens if it is not running (a late answer)."""
+        replica = self._replica_of(job)
+        if replica is None or replica.running is not job:
+            return
+        self._predictor.learn(replica.group.name, job.shape, job.work, seconds)
+        self._forget(job)
+        self._free(replica, now)
+        self._settle(now)
+
+    def rebalance(self, now: float) -> None:
+        """Look again, as time has passed: a job behind one that takes too long may be better off on an idle replica.
+
+        Every other call does so too; without any, what is predicted changes and nobody acts on it.
+        """
+        self._settle(now)
+
+    def _settle(self, now: float) -> None:
+        """Give every job its place, then tell."""
+        self._extend_overdue(now)
+        while self._waiting and any(group.idle or group.open for group in self._groups.values()):
+            job = self._waiting.pop()
+            self._count_waiting(-job.work)
+            replica = self._best_replica(job, now)
+            if replica.running:
+                self._prefetch(replica, job)
+            else:
+                self._run(replica, job, now)
+        while move := self._best_move(now):
+            source, target = move
+            job = self._take_prefetched(source)
+            source.group.open.push(source, source.end)
+            self._run(target, job, now)
+        self._tell()
+
+    def _extend_overdue(self, now: float) -> None:
+        """Predict anew when jobs end that should have ended; from here on no end lies in the past."""
+        while (replica := self._busy.peek()) and replica.end < now:
+            assert replica.running is not None
+            relearned = replica.started + self.predict(replica.group.name, replica.running)
+            self._expect(replica, max(relearned, now + OVERDUE_SHARE * (now - replica.started)))
+
+    def _best_replica(self, job: Job, now: float) -> _Replica:
+        """Return where a job would finish first; of equals the idle one, and of those the one idle longest."""
+        candidates: list[tuple[float, bool, float, str]] = []
+        for group in self._groups.values():
+            if replica := group.idle.peek():
+                candidates.append((now + self.predict(group.name, job), False, group.idle.least(), replica.name))
+            elif replica := group.open.peek():
+                candidates.append((replica.end + self.predict(group.name, job), True, replica.end, replica.name))
+        return self._replicas[min(candidates)[-1]]
+
+    def _best_move(self, now: float) -> tuple[_Replica, _Replica] | None:
+        """Return from which to which replica a prefetched job would gain most by starting now, if any gains."""
+        moves: list[tuple[float, str, str]] = []
+        for group in self._groups.values():
+            target, source = group.idle.peek(), group.offers.peek()
+            if target and source and now + group.offers.least() <= 0:
+                moves.append((group.offers.least(), source.name, target.name))
+        if not moves:
+            return None
+        _, left, taken = min(moves)
+        return self._replicas[left], self._replicas[taken]
+
+    def _offer(self, replica: _Replica, prefetched: Job) -> None:
+        """Let idle replicas see a prefetched job, by the predictions of now.
+
+        The key is the negative time until which starting it in a group finishes it no later than here.
+        """
+        here = self.predict(replica.group.name, prefetched)
+        for group in self._groups.values():
+            group.offers.push(replica, self.predict(group.name, prefetched) - here - replica.end)
+
+    def _prefetch(self, replica: _Replica, job: Job) -> None:
+        replica.prefetched = job
+        replica.group.open.remove(replica)
+        self._offer(replica, job)
+        self._place(job, Place(replica.name, run=False))
+
+    def _take_prefetched(self, replica: _Replica) -> Job:
+        job, replica.prefetched = replica.prefetched, None
+        assert job is not None
+        for group in self._groups.values():
+            group.offers.remove(replica)
+        return job
+
+    def _run(self, replica: _Replica, job: Job, now: float) -> None:
+        """Start a job on an idle replica."""
+        replica.group.idle.remove(replica)
+        replica.running, replica.started = job, now
+        self._expect(replica, now + self.predict(replica.group.name, job))
+        self._place(job, Place(replica.name, run=True))
+
+    def _free(self, replica: _Replica, now: float) -> None:
+        """Go on with what is prefetched, or be idle."""
+        replica.running = None
+        self._busy.remove(replica)
+        replica.group.open.remove(replica)
+        if replica.prefetched:
+            self._run(replica, self._take_prefetched(replica), now)
+        else:
+            replica.group.idle.push(replica, now)
+
+    def _expect(self, replica: _Replica, end: float) -> None:
+        """Predict when a replica's running job ends."""
+        replica.end = end
+        self._busy.push(replica, end)
+        if replica.prefetched:
+            self._offer(replica, replica.prefetched)
+        else:
+            replica.group.open.push(replica, end)
+
+    def _replica_of(self, job: Job) -> _Replica | None:
+        return self._replicas[job.place.replica] if job.place else None
+
+    def _wait(self, job: Job) -> None:
+        self._waiting.push(job, job.priority, job.sequence)
+        self._count_waiting(job.work)
+        self._place(job, None)
+
+    def _count_waiting(self, work: float) -> None:
+        self._waiting_work = self._waiting_work + work if self._waiting else 0.0  # no rounding error outlives the queue
+
+    def _forget(self, job: Job) -> None:
+        job.place = None
+        self._changed.pop(job, None)
+
+    def _place(self, job: Job, place: Place | None) -> None:
+        self._changed.setdefault(job, job.place)
+        job.place = place
+
+    def _tell(self) -> None:
+        """Call back about each job that is elsewhere than it knows; what callbacks change is told after them."""
+        if self._telling:
+            return
+        self._telling = True
+        try:
+            while self._changed:
+                job = next(iter(self._changed))
+                told = self._changed.pop(job)
+                if job.place is not told:
+                    job.on_place(job.place)
+        finally:
+            self._telling = False
 
 
 class ReplicaLoad:

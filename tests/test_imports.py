@@ -21,7 +21,7 @@ LAYERS = (
     {"pipeline", "local"},
     {"placement"},
     {"replica", "scheduler"},
-    {"stage", "result", "metrics"},
+    {"stage", "result", "metrics", "queues", "predictor"},
     {"models", "transfer", "output", "progress"},
     {"request"},
     {"video"},

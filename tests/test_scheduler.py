@@ -1,0 +1,363 @@
+"""Which replica takes a job, and when."""
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from disagg_ray.scheduler import Job, Place, StageScheduler
+
+SPEEDS = {"fast": 1.0, "slow": 4.0}
+"""Seconds per unit of work, by group."""
+
+
+def make_jobs(count: int = 1, work: float = 1.0, told: list[tuple[str, Place | None]] | None = None) -> list[Job]:
+    """Return jobs 0, 1, ... of equal size; what they are told is noted."""
+    notes = [] if told is None else told
+    return [Job(n := str(i), work, work, 0, i, lambda place, n=n: notes.append((n, place))) for i in range(count)]
+
+
+def start(groups: str, jobs: list[Job] = (), learned: bool = True) -> StageScheduler:
+    """Return a scheduler with replicas `fast0 slow0 slow1` for groups "fast slow slow" and with jobs, at time 0."""
+    scheduler, counts = StageScheduler(), Counter()
+    if learned:
+        for group, seconds in SPEEDS.items():
+            scheduler._predictor.learn(group, 1.0, 1.0, seconds)
+    for group in groups.split():
+        scheduler.add(f"{group}{counts[group]}", group, 0.0)
+        counts[group] += 1
+    for job in jobs:
+        scheduler.push(job, 0.0)
+    return scheduler
+
+
+def places(jobs: list[Job]) -> str:
+    """Say where jobs are: `fast0!` runs, `fast0` is prefetched, `-` waits."""
+    return " ".join(f"{job.place.replica}{'!' if job.place.run else ''}" if job.place else "-" for job in jobs)
+
+
+def counts(scheduler: StageScheduler) -> tuple[int, int, int]:
+    return scheduler.num_waiting, scheduler.num_running, scheduler.num_prefetched
+
+
+def test_each_replica_runs_one_and_prefetches_one_and_the_rest_wait():
+    scheduler = start("fast fast", jobs := make_jobs(6))
+    assert places(jobs) == "fast0! fast1! fast0 fast1 - -"
+    assert counts(scheduler) == (2, 2, 2)
+
+
+def test_jobs_wait_until_a_replica_comes():
+    scheduler = start("", jobs := make_jobs(2))
+    assert counts(scheduler) == (2, 0, 0)
+    scheduler.add("late", "fast", 1.0)
+    assert places(jobs) == "late! late"
+
+
+def test_what_is_prefetched_runs_when_the_job_before_it_is_done_and_the_next_is_prefetched():
+    told = []
+    scheduler = start("fast", jobs := make_jobs(3, told=told))
+    scheduler.finish(jobs[0], 1.0, 1.0)
+    assert places(jobs) == "- fast0! fast0"
+    assert told == [
+        ("0", Place("fast0", run=True)), ("1", Place("fast0", run=False)),
+        ("1", Place("fast0", run=True)), ("2", Place("fast0", run=False)),
+    ]  # fmt: skip
+
+
+def test_the_faster_of_two_idle_replicas_takes_the_job():
+    start("slow fast", jobs := make_jobs(1))
+    assert places(jobs) == "fast0!"
+
+
+def test_a_job_waits_for_a_fast_replica_where_that_finishes_it_before_an_idle_slow_one():
+    start("slow fast", jobs := make_jobs(3))
+    assert places(jobs) == "fast0! fast0 slow0!"
+
+
+def test_of_equals_the_replica_idle_longest_takes_the_job():
+    scheduler = start("fast fast", jobs := make_jobs(3))
+    scheduler.finish(jobs[1], 1.0, 1.0)  # fast1 takes over what fast0 has prefetched
+    scheduler.finish(jobs[0], 2.0, 1.0)
+    scheduler.finish(jobs[2], 3.0, 1.0)
+    scheduler.push(jobs[1], 4.0)
+    assert places(jobs) == "- fast0! -"
+
+
+def test_the_replica_with_the_least_time_left_prefetches():
+    scheduler = start("fast fast")
+    long, short, job = make_jobs(1, 9.0) + make_jobs(1, 5.0) + make_jobs(1)
+    for each in (long, short, job):
+        scheduler.push(each, 0.0)
+    assert places([long, short, job]) == "fast0! fast1! fast1"
+
+
+def test_an_overdue_replica_is_expected_to_take_a_tenth_more():
+    scheduler = start("fast fast")
+    overdue, ending, job = make_jobs(1, 10.0) + make_jobs(1, 10.0) + make_jobs(1)
+    scheduler.push(overdue, 0.0)
+    scheduler.push(ending, 1.5)
+    assert scheduler.outstanding_seconds(10.5) == pytest.approx(0.1 * 10.5 + 1.0)
+    scheduler.push(job, 10.5)  # fast0 is now expected at 11.55, fast1 still at 11.5
+    assert places([overdue, ending, job]) == "fast0! fast1! fast1"
+
+
+def test_an_idle_replica_takes_over_what_another_has_prefetched():
+    told = []
+    scheduler = start("fast fast", jobs := make_jobs(3, told=told))
+    assert places(jobs) == "fast0! fast1! fast0"
+    scheduler.finish(jobs[1], 1.0, 1.0)
+    assert places(jobs) == "fast0! - fast1!"
+    assert told[-1] == ("2", Place("fast1", run=True))
+    scheduler.push(jobs[1], 1.0)
+    assert places(jobs) == "fast0! fast0 fast1!"
+
+
+def test_of_prefetched_jobs_the_one_with_the_longest_wait_is_taken_over():
+    scheduler = start("fast fast")
+    running, prefetched = make_jobs(1, 5.0) + make_jobs(1, 9.0), make_jobs(2)
+    for job in running + prefetched:
+        scheduler.push(job, 0.0)
+    assert places(running + prefetched) == "fast0! fast1! fast0 fast1"
+    scheduler.add("fast2", "fast", 1.0)
+    assert places(prefetched) == "fast0 fast2!"
+
+
+def test_a_slow_replica_leaves_a_prefetched_job_that_the_fast_one_finishes_earlier():
+    scheduler = start("fast", jobs := make_jobs(2))
+    scheduler.add("slow0", "slow", 0.0)
+    assert places(jobs) == "fast0! fast0"
+
+
+def test_a_slow_replica_takes_over_when_the_fast_one_takes_too_long():
+    scheduler = start("fast slow", jobs := make_jobs(2))
+    assert places(jobs) == "fast0! fast0"
+    scheduler.rebalance(2.0)
+    assert places(jobs) == "fast0! fast0"
+    scheduler.rebalance(40.0)  # another 4 seconds and 1 against 4
+    assert places(jobs) == "fast0! slow0!"
+
+
+def test_a_fast_replica_takes_over_from_a_slow_one_and_not_the_other_way():
+    scheduler = start("slow", jobs := make_jobs(2))
+    scheduler.add("fast0", "fast", 3.9)
+    assert places(jobs) == "slow0! fast0!"
+
+
+def test_nothing_known_spreads_over_idle_replicas_first():
+    start("slow fast slow", jobs := make_jobs(4), learned=False)
+    assert sorted(places(jobs[:3]).split()) == ["fast0!", "slow0!", "slow1!"]
+    assert not jobs[3].place.run
+
+
+def test_what_is_learned_decides():
+    scheduler = start("slow fast", jobs := make_jobs(2), learned=False)
+    for job in jobs:
+        scheduler.finish(job, 1.0, SPEEDS[job.place.replica[:-1]])
+    scheduler.push(jobs[0], 2.0)
+    assert (places(jobs[:1]), scheduler.predict("slow", jobs[0])) == ("fast0!", 4.0)
+
+
+def test_a_lost_replica_gives_back_what_it_had_prefetched_at_its_old_place():
+    told = []
+    scheduler = start("fast", jobs := make_jobs(4, told=told))
+    scheduler.remove("fast0", 1.0)
+    assert (places(jobs), told[-1]) == ("- - - -", ("1", None))
+    assert (counts(scheduler), scheduler.replicas) == ((3, 0, 0), ())
+    scheduler.add("new", "fast", 2.0)
+    assert places(jobs) == "- new! new -"
+    scheduler.push(jobs[0], 2.0)
+    scheduler.finish(jobs[1], 3.0, 1.0)
+    assert places(jobs) == "new - new! -"
+
+
+def test_a_prefetched_job_that_moves_at_once_is_told_only_its_new_place():
+    told = []
+    scheduler = start("fast fast", jobs := make_jobs(3, told=told))
+    scheduler.withdraw(jobs[1], 0.5)
+    assert places(jobs) == "fast0! - fast1!"
+    scheduler.remove("fast0", 1.0)
+    scheduler.push(jobs[1], 1.0)
+    scheduler.add("fast2", "fast", 1.0)
+    del told[:]
+    scheduler.push(jobs[0], 1.0)
+    scheduler.remove("fast1", 1.0)
+    assert (places(jobs), told) == (
+        "fast2 fast2! -",
+        [("0", Place("fast1", run=False)), ("0", Place("fast2", run=False))],
+    )
+
+
+def test_withdrawing_frees_the_place_wherever_the_job_is_and_twice_is_nothing():
+    told = []
+    scheduler = start("fast", jobs := make_jobs(5, told=told))
+    del told[:]
+    for job in (jobs[3], jobs[1], jobs[0], jobs[0]):
+        scheduler.withdraw(job, 1.0)
+    assert places(jobs) == "- - fast0! - fast0"
+    assert {name for name, _ in told} == {"2", "4"}
+    assert counts(scheduler) == (0, 1, 1)
+
+
+def test_a_late_answer_changes_nothing():
+    scheduler = start("fast", jobs := make_jobs(2))
+    scheduler.withdraw(jobs[0], 1.0)
+    scheduler.finish(jobs[0], 2.0, 999.0)
+    assert (places(jobs), scheduler.predict("fast", jobs[0])) == ("- fast0!", 1.0)
+
+
+def test_urgent_jobs_go_first_and_patient_ones_still_come():
+    scheduler, told = StageScheduler(), []
+    jobs = make_jobs(40, told=told)
+    for job in jobs[1:]:
+        job.priority = 9
+    for job in jobs:
+        scheduler.push(job, 0.0)
+    scheduler.add("fast0", "fast", 0.0)
+    while running := [job for job in jobs if job.place and job.place.run]:
+        scheduler.finish(running[0], 0.0, 1.0)
+    ran = [name for name, place in told if place.run]
+    assert ran.index("0") == 7 and sorted(ran) == sorted(job.request_id for job in jobs)
+
+
+def test_outstanding_seconds_count_what_runs_is_prefetched_and_waits():
+    scheduler = start("fast", jobs := make_jobs(4))
+    scheduler.withdraw(jobs[3], 0.0)
+    assert scheduler.outstanding_seconds(0.25) == pytest.approx(0.75 + 1.0 + (1.0 + 4.0) / 2)
+
+
+def test_a_callback_may_call_the_scheduler():
+    scheduler, order = StageScheduler(), []
+
+    def finish_at_once(job: Job, place: Place | None) -> None:
+        order.append((job.request_id, place.run))
+        if place.run:
+            scheduler.finish(job, 0.0, 1.0)
+
+    jobs = make_jobs(3)
+    for job in jobs:
+        job.on_place = lambda place, job=job: finish_at_once(job, place)
+        scheduler.push(job, 0.0)
+    scheduler.add("fast0", "fast", 0.0)
+    assert order == [("0", True), ("1", True), ("2", True)]
+    assert counts(scheduler) == (0, 0, 0)
+
+
+def test_a_callback_that_fails_leaves_the_others_to_be_told():
+    scheduler, told = StageScheduler(), []
+    jobs = make_jobs(2, told=told)
+    jobs[0].on_place = lambda place: 1 / 0
+    for job in jobs:
+        scheduler.push(job, 0.0)
+    with pytest.raises(ZeroDivisionError):
+        scheduler.add("fast0", "fast", 0.0)
+    scheduler.rebalance(0.0)
+    assert told == [("1", Place("fast0", run=False))]
+
+
+class AnyOrderOfEvents(RuleBasedStateMachine):
+    """A driver that pushes, finishes, withdraws, adds and removes in any order, and believes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = StageScheduler()
+        self.now = 0.0
+        self.numbers = itertools.count()
+        self.groups: dict[str, str] = {}
+        self.jobs: dict[Job, Place | None] = {}
+        """Those that are with the scheduler, and where they were last told to be."""
+
+    def running(self, replica: str) -> Job | None:
+        return next((job for job, place in self.jobs.items() if place == Place(replica, run=True)), None)
+
+    def some_job(self, number: int) -> Job:
+        return list(self.jobs)[number % len(self.jobs)]
+
+    @rule(seconds=st.sampled_from([0.0, 0.1, 1.0, 30.0]))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @rule(group=st.sampled_from(["fast", "middle", "slow"]))
+    def add(self, group):
+        name = f"{group}{next(self.numbers)}"
+        self.groups[name] = group
+        self.scheduler.add(name, group, self.now)
+
+    @precondition(lambda self: self.groups)
+    @rule(number=st.integers(0))
+    def remove(self, number):
+        name = list(self.groups)[number % len(self.groups)]
+        del self.groups[name]
+        running = self.running(name)
+        self.jobs.pop(running, None)
+        self.scheduler.remove(name, self.now)
+        if running and number % 2:
+            self.admit(running)
+
+    @rule(work=st.sampled_from([0.0, 1.0, 2.0, 50.0]), priority=st.integers(0, 2))
+    def push(self, work, priority):
+        number = next(self.numbers)
+        job = Job(str(number), work, work, priority, number, lambda place: self.jobs.__setitem__(job, place))
+        self.admit(job)
+
+    def admit(self, job: Job) -> None:
+        self.jobs[job] = None
+        self.scheduler.push(job, self.now)
+
+    @precondition(lambda self: self.jobs)
+    @rule(number=st.integers(0))
+    def withdraw(self, number):
+        job = self.some_job(number)
+        del self.jobs[job]
+        self.scheduler.withdraw(job, self.now)
+        self.scheduler.withdraw(job, self.now)
+
+    @precondition(lambda self: any(place and place.run for place in self.jobs.values()))
+    @rule(number=st.integers(0), seconds=st.sampled_from([0.0, 0.5, 3.0, 100.0]))
+    def finish(self, number, seconds):
+        running = [job for job, place in self.jobs.items() if place and place.run]
+        job = running[number % len(running)]
+        del self.jobs[job]
+        self.now += seconds
+        self.scheduler.finish(job, self.now, seconds)
+
+    @invariant()
+    def every_job_is_where_the_driver_was_told(self):
+        assert all(job.place == place for job, place in self.jobs.items())
+        known = [place.run for place in self.jobs.values() if place]
+        assert counts(self.scheduler) == (len(self.jobs) - len(known), known.count(True), known.count(False))
+
+    @invariant()
+    def a_replica_has_one_to_run_and_behind_it_one_prefetched(self):
+        taken = Counter(place for place in self.jobs.values() if place)
+        assert all(count == 1 for count in taken.values())
+        assert {place.replica for place in taken} <= set(self.groups) == set(self.scheduler.replicas)
+        assert all(Place(place.replica, run=True) in taken for place in taken)
+
+    @invariant()
+    def no_place_is_free_while_jobs_wait(self):
+        if None in self.jobs.values():
+            assert sum(place is not None for place in self.jobs.values()) == 2 * len(self.groups)
+
+    @invariant()
+    def none_is_prefetched_beside_an_idle_replica_of_like_hardware(self):
+        idle = {group for name, group in self.groups.items() if not self.running(name)}
+        assert not idle & {self.groups[place.replica] for place in self.jobs.values() if place and not place.run}
+
+    @invariant()
+    def nothing_is_outstanding_only_when_nothing_is_left(self):
+        outstanding = self.scheduler.outstanding_seconds(self.now)
+        assert outstanding >= 0.0 if self.jobs else outstanding == 0.0
+
+    def teardown(self):
+        if not self.groups:
+            self.add("fast")
+        while self.jobs:
+            self.finish(0, 1.0)
+        assert counts(self.scheduler) == (0, 0, 0)
+
+
+TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
+TestAnyOrderOfEvents.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
