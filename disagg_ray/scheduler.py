@@ -230,8 +230,7 @@ class StageScheduler:
         """Return from which to which replica a prefetched job would gain most by starting now, if any gains."""
         moves: list[tuple[float, str, str]] = []
         for group in self._groups.values():
-            target, source = group.idle.peek(), group.offers.peek()
-            if target and source and now + group.offers.least() <= 0:
+            if (target := group.idle.peek()) and (source := group.offers.peek()) and now + group.offers.least() <= 0:
                 moves.append((group.offers.least(), source.name, target.name))
         if not moves:
             return None
