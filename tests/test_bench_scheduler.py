@@ -10,7 +10,7 @@ def test_every_simulated_request_is_served_once_and_no_replica_computes_two_at_a
     requests = bench.make_requests(300, rate=10.0)
     simulation = bench.Simulation(replicas, requests)
     simulation.run()
-    assert np.isfinite(simulation.finishes).all() and len(simulation.calls) == 600
+    assert np.isfinite(simulation.finishes).all() and len(simulation.cpu_s) == 600
     busy = (simulation.starts[:, None] <= simulation.starts) & (simulation.starts < simulation.finishes[:, None])
     assert busy.sum(axis=0).max() == len(replicas)  # each request counts itself
     assert simulation.scheduler.num_running == 0
