@@ -290,12 +290,13 @@ def _plot(costs: list[Cost], rows: list[Row], path: Path) -> None:
         cost_axes.plot(waiting, [each.mean_us for each in mine], f"C{colour}:")
     cost_axes.axhline(50, color="black", linewidth=0.8, linestyle="--")
     cost_axes.set(xscale="log", xlabel="jobs waiting", ylabel="µs of CPU time", ylim=(0, None),
-                  title="a dispatch: finish and push (best stretch; dotted: mean; dashed: aim)")  # fmt: skip
+                  title="finish and push (best stretch; dotted: mean; dashed: aim)")  # fmt: skip
     cost_axes.legend()
     poisson, batch = ([row for row in rows if row.load == load] for load in ("poisson", "batch"))
     _bars(wait_axes, poisson, "mean_wait_s", "p95_wait_s")
-    wait_axes.set(yscale="symlog", ylabel="seconds", title=f"arrival to start at {LOAD:.0%} load (line: to P95)")
+    wait_axes.set(ylabel="seconds", title=f"arrival to start at {LOAD:.0%} load (line: to P95)")
     wait_axes.set_yscale("symlog", linthresh=0.1)
+    wait_axes.autoscale(axis="y")
     _bars(latency_axes, poisson, "mean_latency_s", "p95_latency_s")
     latency_axes.set(yscale="log", ylabel="seconds", title=f"arrival to finish at {LOAD:.0%} load (line: to P95)")
     _bars(batch_axes, batch, "makespan_s")
