@@ -78,8 +78,8 @@ class StageScheduler:
 
     The first in the queue goes where it is predicted to finish first. That may be the prefetch place of a fast replica
     although a slow one is idle; as long as jobs wait here, though, every replica computes. With none waiting, an idle
-    replica takes over a prefetched job that it would finish no later, where most time is gained first. Whatever
-    happens, a call costs O(groups x log(replicas + waiting)).
+    replica takes over a prefetched job that it would finish no later, where most time is gained first. A call
+    costs O(groups x log(replicas + waiting)), averaged over calls.
     """
 
     def __init__(self) -> None:
