@@ -120,22 +120,13 @@ class Replica:
         """
         host = host or ray.util.get_node_ip_address()
         self._stage.connect(graph)
-        self._pool = Pool(self.name, self._pool_bytes(), host, self._config.transport, self._stage.device)
+        self._pool = Pool(
+            self.name, pool_bytes(self._config, self._stage), host, self._config.transport, self._stage.device
+        )
         self._stage.load()
         pid = psutil.Process().pid
         name, device = self._stage.name, self._stage.device
         return ReplicaInfo(self.name, name, host, pid, device, self._pool.capacity, self._stage.weights)
-
-    def _pool_bytes(self) -> int:
-        needs, asked = self._stage.needs(), self._config.transport.pool_bytes
-        if asked == "auto":
-            return REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
-        if int(asked) < needs.minimum:
-            raise ConfigError(
-                f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
-                f"bytes of a {self._stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
-            )
-        return int(asked)
 
     def prefetch(self, task: Task) -> None:
         """Reserve room for a task and pull its inputs, while another computes."""
@@ -233,6 +224,23 @@ class Replica:
     def close(self) -> None:
         """Give the pool back."""
         self._pool.close()
+
+
+def pool_bytes(config: Config, stage: Stage) -> int:
+    """Return the memory that a replica of a stage registers.
+
+    Raises:
+        ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
+    """
+    needs, asked = stage.needs(), config.transport.pool_bytes
+    if asked == "auto":
+        return REPLICA_WINDOW * needs.input_bytes + config.max_in_flight * needs.output_bytes
+    if int(asked) < needs.minimum:
+        raise ConfigError(
+            f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
+            f"bytes of a {stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
+        )
+    return int(asked)
 
 
 def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:

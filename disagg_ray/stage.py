@@ -94,11 +94,17 @@ class Stage:
 
     def load(self) -> None:
         """Load the weights of this stage's components and nothing else."""
-        dtypes = {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
-        self.weights = self._cut.load(dtypes, self.device)
+        self.weights = self._cut.load(self._dtypes(), self.device)
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
+
+    def weight_bytes(self) -> int | None:
+        """Return what the weights will take, measured without loading them; None: they are not on this machine yet."""
+        return self._cut.weight_bytes(self._dtypes())
+
+    def _dtypes(self) -> dict[str, str]:
+        return {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
 
     def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
         """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""

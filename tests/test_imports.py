@@ -27,7 +27,7 @@ LAYERS = (
     {"video"},
     {"config", "graph"},
     {"environment", "handoff"},
-    {"errors", "version"},
+    {"errors", "units", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
 
@@ -38,8 +38,9 @@ IMPORTERS = {
     "omegaconf": {"config"},
     "yaml": {"config"},
     "fsspec": {"output"},
-    "rich": {"report", "cli"},
+    "rich": {"report", "cli", "doctor"},
     "zmq": {"progress"},
+    "packaging": {"doctor"},
     "diffusers": {"models"},
     "transformers": {"models"},
     "tokenizers": {"models"},

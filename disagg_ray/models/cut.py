@@ -62,6 +62,18 @@ class Cut:
         self._pipeline.update_components(**loaded)
         return {name: _weight_bytes(c) for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
 
+    def weight_bytes(self, dtypes: Mapping[str, str]) -> int | None:
+        """Return what `load` would, in all, without loading; None: the weights are not on this machine yet.
+
+        Raises:
+            CheckpointError: a component is missing or unsafe.
+        """
+        counts = {name: self._checkpoint.count_parameters(name) for name in self.components}
+        known = {name: count for name, count in counts.items() if count is not None}
+        if len(known) < len(counts):
+            return None
+        return sum(count * int(getattr(torch, dtypes[name]).itemsize) for name, count in known.items())
+
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
         spec = self._pipeline.get_component_spec(name)
         is_model = issubclass(spec.type_hint, torch.nn.Module)
