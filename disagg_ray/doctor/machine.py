@@ -94,7 +94,11 @@ def check_rdma(transport: TransportConfig, folder: Path = INFINIBAND) -> Iterato
                 "set transport.device_name to one of them, or leave it empty",
             )  # fmt: skip
     if not devices and transport.protocol == "rdma":
-        yield fail("rdma", "transport.protocol is rdma and there is no device", "set transport.protocol=auto")
+        yield fail(
+            "rdma",
+            "transport.protocol is rdma and there is no device: Mooncake goes by tcp and does not say so",
+            "set transport.protocol=auto",
+        )
     elif not devices:
         yield skipped("rdma", "no device: tensors travel by nvlink_intra and tcp")
     for device in devices:

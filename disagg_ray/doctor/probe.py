@@ -118,15 +118,15 @@ class Probe:
             self._pool.close()
 
 
-def measure(pool: Pool, handoff: Handoff) -> Measured:
-    """Pull a handoff of one route a few times, checksum and all, and keep the fastest."""
+def measure(pool: Pool, handoff: Handoff, room_s: float = 5.0) -> Measured:
+    """Pull a handoff of one route a few times, checksum and all, and keep the fastest; `room_s`: the wait for room."""
     sizes = {meta.name: meta.spec.nbytes for meta in handoff.tensors}
     route = handoff.sessions[0].route
     seconds = []
     for attempt in range(NUM_PULLS):
         key = AttemptKey(f"{handoff.producer} {route} {time.monotonic_ns()}", attempt)
         try:
-            pool.reserve(key, sizes, timeout_s=5.0)
+            pool.reserve(key, sizes, room_s)
             started = time.monotonic()
             pool.pull(key, handoff)
             seconds.append(time.monotonic() - started)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -69,16 +69,17 @@ def listening_ports() -> list[Port]:
     user = psutil.Process().username()
     processes = {
         process.pid: process.info
-        for process in psutil.process_iter(["username", "cmdline", "environ"])
+        for process in psutil.process_iter(["username", "cmdline", "environ", "ppid"])
         if process.info["username"] == user and _owner(process.info["cmdline"] or (), 0)
     }
     ports = []
     for found in psutil.net_connections("tcp"):
         if found.status == psutil.CONN_LISTEN and found.pid in processes:
             info = processes[found.pid]
-            address, number = found.laddr
-            guarded = (info["environ"] or {}).get("RAY_AUTH_MODE") == "token"
-            ports.append(Port(_owner(info["cmdline"], number), address, number, guarded))
+            started_by = processes.get(info["ppid"], info)  # a worker's title is written over its environment
+            guarded = any((each["environ"] or {}).get("RAY_AUTH_MODE") == "token" for each in (info, started_by))
+            port = Port("", *found.laddr)
+            ports.append(replace(port, owner=_owner(info["cmdline"], port.number), guarded=guarded))
     return ports
 
 

@@ -18,11 +18,11 @@ from disagg_ray.units import human_bytes
 from disagg_ray.version import VERSION
 
 WHEELS = {
-    "mooncake-transfer-engine-non-cuda": "cpu",
-    "mooncake-transfer-engine": "cuda12",
-    "mooncake-transfer-engine-cuda13": "cuda13",
+    "mooncake-transfer-engine-non-cuda": "CPUs",
+    "mooncake-transfer-engine": "CUDA 12",
+    "mooncake-transfer-engine-cuda13": "CUDA 13",
 }
-"""Mooncake's wheels, and the extra of ours that installs each. All import as `mooncake`."""
+"""Mooncake's wheels, and what each is built for. All import as `mooncake`."""
 
 COMPARED = ("ray", "torch", "diffusers", "transformers")
 """Packages that must be the same on every node, beside Python, Mooncake and this one."""
@@ -79,18 +79,18 @@ def check_requirements(requirements: list[str] | None = None) -> Iterator[Check]
         except metadata.PackageNotFoundError:
             yield skipped("packages", "disagg-ray runs from its sources, not installed: versions are not compared")
             return
-    wanted = [Requirement(text) for text in requirements if "extra ==" not in text]
-    wrong = [wish for wish in wanted if not wish.specifier.contains(_known(wish.name), prereleases=True)]
+    listed = [Requirement(text) for text in requirements]
+    wanted = [wish for wish in listed if wish.marker is None or wish.marker.evaluate({"extra": ""})]
+    wrong = [wish for wish in wanted if not _is_met(wish)]
     for wish in wrong:
         yield fail("packages", f"{wish.name} {_version(wish.name)} is not {wish.specifier}", f"pip install '{wish}'")
     if not wrong:
         yield ok("packages", ", ".join(f"{name} {_version(name)}" for name in COMPARED))
 
 
-def _known(package: str) -> str:
-    """Return a version that can be compared; of a missing package, one that nothing asks for."""
-    version = _version(package)
-    return "0" if version == "none" else version
+def _is_met(wish: Requirement) -> bool:
+    version = _version(wish.name)
+    return version != "none" and wish.specifier.contains(version, prereleases=True)
 
 
 def see_gpus() -> Gpus:
@@ -118,7 +118,7 @@ def check_gpus(gpus: Gpus) -> Check:
     if gpus.build is None:
         return warn(
             "gpu", f"the driver {gpus.driver} is there and torch {torch.__version__} is built for CPUs",
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128, then '.[cuda12]'",
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128, then the Mooncake that fits",
         )  # fmt: skip
     if gpus.driver is None:
         return warn(
@@ -134,18 +134,21 @@ def check_gpus(gpus: Gpus) -> Check:
 
 def check_mooncake(wheels: Mapping[str, str], build: str | None) -> Check:
     """Compare Mooncake's wheel with the CUDA version torch is built for."""
-    wanted = "cpu" if build is None else "cuda12" if build.startswith("12.") else "cuda13"
-    install = f"pip install 'disagg-ray[{wanted}]'"
-    torch_is = f"torch is built for {'CPUs' if build is None else f'CUDA {build}'}"
+    target = "CPUs" if build is None else f"CUDA {build.partition('.')[0]}"
+    torch_is = f"torch is built for {target}"
+    wanted = next((name for name, built_for in WHEELS.items() if built_for == target), None)
+    if wanted is None:
+        return fail("mooncake", f"{torch_is}, for which Mooncake has no wheel", "install a torch for CUDA 12 or 13")
+    install = f"pip install '{wanted}<0.4'"
     if not wheels:
         return fail("mooncake", f"no wheel of Mooncake is installed, and {torch_is}", install)
     found = ", ".join(f"{name} {version}" for name, version in wheels.items())
     clean = f"pip uninstall -y {' '.join(wheels)} && {install}"
     if len(wheels) > 1:
         return fail("mooncake", f"{found}: they overwrite each other, since all import as mooncake", clean)
-    (extra,) = (WHEELS[name] for name in wheels)
-    if extra == wanted:
+    (built_for,) = (WHEELS[name] for name in wheels)
+    if built_for == target:
         return ok("mooncake", f"{found}, and {torch_is}")
-    if extra == "cpu":
+    if built_for == "CPUs":
         return warn("mooncake", f"{found} has no CUDA and {torch_is}: GPU tensors go through host memory", clean)
-    return fail("mooncake", f"{found} is the wheel of {extra} and {torch_is}", clean)
+    return fail("mooncake", f"{found} is built for {built_for} and {torch_is}", clean)

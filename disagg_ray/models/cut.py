@@ -63,7 +63,9 @@ class Cut:
         return {name: _weight_bytes(c) for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
 
     def weight_bytes(self, dtypes: Mapping[str, str]) -> int | None:
-        """Return what `load` would, in all, without loading; None: the weights are not on this machine yet.
+        """Return about what `load` would, in all, without loading; None: the weights are not on this machine yet.
+
+        The few modules that diffusers keeps in float32 count in the precision that was asked for.
 
         Raises:
             CheckpointError: a component is missing or unsafe.
