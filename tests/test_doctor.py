@@ -15,7 +15,7 @@ import pytest
 
 from disagg_ray import LocalPipeline, cli
 from disagg_ray.config import TransportConfig, load_config
-from disagg_ray.doctor import Check, exit_status, print_checks, to_json
+from disagg_ray.doctor import Check, exit_status, print_checks, to_json, why_unreachable
 from disagg_ray.doctor.cluster import ALL_PAIRS, check_clock, check_cluster, check_resources, check_versions, pairs
 from disagg_ray.doctor.machine import (
     Survey,
@@ -388,6 +388,13 @@ def test_command_names_what_is_broken_and_its_status_is_true(
         assert parsed["status"] == status
         failed = [check["name"] for check in parsed["checks"] if check["status"] == "fail"]
         assert failed == ["token"] * status
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert why_unreachable(address) == why_unreachable(f"ray://{address}") == why_unreachable("auto") == ""
+    assert why_unreachable(address).startswith(f"nothing answers at {address}: ")
 
 
 @pytest.mark.parametrize("arguments", [["--config", "none.yaml"], ["transport.protocol=tcp"], ["--config", T2V, "x=1"]])

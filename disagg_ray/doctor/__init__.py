@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory,
 from disagg_ray.doctor.probe import Probe, check_link
 from disagg_ray.doctor.security import check_auth
 from disagg_ray.doctor.table import print_checks, to_json
-from disagg_ray.environment import ray_auth_mode
+from disagg_ray.environment import ray_address, ray_auth_mode
 from disagg_ray.errors import DisaggError
 from disagg_ray.placement import Cluster
 
@@ -27,6 +28,7 @@ logger = logging.getLogger("disagg_ray")
 NO_MODEL = Config(stages={"none": StageConfig(blocks=["none"], num_cpus=0)})
 """What is looked at when no configuration is given."""
 HERE_BYTES = 16 * 2**20
+CONNECT_S = 5.0
 
 
 def examine(config: Config | None, address: str | None, *, local: bool) -> list[Check]:
@@ -51,16 +53,33 @@ def examine(config: Config | None, address: str | None, *, local: bool) -> list[
 
 def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> Iterator[Check | Survey]:
     logger.info("doctor: joining Ray, or starting one")
+    remedy = "ray status, on the head node; or leave --address and RAY_ADDRESS out to start a Ray here"
+    silence = why_unreachable(config.cluster.address or ray_address())
+    if silence:
+        yield fail("ray", silence, remedy)
+        return
     without_gpus = {name: replace(stage, num_gpus=0) for name, stage in config.stages.items()}  # checked below
     try:
         cluster = Cluster(replace(config, stages=without_gpus))
     except DisaggError as error:
-        yield fail("ray", str(error), "ray status, on the head node; or leave --address out to start a Ray here")
+        yield fail("ray", str(error), remedy)
         return
     with closing(cluster):
         yield check_auth(ray_auth_mode())
         yield from check_resources(config.stages)
         yield from check_cluster(config, here, pool_bytes)
+
+
+def why_unreachable(address: str | None) -> str:
+    """Return why nothing answers at a cluster's `host:port`; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
+    if not port.isdigit():
+        return ""  # none, or one of Ray's words, as auto
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        return f"nothing answers at {address}: {error}"
+    return ""
 
 
 def check_pools(transport: TransportConfig) -> Iterator[Check]:
