@@ -118,7 +118,7 @@ def check_gpus(gpus: Gpus) -> Check:
     if gpus.build is None:
         return warn(
             "gpu", f"the driver {gpus.driver} is there and torch {torch.__version__} is built for CPUs",
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128; then run this again",
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128, then doctor again",
         )  # fmt: skip
     if gpus.driver is None:
         return warn(
