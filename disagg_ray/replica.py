@@ -139,7 +139,8 @@ class Replica:
         self._sender = Sender(credentials)
         self._stage.connect(graph)
         transport, device, cache_bytes = self._config.transport, self._stage.device, self._stage.cache_bytes
-        self._pool = Pool(self.name, self._pool_bytes(), host, transport, device, cache_bytes)
+        nbytes = pool_bytes(self._config, self._stage)
+        self._pool = Pool(self.name, nbytes, host, transport, device, cache_bytes)
         self._stage.use_cache(self._pool.cache)
         self._stage.load()
         pid = psutil.Process().pid
@@ -153,18 +154,6 @@ class Replica:
             weights=self._stage.weights,
             sessions=tuple(session.name for session in self._pool.sessions),
         )
-
-    def _pool_bytes(self) -> int:
-        needs, asked = self._stage.needs(), self._config.transport.pool_bytes
-        if asked == "auto":
-            slots = REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
-            return slots + self._stage.cache_bytes
-        if int(asked) < needs.minimum:
-            raise ConfigError(
-                f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
-                f"bytes of a {self._stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
-            )
-        return int(asked)
 
     def prefetch(self, task: Task) -> None:
         """Reserve room for a task and pull its inputs, while another computes."""
@@ -293,6 +282,24 @@ class Replica:
         """Give the pool back."""
         self._sender.close()
         self._pool.close()
+
+
+def pool_bytes(config: Config, stage: Stage) -> int:
+    """Return the memory that a replica of a stage registers.
+
+    Raises:
+        ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
+    """
+    needs, asked = stage.needs(), config.transport.pool_bytes
+    if asked == "auto":
+        slots = REPLICA_WINDOW * needs.input_bytes + config.max_in_flight * needs.output_bytes
+        return slots + stage.cache_bytes
+    if int(asked) < needs.minimum:
+        raise ConfigError(
+            f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
+            f"bytes of a {stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
+        )
+    return int(asked)
 
 
 class ServedReplica(Replica):

@@ -109,8 +109,7 @@ class Stage:
 
     def load(self) -> None:
         """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once."""
-        dtypes = {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
-        self.weights = self._cut.load(dtypes, self.device, self._settings)
+        self.weights = self._cut.load(self._dtypes(), self.device, self._settings)
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
@@ -121,6 +120,13 @@ class Stage:
     def component(self, name: str) -> Any:
         """Return a loaded model, to measure or to look at."""
         return self._cut.component(name)
+
+    def weight_bytes(self) -> int | None:
+        """Return what the weights will take, measured without loading them; None: they are not on this machine yet."""
+        return self._cut.weight_bytes(self._dtypes())
+
+    def _dtypes(self) -> dict[str, str]:
+        return {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
 
     def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
         """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""

@@ -31,7 +31,7 @@ LAYERS = (
     {"video"},
     {"config", "graph"},
     {"environment", "handoff", "options"},
-    {"errors", "version"},
+    {"errors", "units", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
 
@@ -43,9 +43,10 @@ IMPORTERS = {
     "yaml": {"config"},
     "fsspec": {"output"},
     "safetensors": {"latents", "models"},
-    "rich": {"report", "cli", "display"},
+    "rich": {"report", "cli", "display", "doctor"},
     "zmq": {"progress"},
     "msgpack": {"progress"},
+    "packaging": {"doctor"},
     "diffusers": {"models"},
     "transformers": {"models"},
     "tokenizers": {"models"},

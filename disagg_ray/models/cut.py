@@ -124,6 +124,20 @@ class Cut:
         if options.offload == "group":
             offload_groups(model, device)
 
+    def weight_bytes(self, dtypes: Mapping[str, str]) -> int | None:
+        """Return about what `load` would, in all, without loading; None: the weights are not on this machine yet.
+
+        The few modules that diffusers keeps in float32 count in the precision that was asked for.
+
+        Raises:
+            CheckpointError: a component is missing or unsafe.
+        """
+        counts = {name: self._checkpoint.count_parameters(name) for name in self.components}
+        known = {name: count for name, count in counts.items() if count is not None}
+        if len(known) < len(counts):
+            return None
+        return sum(count * int(getattr(torch, dtypes[name]).itemsize) for name, count in known.items())
+
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
         spec = self._pipeline.get_component_spec(name)
         is_model = issubclass(spec.type_hint, torch.nn.Module)
