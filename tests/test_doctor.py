@@ -185,7 +185,13 @@ def test_open_ports_without_a_token_are_listed() -> None:
 
 
 def test_a_dashboard_off_loopback_is_a_warning() -> None:
-    for address, status in (("127.0.0.1", "ok"), ("::1", "ok"), ("0.0.0.0", "warn"), ("10.0.0.1", "warn")):
+    for address, status in (
+        ("127.0.0.1", "ok"),
+        ("::1", "ok"),
+        ("::ffff:127.0.0.1", "ok"),
+        ("0.0.0.0", "warn"),
+        ("10.0.0.1", "warn"),
+    ):
         assert check_dashboard([Port("dashboard", address, 8265)]).status == status
 
 
@@ -372,6 +378,14 @@ def test_table_shows_each_remedy_and_json_each_check(capsys: pytest.CaptureFixtu
     parsed = json.loads(to_json(CHECKS))
     assert parsed["status"] == 1
     assert [Check(**each) for each in parsed["checks"]] == CHECKS
+
+
+def test_table_has_one_line_for_what_is_the_same_on_many_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_checks([Check("shm", f"n{index}", "ok", "enough", "") for index in range(9)] + CHECKS)
+    table = capsys.readouterr().out
+    assert table.count("shm") == 1
+    assert "n0, n1, n2 and 6 more" in table
+    assert "10 ok" in table
 
 
 @pytest.mark.slow
