@@ -16,7 +16,15 @@ import pytest
 from disagg_ray import LocalPipeline, cli
 from disagg_ray.config import TransportConfig, load_config
 from disagg_ray.doctor import Check, exit_status, print_checks, to_json, why_unreachable
-from disagg_ray.doctor.cluster import ALL_PAIRS, check_clock, check_cluster, check_resources, check_versions, pairs
+from disagg_ray.doctor.cluster import (
+    ALL_PAIRS,
+    check_clock,
+    check_cluster,
+    check_resources,
+    check_versions,
+    pairs,
+    probe_devices,
+)
 from disagg_ray.doctor.machine import (
     Survey,
     check_allocator,
@@ -215,6 +223,11 @@ def test_every_pool_is_pulled_from_and_into(count: int) -> None:
     assert len(tried) == len(set(tried)) == (count * (count - 1) if count <= ALL_PAIRS else 3 * count - 4)
     if count > 1:
         assert {a for a, _ in tried} == {b for _, b in tried} == set(range(count))
+
+
+def test_a_node_has_pools_on_its_free_gpus_and_a_lone_one_has_a_pair() -> None:
+    assert [probe_devices(free, alone=False) for free in (0, 1, 8)] == [["cpu"], ["cuda"], ["cuda", "cuda"]]
+    assert [probe_devices(free, alone=True) for free in (0, 1)] == [["cpu", "cpu"], ["cuda", "cpu"]]
 
 
 def need(*, weights: int | None, num_gpus: float = 1.0) -> Needs:
