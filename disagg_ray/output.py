@@ -19,6 +19,8 @@ from disagg_ray.errors import OutputError
 from disagg_ray.video import Frames, encode_png
 
 SUFFIXES = {".mp4": "mp4", ".gif": "gif", ".npy": "npy", "": "png"}
+TEMPORARY = ".disagg_ray-"
+"""How the names of files and folders begin that are being written."""
 
 
 def format_of(output: str | Path) -> str:
@@ -125,7 +127,7 @@ def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
 
 
 def _write_folder(frames: Frames, path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".disagg_ray-", dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         for index, frame in enumerate(frames):
@@ -138,7 +140,7 @@ def _write_folder(frames: Frames, path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its name only once it is whole and on disk."""
-    temporary = path.with_name(f".disagg_ray-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as sink:
             yield sink
