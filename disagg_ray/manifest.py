@@ -28,6 +28,8 @@ from disagg_ray.result import StageTiming
 logger = logging.getLogger("disagg_ray")
 
 MANIFEST = "manifest.jsonl"
+INVALID = "invalid.jsonl"
+"""The bad lines of the requests file, when there are any."""
 WORK = ".work"
 LATENTS = ".safetensors"
 SUFFIX_OF = {format: suffix for suffix, format in SUFFIXES.items()}

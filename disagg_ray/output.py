@@ -58,6 +58,21 @@ def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -
         raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
 
 
+def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
+    """Check that a batch can have its folder there; making it shows the rest.
+
+    Raises:
+        OutputError: it is a URL, or relative inside a Ray job.
+    """
+    if is_url(folder):
+        raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
+    if in_job and not local_path(folder).is_absolute():
+        raise OutputError(
+            f"output-dir: {str(folder)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"write an absolute path"
+        )
+
+
 def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
     if in_job and not path.is_absolute():
         raise OutputError(

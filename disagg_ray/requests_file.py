@@ -185,7 +185,7 @@ def _load(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_LINE_BYTES:
         raise RequestError(f"the line is over {MAX_LINE_BYTES} bytes")
     try:
-        given = json.loads(raw.removeprefix(BOM).decode(), object_pairs_hook=_unique)
+        given = DECODER.decode(raw.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
         raise RequestError(f"not UTF-8: byte {error.start + 1} of the line is {raw[error.start]:#04x}") from error
     except json.JSONDecodeError as error:
@@ -205,6 +205,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return given
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def _unknown_field(name: str) -> str:
     near = difflib.get_close_matches(name, KNOWN, n=1)
     return f"{name[:80]}: no such field; " + (
@@ -214,8 +217,7 @@ def _unknown_field(name: str) -> str:
 
 def _canonical(given: dict[str, Any]) -> bytes:
     """Return the same bytes for lines that ask for the same video, however they are written."""
-    content = {name: value for name, value in given.items() if name not in NOT_CONTENT}
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return ascii(sorted(item for item in given.items() if item[0] not in NOT_CONTENT)).encode()
 
 
 def _short(data: bytes) -> int:

@@ -64,6 +64,8 @@ class Summary:
             f"{share.stage}: {share.num_replicas} x {100 * share.busy:.0f} % busy, {share.mean_s:.3f} s a video"
             for share in self.shares
         ]
+        if self.stopped:
+            text.append(f"stopped: {self.stopped}; run it again to go on")
         if found := bottleneck(self.shares):
             text.append(f"bottleneck: {found.stage}; one more replica of it: {found.speedup:.2f} x as many videos")
         return text

@@ -25,6 +25,7 @@ LAYERS = (
     {"placement"},
     {"replica", "scheduler"},
     {"holdings"},
+    {"resume"},
     {"manifest", "summary"},
     {"stage", "result", "metrics", "queues", "predictor", "latents"},
     {"models", "transfer", "output", "progress"},
