@@ -179,6 +179,8 @@ def read_manifest(folder: Path) -> Iterator[Record]:
 
 
 def _record(values: dict[str, Any]) -> Record:
+    if not isinstance(values["id"], str) or (values["status"] == "done" and not isinstance(values["file"], str)):
+        raise TypeError("not what this program wrote")
     request = values.get("request")
     stages = tuple(_fill(StageTiming, stage) for stage in values.get("stages", ()))
     return _fill(Record, values | {"request": request and _fill(ResolvedRequest, request), "stages": stages})
