@@ -183,7 +183,25 @@ def make_checkpoint(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"generate": generate, "config": show_config, "make-checkpoint": make_checkpoint}
+def doctor(argv: Sequence[str]) -> int:
+    """Check this machine, the cluster's nodes and every way between them."""
+    parser = _parser("doctor", doctor)
+    parser.add_argument("--config", help="YAML file of the model and its deployment, to check against it")
+    parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
+    parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    options = parser.parse_intermixed_args(argv)
+    if options.overrides and not options.config:
+        raise InputError(f"--config: not given, so {options.overrides[0]!r} has nothing to override; give a YAML file")
+    config = load_config(options.config, *options.overrides) if options.config else None
+    from disagg_ray.doctor import examine, exit_status, print_checks, to_json
+
+    checks = examine(config, options.address, local=options.local)
+    print(to_json(checks)) if options.json else print_checks(checks)
+    return exit_status(checks)
+
+
+COMMANDS = {"generate": generate, "config": show_config, "make-checkpoint": make_checkpoint, "doctor": doctor}
 
 
 def _usage() -> str:

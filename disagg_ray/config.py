@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]  # the parser below OmegaConf, for its errors
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +21,22 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import ConfigError
+from disagg_ray.options import (
+    OFFLOADS,
+    SCHEDULERS,
+    Check,
+    DenoiserConfig,
+    VaeConfig,
+    denoiser_checks,
+    size_checks,
+)
 
 MULTIPLE = 16
 """Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
 TASKS = ("t2v", "i2v", "flf2v")
 PROTOCOLS = ("auto", "nvlink_intra", "rdma", "tcp")
 DTYPES = ("float32", "bfloat16", "float16")
+T = TypeVar("T")
 REPLICA_WINDOW = 2  # a replica holds one request that computes and one that is prefetched
 
 
@@ -52,6 +63,11 @@ class ModelConfig:
     """Commit, tag or branch of a hub id; required for one, so that every node loads the same weights."""
     flow_shift: float | None = None
     """Shift of the flow-matching schedule; null: what the checkpoint's scheduler says."""
+    scheduler: str | None = None
+    """unipc or euler, with the checkpoint's shift; null: the checkpoint's scheduler."""
+    sigmas: list[float] = field(default_factory=list)
+    """Noise levels of the steps, falling from 1, for step-distilled checkpoints: every request takes that many steps.
+    The shift is applied to them, as diffusers does; flow_shift: 1 takes them as they are. []: spread over the steps."""
     boundary_ratio: float | None = None
     """Wan 2.2: share of the timesteps from which the low-noise transformer takes over; null: the checkpoint's."""
     max_sequence_length: int = 512
@@ -146,6 +162,16 @@ class StageConfig:
     cache_bytes: int = 64 * 2**20
     """Registered memory in which a text encoder keeps prompt embeddings for the next request with the same text; they
     give way when its outputs need the room. 0: none."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """How its transformers run."""
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    """How its VAE runs."""
+    offload: str = "none"
+    """Where weights wait: none (on the device), group (on the host, but for the layers at work) or model (on the host,
+    but for the component at work)."""
+    warm_up: list[list[int]] = field(default_factory=list)
+    """[height, width, num_frames] that are run once at start, so that no request of that size pays for compiling and
+    measuring."""
 
     @property
     def num_replicas(self) -> int:
@@ -236,6 +262,8 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
+    progress: bool = True
+    """Have replicas tell of their steps, over an encrypted port that the driver opens on its node."""
     output: OutputConfig = field(default_factory=OutputConfig)
     fused: bool = False
     """Run the blocks of all stages in one, named `fused`, with the largest of their resources."""
@@ -262,9 +290,6 @@ class Config:
         return self.stages[stage].dtype or by_component.get(name, "float32")
 
 
-Check = tuple[str, object, bool, str]
-
-
 def _checks(config: Config) -> Iterator[Check]:
     """Yield (key, value, whether it is possible, remedy)."""
     model, defaults, limits, transport = config.model, config.defaults, config.limits, config.transport
@@ -274,13 +299,18 @@ def _checks(config: Config) -> Iterator[Check]:
     yield "model.flow_shift", shift, shift is None or (math.isfinite(shift) and shift > 0), "write a positive number"
     ratio = model.boundary_ratio
     yield "model.boundary_ratio", ratio, ratio is None or 0 <= ratio <= 1, "write a number from 0 to 1"
+    scheduler, sigmas = model.scheduler, model.sigmas
+    yield "model.scheduler", scheduler, scheduler in (None, *SCHEDULERS), f"write {' or '.join(SCHEDULERS)}, or null"
+    falling = all(1 >= sigma > after >= 0 for sigma, after in pairwise([*sigmas, 0.0]))
+    yield "model.sigmas", sigmas, falling, "write numbers that fall from at most 1 to above 0"
+    yield "model.sigmas", sigmas, len(sigmas) <= limits.max_steps, f"limits.max_steps is {limits.max_steps}"
     for f in fields(DtypeConfig):
         dtype = getattr(model.dtype, f.name)
         yield f"model.dtype.{f.name}", dtype, dtype in DTYPES, f"write one of {', '.join(DTYPES)}"
     for f in fields(LimitsConfig):
         yield f"limits.{f.name}", getattr(limits, f.name), getattr(limits, f.name) >= 1, "write 1 or more"
     yield from _default_checks(defaults, limits)
-    yield from _stage_checks(config.stages)
+    yield from _stage_checks(config.stages, limits)
     yield from _sharing_checks(config)
     yield from _failure_checks(config.failures)
     yield "transport.protocol", transport.protocol, transport.protocol in PROTOCOLS, f"write {' or '.join(PROTOCOLS)}"
@@ -314,7 +344,7 @@ def _default_checks(defaults: DefaultsConfig, limits: LimitsConfig) -> Iterator[
     yield "defaults.fps", defaults.fps, 1 <= defaults.fps <= 240, "write 1 to 240"
 
 
-def _stage_checks(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
+def _stage_checks(stages: Mapping[str, StageConfig], limits: LimitsConfig) -> Iterator[Check]:
     yield "stages", sorted(stages), bool(stages), "name at least one stage"
     for name, stage in stages.items():
         key = f"stages.{name}"
@@ -328,6 +358,11 @@ def _stage_checks(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
         yield f"{key}.cache_bytes", stage.cache_bytes, stage.cache_bytes >= 0, "write 0 or more"
         yield f"{key}.device", stage.device, stage.device in ("auto", "cpu", "cuda"), "write auto, cpu or cuda"
         yield f"{key}.placement", stage.placement, stage.placement in ("pack", "spread"), "write pack or spread"
+        yield f"{key}.offload", stage.offload, stage.offload in OFFLOADS, f"write one of {', '.join(OFFLOADS)}"
+        yield from denoiser_checks(f"{key}.denoiser", stage.denoiser, stage.offload, stage.warm_up)
+        tile = stage.vae.tile_pixels
+        yield f"{key}.vae.tile_pixels", tile, tile is None or tile >= 0, "write 0 or more, or null"
+        yield from size_checks(f"{key}.warm_up", stage.warm_up, MULTIPLE, limits.max_pixels, limits.max_frames)
 
 
 def _resource_checks(key: str, stage: StageConfig) -> Iterator[Check]:
@@ -411,7 +446,22 @@ def _fuse(stages: Collection[StageConfig]) -> StageConfig:
         memory=max((stage.memory for stage in stages if stage.memory is not None), default=None),
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
         cache_bytes=max(stage.cache_bytes for stage in stages),
+        denoiser=_only("denoiser", [stage.denoiser for stage in stages], DenoiserConfig()),
+        vae=_only("vae", [stage.vae for stage in stages], VaeConfig()),
+        offload=_only("offload", [stage.offload for stage in stages], "none"),
+        warm_up=[list(size) for size in dict.fromkeys(tuple(size) for stage in stages for size in stage.warm_up)],
     )
+
+
+def _only(key: str, values: Iterable[T], default: T) -> T:
+    """Return the one value that differs from the default, or the default."""
+    asked: list[T] = []
+    for value in values:
+        if value != default and value not in asked:
+            asked.append(value)
+    if len(asked) > 1:
+        raise ConfigError(f"fused: stages ask for different {key}: {asked[0]!r} and {asked[1]!r}; write one of them")
+    return asked[0] if asked else default
 
 
 @contextmanager
@@ -489,10 +539,10 @@ def known_keys() -> list[str]:
         ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, FailuresConfig, OutputConfig,
     )  # fmt: skip
     names = ("model", "defaults", "limits", "transport", "cluster", "failures", "output")
-    keys = [*names, "stages", "share_gpu", "fused"]
+    keys = [*names, "stages", "share_gpu", "progress", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")
-    return keys + [f"stages.*.{f.name}" for f in fields(StageConfig)]
+    return keys + list(walk(StageConfig(), "stages.*."))
 
 
 def _unknown_key(key: str, value: object) -> str:

@@ -20,6 +20,12 @@ def ray_auth_mode() -> str | None:
     return os.environ.get("RAY_AUTH_MODE")
 
 
+def ray_token_path() -> Path:
+    """Return the file that Ray reads its token from."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(path) if path else Path.home() / ".ray" / "auth_token"
+
+
 def mooncake_config_path() -> Path | None:
     """Return the JSON file that Mooncake's own tools read their transport settings from."""
     path = os.environ.get("MOONCAKE_CONFIG_PATH")

@@ -13,7 +13,9 @@ import ray
 from disagg_ray.config import Config
 from disagg_ray.errors import DisaggError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
+from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
+from disagg_ray.progress import Credentials
 from disagg_ray.replica import Description, Health, ReplicaInfo
 from disagg_ray.scheduler import StageScheduler
 
@@ -39,8 +41,9 @@ class Fleet:
         pipeline_id: str,
         on_lost: Callable[[Actor, ReplicaInfo], None],
         on_hopeless: Callable[[StartError], None],
+        metrics: Metrics,
     ) -> None:
-        self._config = config
+        self._config, self._metrics = config, metrics
         self._placement = Placement(config, pipeline_id)
         self._on_lost, self._on_hopeless = on_lost, on_hopeless
         self.schedulers = {stage: StageScheduler() for stage in config.stages}
@@ -53,8 +56,11 @@ class Fleet:
         self._starting: dict[Post, Actor] = {}
         self._sessions: set[str] = set()
         """Of all replicas there ever were: engines remember a dead one's and cannot reach another under its name."""
+        self._stalled: set[str] = set()
+        """Ids of replicas that were given up because they hung."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._graph: Graph | None = None
+        self._credentials: Credentials | None = None
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
@@ -73,6 +79,9 @@ class Fleet:
     def is_serving(self, actor: Actor) -> bool:
         return actor.id in self._actors
 
+    def has_stalled(self, actor: Actor) -> bool:
+        return actor.id in self._stalled
+
     async def launch(self) -> list[Description]:
         """Create every replica and learn what the stages are."""
         for post in self._placement.posts():
@@ -80,11 +89,11 @@ class Fleet:
         described: list[Description] = await gather_ready(self._config, list(self._starting.values()), "describe")
         return described
 
-    async def load(self, graph: Graph) -> None:
-        """Load every replica and put it to work."""
-        self._graph = graph
+    async def load(self, graph: Graph, credentials: Credentials | None) -> None:
+        """Load every replica and put it to work; `credentials` let it tell of its progress."""
+        self._graph, self._credentials = graph, credentials
         actors = list(self._starting.values())
-        infos: list[ReplicaInfo] = await gather_ready(self._config, actors, "load", graph)
+        infos: list[ReplicaInfo] = await gather_ready(self._config, actors, "load", graph, credentials)
         for actor, info in zip(actors, infos, strict=True):
             self._enlist(actor, info)
 
@@ -111,13 +120,16 @@ class Fleet:
                 async with asyncio.timeout(stall_s):
                     health: Health = await ask(actor, "health")
             except TimeoutError:
+                self._stalled.add(actor.id)
                 self.lose(actor, f"{actor.name}: no answer for failures.stall_s={stall_s:g} s")
                 break
             except DisaggError as error:
                 self.lose(actor, str(error))
                 break
             self.healths[actor.name] = health
+            self._metrics.replica_health(actor.stage, actor.name, health)
             if health.stalled_s > stall_s:
+                self._stalled.add(actor.id)
                 self.lose(actor, f"{actor.name}: no step for failures.stall_s={stall_s:g} s")
             await asyncio.sleep(min(LOOK_S, stall_s / 4))
 
@@ -141,10 +153,11 @@ class Fleet:
             incarnation += 1
             actor = self._starting[lost.post] = self._placement.launch(lost.post, incarnation)
             try:
-                (info,) = await gather_ready(self._config, [actor], "load", self._graph)
+                (info,) = await gather_ready(self._config, [actor], "load", self._graph, self._credentials)
                 if not self._sessions & set(info.sessions):
                     self._enlist(actor, info)
                     self.num_restarts[actor.stage] += 1
+                    self._metrics.replica_restarted(actor.stage)
                     logger.info("replica %s is back after %.1f s", actor.name, time.monotonic() - began)
                     return
                 failure: DisaggError = StartError(f"{actor.name}: it got a dead replica's port, {info.sessions[0]}")
@@ -161,6 +174,13 @@ class Fleet:
         logger.error("replica %s is given up; %s has %d left: %s", post.name, post.stage, left, failure)
         if not left:
             self._on_hopeless(StartError(f"no replica of {post.stage} is left and none starts: {failure}"))
+
+    def count(self) -> None:
+        """Say in the metrics how many replicas serve and start, and how many jobs wait for one."""
+        for stage, scheduler in self.schedulers.items():
+            starting = sum(post.stage == stage for post in self._starting)
+            self._metrics.replicas(stage, len(scheduler.replicas), starting)
+            self._metrics.queue_depth(stage, scheduler.num_waiting)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -34,7 +34,7 @@ class Holdings:
     """
 
     def __init__(self, name: str, config: Config, graph: Graph, geometry: Geometry, host: str) -> None:
-        self._pool = Pool(name, _pool_bytes(config, graph, geometry), host, config.transport)
+        self._pool = Pool(name, driver_pool_bytes(config, graph, geometry), host, config.transport)
         self._threads = {kind: ThreadPoolExecutor(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
         self._piece_bytes = _piece_bytes(config.limits)
         self._pieces: queue.SimpleQueue[AttemptKey] = queue.SimpleQueue()
@@ -113,7 +113,7 @@ def _piece_bytes(limits: LimitsConfig) -> int:
     return frames_in_piece(limits.max_pixels, limits.max_frames) * frame_bytes(limits.max_pixels)
 
 
-def _pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
+def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
     """Return the host memory the driver needs: each admitted request's images, latents held, pieces of raw frames.
 
     Latents wait in their producer's pool while there is no room here.

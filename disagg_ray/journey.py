@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,14 +20,16 @@ from disagg_ray.graph import Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.holdings import Holdings
 from disagg_ray.latents import describe, read_latents, write_latents
+from disagg_ray.metrics import Cause, Metrics
 from disagg_ray.placement import Actor
+from disagg_ray.progress import Event, State
 from disagg_ray.replica import Reply, Task
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, StageTiming
 from disagg_ray.scheduler import Job
 from disagg_ray.stage import frames_in_piece
 from disagg_ray.video import Frames
-from disagg_ray.visit import Turn, follow
+from disagg_ray.visit import Turn, Visit, follow
 
 logger = logging.getLogger("disagg_ray")
 
@@ -45,6 +47,9 @@ class Crew:
     graph: Graph
     fleet: Fleet
     holdings: Holdings
+    metrics: Metrics
+    tell: Callable[[Event], None]
+    """Hears what the driver itself knows of a request's progress."""
 
 
 @dataclass(eq=False)
@@ -73,6 +78,7 @@ class Journey:
     ) -> None:
         self.request = request
         self._config, self._graph, self._fleet, self._holdings = crew.config, crew.graph, crew.fleet, crew.holdings
+        self._metrics, self._hear = crew.metrics, crew.tell
         self._images, self._sequence, self._latents_file = images, sequence, latents_file
         self._id = f"{request.id}.{run_id}"
         self._keys: list[AttemptKey] = []
@@ -87,8 +93,13 @@ class Journey:
         self._holding: dict[str, asyncio.Task[None]] = {}
         self._saving: asyncio.Task[None] | None = None
         self._attempts: Counter[str] = Counter()
+        """Those that a replica began."""
         self._failures: Counter[str] = Counter()
         self._num_setbacks = 0
+        self._tries: Counter[str] = Counter()
+        """Attempts before the present one, those that no replica began included."""
+        self._steps: Counter[str] = Counter()
+        """Denoising steps that the present attempt is known to have done."""
         self._timings: dict[str, StageTiming] = {}
 
     async def travel(self) -> Result:
@@ -119,6 +130,19 @@ class Journey:
         for stage, output in list(self._outputs.items()):
             if output.holder is actor:
                 self._drop(stage)
+
+    def note(self, event: Event) -> bool:
+        """Note what a replica tells; False: it is about an attempt that is over."""
+        stage = event.stage
+        if stage not in self._running or event.attempt != self._tries[stage]:
+            return False
+        if event.step > self._steps[stage]:
+            self._metrics.steps(stage, event.replica, event.step - self._steps[stage])
+            self._steps[stage] = event.step
+        return True
+
+    def _tell(self, stage: str, state: State, replica: str = "") -> None:
+        self._hear(Event(self.request.id, stage, replica, self._tries[stage], state))
 
     def _new_key(self) -> AttemptKey:
         key = AttemptKey(self._id, len(self._keys))
@@ -183,23 +207,22 @@ class Journey:
         job = Job(self.request.id, work, shape, self.request.priority, self._sequence, turn.move)
         scheduler = self._fleet.schedulers[stage]
         self._queued.add(stage)
+        self._tell(stage, "waiting")
         scheduler.push(job, began)
         try:
             visit = await follow(turn, self._fleet, lambda: self._task(stage))
             self._attempts[stage] += 1
             reply: Reply = await self._fleet.ask(visit.actor, "run", visit.task, about=self.request.id)
-        except TransferError as error:
-            self._doubt_inputs(stage, error)
-            await asyncio.sleep(min(0.05 * 2**self._num_setbacks, MAX_PAUSE_S))
-            return None
-        except (ReplicaLost, StageError, PoolError, Cancelled) as error:
-            self._note_failure(stage, error, computing=visit is not None)
-            return None
-        else:
-            timing = reply.timing
-            scheduler.finish(job, time.monotonic(), timing.compute_s + timing.publish_s)
-            self._note_success(stage, timing, time.monotonic() - began)
+            scheduler.finish(job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
             output, visit = _Output(visit.task.key, reply.handoff, visit.actor, reply), None
+        except (TransferError, ReplicaLost, StageError, PoolError, Cancelled) as error:
+            await self._note_failure(stage, visit, error)
+            return None
+        except asyncio.CancelledError:
+            self._end(stage, "cancelled", "cancelled")
+            raise
+        else:
+            self._note_success(stage, reply.timing, time.monotonic() - began)
             return output
         finally:
             self._queued.discard(stage)
@@ -215,33 +238,58 @@ class Journey:
         handoffs = [self._outputs[producer].handoff for producer in self._graph.producers(stage)]
         if self._given is not None and self._graph.image_inputs(stage):
             handoffs.append(self._given)
-        return Task(self._new_key(), self.request, tuple(handoffs))
+        return Task(self._new_key(), self.request, tuple(handoffs), self._tries[stage])
+
+    def _end(self, stage: str, state: State, cause: Cause, replica: str = "") -> None:
+        """Tell how an attempt ended."""
+        self._metrics.attempt(stage, cause)
+        self._tell(stage, state, replica)
+        self._tries[stage] += 1
+        self._steps[stage] = 0
 
     def _note_success(self, stage: str, timing: StageTiming, elapsed: float) -> None:
         queue_s = max(0.0, elapsed - timing.pull_s - timing.compute_s - timing.publish_s)
-        self._timings[stage] = replace(timing, queue_s=queue_s, attempts=self._attempts[stage])
-        logger.info("request %s: %s done in %.2f s", self.request.id, timing.replica, timing.compute_s)
+        timing = self._timings[stage] = replace(timing, queue_s=queue_s, attempts=self._attempts[stage])
+        self._metrics.stage_finished(timing)
+        if "denoise" in self._config.stages[stage].blocks:  # steps that no event told of
+            self._metrics.steps(stage, timing.replica, self.request.num_inference_steps - self._steps[stage])
+        self._end(stage, "done", "ok", timing.replica)
+        self._log(logging.INFO, "%s done in %.2f s", timing.replica, timing.compute_s)
 
-    def _note_failure(self, stage: str, error: DisaggError, *, computing: bool) -> None:
-        """Count a failed attempt; what dies with its whole node, or before it computed, counts as a setback only."""
-        if isinstance(error, ReplicaLost) and (error.with_node or not computing):
+    async def _note_failure(self, stage: str, visit: Visit | None, error: DisaggError) -> None:
+        """Count a failed attempt, and say what is to be made again.
+
+        What dies with its whole node, or before it computed, is a setback only, and so is a pull that fails.
+        """
+        stalled = visit is not None and self._fleet.has_stalled(visit.actor)
+        lost: Cause = "stalled" if stalled else "drained" if getattr(error, "with_node", False) else "died"
+        causes: dict[type[DisaggError], Cause] = {ReplicaLost: lost, TransferError: "transfer", Cancelled: "cancelled"}
+        self._end(stage, "failed", causes.get(type(error), "error"))
+        if isinstance(error, TransferError):
             self._note_setback(error)
-            return
-        self._failures[stage] += 1
-        allowed = self._config.failures.max_attempts
-        if self._failures[stage] >= allowed:
-            raise StageError(f"{stage} failed {allowed} times (failures.max_attempts), at last so: {error}") from error
-        logger.warning("request %s: %s is tried again: %s", self.request.id, stage, error)
+            self._doubt_inputs(stage, error)
+            await asyncio.sleep(min(0.05 * 2**self._num_setbacks, MAX_PAUSE_S))
+        elif isinstance(error, ReplicaLost) and (error.with_node or visit is None):
+            self._note_setback(error)
+        else:
+            self._failures[stage] += 1
+            allowed = self._config.failures.max_attempts
+            if self._failures[stage] >= allowed:
+                said = f"{stage} failed {allowed} times (failures.max_attempts), at last so: {error}"
+                raise StageError(said) from error
+            self._log(logging.WARNING, "%s is tried again: %s", stage, error)
+
+    def _log(self, level: int, message: str, *args: object) -> None:
+        logger.log(level, f"request %s: {message}", self.request.id, *args, extra={"request_id": self.request.id})
 
     def _note_setback(self, error: DisaggError) -> None:
         self._num_setbacks += 1
         if self._num_setbacks >= SETBACKS_PER_ATTEMPT * self._config.failures.max_attempts:
             raise error
-        logger.info("request %s: %s", self.request.id, error)
+        self._log(logging.INFO, "%s", error)
 
     def _doubt_inputs(self, stage: str, error: TransferError) -> None:
         """An input did not arrive: take the driver's copy, or make it again when it fails a second time."""
-        self._note_setback(error)
         for producer in self._graph.producers(stage):
             output = self._outputs.get(producer)
             if output is None or output.holder is None:
@@ -257,7 +305,7 @@ class Journey:
         try:
             handoff, tensors = await self._holdings.hold(key, output.handoff)
         except (TransferError, PoolError, Cancelled) as error:
-            logger.info("request %s: the driver has no copy of the %s's output: %s", self.request.id, stage, error)
+            self._log(logging.INFO, "the driver has no copy of the %s's output: %s", stage, error)
             self._holdings.release(key)
             return
         self._held[stage] = _Output(key, handoff, None)
@@ -278,7 +326,7 @@ class Journey:
         (stage,) = producers
         key = self._new_key()
         self._held[stage] = self._outputs[stage] = _Output(key, await self._holdings.publish(key, tensors), None)
-        logger.info("request %s: goes on from %s", self.request.id, self._latents_file)
+        self._log(logging.INFO, "goes on from %s", self._latents_file)
 
     def _is_only_input(self, stage: str) -> bool:
         """Whether the last stage needs nothing but this stage's output."""

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,12 +188,13 @@ def _record(values: dict[str, Any], *, brief: bool) -> Record:
 
 def _fill(cls: type[T], values: dict[str, Any]) -> T:
     """Build a dataclass of what another version wrote: unknown fields are left out, missing ones are None."""
-    return cls(**{name: values.get(name, default) for name, default in _defaults(cls).items()})
+    return cls(**{name: values.get(name, default) for name, default in DEFAULTS[cls].items()})
 
 
-@cache
-def _defaults(cls: Any) -> dict[str, Any]:
-    return {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
+DEFAULTS: dict[type, dict[str, Any]] = {
+    cls: {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
+    for cls in (Record, StageTiming, ResolvedRequest)
+}
 
 
 def _lock(path: Path) -> int:

@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from disagg_ray.admission import Admission
 from disagg_ray.config import Config, load_config
-from disagg_ray.errors import Cancelled, DisaggError, Overloaded, StageError, StartError
+from disagg_ray.errors import Cancelled, DisaggError, StageError, StartError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import build_graph
 from disagg_ray.holdings import Holdings
 from disagg_ray.journey import Crew, Journey
+from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
-from disagg_ray.queues import PriorityQueue
+from disagg_ray.progress import Event, Listener, Receiver
 from disagg_ray.replica import Health, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
@@ -34,13 +36,18 @@ logger = logging.getLogger("disagg_ray")
 
 T = TypeVar("T")
 
+COUNT_S = 5.0
+"""How often the metrics' gauges are set; Ray forgets one after 20 s."""
+
 
 class Handle:
     """A submitted request: wait for it with `result`, `await` it, or `cancel` it."""
 
-    def __init__(self, request: ResolvedRequest, future: concurrent.futures.Future[Result]) -> None:
+    def __init__(self, request: ResolvedRequest) -> None:
         self.request = request
-        self._future = future
+        self.progress: Event | None = None
+        """The latest word of how far it is."""
+        self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait for the video.
@@ -70,55 +77,31 @@ class Handle:
         return self._future.cancel()
 
 
-class Gate:
-    """Lets so many requests in at once; the others wait by priority."""
-
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._waiting: PriorityQueue[asyncio.Future[None]] = PriorityQueue()
-
-    async def enter(self, priority: int, sequence: int) -> None:
-        if self._room:
-            self._room -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.push(turn, priority, sequence)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not self._waiting.remove(turn):
-                self.leave()  # it was let in at the same moment
-            raise
-
-    def leave(self) -> None:
-        if self._waiting:
-            self._waiting.pop().set_result(None)
-        else:
-            self._room += 1
-
-
 class Pipeline:
     """Stages on a Ray cluster, driven by an event loop in a thread of its own.
 
     Joins the Ray that is there, or starts one and shuts only that down again. Installs no signal handler.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
+        """Start the pipeline; `on_event` hears of every request's progress, on a thread of its own."""
         self.config = config
         self.id = uuid.uuid4().hex[:8]
         self._journeys: dict[asyncio.Task[Result], Journey] = {}
         """Of admitted requests."""
+        self._travelling: dict[str, tuple[Journey, Handle]] = {}
+        """The same, by request id."""
         self._waiting: set[asyncio.Task[Result]] = set()
-        """Requests before the gate."""
+        """Of requests before the gate."""
         self._sequence = itertools.count()
-        self._room = threading.Condition()
-        self._queued: set[object] = set()
-        """Tickets of requests before the gate."""
+        self._admission = Admission(config.limits.max_queued, config.max_in_flight)
         self._failure: DisaggError | None = None
         """Why nothing can be served any more."""
-        self._closed = False
         self._fleet: Fleet | None = None
         self._holdings: Holdings | None = None
+        self._receiver: Receiver | None = None
+        self._counting: asyncio.Task[None] | None = None
+        self._listener = Listener(on_event) if on_event is not None else None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{self.id}", daemon=True)
         self._thread.start()
@@ -130,7 +113,9 @@ class Pipeline:
             raise
 
     @classmethod
-    def from_config(cls, path: str | Path, *overrides: str) -> Pipeline:
+    def from_config(
+        cls, path: str | Path, *overrides: str, on_event: Callable[[Event], None] | None = None
+    ) -> Pipeline:
         """Start the pipeline a YAML file describes; overrides are dotted, as `stages.transformer.replicas=2`.
 
         Raises:
@@ -138,7 +123,7 @@ class Pipeline:
             CheckpointError: the model cannot be loaded.
             StartError: the stages did not become ready.
         """
-        return cls(load_config(path, *overrides))
+        return cls(load_config(path, *overrides), on_event)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -150,16 +135,18 @@ class Pipeline:
 
     async def _start(self) -> None:
         began = time.monotonic()
-        fleet = self._fleet = Fleet(self.config, self.id, self._lose, self._fail)
+        host = ray.util.get_node_ip_address()
+        if self.config.progress:
+            self._receiver = Receiver(host, self._relay)
+        metrics = self._metrics = Metrics(self.config.model.path, self.config.stages)
+        fleet = self._fleet = Fleet(self.config, self.id, self._lose, self._fail, metrics)
         described = await fleet.launch()
         ports = {description.ports.stage: description.ports for description in described}
         self.graph = build_graph([ports[stage] for stage in self.config.stages])
-        self._holdings = Holdings(
-            f"driver-{self.id}", self.config, self.graph, described[0].geometry, ray.util.get_node_ip_address()
-        )
-        await fleet.load(self.graph)
-        self._crew = Crew(self.config, self.graph, fleet, self._holdings)
-        self._gate = Gate(self.config.max_in_flight)
+        self._holdings = Holdings(f"driver-{self.id}", self.config, self.graph, described[0].geometry, host)
+        await fleet.load(self.graph, self._receiver.credentials if self._receiver is not None else None)
+        self._crew = Crew(self.config, self.graph, fleet, self._holdings, metrics, self._tell)
+        self._counting = asyncio.ensure_future(self._count())
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
 
     @property
@@ -238,57 +225,81 @@ class Pipeline:
         """
         resolved, images = resolve(request, self.config)
         pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
-        ticket = self._queue(wait=wait)
-        future = asyncio.run_coroutine_threadsafe(self._run(resolved, pixels, latents_file, ticket), self._loop)
-        future.add_done_callback(lambda _: self._unqueue(ticket))  # it may be cancelled before it begins
-        return Handle(resolved, future)
+        handle = Handle(resolved)
+        self._admission.queue(handle, wait=wait)
+        handle._future = asyncio.run_coroutine_threadsafe(self._run(handle, pixels, latents_file), self._loop)
+        handle.add_done_callback(self._admission.leave_queue)  # it may be cancelled before it begins
+        return handle
 
-    def _queue(self, *, wait: bool) -> object:
-        """Take one of the places in the queue."""
-        limit = self.config.limits.max_queued
-        with self._room:
-            if len(self._queued) >= limit and not wait and not self._closed:
-                raise Overloaded(f"limits.max_queued: {limit} requests wait already; try again later, or wait")
-            self._room.wait_for(lambda: self._closed or self._failure or len(self._queued) < limit)
-            if self._failure is not None:
-                raise self._failure
-            if self._closed:
-                raise Cancelled("the pipeline is closed")
-            ticket = object()
-            self._queued.add(ticket)
-            return ticket
-
-    def _unqueue(self, ticket: object) -> None:
-        with self._room:
-            self._queued.discard(ticket)
-            self._room.notify()
-
-    async def _run(
-        self, request: ResolvedRequest, images: dict[str, torch.Tensor], latents_file: Path | None, ticket: object
-    ) -> Result:
-        sequence, task = next(self._sequence), asyncio.current_task()
+    async def _run(self, handle: Handle, images: dict[str, torch.Tensor], latents_file: Path | None) -> Result:
+        request, sequence, task = handle.request, next(self._sequence), asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
         try:
-            await self._gate.enter(request.priority, sequence)
+            await self._admission.enter(request.priority, sequence)
         finally:
             self._waiting.discard(task)
-            self._unqueue(ticket)
+            self._admission.leave_queue(handle)
         journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], sequence, latents_file)
         self._journeys[task] = journey
+        self._travelling[request.id] = journey, handle
+        self._metrics.in_flight(len(self._journeys))
+        began = time.monotonic()
+        outcome: Outcome = "failed"
+        try:
+            result = await self._travel(journey)
+            outcome = "done"
+            return result
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            outcome = "cancelled"
+            raise
+        finally:
+            del self._journeys[task]
+            if self._travelling.get(request.id) == (journey, handle):
+                del self._travelling[request.id]
+            self._admission.leave()
+            self._metrics.in_flight(len(self._journeys))
+            self._metrics.request_finished(outcome, time.monotonic() - began)
+
+    async def _travel(self, journey: Journey) -> Result:
         limit_s = self.config.failures.timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 return await journey.travel()
         except TimeoutError:
-            raise StageError(f"request {request.id}: not done within failures.timeout_s={limit_s:g} s") from None
-        except asyncio.CancelledError:
-            if self._failure is not None:
-                raise self._failure from None
-            raise
-        finally:
-            del self._journeys[task]
-            self._gate.leave()
+            raise StageError(
+                f"request {journey.request.id}: not done within failures.timeout_s={limit_s:g} s"
+            ) from None
+
+    def _relay(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._hear, event)
+
+    def _hear(self, event: Event) -> None:
+        """Pass on what a replica tells, unless it is over already."""
+        journey, _ = self._travelling.get(event.request_id, (None, None))
+        if journey is not None and journey.note(event):
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        _, handle = self._travelling.get(event.request_id, (None, None))
+        if handle is not None:
+            handle.progress = event
+        if self._listener is not None:
+            self._listener.hear(event)
+
+    async def _count(self) -> None:
+        """Keep the metrics' gauges fresh."""
+        assert self._fleet is not None
+        while True:
+            self._fleet.count()
+            self._metrics.refresh()
+            await asyncio.sleep(COUNT_S)
+
+    def note_written(self, seconds: float) -> None:
+        """Have the metrics count what writing a result took."""
+        self._loop.call_soon_threadsafe(self._metrics.written, seconds)
 
     def _lose(self, actor: Actor, info: ReplicaInfo) -> None:
         """A replica is gone."""
@@ -299,9 +310,8 @@ class Pipeline:
 
     def _fail(self, error: StartError) -> None:
         """A stage has no replica left: nothing can be served any more."""
-        with self._room:
-            self._failure = error
-            self._room.notify_all()
+        self._failure = error
+        self._admission.close(error)
         for task in [*self._waiting, *self._journeys]:
             task.cancel()
 
@@ -333,33 +343,34 @@ class Pipeline:
                 for task in late:
                     task.cancel()
 
-        self._end_admission()
+        self._admission.close()
         self._call(drain())
 
     def close(self) -> None:
         """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent."""
         if self._loop.is_closed():
             return
-        self._end_admission()
+        self._admission.close()
         self._call(self._stop())
+        if self._receiver is not None:
+            self._receiver.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         if self._holdings is not None:
             self._holdings.close()
+        if self._listener is not None:
+            self._listener.close()
         if hasattr(self, "_cluster"):
             self._cluster.close()
-
-    def _end_admission(self) -> None:
-        with self._room:
-            self._closed = True
-            self._room.notify_all()
 
     async def _stop(self) -> None:
         requests = [*self._waiting, *self._journeys]
         for task in requests:
             task.cancel()
         await asyncio.gather(*requests, return_exceptions=True)
+        if self._counting is not None:
+            self._counting.cancel()
         if self._fleet is not None:
             await self._fleet.close()
 

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from disagg_ray import environment
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
-from disagg_ray.replica import Replica
+from disagg_ray.replica import ServedReplica
 
 logger = logging.getLogger("disagg_ray")
 
@@ -192,7 +192,7 @@ class Placement:
         """Create an actor for a post; it begins to start as soon as there is room for it."""
         config = self._config.for_group(post.stage, post.group)
         actor_class: Any = ray.remote(**self._options(post, config.stages[post.stage]))(
-            type(post.stage.capitalize(), (Replica,), {})
+            type(post.stage.capitalize(), (ServedReplica,), {})
         )
         name = f"disagg_ray-{self._pipeline_id}-{post.name}" + (f".{incarnation}" if incarnation else "")
         return Actor(post, incarnation, actor_class.options(name=name).remote(post.stage, post.index, config))
@@ -273,7 +273,7 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
         DisaggError: what it raised.
     """
     try:
-        return await actor.call(method, *args, about=about)
+        answer = await actor.call(method, *args, about=about)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, DisaggError):
@@ -285,6 +285,9 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
             f"{actor.name}: the replica died or cannot be reached: {reason}",
             with_node="node has died" in reason or getattr(error, "preempted", False),
         ) from error
+    if isinstance(answer, DisaggError):
+        raise answer
+    return answer
 
 
 def _reason(error: ray.exceptions.RayError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 OLDEST_EVERY = 8
 """Every so many turns of a queue the oldest item has its turn, whatever its priority."""
@@ -14,11 +14,15 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Heap(Generic[T]):
-    """Items by key, the least first and equals in order; pushing one again moves it. Items differ by hash and `==`."""
+    """Items by key, the least first and equals in order; pushing one again moves it.
+
+    Keys are numbers, of one length in one heap. Items differ by hash and `==`.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[T, tuple[tuple[float, ...], int, T]] = {}
-        self._heap: list[tuple[tuple[float, ...], int, T]] = []
+        self._entries: dict[T, tuple[Any, ...]] = {}
+        """By item: its key, a serial number and itself."""
+        self._heap: list[tuple[Any, ...]] = []
         """The entries, and stale ones that are dropped when they come up."""
         self._serial = itertools.count()
 
@@ -26,7 +30,7 @@ class Heap(Generic[T]):
         return len(self._entries)
 
     def push(self, item: T, *key: float) -> None:
-        entry = self._entries[item] = (key, next(self._serial), item)
+        entry = self._entries[item] = (*key, next(self._serial), item)
         heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._entries) + 64:
             self._heap = list(self._entries.values())
@@ -37,13 +41,13 @@ class Heap(Generic[T]):
         return self._entries.pop(item, None) is not None
 
     def peek(self) -> T | None:
-        while self._heap and self._entries.get(self._heap[0][2]) is not self._heap[0]:
+        while self._heap and self._entries.get(self._heap[0][-1]) is not self._heap[0]:
             heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][-1] if self._heap else None
 
     def least(self) -> float:
         """Return the first number of the key of what `peek` gives."""
-        return self._heap[0][0][0]
+        return float(self._heap[0][0])
 
 
 class PriorityQueue(Generic[T]):

@@ -6,24 +6,31 @@ concurrency group: one computes (`run`), one pulls ahead (`prefetch`), two answe
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import psutil
 import ray
 import torch
 
 from disagg_ray.config import REPLICA_WINDOW, Config
-from disagg_ray.errors import Cancelled, ConfigError
+from disagg_ray.errors import Cancelled, ConfigError, DisaggError
 from disagg_ray.graph import FRAMES, Graph, StagePorts
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.progress import Credentials, Event, Sender, State
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
 from disagg_ray.stage import RAW, Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.video import Frames, encode
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Task:
     request: ResolvedRequest
     handoffs: tuple[Handoff, ...]
     """Where its inputs lie; each producer keeps them until it is told to release."""
+    attempt: int = 0
+    """How often the stage was begun for this request before."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,9 @@ class Health:
     """Texts whose embeddings were kept."""
     cache_misses: int
     """Texts that had to be encoded."""
+    gpu_allocated_bytes: int
+    gpu_peak_bytes: int
+    """Most GPU memory ever taken."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,8 @@ class Replica:
     def __init__(self, stage: str, index: int, config: Config) -> None:
         self.name = f"{stage}-{index}"
         self._config = config
-        self._stage = Stage(stage, config)
+        with _imports_kept():
+            self._stage = Stage(stage, config)
         self._pulled: dict[AttemptKey, _Pulled] = {}
         self._frames: dict[AttemptKey, Frames] = {}
         self._lock = threading.Lock()  # of the two dictionaries above
@@ -115,17 +128,19 @@ class Replica:
     def describe(self) -> Description:
         return Description(self._stage.ports, self._stage.geometry)
 
-    def load(self, graph: Graph, host: str | None = None) -> ReplicaInfo:
-        """Allocate and register the pool, then load the weights.
+    def load(self, graph: Graph, credentials: Credentials | None = None, host: str | None = None) -> ReplicaInfo:
+        """Allocate and register the pool, then load the weights; `credentials` are for telling of progress.
 
         Raises:
             ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
             CheckpointError: a component cannot be loaded.
         """
         host = host or ray.util.get_node_ip_address()
+        self._sender = Sender(credentials)
         self._stage.connect(graph)
         transport, device, cache_bytes = self._config.transport, self._stage.device, self._stage.cache_bytes
-        self._pool = Pool(self.name, self._pool_bytes(), host, transport, device, cache_bytes)
+        nbytes = pool_bytes(self._config, self._stage)
+        self._pool = Pool(self.name, nbytes, host, transport, device, cache_bytes)
         self._stage.use_cache(self._pool.cache)
         self._stage.load()
         pid = psutil.Process().pid
@@ -139,18 +154,6 @@ class Replica:
             weights=self._stage.weights,
             sessions=tuple(session.name for session in self._pool.sessions),
         )
-
-    def _pool_bytes(self) -> int:
-        needs, asked = self._stage.needs(), self._config.transport.pool_bytes
-        if asked == "auto":
-            slots = REPLICA_WINDOW * needs.input_bytes + self._config.max_in_flight * needs.output_bytes
-            return slots + self._stage.cache_bytes
-        if int(asked) < needs.minimum:
-            raise ConfigError(
-                f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
-                f"bytes of a {self._stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
-            )
-        return int(asked)
 
     def prefetch(self, task: Task) -> None:
         """Reserve room for a task and pull its inputs, while another computes."""
@@ -180,8 +183,13 @@ class Replica:
         finally:
             self._progressed = None
 
+    def _tell(self, task: Task, state: State, step: int = 0, steps: int = 0) -> None:
+        stage = self._stage.name
+        self._sender.send(Event(task.request.id, stage, self.name, task.attempt, state, step, steps))
+
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
+        self._tell(task, "pulling")
         wanted = {h: [t for t in h.tensors if t.name in self._stage.ports.inputs] for h in task.handoffs}
         sizes = {t.name: t.spec.nbytes for metas in wanted.values() for t in metas}
         try:
@@ -199,12 +207,15 @@ class Replica:
 
         def stop_when_released(step: int, steps: int) -> None:
             self._progressed = time.monotonic()
+            self._tell(task, "running", step, steps)
             if self._pool.is_released(task.key):
                 raise Cancelled(f"request {request.id} was given up at step {step} of {steps}")
 
         began, started = time.time(), time.monotonic()
+        self._tell(task, "running")
         outputs = self._stage.compute(request, pulled.tensors, stop_when_released)
         computed = time.monotonic()
+        self._tell(task, "publishing")
         handoff = self._pool.publish(task.key, outputs.tensors)
         data, num_frames = self._finish(task, outputs.frames)
         self._pool.release(task.key, pulled.tensors)
@@ -258,6 +269,8 @@ class Replica:
             bytes_kept=pool.cache.bytes_kept,
             cache_hits=pool.cache.hits,
             cache_misses=pool.cache.misses,
+            gpu_allocated_bytes=self._stage.allocated_bytes,
+            gpu_peak_bytes=self._stage.peak_bytes,
         )
 
     def forget(self, sessions: tuple[str, ...]) -> None:
@@ -267,4 +280,57 @@ class Replica:
 
     def close(self) -> None:
         """Give the pool back."""
+        self._sender.close()
         self._pool.close()
+
+
+def pool_bytes(config: Config, stage: Stage) -> int:
+    """Return the memory that a replica of a stage registers.
+
+    Raises:
+        ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
+    """
+    needs, asked = stage.needs(), config.transport.pool_bytes
+    if asked == "auto":
+        slots = REPLICA_WINDOW * needs.input_bytes + config.max_in_flight * needs.output_bytes
+        return slots + stage.cache_bytes
+    if int(asked) < needs.minimum:
+        raise ConfigError(
+            f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
+            f"bytes of a {stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
+        )
+    return int(asked)
+
+
+class ServedReplica(Replica):
+    """A replica whose expected errors are answers: raised, Ray would show each as a failed task."""
+
+    def prefetch(self, task: Task) -> DisaggError | None:  # type: ignore[override]
+        return _answer(super().prefetch, task)
+
+    def run(self, task: Task) -> Reply | DisaggError:  # type: ignore[override]
+        return _answer(super().run, task)
+
+    def piece(self, key: AttemptKey, start: int) -> Handoff | DisaggError:  # type: ignore[override]
+        return _answer(super().piece, key, start)
+
+
+def _answer(method: Callable[..., T], *args: Any) -> T | DisaggError:
+    try:
+        return method(*args)
+    except DisaggError as error:
+        return error
+
+
+@contextmanager
+def _imports_kept() -> Iterator[None]:
+    """Keep the garbage collector from what imports make: it is looked through many times over and never freed.
+
+    That takes a tenth of a replica's start, and a quarter of a second at each full collection afterwards.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

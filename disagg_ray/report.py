@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg_ray.result import Result
+from disagg_ray.units import human_bytes
 
 
 def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools: Mapping[str, int]) -> None:
@@ -45,12 +46,3 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
     if not console.is_terminal:
         console.width = 160  # a log has no width of its own
     console.print(table)
-
-
-def human_bytes(nbytes: float) -> str:
-    """Return bytes with a decimal unit, as 8.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

@@ -46,7 +46,7 @@ class Request:
     num_frames: int | None = None
     """Frames, 4k + 1."""
     num_inference_steps: int | None = None
-    """Denoising steps."""
+    """Denoising steps; with model.sigmas there are as many as sigmas."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 or less turns it off."""
     guidance_scale_2: float | None = None
@@ -134,7 +134,7 @@ def _fill(
         height=size[0],
         width=size[1],
         num_frames=_or(request.num_frames, defaults.num_frames),
-        num_inference_steps=_or(request.num_inference_steps, defaults.num_inference_steps),
+        num_inference_steps=_or(request.num_inference_steps, len(config.model.sigmas) or defaults.num_inference_steps),
         guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
         guidance_scale_2=_or(request.guidance_scale_2, defaults.guidance_scale_2),
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
@@ -258,6 +258,8 @@ def _check_numbers(request: ResolvedRequest, config: Config) -> None:
         raise RequestError(f"num_frames: {frames} is not 4k + 1; the nearest is {nearest}")
     if not 1 <= steps <= limits.max_steps:
         raise RequestError(f"num_inference_steps: {steps} is not from 1 to limits.max_steps={limits.max_steps}")
+    if (sigmas := config.model.sigmas) and steps != len(sigmas):
+        raise RequestError(f"num_inference_steps: {steps}, but model.sigmas holds {len(sigmas)}; leave it out")
     for name in ("guidance_scale", "guidance_scale_2"):
         scale = getattr(request, name)
         if scale is not None and not 0 <= scale <= sys.float_info.max:  # an int may be larger

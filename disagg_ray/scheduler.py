@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
+from disagg_ray.config import REPLICA_WINDOW
 from disagg_ray.predictor import Predictor
 from disagg_ray.queues import Heap, PriorityQueue
-
-__all__ = ["Job", "Place", "PriorityQueue", "StageScheduler"]
 
 OVERDUE_SHARE = 0.1
 """A job that takes longer than predicted is expected to take this much longer than it already has."""
@@ -57,7 +56,7 @@ class _Group:
     open: Heap[_Replica] = field(default_factory=Heap)
     """Busy and with nothing prefetched, by predicted end."""
     offers: Heap[_Replica] = field(default_factory=Heap)
-    """Every replica of the stage with a prefetched job, by what starting that job in this group would gain."""
+    """Replicas of the stage with a prefetched job, by what starting that job in this group would gain."""
 
 
 @dataclass(eq=False)
@@ -65,8 +64,6 @@ class _Replica:
     name: str
     group: _Group
     running: Job | None = None
-    prefetched: Job | None = None
-    """Only while one is running."""
     started: float = 0.0
     end: float = 0.0
     """When the running job began, and is predicted to end."""
@@ -77,8 +74,8 @@ class StageScheduler:
 
     The first in the queue goes where it is predicted to finish first. That may be the prefetch place of a fast replica
     although a slow one is idle; as long as jobs wait here, though, every replica computes. With none waiting, an idle
-    replica takes over a prefetched job that it would finish no later, where most time is gained first. Whatever
-    happens, a call costs O(groups x log(replicas + waiting)).
+    replica takes over a prefetched job that it would finish no later, where most time is gained first. A call
+    costs O(groups x log(replicas + waiting)), averaged over calls.
     """
 
     def __init__(self) -> None:
@@ -87,6 +84,10 @@ class StageScheduler:
         self._groups: dict[str, _Group] = {}
         self._busy: Heap[_Replica] = Heap()
         """By predicted end."""
+        self._prefetched: dict[_Replica, Job] = {}
+        """Only behind one that runs."""
+        self._unoffered: dict[_Replica, None] = {}
+        """Those of them that stand in no group's offers, or stand there wrongly, since nobody has looked."""
         self._waiting: PriorityQueue[Job] = PriorityQueue()
         self._waiting_work = 0.0
         self._changed: dict[Job, Place | None] = {}
@@ -103,7 +104,7 @@ class StageScheduler:
 
     @property
     def num_prefetched(self) -> int:
-        return sum(replica.prefetched is not None for replica in self._replicas.values())
+        return len(self._prefetched)
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -112,10 +113,9 @@ class StageScheduler:
     def outstanding_seconds(self, now: float) -> float:
         """Return the replica seconds that all jobs here are predicted to take from now on; linear in the replicas."""
         self._extend_overdue(now)
-        busy = [replica for replica in self._replicas.values() if replica.running]
-        prefetched = [self.predict(r.group.name, r.prefetched) for r in busy if r.prefetched]
-        waiting = self._waiting_work * self._predictor.mean_rate()
-        return sum(replica.end - now for replica in busy) + sum(prefetched) + waiting
+        running = sum(replica.end - now for replica in self._replicas.values() if replica.running)
+        prefetched = sum(self.predict(replica.group.name, job) for replica, job in self._prefetched.items())
+        return running + prefetched + self._waiting_work * self._predictor.mean_rate()
 
     def predict(self, group: str, job: Job) -> float:
         """Return the seconds a job would compute on a replica of a group; 0 as long as nothing is known."""
@@ -126,9 +126,7 @@ class StageScheduler:
         assert replica not in self._replicas, f"{replica} is there already"
         if group not in self._groups:
             self._groups[group] = _Group(group)
-            for other in self._replicas.values():
-                if other.prefetched:
-                    self._offer(other, other.prefetched)
+            self._unoffered |= dict.fromkeys(self._prefetched)
         added = self._replicas[replica] = _Replica(replica, self._groups[group])
         added.group.idle.push(added, now)
         self._settle(now)
@@ -140,7 +138,7 @@ class StageScheduler:
         it run again.
         """
         removed = self._replicas.pop(replica)
-        if removed.prefetched:
+        if removed in self._prefetched:
             self._wait(self._take_prefetched(removed))
         if removed.running:
             self._forget(removed.running)
@@ -191,7 +189,7 @@ class StageScheduler:
     def _settle(self, now: float) -> None:
         """Give every job its place, then tell."""
         self._extend_overdue(now)
-        while self._waiting and any(group.idle or group.open for group in self._groups.values()):
+        while self._waiting and self._has_room():
             job = self._waiting.pop()
             self._count_waiting(-job.work)
             replica = self._best_replica(job, now)
@@ -205,6 +203,9 @@ class StageScheduler:
             source.group.open.push(source, source.end)
             self._run(target, job, now)
         self._tell()
+
+    def _has_room(self) -> bool:
+        return len(self._busy) + len(self._prefetched) < REPLICA_WINDOW * len(self._replicas)
 
     def _extend_overdue(self, now: float) -> None:
         """Predict anew when jobs end that should have ended; from here on no end lies in the past."""
@@ -225,37 +226,42 @@ class StageScheduler:
 
     def _best_move(self, now: float) -> tuple[_Replica, _Replica] | None:
         """Return from which to which replica a prefetched job would gain most by starting now, if any gains."""
-        moves: list[tuple[float, str, str]] = []
-        for group in self._groups.values():
-            target, source = group.idle.peek(), group.offers.peek()
-            if target and source and now + group.offers.least() <= 0:
-                moves.append((group.offers.least(), source.name, target.name))
+        targets = [(group, replica) for group in self._groups.values() if (replica := group.idle.peek())]
+        if targets:
+            self._offer()
+        moves = [
+            (group.offers.least(), source.name, target.name)
+            for group, target in targets
+            if (source := group.offers.peek()) and now + group.offers.least() <= 0
+        ]
         if not moves:
             return None
         _, left, taken = min(moves)
         return self._replicas[left], self._replicas[taken]
 
-    def _offer(self, replica: _Replica, prefetched: Job) -> None:
-        """Let idle replicas see a prefetched job, by the predictions of now.
+    def _offer(self) -> None:
+        """Let idle replicas see what is prefetched, by the predictions of now.
 
-        The key is the negative time until which starting it in a group finishes it no later than here.
+        The key is the negative time until which starting it in a group finishes it no later than where it is.
         """
-        here = self.predict(replica.group.name, prefetched)
-        for group in self._groups.values():
-            group.offers.push(replica, self.predict(group.name, prefetched) - here - replica.end)
+        for replica in self._unoffered:
+            job = self._prefetched[replica]
+            here = self.predict(replica.group.name, job)
+            for group in self._groups.values():
+                group.offers.push(replica, self.predict(group.name, job) - here - replica.end)
+        self._unoffered.clear()
 
     def _prefetch(self, replica: _Replica, job: Job) -> None:
-        replica.prefetched = job
+        self._prefetched[replica] = job
+        self._unoffered[replica] = None
         replica.group.open.remove(replica)
-        self._offer(replica, job)
         self._place(job, Place(replica.name, run=False))
 
     def _take_prefetched(self, replica: _Replica) -> Job:
-        job, replica.prefetched = replica.prefetched, None
-        assert job is not None
+        self._unoffered.pop(replica, None)
         for group in self._groups.values():
             group.offers.remove(replica)
-        return job
+        return self._prefetched.pop(replica)
 
     def _run(self, replica: _Replica, job: Job, now: float) -> None:
         """Start a job on an idle replica."""
@@ -269,7 +275,7 @@ class StageScheduler:
         replica.running = None
         self._busy.remove(replica)
         replica.group.open.remove(replica)
-        if replica.prefetched:
+        if replica in self._prefetched:
             self._run(replica, self._take_prefetched(replica), now)
         else:
             replica.group.idle.push(replica, now)
@@ -278,8 +284,8 @@ class StageScheduler:
         """Predict when a replica's running job ends."""
         replica.end = end
         self._busy.push(replica, end)
-        if replica.prefetched:
-            self._offer(replica, replica.prefetched)
+        if replica in self._prefetched:
+            self._unoffered[replica] = None
         else:
             replica.group.open.push(replica, end)
 

@@ -12,6 +12,7 @@ from disagg_ray.config import Config
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
 from disagg_ray.models.checkpoint import Geometry, open_checkpoint
+from disagg_ray.models.warm_up import example_request, example_tensors
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames, to_image
@@ -57,10 +58,10 @@ class Stage:
         self.name = name
         self.config = config
         self._settings = config.stages[name]
-        checkpoint = open_checkpoint(config.model)
-        _check_guidance(config, checkpoint.geometry)
-        self.geometry = checkpoint.geometry
-        self._cut = Cut(checkpoint, name, self._settings.blocks)
+        self._checkpoint = open_checkpoint(config.model)
+        self.geometry = self._checkpoint.geometry
+        _check_guidance(config, self.geometry)
+        self._cut = Cut(self._checkpoint, name, self._settings.blocks)
         self.weights: dict[str, int] = {}
         """Bytes of each loaded component."""
         self._stream: torch.cuda.Stream | None = None
@@ -73,6 +74,11 @@ class Stage:
     def peak_bytes(self) -> int:
         """Most GPU memory that tensors of this process ever took, pool and weights included; 0 on a CPU."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        """GPU memory that tensors of this process take now; 0 on a CPU."""
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
     @property
     def device(self) -> str:
@@ -102,12 +108,25 @@ class Stage:
         self._outputs = graph.outputs(self.name)
 
     def load(self) -> None:
-        """Load the weights of this stage's components and nothing else."""
-        dtypes = {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
-        self.weights = self._cut.load(dtypes, self.device)
+        """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once."""
+        self.weights = self._cut.load(self._dtypes(), self.device, self._settings)
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
+        for size in self._settings.warm_up:
+            tensors = example_tensors(self._checkpoint, self._inputs, size)
+            self.compute(example_request(self._checkpoint, size), tensors, None)
+
+    def component(self, name: str) -> Any:
+        """Return a loaded model, to measure or to look at."""
+        return self._cut.component(name)
+
+    def weight_bytes(self) -> int | None:
+        """Return what the weights will take, measured without loading them; None: they are not on this machine yet."""
+        return self._cut.weight_bytes(self._dtypes())
+
+    def _dtypes(self) -> dict[str, str]:
+        return {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
 
     def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
         """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""

@@ -169,7 +169,7 @@ def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: 
     config = "conf/tiny_i2v.yaml"
     request = Request(prompt=PROMPT, **SMALL, image=image(90, 60), seed=5, format="npy")
     expected = LocalPipeline.from_config(config).generate(request).frames
-    with Pipeline.from_config(config) as second:
+    with Pipeline.from_config(config, "fused=true") as second:  # one replica more to start instead of three
         result = second.generate(request)
         assert np.array_equal(result.frames, expected)
         wait_until_empty(second)

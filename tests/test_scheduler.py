@@ -245,6 +245,23 @@ def test_a_callback_may_call_the_scheduler():
     assert counts(scheduler) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("withdraw", [False, True])
+def test_what_a_callback_changes_is_told_after_it_and_not_to_jobs_withdrawn_in_it(withdraw):
+    order = []
+    scheduler = start("fast", jobs := make_jobs(3, told=order))
+
+    def lose_the_other_replica(place: Place | None) -> None:
+        scheduler.remove("fast0", 1.0)
+        if withdraw:
+            scheduler.withdraw(jobs[1], 1.0)
+        order.append("lost")
+
+    jobs[2].on_place = lose_the_other_replica
+    del order[:]
+    scheduler.add("fast1", "fast", 1.0)
+    assert order == (["lost"] if withdraw else ["lost", ("1", Place("fast1", run=False))])
+
+
 def test_a_callback_that_fails_leaves_the_others_to_be_told():
     scheduler, told = StageScheduler(), []
     jobs = make_jobs(2, told=told)
@@ -360,4 +377,4 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAnyOrderOfEvents.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)

@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_judge_reads_the_truth_and_shuffled_captions_score_as_chance() -> None:
-    scenes = [scene for _, scene in held_out_prompts(200)]
+    scenes = [scene for _, scene in held_out_prompts(100)]
     clips, _ = render(scene_table(scenes), generator=torch.Generator().manual_seed(0))
     verdicts = [judge(frames) for frames in to_pixels(clips)]
     assert min(agreement(verdicts, scenes).values()) >= 0.99

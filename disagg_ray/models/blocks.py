@@ -43,8 +43,28 @@ class Guidance(ClassifierFreeGuidance):  # type: ignore[misc]
     Diffusers' own turns itself off for a scale of exactly 1, which the second transformer's may be.
     """
 
+    scheduler: Any = None
+    """The request's, for step caches that go by the noise level."""
+
     def _is_cfg_enabled(self) -> bool:
         return bool(self._enabled)
+
+    def prepare_models(self, denoiser: Any) -> None:
+        """Tell step caches which pass of which step follows, as the stock pipelines do; diffusers' blocks do not."""
+        super().prepare_models(denoiser)
+        if denoiser.is_cache_enabled:
+            self._pass = denoiser.cache_context(
+                "cond" if self.is_conditional else "uncond",
+                step_index=self._step,
+                sigma=float(self.scheduler.sigmas[self._step]),
+                num_inference_steps=self._num_inference_steps,
+            )
+            self._pass.__enter__()
+
+    def cleanup_models(self, denoiser: Any) -> None:
+        super().cleanup_models(denoiser)
+        if denoiser.is_cache_enabled:
+            self._pass.__exit__(None, None, None)
 
 
 class TextEncoder(WanTextEncoderStep):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,19 @@ class Checkpoint:
             _download(self.model, [f"{name}/*" for name in names])
         for name in names:
             _check_component(self.folder / name, self.components.get(name))
+
+    def count_parameters(self, name: str) -> int | None:
+        """Return a component's parameters, from its files' headers; None: the hub has not been asked for it yet.
+
+        Raises:
+            CheckpointError: the component is missing, or has weights in another format than safetensors.
+        """
+        folder = self.folder / name
+        files = sorted(folder.glob("*.safetensors"))
+        if not files and _is_hub_id(self.model.path):
+            return None
+        _check_component(folder, self.components.get(name))
+        return sum(_count_parameters(path) for path in files)
 
 
 def open_checkpoint(model: ModelConfig) -> Checkpoint:
@@ -178,6 +192,13 @@ def _check_component(folder: Path, class_name: str | None) -> None:
         return  # tokenizers, processors and schedulers hold no weights
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"model.path: {str(folder)!r} holds no .safetensors file; other formats are not loaded")
+
+
+def _count_parameters(path: Path) -> int:
+    """Return the elements of all tensors of a safetensors file: its length-prefixed JSON header lists their shapes."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], components: dict[str, str]) -> Geometry:

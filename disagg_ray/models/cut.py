@@ -8,20 +8,31 @@ from difflib import get_close_matches
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
-from diffusers.modular_pipelines import ModularPipeline, PipelineState, SequentialPipelineBlocks
+from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
+from diffusers.modular_pipelines.wan import Wan22Blocks, Wan22Image2VideoBlocks, WanBlocks, WanImage2VideoAutoBlocks
 
-from disagg_ray.errors import CheckpointError, GraphError
+from disagg_ray.config import StageConfig
+from disagg_ray.errors import CheckpointError, ConfigError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
-from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.models.checkpoint import Checkpoint, Geometry
+from disagg_ray.models.tuning import (
+    choose_scheduler,
+    offload_groups,
+    offload_models,
+    renew_step_cache,
+    tune_transformer,
+    tune_vae,
+)
+from disagg_ray.models.warm_up import example_tensors
+from disagg_ray.options import TRANSFORMERS, DenoiserConfig, VaeConfig
 from disagg_ray.request import ResolvedRequest
 
 TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
 """Inputs by which diffusers picks the blocks of a task."""
-
-TRANSFORMERS = ("transformer", "transformer_2")
 
 
 class Cut:
@@ -35,6 +46,8 @@ class Cut:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self._checkpoint = checkpoint
+        self._stage = stage
+        self._offloaded: list[Any] = []
         leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks))
         self._text_encoders = [block for block in leaves.values() if isinstance(block, TextEncoder)]
         self.ports = _ports(stage, leaves)
@@ -61,32 +74,83 @@ class Cut:
         for block in self._text_encoders:
             block.cache = cache
 
-    def load(self, dtypes: Mapping[str, str], device: str) -> dict[str, int]:
-        """Load the components' weights and return their bytes by component.
+    def load(self, dtypes: Mapping[str, str], device: str, options: StageConfig) -> dict[str, int]:
+        """Load the components' weights as the stage's options say, and return their bytes by component.
 
         Raises:
             CheckpointError: a component is missing, unsafe or unreadable.
+            ConfigError: an option cannot be had here.
         """
+        self._options = options
+        self._check_options()
         self._checkpoint.fetch(self.components)
-        loaded = {name: self._load_component(name, dtypes[name], device) for name in self.components}
+        home = device if options.offload == "none" else "cpu"
+        loaded = {name: self._load_component(name, dtypes[name], home) for name in self.components}
+        models = {name: c for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
+        weights = {name: _weight_bytes(model) for name, model in models.items()}
+        for name, model in models.items():
+            self._tune(name, model, device)
+        if options.offload == "model":
+            self._offloaded = offload_models(models.values(), device)
         self._pipeline.update_components(**loaded)
-        return {name: _weight_bytes(c) for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
+        return weights
+
+    def component(self, name: str) -> Any:
+        """Return a loaded component."""
+        return getattr(self._pipeline, name)
+
+    def _check_options(self) -> None:
+        """Refuse options of models that the stage does not hold."""
+        options, key = self._options, f"stages.{self._stage}"
+        for name, asked, plain in (
+            ("transformer", options.denoiser, DenoiserConfig()),
+            ("vae", options.vae, VaeConfig()),
+        ):
+            if asked != plain and name not in self.components:
+                section = "vae" if name == "vae" else "denoiser"
+                raise ConfigError(f"{key}.{section}: given, but the stage's blocks hold no {name}; leave it out")
+        for lora in options.denoiser.loras:
+            if lora.transformer not in self.components:
+                raise ConfigError(f"{key}.denoiser.loras: this model has no {lora.transformer}; write transformer")
+
+    def _tune(self, name: str, model: Any, device: str) -> None:
+        options = self._options
+        if name in TRANSFORMERS:
+            sizes = [example_tensors(self._checkpoint, ["latents"], s)["latents"].to(device) for s in options.warm_up]
+            tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, sizes)
+            model.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+        if name == "vae":
+            tune_vae(model, options.vae)
+        if options.offload == "group":
+            offload_groups(model, device)
+
+    def weight_bytes(self, dtypes: Mapping[str, str]) -> int | None:
+        """Return about what `load` would, in all, without loading; None: the weights are not on this machine yet.
+
+        The few modules that diffusers keeps in float32 count in the precision that was asked for.
+
+        Raises:
+            CheckpointError: a component is missing or unsafe.
+        """
+        counts = {name: self._checkpoint.count_parameters(name) for name in self.components}
+        known = {name: count for name, count in counts.items() if count is not None}
+        if len(known) < len(counts):
+            return None
+        return sum(count * int(getattr(torch, dtypes[name]).itemsize) for name, count in known.items())
 
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
         spec = self._pipeline.get_component_spec(name)
         is_model = issubclass(spec.type_hint, torch.nn.Module)
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True} if is_model else {}
+        if is_model and device != "cpu":
+            options["device_map"] = {"": device}  # file to device, with no copy on the host
         try:
             component = spec.load(local_files_only=True, **options)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"model.path: component {name!r} cannot be loaded: {error}") from error
-        if name == "scheduler" and self._checkpoint.model.flow_shift is not None:
-            component = type(component).from_config(component.config, flow_shift=self._checkpoint.model.flow_shift)
-        if is_model:
-            component = component.to(device).eval()
-        if name in TRANSFORMERS:
-            component.register_forward_pre_hook(cast_inputs, with_kwargs=True)
-        return component
+        if name == "scheduler":
+            component = choose_scheduler(component, self._checkpoint.model)
+        return component.to(device).eval() if is_model else component
 
     def run(
         self, request: ResolvedRequest, tensors: Mapping[str, Any], on_step: OnStep | None = None
@@ -101,12 +165,14 @@ class Cut:
             state.set(name, value, "denoiser_input_fields" if name.endswith("prompt_embeds") else None)
         self._stepper.on_step = on_step
         _, state = self._blocks(self._pipeline, state)
+        for hook in self._offloaded:
+            hook.offload()
         return {name: value for name in self.ports.outputs if (value := state.get(name)) is not None}
 
     def _prepare(self, request: ResolvedRequest) -> None:
-        """Give this request its own scheduler and guidance; both carry state from step to step."""
+        """Give this request its own scheduler, guidance and step caches, which carry state from step to step."""
         scales = {"guider": request.guidance_scale, "guider_2": request.guidance_scale_2}
-        own = {
+        own: dict[str, Any] = {
             name: Guidance(
                 guidance_scale=scale if scale is not None else request.guidance_scale, enabled=request.guided
             )
@@ -114,14 +180,24 @@ class Cut:
             if name in self._pipeline.component_names
         }
         if "scheduler" in self.components:
-            own["scheduler"] = copy.deepcopy(self._pipeline.scheduler)
+            scheduler = copy.deepcopy(self._pipeline.scheduler)
+            for guidance in own.values():
+                guidance.scheduler = scheduler
+            own["scheduler"] = scheduler
         self._pipeline.register_components(**own)
+        cache, tile = self._options.denoiser.step_cache, self._options.vae.tile_pixels
+        for name in TRANSFORMERS:
+            if cache.method != "none" and name in self.components:
+                renew_step_cache(getattr(self._pipeline, name), cache, request.num_inference_steps)
+        if "vae" in self.components:
+            self._pipeline.vae.use_tiling = tile is not None and request.height * request.width >= tile
 
 
 def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[str, Any]:
     """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
-    pipeline = ModularPipeline.from_pretrained(str(checkpoint.folder), trust_remote_code=False, local_files_only=True)
-    leaves = pipeline.blocks.get_execution_blocks(**dict.fromkeys(TRIGGERS[checkpoint.model.task], True)).sub_blocks
+    task = checkpoint.model.task
+    model = _model_blocks(task, checkpoint.geometry)
+    leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
     known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
     for name in names:
         if name not in known:
@@ -129,6 +205,13 @@ def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[st
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}; {hint}")
     return {name: block for name, block in leaves.items() if name.split(".")[0] in names}
+
+
+def _model_blocks(task: str, geometry: Geometry) -> SequentialPipelineBlocks:
+    """Return what `ModularPipeline.from_pretrained` would pick; it imports every pipeline there is to find out."""
+    if geometry.two_transformers:
+        return Wan22Blocks() if task == "t2v" else Wan22Image2VideoBlocks()
+    return WanBlocks() if task == "t2v" else WanImage2VideoAutoBlocks()
 
 
 def _ports(stage: str, leaves: Mapping[str, Any]) -> StagePorts:
@@ -152,6 +235,7 @@ def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[st
         "width": request.width,
         "num_frames": request.num_frames,
         "num_inference_steps": request.num_inference_steps,
+        "sigmas": np.array(checkpoint.model.sigmas) if checkpoint.model.sigmas else None,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
     }

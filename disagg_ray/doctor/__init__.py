@@ -1,0 +1,101 @@
+"""The doctor: looks at this machine, at every node of a cluster, and at every way between their pools."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from disagg_ray.config import Config, StageConfig, TransportConfig
+from disagg_ray.doctor.check import Check, at, exit_status, fail
+from disagg_ray.doctor.cluster import check_cluster, check_resources
+from disagg_ray.doctor.machine import Survey, survey
+from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model
+from disagg_ray.doctor.probe import Probe, check_link
+from disagg_ray.doctor.security import check_auth
+from disagg_ray.doctor.table import print_checks, to_json
+from disagg_ray.environment import ray_address, ray_auth_mode
+from disagg_ray.errors import DisaggError
+from disagg_ray.placement import Cluster
+
+__all__ = ["Check", "examine", "exit_status", "print_checks", "to_json"]
+
+logger = logging.getLogger("disagg_ray")
+
+NO_MODEL = Config(stages={"none": StageConfig(blocks=["none"], num_cpus=0)})
+"""What is looked at when no configuration is given."""
+HERE_BYTES = 16 * 2**20
+CONNECT_S = 5.0
+
+
+def examine(config: Config | None, address: str | None, *, local: bool) -> list[Check]:
+    """Make every check; without a configuration, those that need none; `local`: those of this machine.
+
+    Joins the Ray cluster at `address` (else that of the configuration, else of RAY_ADDRESS), or starts one here.
+    """
+    logger.info("doctor: looking at this machine")
+    settings = config or NO_MODEL
+    model, needs = check_model(config) if config else ([], None)
+    pool_bytes = max(need.pool_bytes for need in needs.stages) if needs else None
+    here = survey(settings.transport, pool_bytes)
+    checks = [*at(platform.node(), [*here.checks, *check_pools(settings.transport)]), *model]
+    surveys = [here]
+    if not local:
+        joined = replace(settings.cluster, address=address or settings.cluster.address)
+        found = list(_examine_cluster(replace(settings, cluster=joined), here, pool_bytes))
+        surveys = [each for each in found if isinstance(each, Survey)] or surveys
+        checks += [each for each in found if isinstance(each, Check)]
+    return checks + (list(_check_memory(needs, surveys)) if needs else [])
+
+
+def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> Iterator[Check | Survey]:
+    logger.info("doctor: joining Ray, or starting one")
+    remedy = "ray status, on the head node; or leave --address and RAY_ADDRESS out to start a Ray here"
+    silence = why_unreachable(config.cluster.address or ray_address())
+    if silence:
+        yield fail("ray", silence, remedy)
+        return
+    without_gpus = {name: replace(stage, num_gpus=0) for name, stage in config.stages.items()}  # checked below
+    try:
+        cluster = Cluster(replace(config, stages=without_gpus))
+    except DisaggError as error:
+        yield fail("ray", str(error), remedy)
+        return
+    with closing(cluster):
+        yield check_auth(ray_auth_mode())
+        yield from check_resources(config.stages)
+        yield from check_cluster(config, here, pool_bytes)
+
+
+def why_unreachable(address: str | None) -> str:
+    """Return why nothing answers at a cluster's `host:port`; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
+    if not port.isdigit():
+        return ""  # none, or one of Ray's words, as auto
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        return f"nothing answers at {address}: {error}"
+    return ""
+
+
+def check_pools(transport: TransportConfig) -> Iterator[Check]:
+    """Open two pools in this process, as the driver has one, and pull from one into the other."""
+    producer, consumer = (Probe(f"this process/{index}", transport, "cpu") for index in range(2))
+    try:
+        handoff = producer.open("127.0.0.1", HERE_BYTES).handoff
+        consumer.open("127.0.0.1", HERE_BYTES)
+        yield replace(check_link(consumer.link(handoff), transport), name="pool")
+    except DisaggError as error:
+        yield fail("pool", str(error), "correct what this says, and what failed above, first")
+    finally:
+        producer.close()
+        consumer.close()
+
+
+def _check_memory(needs: Needs, surveys: Sequence[Survey]) -> Iterator[Check]:
+    yield check_host_memory(needs, sum(each.host_bytes for each in surveys))
+    yield from check_gpu_memory(needs, [gpu for each in surveys for gpu in each.gpus])

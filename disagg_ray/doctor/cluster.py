@@ -1,0 +1,248 @@
+"""The checks that need a Ray cluster: every node is surveyed, and every pair of pools tried."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from disagg_ray.config import Config, StageConfig, TransportConfig
+from disagg_ray.doctor.check import Check, at, fail, ok, skipped, warn
+from disagg_ray.doctor.machine import Survey
+from disagg_ray.doctor.probe import Opened, Probe, check_link
+from disagg_ray.doctor.security import check_mooncake_ports
+from disagg_ray.errors import DisaggError
+
+logger = logging.getLogger("disagg_ray")
+
+START_S = 90.0
+"""Until a probe must have started and surveyed its machine; it imports torch."""
+OPEN_S = 60.0
+ALL_PAIRS = 8
+"""Most probes of which every ordered pair is tried; of more, a ring, and all with the first."""
+NUM_PINGS = 5
+SKEW_S = 0.5
+"""Clocks further apart make timings across nodes useless."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A live node of the cluster."""
+
+    name: str
+    id: str
+    host: str
+    num_gpus: int
+    free_gpus: int
+
+
+@dataclass(frozen=True)
+class Prober:
+    """A launched probe."""
+
+    name: str
+    node: Node
+    handle: ActorHandle[Any]
+
+
+def find_nodes() -> list[Node]:
+    """Return the live nodes, named by host, and numbered where several share one."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    free = available_resources_per_node()
+    hosts = [node["NodeManagerHostname"] for node in alive]
+    nodes = []
+    for index, found in enumerate(alive):
+        host, node_id = hosts[index], found["NodeID"]
+        name = host if hosts.count(host) == 1 else f"{host}#{hosts[: index + 1].count(host)}"
+        free_gpus = int(free.get(node_id, {}).get("GPU", 0))
+        nodes.append(Node(name, node_id, found["NodeManagerAddress"], int(found["Resources"].get("GPU", 0)), free_gpus))
+    return nodes
+
+
+def check_resources(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
+    """Compare what the stages ask Ray for with what the cluster has, and has free."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    asked = {
+        "CPU": sum(stage.num_cpus * stage.replicas for stage in stages.values()),
+        "GPU": sum(stage.num_gpus * stage.replicas for stage in stages.values()),
+    }
+    for kind, number in ((kind, number) for kind, number in asked.items() if number):
+        detail = f"{number:g} {kind}s asked for, {have.get(kind, 0):g} there, {free.get(kind, 0):g} free"
+        if number > have.get(kind, 0):
+            key = f"stages.*.num_{kind.lower()}s"
+            yield fail("resources", detail, f"lower stages.*.replicas or {key}, or add nodes: ray start --address=...")
+        elif number > free.get(kind, 0):
+            yield warn("resources", detail, "wait until other work is done, or see what holds them: ray list actors")
+        else:
+            yield ok("resources", detail)
+
+
+def launch(nodes: Sequence[Node], transport: TransportConfig) -> list[Prober]:
+    """Start probes: on a node with free GPUs two of them, each with one; else one; two where that is all there is."""
+    probers = []
+    for node in nodes:
+        count = min(2, node.free_gpus) or (2 if len(nodes) == 1 else 1)
+        for index in range(count):
+            name = node.name if count == 1 else f"{node.name}/{index}"
+            probers.append(Prober(name, node, _start(name, node, transport, on_gpu=node.free_gpus > 0)))
+    return probers
+
+
+def _start(name: str, node: Node, transport: TransportConfig, *, on_gpu: bool) -> ActorHandle[Any]:
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": int(on_gpu),
+        "max_restarts": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+    }
+    device = "cuda" if on_gpu else "cpu"
+    actor_class: Any = ray.remote(**options)(Probe)
+    return cast("ActorHandle[Any]", actor_class.remote(name, transport, device))
+
+
+def answers(calls: Mapping[Prober, Any], timeout_s: float) -> Iterator[tuple[Prober, Any, str]]:
+    """Wait for a call of each probe; yield each with its answer, or with what went wrong."""
+    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
+    for prober, call in calls.items():
+        if call not in done:
+            yield prober, None, f"no answer within {timeout_s:g} s"
+            continue
+        try:
+            yield prober, ray.get(call), ""
+        except ray.exceptions.RayError as error:
+            yield prober, None, _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "cause", None)
+    return str(cause) if isinstance(cause, DisaggError) else str(error).strip().splitlines()[-1].strip()
+
+
+def check_cluster(config: Config, here: Survey, pool_bytes: int | None) -> Iterator[Check | Survey]:
+    """Survey every node of the cluster that was joined, and pull from the pools of each into those of others.
+
+    Yields the survey of each node too.
+    """
+    nodes = find_nodes()
+    num_gone = sum(not node["Alive"] for node in ray.nodes())
+    yield ok("nodes", f"{len(nodes)} alive" + (f", {num_gone} gone" if num_gone else ""))
+    yield from (_gpus_in_use(node) for node in nodes if node.num_gpus and not node.free_gpus)
+    logger.info("doctor: starting probes, nodes: %d", len(nodes))
+    probers = launch(nodes, config.transport)
+    try:
+        started: list[Prober] = []
+        yield from _survey(probers, here, pool_bytes, started)
+        yield from _check_clocks(started)
+        opened: dict[Prober, Opened] = {}
+        yield from _open(started, config.transport, opened)
+        yield from _check_links(opened, config.transport)
+    finally:
+        for prober in probers:
+            ray.kill(prober.handle)
+
+
+def _gpus_in_use(node: Node) -> Check:
+    detail = f"all {node.num_gpus} are in use: their memory and their routes are not tried"
+    return replace(skipped("gpu", detail), node=node.name)
+
+
+def _survey(
+    probers: Sequence[Prober], here: Survey, pool_bytes: int | None, started: list[Prober]
+) -> Iterator[Check | Survey]:
+    """Survey each node; of the driver's own, report only what is otherwise than in the driver's process."""
+    known = {(check.name, check.status) for check in here.checks}
+    seen: set[str] = set()
+    driver_node = ray.get_runtime_context().get_node_id()
+    calls = {prober: prober.handle.survey.remote(pool_bytes) for prober in probers}
+    for prober, found, error in answers(calls, START_S):
+        if error:
+            remedy = "install this version of disagg-ray on the node, and see `ray logs` for why the probe died"
+            yield replace(fail("node", f"the probe did not start: {error}", remedy), node=prober.node.name)
+            continue
+        started.append(prober)
+        if prober.node.name in seen:
+            continue
+        seen.add(prober.node.name)
+        is_here = prober.node.id == driver_node
+        news = [check for check in found.checks if not (is_here and (check.name, check.status) in known)]
+        yield from at(prober.node.name, news)
+        yield replace(check_versions(here.versions, found.versions), node=prober.node.name)
+        yield found
+
+
+def check_versions(here: Mapping[str, str], there: Mapping[str, str]) -> Check:
+    """Compare what must be equal on all nodes: what one pickles, another reads."""
+    differing = [name for name in here if here[name] != there.get(name, "none")]
+    if not differing:
+        return ok("versions", "as in the driver: " + ", ".join(f"{name} {here[name]}" for name in ("python", "ray")))
+    detail = "; ".join(f"{name} {there.get(name, 'none')}, but {here[name]} in the driver" for name in differing)
+    return fail("versions", detail, "install the same versions on every node: pip install -c constraints.txt '.[...]'")
+
+
+def _check_clocks(probers: Sequence[Prober]) -> Iterator[Check]:
+    for prober in {prober.node.name: prober for prober in probers}.values():
+        skews = [_measure_skew(prober) for _ in range(NUM_PINGS)]
+        answered = [skew for skew in skews if skew is not None]
+        if answered:
+            yield replace(check_clock(*min(answered, key=lambda skew: skew[1])), node=prober.node.name)
+
+
+def _measure_skew(prober: Prober) -> tuple[float, float] | None:
+    """Return how far a node's clock is ahead of ours and how exact that is: half the way there and back."""
+    sent = time.time()
+    ((_, clock, error),) = answers({prober: prober.handle.now.remote()}, timeout_s=10.0)
+    received = time.time()
+    return None if error else (clock - (sent + received) / 2, (received - sent) / 2)
+
+
+def check_clock(skew_s: float, exact_s: float) -> Check:
+    detail = f"{skew_s * 1000:+.1f} ms from the driver's, exact to {exact_s * 1000:.1f} ms"
+    if abs(skew_s) - exact_s <= SKEW_S:
+        return ok("clock", detail)
+    return warn("clock", f"{detail}: timings across nodes mislead", "timedatectl set-ntp true, on both nodes")
+
+
+def _open(probers: Sequence[Prober], transport: TransportConfig, opened: dict[Prober, Opened]) -> Iterator[Check]:
+    calls = {prober: prober.handle.open.remote(prober.node.host) for prober in probers}
+    for prober, found, error in answers(calls, OPEN_S):
+        if error:
+            check = fail("pool", error, "correct what this says, and what failed above, first")
+            yield replace(check, node=prober.node.name)
+        else:
+            opened[prober] = found
+    if opened:
+        yield check_mooncake_ports([port for found in opened.values() for port in found.ports], transport.port_range)
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """Return the (producer, consumer) pairs that are tried: all, or of many pools a ring and all with the first."""
+    if count <= ALL_PAIRS:
+        return list(itertools.permutations(range(count), 2))
+    ring = [(index, (index + 1) % count) for index in range(count)]
+    star = [pair for other in range(1, count) for pair in ((0, other), (other, 0))]
+    return list(dict.fromkeys(ring + star))
+
+
+def _check_links(opened: Mapping[Prober, Opened], transport: TransportConfig) -> Iterator[Check]:
+    probers = list(opened)
+    tried = pairs(len(probers))
+    if len(probers) > ALL_PAIRS:
+        yield ok("links", f"{len(tried)} of {len(probers) * (len(probers) - 1)} pairs are tried: a ring and a star")
+    logger.info("doctor: pulling, pairs of pools: %d", len(tried))
+    for producer, consumer in ((probers[a], probers[b]) for a, b in tried):  # one at a time: they share the network
+        handoff = opened[producer].handoff
+        deadline_s = 4 * transport.timeout_s * len(handoff.sessions)
+        ((_, link, error),) = answers({consumer: consumer.handle.link.remote(handoff)}, deadline_s)
+        if error:
+            name = f"{producer.name} -> {consumer.name}"
+            yield fail(name, error, f"see `ray logs` of the probe on {consumer.node.name}; is it overloaded?")
+        else:
+            yield check_link(link, transport)

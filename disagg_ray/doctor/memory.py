@@ -1,0 +1,114 @@
+"""Whether the stages fit: what each needs of a GPU or of a host, against what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from disagg_ray.config import Config
+from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.doctor.software import Gpu
+from disagg_ray.errors import InputError
+from disagg_ray.graph import build_graph
+from disagg_ray.holdings import driver_pool_bytes
+from disagg_ray.replica import pool_bytes
+from disagg_ray.stage import Stage
+from disagg_ray.units import human_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one replica of a stage takes; the working memory of its kernels comes on top."""
+
+    stage: str
+    replicas: int
+    num_gpus: float
+    on_gpu: bool
+    weight_bytes: int | None
+    """None: the weights are not on this machine yet."""
+    pool_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.weight_bytes or 0) + self.pool_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory; a pool on a GPU has a copy there."""
+        return self.pool_bytes if self.on_gpu else self.nbytes
+
+    def __str__(self) -> str:
+        weights = "weights not here yet" if self.weight_bytes is None else f"weights {human_bytes(self.weight_bytes)}"
+        return f"{self.stage}: {weights}, pool {human_bytes(self.pool_bytes)}"
+
+
+@dataclass(frozen=True)
+class Needs:
+    stages: tuple[Need, ...]
+    driver_bytes: int
+
+
+def measure(config: Config) -> Needs:
+    """Measure the stages of a configuration without a GPU and without loading a weight.
+
+    Raises:
+        InputError: the model or its cut cannot work, or a pool is too small.
+    """
+    on_cpu = replace(config, stages={name: replace(stage, device="cpu") for name, stage in config.stages.items()})
+    stages = {name: Stage(name, on_cpu) for name in config.stages}
+    graph = build_graph([stage.ports for stage in stages.values()])
+    for stage in stages.values():
+        stage.connect(graph)
+    geometry = next(iter(stages.values())).geometry
+    needs = tuple(_need(config, stage) for stage in stages.values())
+    return Needs(needs, driver_pool_bytes(config, graph, geometry))
+
+
+def _need(config: Config, stage: Stage) -> Need:
+    settings = config.stages[stage.name]
+    on_gpu = settings.torch_device == "cuda"
+    return Need(
+        stage.name, settings.replicas, settings.num_gpus, on_gpu, stage.weight_bytes(), pool_bytes(config, stage)
+    )
+
+
+def check_model(config: Config) -> tuple[list[Check], Needs | None]:
+    """Measure what a configuration needs, or say why it cannot work."""
+    try:
+        needs = measure(config)
+    except InputError as error:
+        key = str(error).partition(":")[0]
+        return [fail("model", str(error), f"correct {key} in the configuration")], None
+    return [ok("model", f"{config.model.path}: {' -> '.join(need.stage for need in needs.stages)}")], needs
+
+
+def check_gpu_memory(needs: Needs, gpus: Sequence[Gpu]) -> Iterator[Check]:
+    """Compare each stage on a GPU with the largest GPU and with its share of it."""
+    largest = max((gpu.total_bytes for gpu in gpus), default=0)
+    for need in (need for need in needs.stages if need.on_gpu):
+        share = largest * min(1.0, need.num_gpus)
+        key = f"stages.{need.stage}"
+        if not largest:
+            yield skipped("gpu memory", f"{need}; no GPU to compare with was found")
+        elif need.nbytes > largest:
+            yield fail(
+                "gpu memory", f"{need}; the largest GPU has {human_bytes(largest)}",
+                f"lower limits.max_pixels or limits.max_frames, set {key}.dtype=bfloat16, or use a larger GPU",
+            )  # fmt: skip
+        elif need.nbytes > share:
+            yield warn(
+                "gpu memory", f"{need}; {need.num_gpus:g} of a GPU is {human_bytes(share)}",
+                f"raise {key}.num_gpus, so that no other stage is put on the same GPU",
+            )  # fmt: skip
+        else:
+            yield ok("gpu memory", f"{need}; its share of a GPU is {human_bytes(share)}")
+
+
+def check_host_memory(needs: Needs, host_bytes: int) -> Check:
+    """Compare the memory of all hosts with what stages, copies of GPU pools and the driver take of it."""
+    asked = needs.driver_bytes + sum(need.replicas * need.host_bytes for need in needs.stages)
+    on_cpu = "; ".join(str(need) for need in needs.stages if not need.on_gpu)
+    detail = f"{human_bytes(asked)} of {human_bytes(host_bytes)}" + (f": {on_cpu}" if on_cpu else "")
+    if asked <= 0.9 * host_bytes:
+        return ok("host memory", detail)
+    return fail("host memory", detail, "lower limits.max_frames or limits.max_pixels, or use fewer replicas")

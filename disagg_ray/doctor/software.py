@@ -1,0 +1,154 @@
+"""What is installed: Python, packages, torch against the driver, Mooncake's wheel against torch."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.units import human_bytes
+from disagg_ray.version import VERSION
+
+WHEELS = {
+    "mooncake-transfer-engine-non-cuda": "CPUs",
+    "mooncake-transfer-engine": "CUDA 12",
+    "mooncake-transfer-engine-cuda13": "CUDA 13",
+}
+"""Mooncake's wheels, and what each is built for. All import as `mooncake`."""
+
+COMPARED = ("ray", "torch", "diffusers", "transformers")
+"""Packages that must be the same on every node, beside Python, Mooncake and this one."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What torch, and the machine, say about GPUs."""
+
+    build: str | None
+    """The CUDA version torch is built for, as 12.8; None: a CPU build."""
+    driver: str | None
+    """Version of the NVIDIA driver that is loaded."""
+    devices: tuple[Gpu, ...]
+    """Those this process may use."""
+
+
+def versions() -> dict[str, str]:
+    """Return what must be equal on all nodes, by name."""
+    packages = {name: _version(name) for name in COMPARED}
+    mooncake = ", ".join(f"{name} {version}" for name, version in installed_wheels().items())
+    return {"python": platform.python_version(), "disagg_ray": VERSION, **packages, "mooncake": mooncake or "none"}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def installed_wheels() -> dict[str, str]:
+    """Return the version of each of Mooncake's wheels that is installed."""
+    return {name: version for name in WHEELS if (version := _version(name)) != "none"}
+
+
+def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
+    if (3, 11) <= version < (3, 14):
+        return ok("python", platform.python_version())
+    return fail("python", f"{version[0]}.{version[1]} is not 3.11 to 3.13", "make an environment with python3.12")
+
+
+def check_requirements(requirements: list[str] | None = None) -> Iterator[Check]:
+    """Compare what is installed with what this package asks for."""
+    if requirements is None:
+        try:
+            requirements = metadata.requires("disagg-ray") or []
+        except metadata.PackageNotFoundError:
+            yield skipped("packages", "disagg-ray runs from its sources, not installed: versions are not compared")
+            return
+    listed = [Requirement(text) for text in requirements]
+    wanted = [wish for wish in listed if wish.marker is None or wish.marker.evaluate({"extra": ""})]
+    wrong = [wish for wish in wanted if not _is_met(wish)]
+    for wish in wrong:
+        yield fail("packages", f"{wish.name} {_version(wish.name)} is not {wish.specifier}", f"pip install '{wish}'")
+    if not wrong:
+        yield ok("packages", ", ".join(f"{name} {_version(name)}" for name in COMPARED))
+
+
+def _is_met(wish: Requirement) -> bool:
+    version = _version(wish.name)
+    return version != "none" and wish.specifier.contains(version, prereleases=True)
+
+
+def see_gpus() -> Gpus:
+    available = torch.cuda.is_available()
+    count = torch.cuda.device_count() if available else 0
+    found = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return Gpus(torch.version.cuda, _driver(), tuple(Gpu(gpu.name, gpu.total_memory) for gpu in found))
+
+
+def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    if not path.exists():
+        return None
+    version = re.search(r"\d+\.\d+(\.\d+)?", path.read_text(encoding="utf-8"))
+    return version.group() if version else "unknown"
+
+
+def check_gpus(gpus: Gpus) -> Check:
+    """Compare torch's build with the driver."""
+    build = f"torch {torch.__version__}, CUDA {gpus.build}, driver {gpus.driver}"
+    if gpus.devices:
+        names = ", ".join(f"{gpu.name} {human_bytes(gpu.total_bytes)}" for gpu in gpus.devices)
+        return ok("gpu", f"{build}: {names}")
+    if gpus.build is None and gpus.driver is None:
+        return ok("gpu", f"none; torch {torch.__version__} is built for CPUs")
+    if gpus.build is None:
+        return warn(
+            "gpu", f"the driver {gpus.driver} is there and torch {torch.__version__} is built for CPUs",
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128, then doctor again",
+        )  # fmt: skip
+    if gpus.driver is None:
+        return warn(
+            "gpu", f"torch is built for CUDA {gpus.build} and no NVIDIA driver is loaded",
+            "see whether `nvidia-smi` answers; in a container, start it with --gpus all",
+        )  # fmt: skip
+    return fail(
+        "gpu", f"{build}: torch can use no GPU",
+        f"see whether CUDA_VISIBLE_DEVICES hides them, and whether the driver is new enough for CUDA {gpus.build}: "
+        f"python -c 'import torch; torch.cuda.init()'",
+    )  # fmt: skip
+
+
+def check_mooncake(wheels: Mapping[str, str], build: str | None) -> Check:
+    """Compare Mooncake's wheel with the CUDA version torch is built for."""
+    target = "CPUs" if build is None else f"CUDA {build.partition('.')[0]}"
+    torch_is = f"torch is built for {target}"
+    wanted = next((name for name, built_for in WHEELS.items() if built_for == target), None)
+    if wanted is None:
+        return fail("mooncake", f"{torch_is}, for which Mooncake has no wheel", "install a torch for CUDA 12 or 13")
+    install = f"pip install '{wanted}<0.4'"
+    if not wheels:
+        return fail("mooncake", f"no wheel of Mooncake is installed, and {torch_is}", install)
+    found = ", ".join(f"{name} {version}" for name, version in wheels.items())
+    clean = f"pip uninstall -y {' '.join(wheels)} && {install}"
+    if len(wheels) > 1:
+        return fail("mooncake", f"{found}: they overwrite each other, since all import as mooncake", clean)
+    (built_for,) = (WHEELS[name] for name in wheels)
+    if built_for == target:
+        return ok("mooncake", f"{found}, and {torch_is}")
+    if built_for == "CPUs":
+        return warn("mooncake", f"{found} has no CUDA and {torch_is}: GPU tensors go through host memory", clean)
+    return fail("mooncake", f"{found} is built for {built_for} and {torch_is}", clean)

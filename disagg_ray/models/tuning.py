@@ -1,0 +1,220 @@
+"""A stage's options put into effect on loaded models, through diffusers' and torch's own switches."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    MagCacheConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
+)
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from torch import Tensor, nn
+
+from disagg_ray.config import ModelConfig
+from disagg_ray.errors import ConfigError
+from disagg_ray.models.lora import load_loras
+from disagg_ray.options import DenoiserConfig, StepCacheConfig, VaeConfig
+
+logger = logging.getLogger("disagg_ray")
+
+EXACT = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "xformers")
+"""Attention backends that compute the same sums, none of which is downloaded: what `auto` chooses from."""
+
+CACHES = {
+    "first_block": FirstBlockCacheConfig,
+    "mag": MagCacheConfig,
+    "sea": SeaCacheConfig,
+    "taylorseer": TaylorSeerCacheConfig,
+}
+
+REPEATS = 5
+"""Timed calls of an attention backend, of which the fastest counts."""
+
+
+def tune_transformer(key: str, name: str, transformer: Any, options: DenoiserConfig, sizes: Sequence[Tensor]) -> None:
+    """Change a loaded transformer as its options say, but for its step cache, which each request gets anew.
+
+    `key` names the options in errors; `sizes` are latents (1, channels, frames, height, width) for `attention: auto`.
+
+    Raises:
+        ConfigError: an option needs a library, a backend or a model that is not here.
+        CheckpointError: a LoRA file is missing, unsafe or does not fit.
+    """
+    load_loras(f"{key}.loras", transformer, [lora for lora in options.loras if lora.transformer == name])
+    if options.step_cache.method == "sea" and transformer.config.in_channels != transformer.config.out_channels:
+        raise ConfigError(f"{key}.step_cache.method: sea knows only text-to-video models; write first_block")
+    if options.quantization != "none":
+        _quantize(key, transformer, options.quantization)
+    if options.attention is not None:
+        auto = options.attention == "auto"
+        backend = _fastest_attention(transformer, sizes) if auto else options.attention
+        _set_attention(f"{key}.attention", transformer, backend)
+    if options.compile is not None:  # below the hooks of caches and offloading, which no graph could hold
+        for block in transformer.blocks:
+            block.forward = torch.compile(block.forward, mode=options.compile, fullgraph=True)
+
+
+def renew_step_cache(transformer: Any, cache: StepCacheConfig, num_steps: int) -> None:
+    """Give a transformer an empty step cache for one request."""
+    if transformer.is_cache_enabled:
+        transformer.disable_cache()
+    asked: dict[str, Any] = {"threshold": cache.threshold, "cache_interval": cache.interval}
+    if cache.method == "mag":
+        asked |= {"mag_ratios": cache.ratios, "num_inference_steps": num_steps}
+    if cache.method == "taylorseer":
+        asked |= {"use_lite_mode": True}  # diffusers' default finds no layer of Wan; all of them would take tens of GB
+    given = {name: value for name, value in asked.items() if value is not None}
+    transformer.enable_cache(CACHES[cache.method](**given))
+
+
+def tune_vae(vae: Any, options: VaeConfig) -> None:
+    """Change a loaded VAE as its options say, but for its tiling, which depends on the request."""
+    if options.slicing:
+        vae.enable_slicing()
+    if options.autotune:
+        torch.backends.cudnn.benchmark = True
+    if options.channels_last:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.dim()])
+    if options.compile:
+        fused = torch.compile(_norm_silu, dynamic=True)
+        for block in vae.modules():
+            if isinstance(getattr(block, "nonlinearity", None), nn.SiLU):
+                _fuse_norms(block, fused)
+
+
+def _fuse_norms(block: Any, fused: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Let each norm of a residual block, or the last of a whole half, apply the activation that follows it."""
+    for norm in block.children():
+        if isinstance(norm, WanRMS_norm):
+            norm.forward = partial(_call_with_gamma, fused, norm)
+    block.nonlinearity = nn.Identity()
+
+
+def _call_with_gamma(fused: Callable[[Tensor, Tensor], Tensor], norm: Any, x: Tensor) -> Tensor:
+    return fused(norm.gamma, x)  # read anew each time: offloading moves it
+
+
+def _norm_silu(gamma: Tensor, x: Tensor) -> Tensor:
+    """Return WanRMS_norm over the channels of x (n, c, t, h, w), then SiLU, rounded once."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-24) * gamma
+    return nn.functional.silu(scaled).to(x.dtype)
+
+
+def offload_groups(module: Any, device: str) -> None:
+    """Keep a model's weights on the host; each group of layers visits the device for its own work."""
+    blocks = hasattr(module, "blocks")
+    apply_group_offloading(
+        module,
+        onload_device=torch.device(device),
+        offload_type="block_level" if blocks else "leaf_level",
+        num_blocks_per_group=1 if blocks else None,
+        use_stream=device == "cuda",  # the next group comes while one works
+    )
+
+
+def offload_models(modules: Iterable[Any], device: str) -> list[Any]:
+    """Keep models on the host, each on the device while it works; return hooks whose `offload` sends them home."""
+    hooks: list[Any] = []
+    for module in modules:
+        _, hook = cpu_offload_with_hook(module, torch.device(device), hooks[-1] if hooks else None)
+        hooks.append(hook)
+    return hooks
+
+
+def choose_scheduler(scheduler: Any, model: ModelConfig) -> Any:
+    """Return the checkpoint's scheduler, or the one the configuration names, with its shift."""
+    config = scheduler.config
+    shift = model.flow_shift
+    if shift is None:
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+    if model.scheduler == "euler":
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+    if model.scheduler == "unipc":
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        return UniPCMultistepScheduler.from_config(config, **flow)
+    if model.flow_shift is None:
+        return scheduler
+    name = "flow_shift" if "flow_shift" in config else "shift"
+    return type(scheduler).from_config(config, **{name: shift})
+
+
+def _quantize(key: str, transformer: Any, quantization: str) -> None:
+    if quantization == "fp8_storage":
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            f"{key}.quantization: fp8 needs the library torchao, which is not installed here; install it or write "
+            f"fp8_storage"
+        )
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(transformer.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def _set_attention(key: str, transformer: Any, backend: str) -> None:
+    """Set the backend of this model alone: diffusers would make it every other model's default as well."""
+    try:
+        with attention_backend("native"):  # which puts the process's own default back
+            transformer.set_attention_backend(backend)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{key}: {backend!r} cannot be used here: {' '.join(str(error).split())}") from error
+
+
+def _fastest_attention(transformer: Any, sizes: Sequence[Tensor]) -> str:
+    """Time each exact backend on queries, keys and values of these sizes and return the fastest in all."""
+    heads, dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    patch = torch.tensor(transformer.config.patch_size)
+    lengths = [int((torch.tensor(size.shape[2:]) // patch).prod()) for size in sizes]
+    device, dtype = sizes[0].device, transformer.dtype
+    inputs = [torch.randn(3, 1, length, heads, dim, device=device, dtype=dtype) for length in lengths]
+    seconds: dict[str, float] = {}
+    for backend in EXACT:
+        try:
+            _set_attention("", transformer, backend)
+            seconds[backend] = sum(_seconds(AttentionBackendName(backend), *qkv) for qkv in inputs)
+        except (
+            ConfigError,
+            RuntimeError,
+            ValueError,
+            NotImplementedError,
+        ) as error:  # no kernel for this device or dtype
+            logger.debug("attention %s: %s", backend, error)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    logger.info("attention: %s of %s", fastest, {name: f"{s * 1e3:.2f} ms" for name, s in seconds.items()})
+    return fastest
+
+
+def _seconds(backend: AttentionBackendName, query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Return the least seconds of one attention."""
+
+    def now() -> float:
+        if query.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    dispatch_attention_fn(query, key, value, backend=backend)
+    times = []
+    for _ in range(REPEATS):
+        started = now()
+        dispatch_attention_fn(query, key, value, backend=backend)
+        times.append(now() - started)
+    return min(times)

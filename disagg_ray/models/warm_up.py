@@ -1,0 +1,58 @@
+"""Made-up requests and tensors that stand for real ones of the same size: what a stage warms up on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from disagg_ray.graph import IMAGES
+from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.request import ResolvedRequest
+
+
+def example_request(checkpoint: Checkpoint, size: Sequence[int]) -> ResolvedRequest:
+    """Return a request of that (height, width, num_frames) with just the steps that reach every transformer."""
+    height, width, num_frames = size
+    few = 4 if checkpoint.geometry.two_transformers else 2
+    return ResolvedRequest(
+        id="warm-up",
+        prompt="warm-up",
+        negative_prompt="",
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=len(checkpoint.model.sigmas) or few,
+        guidance_scale=1.0,
+        guidance_scale_2=None,
+        seed=0,
+        fps=16,
+        format="npy",
+        priority=0,
+        images={},
+    )
+
+
+def example_tensors(checkpoint: Checkpoint, names: Iterable[str], size: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return tensors of zeros in place of other stages' outputs and of the request's images, on the CPU."""
+    height, width, num_frames = size
+    shapes = _shapes(checkpoint, height, width, num_frames)
+    return {
+        name: torch.zeros(height, width, 3, dtype=torch.uint8) if name in IMAGES else torch.zeros(shapes[name])
+        for name in names
+        if name != "negative_prompt_embeds"
+    }
+
+
+def _shapes(checkpoint: Checkpoint, height: int, width: int, num_frames: int) -> dict[str, tuple[int, ...]]:
+    geometry = checkpoint.geometry
+    factor, channels = geometry.spatial_factor, geometry.latent_channels
+    video = ((num_frames - 1) // geometry.temporal_factor + 1, height // factor, width // factor)
+    return {
+        "prompt_embeds": (1, geometry.max_sequence_length, geometry.text_dim),
+        "image_embeds": (2 if checkpoint.model.task == "flf2v" else 1, geometry.image_tokens, geometry.image_dim),
+        "image_condition_latents": (1, channels + geometry.temporal_factor, *video),
+        "first_frame_latents": (1, channels, *video),
+        "first_last_frame_latents": (1, channels, *video),
+        "latents": (1, channels, *video),
+    }

@@ -1,0 +1,124 @@
+"""How fast and how small a stage runs its models: every key off by default, so that frames stay stock's bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+Check = tuple[str, object, bool, str]
+"""Key, value, whether it is possible, remedy."""
+
+MODES = ("default", "max-autotune-no-cudagraphs")
+CACHES = ("none", "first_block", "mag", "sea", "taylorseer")
+QUANTIZATIONS = ("none", "fp8_storage", "fp8")
+OFFLOADS = ("none", "group", "model")
+SCHEDULERS = ("unipc", "euler")
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class StepCacheConfig:
+    """Steps that reuse what the step before computed: diffusers' step caches, each beside its own measure.
+
+    Diffusers' PAB and FasterCache are not among them: both mix up the guided and the unguided pass, which Wan runs
+    one after the other.
+    """
+
+    method: str = "none"
+    """none, first_block (FirstBlockCache), mag (MagCache), sea (SeaCache, text-to-video only) or taylorseer (of the
+    model's output)."""
+    threshold: float | None = None
+    """first_block, mag, sea: the change below which a step is skipped; null: diffusers' 0.05, 0.06 and 0.25."""
+    interval: int | None = None
+    """taylorseer: steps predicted after each that is computed; null: diffusers' 5."""
+    ratios: list[float] = field(default_factory=list)
+    """mag: the model's magnitude ratios, one a step of its calibration (`MagCacheConfig(calibrate=True)`)."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    path: str = "???"
+    """A .safetensors file on each of the stage's nodes, in diffusers' format or one that diffusers converts."""
+    strength: float = 1.0
+    """By how much it counts; 0 is as good as none."""
+    transformer: str = "transformer"
+    """Which one it belongs to: transformer (Wan 2.2: high noise) or transformer_2 (low noise)."""
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Of the stage's transformers."""
+
+    attention: str | None = None
+    """A diffusers attention backend (native, _native_cudnn, flash, sage, ...), auto (the fastest exact one here,
+    measured at start at the sizes of warm_up), or null: what torch picks."""
+    compile: str | None = None
+    """torch.compile's mode for the repeated blocks: default or max-autotune-no-cudagraphs; null: eager."""
+    step_cache: StepCacheConfig = field(default_factory=StepCacheConfig)
+    """Skips work from step to step."""
+    quantization: str = "none"
+    """none, fp8_storage (weights kept in 8 bits, computed in the stage's dtype) or fp8 (matrix products in 8 bits;
+    needs torchao)."""
+    loras: list[LoraConfig] = field(default_factory=list)
+    """Files that change the weights."""
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Of the stage's VAE."""
+
+    channels_last: bool = False
+    """Lay kernels out as tensor cores like them; activations follow."""
+    compile: bool = False
+    """Fuse each norm with its activation in one kernel."""
+    autotune: bool = False
+    """Let cuDNN time its convolutions at each new size (`torch.backends.cudnn.benchmark`, for the whole process)."""
+    tile_pixels: int | None = None
+    """Height x width from which it works in overlapping tiles, in less memory; null: never."""
+    slicing: bool = False
+    """One video of a batch at a time, in less memory."""
+
+
+def denoiser_checks(key: str, denoiser: DenoiserConfig, offload: str, warm_up: list[list[int]]) -> Iterator[Check]:
+    """Yield what is wrong with a transformer's options, and which of them exclude each other."""
+    attention, mode, cache = denoiser.attention, denoiser.compile, denoiser.step_cache
+    named = attention != "auto" or bool(warm_up)
+    yield f"{key}.attention", attention, named, "auto is measured at the sizes of the stage's warm_up; name one there"
+    yield f"{key}.compile", mode, mode in (None, *MODES), f"write one of {', '.join(MODES)}, or null"
+    quantization = denoiser.quantization
+    ok = quantization in QUANTIZATIONS
+    yield f"{key}.quantization", quantization, ok, f"write one of {', '.join(QUANTIZATIONS)}"
+    ok = quantization != "fp8" or (offload == "none" and not denoiser.loras)
+    yield f"{key}.quantization", quantization, ok, "fp8 goes with neither offload nor loras; write fp8_storage"
+    ok = quantization != "fp8_storage" or mode is None
+    yield f"{key}.quantization", quantization, ok, "fp8_storage cannot be compiled; write compile: null, or fp8"
+    yield from _cache_checks(f"{key}.step_cache", cache)
+    for number, lora in enumerate(denoiser.loras):
+        place = f"{key}.loras[{number}]"
+        yield f"{place}.path", lora.path, lora.path.endswith(".safetensors"), "give a .safetensors file"
+        yield f"{place}.strength", lora.strength, math.isfinite(lora.strength), "write a finite number"
+        ok = lora.transformer in TRANSFORMERS
+        yield f"{place}.transformer", lora.transformer, ok, f"write {' or '.join(TRANSFORMERS)}"
+
+
+def _cache_checks(key: str, cache: StepCacheConfig) -> Iterator[Check]:
+    method, threshold, interval = cache.method, cache.threshold, cache.interval
+    yield f"{key}.method", method, method in CACHES, f"write one of {', '.join(CACHES)}"
+    ok = threshold is None or (method in ("first_block", "mag", "sea") and 0 <= threshold < math.inf)
+    yield f"{key}.threshold", threshold, ok, "write 0 or more, for first_block, mag or sea"
+    ok = interval is None or (method == "taylorseer" and interval >= 1)
+    yield f"{key}.interval", interval, ok, "write 1 or more, for taylorseer"
+    ok = bool(cache.ratios) == (method == "mag") and all(0 < ratio < math.inf for ratio in cache.ratios)
+    yield f"{key}.ratios", cache.ratios, ok, "mag needs its model's positive ratios, and only mag takes them"
+
+
+def size_checks(key: str, warm_up: list[list[int]], multiple: int, max_pixels: int, max_frames: int) -> Iterator[Check]:
+    """Yield which sizes of a stage's warm-up no request could have."""
+    for size in warm_up:
+        ok = len(size) == 3 and all(number > 0 for number in size)
+        yield key, size, ok, "write [height, width, num_frames]"
+        height, width, num_frames = size
+        ok = height % multiple == width % multiple == 0 and height * width <= max_pixels
+        yield key, size, ok, f"write multiples of {multiple} within limits.max_pixels"
+        yield key, size, num_frames % 4 == 1 and num_frames <= max_frames, "write 4k + 1 within limits.max_frames"
