@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
 from disagg_ray.queues import PriorityQueue
@@ -22,8 +24,9 @@ class Admission:
         self._closed: DisaggError | None = None
         self._waiting: PriorityQueue[asyncio.Future[None]] = PriorityQueue()
 
-    def queue(self, ticket: object, *, wait: bool) -> None:
-        """Take a place in the queue; wait until there is one, or raise.
+    @contextmanager
+    def queue(self, ticket: object, *, wait: bool) -> Iterator[None]:
+        """Take a place in the queue; wait until there is one, or raise. What is done inside comes before `close`.
 
         Raises:
             Overloaded: there is none, and `wait` is False.
@@ -37,6 +40,7 @@ class Admission:
             if self._closed is not None:
                 raise self._closed
             self._queued.add(ticket)
+            yield
 
     def leave_queue(self, ticket: object) -> None:
         """Give a place in the queue back. Idempotent."""
@@ -60,13 +64,15 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            if not self._waiting.remove(turn):
+            if not self._waiting.remove(turn) and not turn.cancelled():
                 self.leave()  # it was let in at the same moment
             raise
 
     def leave(self) -> None:
         """Make room for the next."""
-        if self._waiting:
-            self._waiting.pop().set_result(None)
-        else:
-            self._room += 1
+        while self._waiting:
+            turn = self._waiting.pop()
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._room += 1

@@ -177,7 +177,8 @@ class Journey:
         return ready
 
     def _arrive(self, stage: str, output: _Output) -> None:
-        if output.holder is not None and not self._fleet.is_serving(output.holder):
+        lost = output.holder is not None and not self._fleet.is_serving(output.holder)
+        if lost and (output.reply is None or output.reply.data is None):
             return  # it died right after its answer
         self._outputs[stage] = output
         if stage in self._graph.producers(self._graph.last):
@@ -193,11 +194,13 @@ class Journey:
             self._running.pop(consumer).cancel()
 
     def _release_spent(self) -> None:
-        """Free what all its consumers have made safe use of; latents stay until the end."""
+        """Free what all its consumers have made safe use of; latents stay until the end, and so does what they were
+        made from as long as the driver has no copy of them."""
+        last = self._graph.last
         for stage in list(self._outputs):
             consumers = self._graph.consumers(stage)
-            used = all(consumer in self._outputs and consumer not in self._holding for consumer in consumers)
-            if used and consumers and self._graph.last not in consumers:
+            safe = (c in (self._held if c in self._graph.producers(last) else self._outputs) for c in consumers)
+            if consumers and last not in consumers and all(safe):
                 self._release(self._outputs.pop(stage))
 
     async def _attempt(self, stage: str) -> _Output | None:
@@ -216,6 +219,7 @@ class Journey:
             scheduler.finish(job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
             output, visit = _Output(visit.task.key, reply.handoff, visit.actor, reply), None
         except (TransferError, ReplicaLost, StageError, PoolError, Cancelled) as error:
+            scheduler.withdraw(job, time.monotonic())  # the replica need not pause
             await self._note_failure(stage, visit, error)
             return None
         except asyncio.CancelledError:

@@ -226,8 +226,8 @@ class Pipeline:
         resolved, images = resolve(request, self.config)
         pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
         handle = Handle(resolved)
-        self._admission.queue(handle, wait=wait)
-        handle._future = asyncio.run_coroutine_threadsafe(self._run(handle, pixels, latents_file), self._loop)
+        with self._admission.queue(handle, wait=wait):
+            handle._future = asyncio.run_coroutine_threadsafe(self._run(handle, pixels, latents_file), self._loop)
         handle.add_done_callback(self._admission.leave_queue)  # it may be cancelled before it begins
         return handle
 
@@ -236,7 +236,13 @@ class Pipeline:
         assert task is not None
         self._waiting.add(task)
         try:
+            if self._failure is not None:  # since it was queued
+                raise self._failure
             await self._admission.enter(request.priority, sequence)
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
         finally:
             self._waiting.discard(task)
             self._admission.leave_queue(handle)
@@ -316,14 +322,15 @@ class Pipeline:
             task.cancel()
 
     def health(self) -> dict[str, Health]:
-        """Ask every replica how it is, by name."""
+        """Ask every replica how it is, by name; those that turn out to be lost are left out."""
         fleet = self._fleet
         assert fleet is not None
 
         async def ask_all() -> dict[str, Health]:
             actors = fleet.actors
-            healths = await asyncio.gather(*(fleet.ask(actor, "health") for actor in actors))
-            return dict(zip([actor.name for actor in actors], healths, strict=True))
+            asked = (fleet.ask(actor, "health") for actor in actors)
+            answers = zip(actors, await asyncio.gather(*asked, return_exceptions=True), strict=True)
+            return {actor.name: answer for actor, answer in answers if isinstance(answer, Health)}
 
         return self._call(ask_all())
 

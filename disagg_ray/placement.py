@@ -293,6 +293,8 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
 def _reason(error: ray.exceptions.RayError) -> str:
     """Return the line of Ray's message that says why."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and "creation task" in lines[0]:
+        return lines[-1]  # what the constructor raised
     return next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
 
 
