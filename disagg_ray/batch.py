@@ -26,8 +26,8 @@ SETTLE_S = 10.0
 """How long a stopped run waits for its last files to be written."""
 
 
-def generate(options: Options, config: Config, start: Callable[[Config], AbstractContextManager[Pipeline]]) -> Summary:
-    """Make what is missing; print how it ended. `start` is called only when there is something to make.
+def generate(options: Options, config: Config, start: Callable[[int], AbstractContextManager[Pipeline]]) -> Summary:
+    """Make what is missing; print how it ended. `start` is called with how many that are, if any.
 
     Raises:
         RequestError: some lines cannot be used; all of them are named.
@@ -36,8 +36,8 @@ def generate(options: Options, config: Config, start: Callable[[Config], Abstrac
     with RequestsFile(options.requests, config) as source, Folder(options.output_dir) as folder:
         batch = Batch(source, folder, make_plan(source, folder, config, options), config)
         try:
-            if len(batch.plan.pending):
-                with start(config) as pipeline:
+            if num_pending := len(batch.plan.pending):
+                with start(num_pending) as pipeline:
                     batch.run(pipeline)
         finally:
             summary = batch.summary()
@@ -57,6 +57,8 @@ class Batch:
         self._replicas: dict[str, int] = {}
         self._seconds = 0.0
         self._ended = False
+        self._note_written: Callable[[float], None] = lambda _: None
+        """Has the pipeline's metrics count the seconds that a file took."""
         self._limit = 2 * config.max_in_flight
         self._in_flight = 0
         self._changed = threading.Condition()
@@ -78,6 +80,7 @@ class Batch:
         Ctrl-C and SIGTERM, which raise here, give what runs `failures.shutdown_grace_s`; a second one gives nothing.
         """
         began = time.monotonic()
+        self._note_written = pipeline.note_written
         self._replicas = {name: stage.num_replicas for name, stage in pipeline.config.stages.items()}
         try:
             self._dispatch(pipeline)
@@ -155,7 +158,9 @@ class Batch:
             result = outcome.result()
             self._folder.check()
             path = self._folder.video_of(result.request.id, result.request.format)
+            began = time.monotonic()
             result.save(path)
+            self._note_written(time.monotonic() - began)
         except Cancelled:
             return None
         except DisaggError as error:
@@ -179,7 +184,9 @@ class Batch:
             else:
                 self._failed += 1
             finished = self._tally.done + self._failed
-        logger.info("%s: %s, %d of %d", record.id, record.error or "done", finished, len(self.plan.pending))
+        level = logging.DEBUG if record.status == "done" else logging.WARNING  # the progress shows what is done
+        told = record.error or "done", finished, len(self.plan.pending)
+        logger.log(level, "request %s: %s, %d of %d", record.id, *told, extra={"request_id": record.id})
         if record.status == "done":
             self._folder.latents_of(line.request.id).unlink(missing_ok=True)
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import logging
 import signal
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from disagg_ray import logs
 from disagg_ray.config import Config, load_config, to_yaml
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
@@ -26,6 +27,7 @@ from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:
+    from disagg_ray.display import Display
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked_for_help = name in ("-h", "--help")
         print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logs.set_up()
     try:
         with _terminated():
             return COMMANDS[name](arguments[1:])
@@ -65,9 +67,12 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--quiet", action="store_true", help="show no progress, and only warnings")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or json: an object a line")
     _add_request_flags(parser)
     _add_batch_flags(parser)
     options = parser.parse_intermixed_args(argv)
+    logs.set_up(options.log_format, quiet=options.quiet)
     single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
     if options.requests is not None:
         _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
@@ -87,7 +92,7 @@ def _generate_one(options: argparse.Namespace) -> int:
 
     from disagg_ray.report import print_result
 
-    with _start(config, local=options.local) as pipeline:
+    with _start(config, options, 1) as pipeline:
         result = pipeline.generate(request)
         path = result.save(options.output, overwrite=options.overwrite)
         print_result(result, pipeline.weights, pipeline.pools)
@@ -106,7 +111,7 @@ def _generate_many(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
     asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
-    return 0 if batch.generate(asked, config, _start_split).complete else 1
+    return 0 if batch.generate(asked, config, partial(_start_split, config, options)).complete else 1
 
 
 BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
@@ -132,25 +137,36 @@ def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> N
 
 
 @contextmanager
-def _start(config: Config, *, local: bool) -> Iterator[LocalPipeline | Pipeline]:
-    """Start the pipeline, and end it whatever happens."""
-    if local:
+def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[LocalPipeline | Pipeline]:
+    """Start the pipeline, show its progress, and end it whatever happens."""
+    if options.local:
         from disagg_ray.local import LocalPipeline
 
-        with LocalPipeline(config) as pipeline:
+        with _display(options, total) as display, LocalPipeline(config, display.on_event) as pipeline:
             yield pipeline
         return
-    with _start_split(config) as split:
+    with _start_split(config, options, total) as split:
         yield split
 
 
 @contextmanager
-def _start_split(config: Config) -> Iterator[Pipeline]:
+def _start_split(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline]:
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.placement import Cluster
 
-    with closing(Cluster(config)), _terminated(), Pipeline(config) as split:  # Ray took the handler when it started
+    with (
+        _display(options, total) as display,
+        closing(Cluster(config)),
+        _terminated(),  # Ray took the handler when it started
+        Pipeline(config, display.on_event) as split,
+    ):
         yield split
+
+
+def _display(options: argparse.Namespace, total: int) -> Display:
+    from disagg_ray.display import Display
+
+    return Display(total, "quiet" if options.quiet or options.log_format == "json" else "auto")
 
 
 def show_config(argv: Sequence[str]) -> int:

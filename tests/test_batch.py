@@ -21,7 +21,6 @@ from PIL import Image
 
 from disagg_ray import Pipeline, load_config
 from disagg_ray.batch import generate
-from disagg_ray.config import Config
 from disagg_ray.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of
 from disagg_ray.requests_file import RequestsFile
 from disagg_ray.resume import Options
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.slow
 I2V = "conf/tiny_i2v.yaml"
 CONFIG = load_config(I2V)
 SMALL = {"num_frames": 5, "num_inference_steps": 2, "image": "first.png"}
-Start = Callable[[Config], AbstractContextManager[Pipeline]]
+Start = Callable[[int], AbstractContextManager[Pipeline]]
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +42,17 @@ def pipeline(cluster: None) -> Iterator[Pipeline]:
 
 @pytest.fixture
 def start(pipeline: Pipeline) -> Start:
-    return lambda config: nullcontext(pipeline)
+    return lambda _: nullcontext(pipeline)
 
 
 @contextmanager
-def start_fused(config: Config) -> Iterator[Pipeline]:
+def start_fused(_: int) -> Iterator[Pipeline]:
     """Start one for a test that ends it."""
     with Pipeline.from_config(I2V, "fused=true") as started:
         yield started
 
 
-def not_started(config: Config) -> AbstractContextManager[Pipeline]:
+def not_started(_: int) -> AbstractContextManager[Pipeline]:
     raise AssertionError("there is nothing to make")
 
 

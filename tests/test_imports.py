@@ -33,7 +33,7 @@ LAYERS = (
     {"request", "progress"},
     {"video"},
     {"config", "graph"},
-    {"environment", "handoff", "options"},
+    {"environment", "handoff", "options", "logs"},
     {"errors", "units", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
