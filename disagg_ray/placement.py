@@ -244,7 +244,7 @@ def _share(config: Config) -> PlacementGroup:
         if stage.accelerator_type is not None:
             labels["ray.io/accelerator-type"] = stage.accelerator_type
     bundle = {name: number for name, number in bundle.items() if number}
-    group: PlacementGroup = placement_group([bundle], bundle_label_selector=[labels] if labels else [])
+    group: PlacementGroup = placement_group([bundle], bundle_label_selector=[labels] if labels else None)
     return group
 
 
