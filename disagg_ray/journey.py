@@ -258,7 +258,7 @@ class Journey:
         if "denoise" in self._config.stages[stage].blocks:  # steps that no event told of
             self._metrics.steps(stage, timing.replica, self.request.num_inference_steps - self._steps[stage])
         self._end(stage, "done", "ok", timing.replica)
-        self._log(logging.INFO, "%s done in %.2f s", timing.replica, timing.compute_s)
+        self._log(logging.DEBUG, "%s done in %.2f s", timing.replica, timing.compute_s)
 
     async def _note_failure(self, stage: str, visit: Visit | None, error: DisaggError) -> None:
         """Count a failed attempt, and say what is to be made again.

@@ -262,6 +262,7 @@ class Pipeline:
             outcome = "cancelled"
             raise
         finally:
+            self._tell(Event(request.id, "", "", 0, outcome))
             del self._journeys[task]
             if self._travelling.get(request.id) == (journey, handle):
                 del self._travelling[request.id]

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,6 +23,7 @@ from disagg_ray import environment
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.replica import ServedReplica
+from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
 
@@ -108,6 +110,7 @@ class Cluster:
             num_gpus=config.cluster.num_gpus,
             resources={name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
             include_dashboard=config.cluster.dashboard,
+            job_config=JobConfig(metadata=_metadata(config)),
             logging_level=logging.ERROR,
         )
         self._started = True
@@ -122,6 +125,12 @@ class Cluster:
             ray.shutdown()
             environment.replace("RAY_AUTH_MODE", self._auth_mode)
             self._started = False
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    """Return what a stranger should see of the job in Ray's dashboard."""
+    stages = ", ".join(f"{name} x {stage.num_replicas}" for name, stage in config.stages.items())
+    return {"disagg_ray": VERSION, "model": config.model.path, "stages": stages}
 
 
 def _asked(config: Config) -> dict[str, float]:

@@ -25,12 +25,15 @@ LAYERS = (
     {"placement"},
     {"replica", "scheduler"},
     {"holdings"},
+    {"resume"},
+    {"manifest", "summary"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
     {"models", "transfer", "output", "board", "queues"},
+    {"requests_file"},
     {"request", "progress"},
     {"video"},
     {"config", "graph"},
-    {"environment", "handoff", "options"},
+    {"environment", "handoff", "options", "logs"},
     {"errors", "units", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
