@@ -290,9 +290,10 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
         raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayError as error:
         reason = _reason(error)
+        cut_off = isinstance(error, ray.exceptions.ActorUnavailableError)  # nobody is left there to say that it died
         raise ReplicaLost(
             f"{actor.name}: the replica died or cannot be reached: {reason}",
-            with_node="node has died" in reason or getattr(error, "preempted", False),
+            with_node=cut_off or "node has died" in reason or getattr(error, "preempted", False),
         ) from error
     if isinstance(answer, DisaggError):
         raise answer

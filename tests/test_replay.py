@@ -23,6 +23,7 @@ import ray
 from faulty import RESUMED, Faults, faulty_replicas
 
 from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, StageError, StartError
+from disagg_ray.errors import ReplicaLost
 from disagg_ray.models.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -177,6 +178,12 @@ def test_an_idle_encoder_that_dies_is_not_missed(pipeline: Pipeline, faults: Fau
     kill(pid_of(pipeline, "encoder-0"))
     assert pipeline.submit(ask("idle")).result(SURE).data == video(6)
     assert faults.times_computed("idle") == ONCE
+
+
+def test_a_replica_that_is_lost_on_the_way_to_it_is_lost_to_whoever_asks(pipeline: Pipeline) -> None:
+    assert pipeline._fleet is not None
+    with pytest.raises(ReplicaLost, match=r"transformer-0\.99 was lost before it was reached"):
+        pipeline._fleet.actor("transformer-0.99")
 
 
 def test_a_transformer_that_dies_while_prefetching_costs_what_it_computed(
