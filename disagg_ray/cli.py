@@ -12,16 +12,16 @@ import logging
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from disagg_ray.config import Config, load_config, to_yaml
-from disagg_ray.environment import in_ray_job
+from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
-from disagg_ray.output import check_output, format_of
+from disagg_ray.output import check_folder, check_output, format_of, local_path
 from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
 
@@ -59,14 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Generate one video."""
+    """Generate one video, or with --requests many."""
     parser = _parser("generate", generate)
     parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
-    parser.add_argument("--output", required=True, help="where to write: .mp4, .gif, .npy, or a folder for png files")
+    parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     _add_request_flags(parser)
+    _add_batch_flags(parser)
     options = parser.parse_intermixed_args(argv)
+    single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
+    if options.requests is not None:
+        _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
+        return _generate_many(options)
+    _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
+    return _generate_one(options)
+
+
+def _generate_one(options: argparse.Namespace) -> int:
+    if options.output is None:
+        raise InputError("--output: not given; write one such as video.mp4, or for many --requests and --output-dir")
     config = load_config(options.config, *options.overrides)
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
@@ -83,6 +95,42 @@ def generate(argv: Sequence[str]) -> int:
     return 0
 
 
+def _generate_many(options: argparse.Namespace) -> int:
+    if options.output_dir is None:
+        raise InputError("--output-dir: not given; write the folder the videos go to")
+    check_folder(options.output_dir, in_job=in_ray_job())
+    config = load_config(options.config, *options.overrides)
+
+    from disagg_ray import batch
+    from disagg_ray.resume import Options
+
+    given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
+    asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
+    return 0 if batch.generate(asked, config, _start_split).complete else 1
+
+
+BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
+
+
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    many = parser.add_argument_group("many videos")
+    many.add_argument("--requests", metavar="FILE", help="JSON lines: any field of a request, `id` names the video")
+    many.add_argument("--output-dir", metavar="FOLDER", help="where videos and manifest.jsonl go; run again to go on")
+    many.add_argument(
+        "--verify", action="store_true", help="tell what is done by its digest, not by its time of change"
+    )
+    many.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
+    many.add_argument("--skip-invalid", action="store_true", help="go on without lines that cannot be used")
+
+
+def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> None:
+    for name in names:
+        if getattr(options, name, None) not in (None, False):
+            raise InputError(
+                f"--{name.replace('_', '-')}: given {'with' if options.requests else 'without'} --requests: {remedy}"
+            )
+
+
 @contextmanager
 def _start(config: Config, *, local: bool) -> Iterator[LocalPipeline | Pipeline]:
     """Start the pipeline, and end it whatever happens."""
@@ -92,6 +140,12 @@ def _start(config: Config, *, local: bool) -> Iterator[LocalPipeline | Pipeline]
         with LocalPipeline(config) as pipeline:
             yield pipeline
         return
+    with _start_split(config) as split:
+        yield split
+
+
+@contextmanager
+def _start_split(config: Config) -> Iterator[Pipeline]:
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.placement import Cluster
 

@@ -19,6 +19,8 @@ from disagg_ray.errors import OutputError
 from disagg_ray.video import Frames, encode_png
 
 SUFFIXES = {".mp4": "mp4", ".gif": "gif", ".npy": "npy", "": "png"}
+TEMPORARY = ".disagg_ray-"
+"""How the names of files and folders begin that are being written."""
 
 
 def format_of(output: str | Path) -> str:
@@ -54,6 +56,21 @@ def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -
             _check_path(local_path(output), repr(str(output)), overwrite=overwrite, in_job=in_job)
     except OSError as error:
         raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
+
+
+def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
+    """Check that a batch can have its folder there; making it shows the rest.
+
+    Raises:
+        OutputError: it is a URL, or relative inside a Ray job.
+    """
+    if is_url(folder):
+        raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
+    if in_job and not local_path(folder).is_absolute():
+        raise OutputError(
+            f"output-dir: {str(folder)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"write an absolute path"
+        )
 
 
 def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
@@ -125,7 +142,7 @@ def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
 
 
 def _write_folder(frames: Frames, path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".disagg_ray-", dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         for index, frame in enumerate(frames):
@@ -138,7 +155,7 @@ def _write_folder(frames: Frames, path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its name only once it is whole and on disk."""
-    temporary = path.with_name(f".disagg_ray-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as sink:
             yield sink
