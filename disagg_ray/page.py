@@ -108,13 +108,15 @@ def _card(record: Record, videos: str, *, preview: bool) -> str:
     request = record.request
     about = [record.id]
     if request is not None:
-        about += [f"{request.width}x{request.height}", f"{request.num_frames} frames",
-                  f"{request.num_inference_steps} steps", f"seed {request.seed}"]  # fmt: skip
+        about += [
+            f"{request.width}x{request.height}", f"{request.num_frames} frames",
+            f"{request.num_inference_steps} steps", f"seed {request.seed}",
+        ]  # fmt: skip
     if record.seconds is not None:
-        about.append(f"{record.seconds:.1f} s")
+        about.append(f"{record.seconds:.1f}\u00a0s")
     return (
         f'<article>{_video(record, videos, preview=preview)}<p class="prompt" dir="auto">{_prompt(record)}</p>'
-        f'<p class="about">{escape(" · ".join(about).replace(" s", "\u00a0s"))}</p></article>'
+        f'<p class="about">{escape(" · ".join(about))}</p></article>'
     )
 
 
@@ -124,7 +126,7 @@ def _prompt(record: Record) -> str:
 
 def _video(record: Record, videos: str, *, preview: bool) -> str:
     name = record.file or ""
-    link = f"./{quote(f'{videos}/{name}', errors='replace')}"
+    link = quote(f"{videos}/{name}", errors="replace")
     suffix = Path(name).suffix.lower()
     if suffix == ".mp4":
         load = "metadata" if preview else "none"
