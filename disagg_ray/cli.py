@@ -11,6 +11,7 @@ import inspect
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
@@ -22,7 +23,7 @@ from disagg_ray import logs
 from disagg_ray.config import Config, load_config, to_yaml
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
-from disagg_ray.output import check_folder, check_output, format_of, local_path
+from disagg_ray.output import check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from disagg_ray.display import Display
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
+    from disagg_ray.timeline import Works
 
 EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
 
@@ -69,10 +71,15 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--quiet", action="store_true", help="show no progress, and only warnings")
     parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or json: an object a line")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="where to write a .json that ui.perfetto.dev shows: who did what"
+    )
     _add_request_flags(parser)
     _add_batch_flags(parser)
     options = parser.parse_intermixed_args(argv)
     logs.set_up(options.log_format, quiet=options.quiet)
+    if options.trace is not None:
+        check_trace(options.trace, in_job=in_ray_job())
     single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
     if options.requests is not None:
         _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
@@ -97,6 +104,8 @@ def _generate_one(options: argparse.Namespace) -> int:
         path = result.save(options.output, overwrite=options.overwrite)
         print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
+    if options.trace is not None:
+        _write_trace(options.trace, [(result.request.id, result.stages)])
     return 0
 
 
@@ -107,11 +116,23 @@ def _generate_many(options: argparse.Namespace) -> int:
     config = load_config(options.config, *options.overrides)
 
     from disagg_ray import batch
+    from disagg_ray.manifest import read_manifest
     from disagg_ray.resume import Options
 
     given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
     asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
-    return 0 if batch.generate(asked, config, partial(_start_split, config, options)).complete else 1
+    began = time.time()
+    summary = batch.generate(asked, config, partial(_start_split, config, options))
+    if options.trace is not None:
+        records = [record for record in read_manifest(asked.output_dir) if record.finished >= began]
+        _write_trace(options.trace, [(record.id, record.stages) for record in records])
+    return 0 if summary.complete else 1
+
+
+def _write_trace(path: str, works: Works) -> None:
+    from disagg_ray.trace import write_trace
+
+    print(f"wrote {write_trace(local_path(path), works)}")
 
 
 BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
@@ -217,7 +238,22 @@ def doctor(argv: Sequence[str]) -> int:
     return exit_status(checks)
 
 
-COMMANDS = {"generate": generate, "config": show_config, "make-checkpoint": make_checkpoint, "doctor": doctor}
+def report(argv: Sequence[str]) -> int:
+    """Show where a finished run's time went: numbers, a picture, a trace and a page with the videos."""
+    parser = _Parser(prog="disagg-ray report", description=report.__doc__)
+    parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
+    parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
+    options = parser.parse_args(argv)
+    from disagg_ray.report import write_report
+
+    for path in write_report(local_path(options.folder), local_path(options.output or options.folder)):
+        print(f"wrote {path}")
+    return 0
+
+
+COMMANDS = {
+    "generate": generate, "config": show_config, "make-checkpoint": make_checkpoint, "report": report, "doctor": doctor,
+}  # fmt: skip
 
 
 def _usage() -> str:

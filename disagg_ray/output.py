@@ -73,6 +73,30 @@ def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
         )
 
 
+def check_trace(path: str | Path, *, in_job: bool = False) -> None:
+    """Check that a trace can be written there, before any work; an older one is replaced.
+
+    Raises:
+        OutputError: is no .json file on this machine, is relative inside a Ray job, or cannot be written.
+    """
+    if is_url(path) or local_path(path).suffix.lower() != ".json" or local_path(path).is_dir():
+        raise OutputError(f"trace: {str(path)!r} is no name of a JSON file on this machine; write one like trace.json")
+    if in_job and not local_path(path).is_absolute():
+        raise OutputError(
+            f"trace: {str(path)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"write an absolute path"
+        )
+    _check_parent(local_path(path), f"trace: {str(path)!r}")
+
+
+def _check_parent(path: Path, shown: str) -> None:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{shown} cannot be written: {str(folder)!r} is not a folder that can be written")
+
+
 def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
     if in_job and not path.is_absolute():
         raise OutputError(
@@ -87,11 +111,7 @@ def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> Non
         raise OutputError(f"output: {shown} is {'a folder' if path.is_dir() else 'no folder'}; give another name")
     if path.is_dir() and any(re.fullmatch(r"frame_\d+\.png", entry.name) is None for entry in path.iterdir()):
         raise OutputError(f"output: {shown} holds other files than frames; give the name of a new folder")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"output: {shown} cannot be written: {str(folder)!r} is not a folder that can be written")
+    _check_parent(path, f"output: {shown}")
 
 
 def _check_url(url: str, *, overwrite: bool) -> None:

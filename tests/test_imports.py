@@ -17,6 +17,8 @@ LAYERS = (
     {"jobs"},
     {"cli", "__main__"},
     {"report", "batch", "doctor"},
+    {"gantt", "page", "trace"},
+    {"timeline"},
     {"__init__"},
     {"pipeline", "local"},
     {"journey"},
@@ -41,7 +43,7 @@ LAYERS = (
 IMPORTERS = {
     "mooncake": {"transfer.engine"},
     "imageio": {"video"},
-    "PIL": {"video"},
+    "PIL": {"video", "gantt"},
     "omegaconf": {"config"},
     "yaml": {"config"},
     "fsspec": {"output"},
