@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,9 @@ class LocalPipeline:
             timings.append(_timing(stage, began, time.monotonic() - begin))
         assert frames is not None, "the graph has exactly one stage that makes frames"
         raw = resolved.format in RAW
+        begin = time.monotonic()
         data = None if raw else encode(frames, resolved.fps, resolved.format, self.config.output.scale)
+        timings[-1] = replace(timings[-1], encode_s=time.monotonic() - begin)
         seconds = time.monotonic() - started
         self._tell(resolved, "", "done")
         return Result(resolved, seconds, tuple(timings), data, frames if raw else None)

@@ -27,9 +27,9 @@ from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
 
-GROUPS = {"compute": 1, "pull": 1, "control": 2}
+GROUPS = {"compute": 1, "pull": 1, "encode": 1, "control": 2}
 """Threads of each kind in a replica."""
-GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull"}
+GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "encode"}
 """Every other call is a control call."""
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 """Ray's names: its default fills nodes that are in use first, up to half."""

@@ -39,14 +39,14 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
         f"{request.num_inference_steps} steps, seed {request.seed}, {result.seconds:.2f} s"
     ))  # fmt: skip
     table.add_column("replica")
-    for column in ("queue s", "pull s", "compute s", "publish s", "pulled"):
+    for column in ("queue s", "pull s", "compute s", "publish s", "encode s", "pulled"):
         table.add_column(column, justify="right")
     table.add_column("route")
     table.add_column("pool", justify="right")
     table.add_column("GPU peak", justify="right")
     table.add_column("weights")
     for timing in result.stages:
-        seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s)
+        seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s, timing.encode_s)
         held = weights.get(timing.replica) or weights.get(timing.stage) or {}
         table.add_row(
             timing.replica if timing.replica != "local" else timing.stage,

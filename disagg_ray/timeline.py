@@ -52,10 +52,13 @@ class Task:
         return self.spans()[-1].end
 
     def spans(self) -> tuple[Span, Span, Span, Span]:
-        """Return wait, pull, compute and publish, each from the end of the one before."""
+        """Return wait, pull, compute and publish, each from the end of the one before.
+
+        Encoding counts as publishing, until the replica computes again.
+        """
         timing, pulling = self.timing, self.start - self.timing.pull_s
         computed = min(self.start + timing.compute_s, self.limit)
-        end = min(computed + timing.publish_s, self.limit)
+        end = min(computed + timing.publish_s + timing.encode_s, self.limit)
         return (
             Span("wait", pulling - timing.queue_s, pulling, self.request),
             Span("pull", pulling, self.start, self.request),
