@@ -22,7 +22,7 @@ import pytest
 import ray
 from faulty import RESUMED, Faults, faulty_replicas
 
-from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, StageError, StartError
+from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, StageError, StartError, load_config
 from disagg_ray.errors import ReplicaLost
 from disagg_ray.models.checkpoint import open_checkpoint
 
@@ -294,7 +294,7 @@ def test_latents_of_a_killed_driver_are_decoded_by_the_next(
 def test_a_stage_that_cannot_start_again_ends_the_run_with_the_reason(
     cluster: None, faults: Faults, tmp_path: Path
 ) -> None:
-    model = open_checkpoint(LocalPipeline.from_config(T2V).config.model).folder
+    model = open_checkpoint(load_config(T2V).model).folder
     folder = tmp_path / "model"
     subprocess.run(["cp", "-rL", model, folder], check=True)
     faults.set("fused.compute", "wait")
