@@ -106,7 +106,7 @@ class RequestsFile:
                 while raw[-1:] != b"\n" and (rest := self._source.readline(MAX_LINE_BYTES)):
                     offset += len(rest)
                     raw = raw[: MAX_LINE_BYTES + 1] + rest[-1:]
-            if raw.strip() and raw.strip() != BOM:
+            if raw.strip() not in (b"", BOM):
                 yield start, number, raw
 
     def _drop_duplicates(self, report: Callable[[int, str], None]) -> None:
@@ -217,7 +217,8 @@ def _unknown_field(name: str) -> str:
 
 def _canonical(given: dict[str, Any]) -> bytes:
     """Return the same bytes for lines that ask for the same video, however they are written."""
-    return ascii(sorted(item for item in given.items() if item[0] not in NOT_CONTENT)).encode()
+    content = [item for item in given.items() if item[0] not in NOT_CONTENT]
+    return ascii(sorted(content)).encode()
 
 
 def _short(data: bytes) -> int:
@@ -233,21 +234,21 @@ def check_name(name: object, format: object) -> None:
     """
     if not isinstance(name, str):
         raise RequestError(f"id: {name!r} is a {type(name).__name__}; give str")
-    fault = _fault(name, format)
-    if fault:
+    fault = next(_faults(name, format), None)
+    if fault is not None:
         raise RequestError(f"id: {name[:80]!r} is no file name: {fault}")
 
 
-def _fault(name: str, format: object) -> str | None:
-    faults = (
-        (not name, "it is empty"),
-        (name.startswith("."), "it begins with a dot"),
-        ("/" in name, "it holds a /"),
-        (not name.isprintable(), "it holds a character that cannot be printed"),
-        (
-            len(name) > MAX_ID_BYTES or len(name.encode(errors="replace")) > MAX_ID_BYTES,
-            f"it is over {MAX_ID_BYTES} bytes",
-        ),
-        (format == "png" and "." in name, "the name of a png folder holds no dot"),
-    )
-    return next((fault for wrong, fault in faults if wrong), None)
+def _faults(name: str, format: object) -> Iterator[str]:
+    if not name:
+        yield "it is empty"
+    if name.startswith("."):
+        yield "it begins with a dot"
+    if "/" in name:
+        yield "it holds a /"
+    if not name.isprintable():
+        yield "it holds a character that cannot be printed"
+    if len(name.encode(errors="replace")) > MAX_ID_BYTES:
+        yield f"it is over {MAX_ID_BYTES} bytes"
+    if format == "png" and "." in name:
+        yield "the name of a png folder holds no dot"

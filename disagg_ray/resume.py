@@ -23,7 +23,7 @@ import numpy as np
 
 from disagg_ray.config import Config
 from disagg_ray.errors import OutputError, RequestError
-from disagg_ray.manifest import INVALID, Folder, Record, sha256_of, stat_of
+from disagg_ray.manifest import INVALID, Folder, Record, read_manifest, sha256_of, stat_of
 from disagg_ray.requests_file import RequestsFile
 
 logger = logging.getLogger("disagg_ray")
@@ -102,7 +102,7 @@ def _states(source: RequestsFile, folder: Folder, setup: str, *, verify: bool) -
     """Return for each line of the file what the manifest says of it, one byte each."""
     states = np.full(len(source), NEW, np.uint8)
     others = np.zeros(len(source), np.bool_)
-    for record in folder.records():
+    for record in read_manifest(folder.path, brief=True):
         index = source.find(record.id)
         if index is None:
             continue

@@ -224,14 +224,23 @@ def test_what_is_taken_away_ends_the_run(event: str, folder: Path, start: Start)
     assert len(records(kept)) == summary.done
 
 
+@contextmanager
+def running(path: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command as a user does."""
+    arguments = ["generate", "--config", I2V, "--requests", str(path), "--output-dir", str(path.parent / "out")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "disagg_ray.cli", *arguments, *overrides]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
 def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start) -> None:
     path, out = write_requests(folder, *({"id": f"clip-{n}"} for n in range(40))), folder / "out"
-    command = [sys.executable, "-m", "disagg_ray.cli", "generate", "--config", I2V, "--requests", str(path)]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    child = subprocess.Popen(
-        [*command, "--output-dir", str(out)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with running(path) as child:
         assert child.stderr is not None
         assert child.stdout is not None
         assert next((line for line in child.stderr if "done, 2 of 40" in line), None), "it ended before"
@@ -239,11 +248,20 @@ def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start)
         log = child.stderr.read()
         assert child.wait(60) == 143, log
         assert "missing" in child.stdout.read()
-    finally:
-        child.kill()
-        child.wait(10)
     made = len(records(out))
     assert 2 <= made < 40
     assert {path.stem for path in out.glob("*.mp4")} == set(records(out))
     summary = run(path, start)
     assert (summary.done, summary.already_done, summary.complete) == (40 - made, made, True)
+
+
+def test_a_second_signal_ends_the_grace(folder: Path) -> None:
+    long = {"id": "long", "height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 100}
+    with running(write_requests(folder, long), "failures.shutdown_grace_s=10000") as child:
+        assert child.stderr is not None
+        for sent, moment in ((signal.SIGTERM, "encoder-0 done"), (signal.SIGINT, "what runs gets 10000 s")):
+            assert next((line for line in child.stderr if moment in line), None), f"no {moment}"
+            child.send_signal(sent)
+        log = child.stderr.read()
+        assert child.wait(60) == 130, log
+    assert records(folder / "out") == {}
