@@ -168,7 +168,8 @@ def _axis(canvas: _Canvas, timeline: Timeline, bottom: int) -> None:
         left = LEFT + pause.at / seconds * (right - LEFT)
         for top in range(TOP - 8, bottom, 8):
             canvas.draw.line((left, top, left, top + 4), fill=INK)
-        canvas.text((left, TOP - 8), f"{_clock(pause.seconds, 60)} left out", "mb")
+        words, near_end = f"{_clock(pause.seconds, 60)} left out", left > WIDTH - 2 * RIGHT
+        canvas.text((left - 5, TOP - 4) if near_end else (left + 5, TOP - 4), words, "rb" if near_end else "lb")
 
 
 def _clock(seconds: float, step: float) -> str:
