@@ -2,6 +2,7 @@
 
 A timing says when a stage began to compute and how long each part took; the rest follows from that. A pull may have run
 while the replica still computed the request before; nobody noted when, so it is laid right before its own computing.
+The seconds in the queue hold what the answer took on its way back too: a wait may seem to begin that much early.
 Each replica tells the time by its node's clock: what two clocks differ by shifts their lanes against each other.
 """
 
