@@ -133,7 +133,7 @@ def lay_out(works: Works) -> Timeline:
             lane = (task.timing.stage, _lane_of(task.timing))
             lanes[lane].append(Task(task.request, task.timing, clock(task.start)))
     length = max(end for _, end in windows) - began - sum(pause.seconds for pause in pauses)
-    return Timeline(began, length, _sorted(lanes), tuple(pauses))
+    return Timeline(began, max(length, 1e-6), _sorted(lanes), tuple(pauses))
 
 
 def shares(timeline: Timeline) -> dict[str, dict[Phase, float]]:
