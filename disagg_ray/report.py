@@ -61,7 +61,7 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
 
 
 def _print(table: Table) -> None:
-    console = Console()
+    console = Console(markup=False)  # an id may hold brackets
     if not console.is_terminal:
         console.width = 160  # a log has no width of its own
     console.print(table)
