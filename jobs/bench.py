@@ -2,6 +2,7 @@
 
 python jobs/bench.py overhead            # the tiny model split over actors against one process, on this machine
 python jobs/bench.py transfer            # pools' pulls by route and size against bare Mooncake reads; also plots
+python jobs/bench.py scheduler           # microseconds a dispatch, and waits on simulated replicas; also plots
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 """
 
@@ -17,12 +18,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bench_scheduler
 import bench_transfer
 import psutil
 import torch
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.result import StageTiming
+
+PLOTTED: dict[str, Any] = {"transfer": bench_transfer, "scheduler": bench_scheduler}
 
 
 def overhead(repeats: int) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "transfer", "split"))
+    parser.add_argument("what", choices=("overhead", "transfer", "scheduler", "split"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split")
     parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split")
     parser.add_argument("--repeats", type=int, help="by default 20 for overhead, 3 for split")
@@ -117,11 +121,11 @@ def main() -> None:
     elif options.what == "split":
         result = split(options.config, options.overrides, options.repeats or 3)
     else:
-        result = bench_transfer.measure()
+        result = PLOTTED[options.what].measure()
     text = json.dumps({"machine": machine(), options.what: result}, indent=2)
     (options.output / f"bench_{options.what}.json").write_text(text + "\n")
-    if options.what == "transfer":
-        bench_transfer.report(result, options.output)
+    if options.what in PLOTTED:
+        PLOTTED[options.what].report(result, options.output)
     else:
         print(text)
 
