@@ -18,7 +18,7 @@ LAYERS = (
     {"cli", "__main__"},
     {"report", "batch", "doctor"},
     {"__init__"},
-    {"pipeline", "local"},
+    {"pipeline", "local", "profiling"},
     {"journey"},
     {"visit"},
     {"fleet"},
@@ -27,10 +27,10 @@ LAYERS = (
     {"holdings"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
     {"models", "transfer", "output", "board", "queues"},
-    {"request", "progress"},
+    {"request", "progress", "plan"},
     {"video"},
     {"config", "graph"},
-    {"environment", "handoff"},
+    {"environment", "handoff", "layouts", "profile"},
     {"errors", "version"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
