@@ -51,15 +51,29 @@ def layouts(counts: Mapping[str, int], stages: Stages) -> list[Layout]:
     """Return every sensible way to use all of the GPUs (`counts` by kind), each once.
 
     Fused; every stage on every GPU; helpers together on some GPUs and the transformer on the others; helpers apart;
-    helpers beside a transformer on one GPU or on all of a kind. Helpers take one kind after the other, in any order.
+    helpers beside a transformer, together on one GPU or on all of a kind, or each on another. Helpers take one kind
+    after the other, in any order.
     """
     everywhere = tuple(Seat(kind, count, stages.order) for kind, count in counts.items())
     found = [Layout("fused", everywhere, fused=True), Layout("all stages on every GPU", everywhere)]
     for kinds in permutations(counts):
+        found += _one_beside_each(counts, kinds, stages)
         ordered = {kind: counts[kind] for kind in kinds}
         for num_helpers in range(1, sum(counts.values())):
             found += _with_helpers(ordered, num_helpers, stages)
     return list(dict.fromkeys(layout for layout in found if stages.helpers or layout.fused))
+
+
+def _one_beside_each(counts: Mapping[str, int], kinds: Sequence[str], stages: Stages) -> Iterator[Layout]:
+    """Yield the layout with a transformer on every GPU and each helper beside one of them."""
+    left = {kind: counts[kind] for kind in kinds}
+    seats = []
+    for helper in stages.helpers if 1 < len(stages.helpers) <= sum(counts.values()) else ():
+        (kind,), left = _take(left, 1)
+        seats.append(Seat(kind, 1, tuple(stage for stage in stages.order if stage in (helper, stages.denoiser))))
+    rest = [Seat(kind, count, (stages.denoiser,)) for kind, count in left.items()]
+    if seats:
+        yield Layout(f"{stages.denoiser} on all, {', '.join(stages.helpers)} beside one each", (*seats, *rest))
 
 
 def _with_helpers(counts: Mapping[str, int], num_helpers: int, stages: Stages) -> Iterator[Layout]:
@@ -71,12 +85,13 @@ def _with_helpers(counts: Mapping[str, int], num_helpers: int, stages: Stages) -
     if num_helpers == 1 or not set(taken) & set(left):  # else nothing says on which GPU which helper would lie
         both = [Seat(kind, count, stages.order) for kind, count in taken.items()]
         yield Layout(f"{stages.denoiser} on all, {names} beside it on {num_helpers}", (*both, *denoise))
-    for few in (stage for stage in stages.helpers if 1 < len(stages.helpers) <= num_helpers):
+    for few in stages.helpers if 1 < len(stages.helpers) <= num_helpers else ():
         last = [stage for stage in stages.helpers if stage != few]
         apart, rest = _spread(taken, dict.fromkeys(last, 1), few)
         alone = [Seat(kind, count, (stage,)) for stage, kind, count in apart]
-        yield Layout(f"{few} on {num_helpers - len(last)}, {' and '.join(last)} on one each, {stages.denoiser} on the "
-                      f"others", (*alone, *rest, *denoise))  # fmt: skip
+        ones = ", ".join(f"{stage} on 1" for stage in last)
+        name = f"{few} on {num_helpers - len(last)}, {ones}, {stages.denoiser} on the others"
+        yield Layout(name, (*alone, *rest, *denoise))
 
 
 def _spread(

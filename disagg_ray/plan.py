@@ -196,26 +196,33 @@ def predict(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: S
 def _rates(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: Stages) -> dict[str, float]:
     """Return the videos a second that each part could do, were the others without limit.
 
-    Where helpers sit beside a transformer they come first, and it has what they leave:
-    rate = denoise - rate / helpers x beside, with the rates of all transformers, of the helpers, and of the
-    transformers beside helpers.
+    Helpers beside a transformer take turns with it. As long as they need less than half of the GPU they get it, and
+    the transformers have what is left: with the rates of all transformers, of those beside some helpers, and of these
+    helpers, rate = denoise - sum of rate / helpers x beside. Beyond that, that GPU does its helpers' work and its
+    share of the denoising for each video, although others wait.
     """
-    rates: dict[str, float] = {}
     if layout.fused:
         return {"fused": sum(seat.count / _busy_s(seat.stages, kinds[seat.kind], load) for seat in layout.seats)}
-    denoise = beside = helping = 0.0
+    rates: dict[str, float] = {}
+    beside: dict[str, float] = {}
+    helping: dict[str, float] = {}
+    denoise = 0.0
     for seat in layout.seats:
         gpus, helpers = kinds[seat.kind], tuple(stage for stage in seat.stages if stage != stages.denoiser)
-        shared = stages.denoiser in seat.stages
+        name, shared = " and ".join(helpers), stages.denoiser in seat.stages
         if shared:
             rate = seat.count / gpus.compute_s(stages.denoiser, load)
             denoise += rate
-            beside += rate if helpers else 0.0
+            beside[name] = beside.get(name, 0.0) + rate
         if helpers:
-            name, rate = " and ".join(helpers), seat.count / _busy_s(helpers, gpus, load, overlaps=shared)
+            rate = seat.count / _busy_s(helpers, gpus, load, overlaps=shared)
             rates[name] = rates.get(name, 0.0) + rate
-            helping += rate if shared else 0.0
-    rates[stages.denoiser] = denoise / (1 + beside / helping) if beside else denoise
+            helping[name] = helping.get(name, 0.0) + (rate if shared else 0.0)
+    taken = sum(rate / helping[name] for name, rate in beside.items() if helping.get(name))
+    rates[stages.denoiser] = denoise / (1 + taken)
+    for name, rate in helping.items():
+        if rate and denoise:
+            rates[name] = max(rate / 2, 1 / (1 / rate + 1 / denoise))
     return rates
 
 

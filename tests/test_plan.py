@@ -64,10 +64,18 @@ def test_a_split_does_what_its_slowest_stage_does() -> None:
     assert find(plan(3), "encoder and decoder on 1, transformer on the others") == pytest.approx(15)
 
 
-def test_a_gpu_that_does_all_stages_gives_the_transformer_what_the_others_leave() -> None:
+def test_a_gpu_that_does_all_stages_does_a_video_in_their_sum() -> None:
     assert find(plan(2), "all stages on every GPU") == pytest.approx(12)
-    assert find(plan(3), "transformer on all, encoder and decoder beside it on 1") == pytest.approx(15)
-    assert find(plan(2), "transformer on all, encoder and decoder beside it on 1") == pytest.approx(12)
+
+
+def test_helpers_that_need_little_leave_the_rest_of_their_gpu_to_its_transformer() -> None:
+    many_steps = replace(LOAD, passes=80)
+    made = make_plan([Hardware("H200", 3, 100 * GB, make_profile())], many_steps)
+    assert find(made, "transformer on all, encoder and decoder beside it on 1") == pytest.approx(3 * 60 / 64)
+
+
+def test_helpers_that_need_much_wait_for_their_gpu_s_share_of_the_denoising() -> None:
+    assert find(plan(3), "transformer on all, encoder and decoder beside it on 1") == pytest.approx(60 / (4 + 6 / 3))
 
 
 def test_equal_throughput_prefers_fused() -> None:
