@@ -122,7 +122,7 @@ def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> bench_
         tuple(Cell(n, scale) for n in steps for scale in guidance), tuple(n for n in rounds for _ in guidance),
         options.repeats or 2, options.format, tuple(filter(None, options.only.split("/"))),
         tuple(float(cap) for cap in options.caps.split(",") if cap), options.offload,
-        time.monotonic() + options.seconds,
+        options.output / f"bench_{'_'.join(whats)}.jsonl", time.monotonic() + options.seconds,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from disagg_ray.config import REPLICA_WINDOW
 from disagg_ray.layouts import Layout
-from disagg_ray.plan import Hardware, Plan, Prediction, equip, make_plan, parse_gpus, stages_of
+from disagg_ray.plan import Hardware, Plan, Prediction, equip, make_plan, parse_gpus
 from disagg_ray.profile import VERSION, Load, Point, Profile, StageProfile, read_profile
 from disagg_ray.scheduler import Job, Place, StageScheduler
 
@@ -202,10 +202,9 @@ def compare(profile: Profile, tables: Path) -> Iterator[Row]:
 
 
 def measure(profile: Path | None = None, tables: Path | None = None) -> dict[str, Any]:
+    given = read_profile(profile) if profile is not None else None
     result = {"simulated": [asdict(row) | {"error": row.error} for row in simulate(published_profile())]}
-    if profile is not None and tables is not None:
-        given = read_profile(profile)
-        assert stages_of(given)
+    if given is not None and tables is not None:
         result["measured"] = [asdict(row) | {"error": row.error} for row in compare(given, tables)]
     return result
 
@@ -228,14 +227,14 @@ def _plot(result: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 6))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for colour, (against, rows) in enumerate(result.items()):
-        axes.plot([r["found"] for r in rows], [r["predicted"] for r in rows], f"C{colour}o", alpha=0.6, label=against)
-    ends = [f([row["found"] for rows in result.values() for row in rows]) for f in (min, max)]
-    axes.plot(ends, ends, "k-", linewidth=0.8)
-    for factor in (0.9, 1.1):
-        axes.plot(ends, [factor * end for end in ends], "k:", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="videos a minute", ylabel="predicted", title="dotted: 10 % off")
+        errors = [100 * row["error"] for row in rows]
+        axes.plot([row["found"] for row in rows], errors, f"C{colour}o", alpha=0.6, label=against)
+    axes.axhline(0, color="black", linewidth=0.8)
+    for aim in (-10, 10):
+        axes.axhline(aim, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="videos a minute", ylabel="predicted, % more", title="prediction (dotted: aim)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -5,9 +5,11 @@ Each way is started once, and everything that is asked for is measured on it; wh
 
 from __future__ import annotations
 
+import json
 import queue
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +52,8 @@ class Options:
     """GiB of a GPU, for memory."""
     offload: str
     """Of stock under a cap."""
+    log: Path
+    """Gets each row as it comes, should the run be cut off."""
     ends: float
     """Monotonic time after which nothing more is begun."""
 
@@ -102,6 +106,8 @@ class Bench:
         """Return whether the row is of a cell."""
         self.rows.append(row)
         print(line(row), flush=True)
+        with self.options.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         return "cell" in row
 
 
@@ -282,11 +288,10 @@ def measure_capped(bench: Bench, way: Layout, peaks: Mapping[str, int], cap_gib:
     """Measure a way under a cap for each GPU: processes that share one share the cap, each by its peak."""
     cap = int(cap_gib * 2**30)
     needed = {seat: sum(peaks[stage] for stage in seat.stages) for seat in way.seats}
-    most, seat = (
-        max((bytes_needed, seat) for seat, bytes_needed in needed.items()) if not way.fused else (0, way.seats[0])
-    )
-    if way.fused or most > cap:
-        said = "as stock, all on the GPU" if way.fused else f"{' and '.join(seat.stages)} take {most / 1e9:.1f} GB"
+    fullest = max(needed, key=needed.__getitem__)
+    if way.fused or needed[fullest] > cap:
+        taken = f"{' and '.join(fullest.stages)} take {needed[fullest] / 1e9:.1f} GB"
+        said = "as stock, all on the GPU" if way.fused else taken
         bench.add({"way": way.name, "cap_gib": cap_gib, "error": f"no room: {said}"})
         return
     limits = {
@@ -347,37 +352,41 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    wanted = [("per_minute", "videos a minute"), ("latency_s", "one request alone, s")]
-    stacked = [("peak_bytes", "peak memory of a GPU's process, GB"), ("ready_s", "from nothing to ready, s")]
-    panels = [(k, t) for k, t in wanted + stacked if any(k in row for row in rows)]
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(11, 3.6 * len(panels)), squeeze=False)
-    for (key, title), axis in zip(panels, axes[:, 0], strict=True):
-        inner = key in ("peak_bytes", "ready_s")
-        values: dict[str, dict[str, float]] = {}
-        for row in rows:
-            if row.get(key):
-                name = row["way"].replace(", ", ",\n") + (f"\n{row['cap_gib']:g} GiB" if row.get("cap_gib") else "")
-                scale = 1e9 if key == "peak_bytes" else 1
-                found = {part: value / scale for part, value in row[key].items()} if inner else {row["cell"]: row[key]}
-                values.setdefault(name, {}).update(found)
+    panels = {"per_minute": "videos a minute", "latency_s": "one request alone, s",
+              "ready_s": "from nothing to ready, s", "peak_bytes": "peak memory of a process on a GPU, GB"}  # fmt: skip
+    drawn = {key: values for key in panels if (values := plotted(rows, key))}
+    figure, axes = pyplot.subplots(max(1, len(drawn)), 1, figsize=(12, 3.8 * max(1, len(drawn))), squeeze=False)
+    for (key, values), axis in zip(drawn.items(), axes[:, 0], strict=True):
         bars(axis, values)
-        axis.set(title=title)
+        axis.set(title=panels[key])
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def plotted(rows: Sequence[Row], key: str) -> dict[str, dict[str, float]]:
+    """Return what rows hold under a key, by way and then by cell or stage; nothing where all is 0."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get(key):
+            name = row["way"] + (f" under {row['cap_gib']:g} GiB" if row.get("cap_gib") else "")
+            given = row[key] if isinstance(row[key], dict) else {row["cell"]: row[key]}
+            found = {part: value / (1e9 if key == "peak_bytes" else 1) for part, value in given.items()}
+            values.setdefault(textwrap.fill(name, 20), {}).update(found)
+    return values if any(value for group in values.values() for value in group.values()) else {}
 
 
 def bars(axis: Any, values: Mapping[str, Mapping[str, float]]) -> None:
     """Draw a bar for each entry of each group, with its number on it."""
     names = list(dict.fromkeys(name for group in values.values() for name in group))
-    width = 0.8 / max(1, len(names))
     for colour, name in enumerate(names):
-        at = [
-            place + width * (colour - (len(names) - 1) / 2)
-            for place, group in enumerate(values.values())
-            if name in group
-        ]
-        drawn = axis.bar(at, [group[name] for group in values.values() if name in group], width, label=name)
-        axis.bar_label(drawn, fmt="%.3g", fontsize=7)
-    axis.set_xticks(range(len(values)), list(values), fontsize=7)
+        at, heights, widths = [], [], []
+        for place, group in enumerate(values.values()):
+            if name in group:
+                widths.append(0.8 / len(group))
+                at.append(place + widths[-1] * (list(group).index(name) - (len(group) - 1) / 2))
+                heights.append(group[name])
+        axis.bar_label(axis.bar(at, heights, widths, label=name, color=f"C{colour}"), fmt="%.3g", fontsize=7)
+    axis.set_xticks(range(len(values)), list(values), fontsize=8)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.margins(y=0.15)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
