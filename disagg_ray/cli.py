@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import signal
 import sys
 import textwrap
 import time
@@ -17,9 +16,11 @@ from contextlib import closing, contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from disagg_ray import logs
+from disagg_ray.arguments import EPILOG, Parser, terminated
+from disagg_ray.cli_plan import plan, profile
 from disagg_ray.config import Config, load_config, to_yaml
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.timeline import Works
-
-EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     logs.set_up()
     try:
-        with _terminated():
+        with terminated():
             return COMMANDS[name](arguments[1:])
     except InputError as error:
         print(f"disagg-ray: error: {error}", file=sys.stderr)
@@ -178,7 +177,7 @@ def _start_split(config: Config, options: argparse.Namespace, total: int) -> Ite
     with (
         _display(options, total) as display,
         closing(Cluster(config)),
-        _terminated(),  # Ray took the handler when it started
+        terminated(),  # Ray took the handler when it started
         Pipeline(config, display.on_event) as split,
     ):
         yield split
@@ -201,7 +200,7 @@ def show_config(argv: Sequence[str]) -> int:
 
 def make_checkpoint(argv: Sequence[str]) -> int:
     """Write a checkpoint of a known shape with seeded random weights."""
-    parser = _Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
+    parser = Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
     parser.add_argument("shape", help="as wan2.1-t2v-1.3b or tiny-t2v")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -240,7 +239,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Show where a finished run's time went: numbers, a picture, a trace and a page with the videos."""
-    parser = _Parser(prog="disagg-ray report", description=report.__doc__)
+    parser = Parser(prog="disagg-ray report", description=report.__doc__)
     parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
     parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
     options = parser.parse_args(argv)
@@ -253,6 +252,7 @@ def report(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     "generate": generate, "config": show_config, "make-checkpoint": make_checkpoint, "report": report, "doctor": doctor,
+    "profile": profile, "plan": plan,
 }  # fmt: skip
 
 
@@ -261,18 +261,8 @@ def _usage() -> str:
     return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` says more."
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as everything else is reported: in one line."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def _parser(name: str, command: Any) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
+    parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
     return parser
 
@@ -296,20 +286,6 @@ def field_docs(cls: type) -> dict[str, str]:
             assert isinstance(statement.target, ast.Name)
             docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
     return docs
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that every `with` closes what it holds."""
-
-    def leave(signum: int, _frame: object) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
