@@ -26,6 +26,7 @@ from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:
+    from disagg_ray.connection import Connection
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
 
@@ -61,26 +62,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(argv: Sequence[str]) -> int:
     """Generate one video."""
     parser = _parser("generate", generate)
-    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--config", help="YAML file of the model and its deployment")
+    parser.add_argument("--connect", metavar="NAME", help="use the pipeline that `disagg-ray up NAME` put up")
     parser.add_argument("--output", required=True, help="where to write: .mp4, .gif, .npy, or a folder for png files")
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     _add_request_flags(parser)
     options = parser.parse_intermixed_args(argv)
-    config = load_config(options.config, *options.overrides)
+    _check_source(options)
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
-    resolve(request, config)  # what is wrong with it should show before anything starts
+    if options.config is not None:
+        config = load_config(options.config, *options.overrides)
+        resolve(request, config)  # what is wrong with it should show before anything starts
 
     from disagg_ray.report import print_result
 
-    with _start(config, local=options.local) as pipeline:
+    with _connect(options.connect) if options.connect else _start(config, local=options.local) as pipeline:
         result = pipeline.generate(request)
         path = result.save(options.output, overwrite=options.overwrite)
         print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
     return 0
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    if (options.config is None) == (options.connect is None):
+        raise InputError("--config: give it, or the NAME of a standing pipeline as --connect, and not both")
+    if options.connect is not None and (options.overrides or options.local):
+        given = options.overrides[0] if options.overrides else "--local"
+        raise InputError(f"--connect: {given} has no effect on a pipeline that stands; leave it out, or use `up`")
+
+
+@contextmanager
+def _connect(name: str) -> Iterator[Connection]:
+    from disagg_ray.connection import Connection
+
+    with _joined(None), Connection(name) as connection:
+        yield connection
 
 
 @contextmanager
@@ -147,7 +167,100 @@ def doctor(argv: Sequence[str]) -> int:
     return exit_status(checks)
 
 
-COMMANDS = {"generate": generate, "config": show_config, "make-checkpoint": make_checkpoint, "doctor": doctor}
+def up(argv: Sequence[str]) -> int:
+    """Put a pipeline up that stays, for many drivers; one that stands becomes what is given, replica by replica."""
+    parser = _Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
+    parser.add_argument("name", metavar="NAME", help="what drivers will call it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--only", metavar="STAGE", help="start this stage; the last one makes the pipeline ready")
+    parser.add_argument("--here", action="store_true", help="with --only: on this machine")
+    options = parser.parse_intermixed_args(argv)
+    if options.here and options.only is None:
+        raise InputError("--here: it goes with --only STAGE; give both, or neither")
+    config = load_config(options.config, *options.overrides)
+    with _joined(config.cluster.address):
+        from disagg_ray import stand
+
+        if options.only is not None:
+            snapshot = stand.up_stage(options.name, options.only, config, here=options.here)
+        else:
+            snapshot = stand.up(options.name, config)
+    if snapshot is not None:
+        stages = ", ".join(f"{state.stage} {state.ready}" for state in snapshot.stages)
+        print(f"{snapshot.name} is {snapshot.state}: {stages}")
+    return 0
+
+
+def show_standing(argv: Sequence[str]) -> int:
+    """List the pipelines that stand."""
+    parser = _Parser(prog="disagg-ray ls", description=show_standing.__doc__)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(argv)
+    with _joined(None):
+        from disagg_ray import stand
+        from disagg_ray.report import print_standing, standing_to_json
+
+        snapshots = stand.list_all()
+    if options.json:
+        print(standing_to_json(snapshots))
+    else:
+        print_standing(snapshots)
+    return 0
+
+
+def down(argv: Sequence[str]) -> int:
+    """Take a standing pipeline down."""
+    parser = _Parser(prog="disagg-ray down", description=down.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--drain", action="store_true", help="let what runs finish first")
+    parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
+    options = parser.parse_args(argv)
+    with _joined(None):
+        from disagg_ray import stand
+
+        stand.down(options.name, options.grace if options.drain else 0.0)
+    print(f"{options.name} is down")
+    return 0
+
+
+def scale(argv: Sequence[str]) -> int:
+    """Change how many replicas a stage of a standing pipeline has."""
+    parser = _Parser(prog="disagg-ray scale", description=scale.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
+    options = parser.parse_args(argv)
+    asked = [_parse_scale(text) for text in options.stages]
+    with _joined(None):
+        from disagg_ray import stand
+
+        for stage, number in asked:
+            stand.scale(options.name, stage, number)
+            print(f"{options.name}: {stage} gets {number} replicas")
+    return 0
+
+
+def _parse_scale(text: str) -> tuple[str, int]:
+    stage, _, number = text.partition("=")
+    if not stage or not number.isdecimal() or int(number) < 1:
+        raise InputError(f"STAGE=NUMBER: {text!r} is not possible; write a stage and 1 or more, as transformer=4")
+    return stage, int(number)
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    """Join the cluster that is there."""
+    from disagg_ray.placement import join
+
+    join(address)
+    with _terminated():  # Ray took the handler when it joined
+        yield
+
+
+COMMANDS = {
+    "generate": generate, "up": up, "ls": show_standing, "scale": scale, "down": down, "config": show_config,
+    "make-checkpoint": make_checkpoint, "doctor": doctor,
+}  # fmt: skip
 
 
 def _usage() -> str:
