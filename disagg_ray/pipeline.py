@@ -212,7 +212,8 @@ class Pipeline:
         finally:
             self._waiting.discard(task)
             self._admission.leave_queue(handle)
-        journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], sequence, latents_file)
+        entered = next(self._sequence)  # stages go by the order of admission: the gate's fairness holds there too
+        journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], entered, latents_file)
         self._journeys[task] = journey
         self._travelling[request.id] = journey, handle
         self._metrics.in_flight(len(self._journeys))

@@ -16,7 +16,7 @@ import torch
 from disagg_ray.admission import Admission
 from disagg_ray.autoscale import Load, Scaler
 from disagg_ray.config import REPLICA_WINDOW, Config
-from disagg_ray.errors import ConfigError
+from disagg_ray.errors import ConfigError, DisaggError
 from disagg_ray.fleet import Fleet
 from disagg_ray.handle import Handle
 from disagg_ray.journey import measure
@@ -83,7 +83,10 @@ class Standing(Pipeline):
             raise ConfigError(f"{stage}: no such stage; there are {', '.join(self.config.stages)}")
         if stage in self.config.share_gpu or self.config.stages[stage].groups:
             raise ConfigError(f"{stage}: stages with groups or a shared GPU keep their number; take down and up again")
-        return self._change(_resized(self.config, stage, replicas), f"{stage}: {replicas} replicas were asked for")
+        least, most = self.config.stages[stage].min_replicas, self.config.stages[stage].max_replicas
+        if least is not None and most is not None and not least <= replicas <= most:
+            raise ConfigError(f"{stage}: {replicas} is outside its bounds, {least} to {most}; `up` can change them")
+        return self._change(_resized(self.config, stage, replicas), f"{replicas} were asked for")
 
     def change(self, config: Config) -> Future[None]:
         """Become what another configuration says, replica by replica, losing no request.
@@ -92,6 +95,10 @@ class Standing(Pipeline):
             ConfigError: it describes another graph or model, or pools of another size.
         """
         check_change(self.config, config)
+        for name, stage in config.stages.items():
+            if stage.max_replicas is not None:  # what the load has decided stays as far as it can
+                number = max(stage.replicas, min(self.config.stages[name].replicas, stage.max_replicas))
+                config = _resized(config, name, number)
         return self._change(config, "a new configuration was given")
 
     def _change(self, config: Config, reason: str) -> Future[None]:
@@ -137,6 +144,11 @@ class Standing(Pipeline):
             outstanding_s=scheduler.outstanding_seconds(time.monotonic()) + before_gate,
             room=self.fleet.room_for(stage),
         )
+
+    @property
+    def failure(self) -> DisaggError | None:
+        """Why nothing can be served any more, if so."""
+        return self._failure
 
     def survey(self) -> tuple[int, tuple[StageState, ...]]:
         """Return how many requests wait to be admitted, and how each stage is."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 import ray
 
 from disagg_ray.config import Config, StageConfig
-from disagg_ray.errors import DisaggError, StartError
+from disagg_ray.errors import DisaggError, ReplicaLost, StartError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import Graph
 from disagg_ray.metrics import Metrics
@@ -116,7 +116,11 @@ class StandingFleet(Fleet):
         return infos
 
     async def _follow(self, actor: Actor) -> None:
-        await ask(actor, "follow", self._leader, Charter(self._revision, self.config))
+        try:
+            async with asyncio.timeout(RECALL_S):
+                await ask(actor, "follow", self._leader, Charter(self._revision, self.config))
+        except TimeoutError:
+            raise ReplicaLost(f"{actor.name}: no answer for {RECALL_S:g} s") from None
 
     def _launch(self, post: Post) -> Actor:
         actor = super()._launch(post)

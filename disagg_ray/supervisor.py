@@ -166,7 +166,8 @@ class Supervisor:
         pipeline = await self._standing()
         driver = self._driver(run_id)
         for request_id in finished:
-            driver.entries.pop(request_id, None)
+            if (entry := driver.entries.pop(request_id, None)) is not None:
+                entry.handle.cancel()  # it may have been given up before it was taken on
             self._keep.drop(run_id, request_id)
         try:
             async with asyncio.timeout(pipeline.config.standing.driver_timeout_s / 4):
@@ -226,8 +227,9 @@ class Supervisor:
             return replace(about, state=f"failed: {error}")
         pipeline = await self._standing()
         queued, stages = await asyncio.to_thread(pipeline.survey)
+        state = f"failed: {pipeline.failure}" if pipeline.failure else "ready"
         return replace(
-            about, state="ready", config=pipeline.config, queued=queued, stages=stages, replicas=pipeline.replicas,
+            about, state=state, config=pipeline.config, queued=queued, stages=stages, replicas=pipeline.replicas,
             num_restarts=pipeline.num_restarts, driver_bytes_in_use=pipeline.driver_bytes_in_use,
         )  # fmt: skip
 
