@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
@@ -40,8 +41,9 @@ class Admission:
         self._closed: DisaggError | None = None
         self._waiting: FairQueue[_Turn] = FairQueue()
 
-    def queue(self, ticket: object, *, wait: bool) -> None:
-        """Take a place in the queue; wait until there is one, or raise.
+    @contextmanager
+    def queue(self, ticket: object, *, wait: bool) -> Iterator[None]:
+        """Take a place in the queue; wait until there is one, or raise. What is done inside comes before `close`.
 
         Raises:
             Overloaded: there is none, and `wait` is False.
@@ -55,6 +57,7 @@ class Admission:
             if self._closed is not None:
                 raise self._closed
             self._queued.add(ticket)
+            yield
 
     def leave_queue(self, ticket: object) -> None:
         """Give a place in the queue back. Idempotent."""

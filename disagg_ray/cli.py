@@ -8,29 +8,32 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import logging
-import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from disagg_ray import logs
+from disagg_ray.arguments import EPILOG, Parser, terminated
+from disagg_ray.cli_standing import down, joined, ls, scale, up
 from disagg_ray.config import Config, load_config, to_yaml
-from disagg_ray.environment import in_ray_job
+from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
-from disagg_ray.output import check_output, format_of
+from disagg_ray.output import check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:
     from disagg_ray.connection import Connection
+    from disagg_ray.display import Display
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
-
-EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
+    from disagg_ray.timeline import Works
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked_for_help = name in ("-h", "--help")
         print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logs.set_up()
     try:
-        with _terminated():
+        with terminated():
             return COMMANDS[name](arguments[1:])
     except InputError as error:
         print(f"disagg-ray: error: {error}", file=sys.stderr)
@@ -60,16 +63,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Generate one video."""
+    """Generate one video, or with --requests many."""
     parser = _parser("generate", generate)
     parser.add_argument("--config", help="YAML file of the model and its deployment")
     parser.add_argument("--connect", metavar="NAME", help="use the pipeline that `disagg-ray up NAME` put up")
-    parser.add_argument("--output", required=True, help="where to write: .mp4, .gif, .npy, or a folder for png files")
+    parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--quiet", action="store_true", help="show no progress, and only warnings")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or json: an object a line")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="where to write a .json that ui.perfetto.dev shows: who did what"
+    )
     _add_request_flags(parser)
+    _add_batch_flags(parser)
     options = parser.parse_intermixed_args(argv)
     _check_source(options)
+    logs.set_up(options.log_format, quiet=options.quiet)
+    if options.trace is not None:
+        check_trace(options.trace, in_job=in_ray_job())
+    single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
+    if options.requests is not None:
+        _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
+        return _generate_many(options)
+    _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
+    return _generate_one(options)
+
+
+def _generate_one(options: argparse.Namespace) -> int:
+    if options.output is None:
+        raise InputError("--output: not given; write one such as video.mp4, or for many --requests and --output-dir")
+    config = _config_of(options)
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
@@ -79,12 +103,62 @@ def generate(argv: Sequence[str]) -> int:
 
     from disagg_ray.report import print_result
 
-    with _connect(options.connect) if options.connect else _start(config, local=options.local) as pipeline:
+    with _start(config, options, 1) as pipeline:
         result = pipeline.generate(request)
         path = result.save(options.output, overwrite=options.overwrite)
         print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
+    if options.trace is not None:
+        _write_trace(options.trace, [(result.request.id, result.stages)])
     return 0
+
+
+def _generate_many(options: argparse.Namespace) -> int:
+    if options.output_dir is None:
+        raise InputError("--output-dir: not given; write the folder the videos go to")
+    check_folder(options.output_dir, in_job=in_ray_job())
+    config = _config_of(options)
+
+    from disagg_ray import batch
+    from disagg_ray.manifest import read_manifest
+    from disagg_ray.resume import Options
+
+    given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
+    asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
+    began = time.time()
+    summary = batch.generate(asked, config, partial(_start_split, config, options))
+    if options.trace is not None:
+        records = [record for record in read_manifest(asked.output_dir) if record.finished >= began]
+        _write_trace(options.trace, [(record.id, record.stages) for record in records])
+    return 0 if summary.complete else 1
+
+
+def _write_trace(path: str, works: Works) -> None:
+    from disagg_ray.trace import write_trace
+
+    print(f"wrote {write_trace(local_path(path), works)}")
+
+
+BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
+
+
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    many = parser.add_argument_group("many videos")
+    many.add_argument("--requests", metavar="FILE", help="JSON lines: any field of a request, `id` names the video")
+    many.add_argument("--output-dir", metavar="FOLDER", help="where videos and manifest.jsonl go; run again to go on")
+    many.add_argument(
+        "--verify", action="store_true", help="tell what is done by its digest, not by its time of change"
+    )
+    many.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
+    many.add_argument("--skip-invalid", action="store_true", help="go on without lines that cannot be used")
+
+
+def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> None:
+    for name in names:
+        if getattr(options, name, None) not in (None, False):
+            raise InputError(
+                f"--{name.replace('_', '-')}: given {'with' if options.requests else 'without'} --requests: {remedy}"
+            )
 
 
 def _check_source(options: argparse.Namespace) -> None:
@@ -95,28 +169,57 @@ def _check_source(options: argparse.Namespace) -> None:
         raise InputError(f"--connect: {given} has no effect on a pipeline that stands; leave it out, or use `up`")
 
 
+def _config_of(options: argparse.Namespace) -> Config:
+    if options.config is not None:
+        return load_config(options.config, *options.overrides)
+    from disagg_ray.connection import fetch_config
+
+    with joined(None):
+        return fetch_config(options.connect)
+
+
 @contextmanager
-def _connect(name: str) -> Iterator[Connection]:
-    from disagg_ray.connection import Connection
-
-    with _joined(None), Connection(name) as connection:
-        yield connection
-
-
-@contextmanager
-def _start(config: Config, *, local: bool) -> Iterator[LocalPipeline | Pipeline]:
-    """Start the pipeline, and end it whatever happens."""
-    if local:
+def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[LocalPipeline | Pipeline | Connection]:
+    """Start the pipeline, show its progress, and end it whatever happens."""
+    if options.local:
         from disagg_ray.local import LocalPipeline
 
-        with LocalPipeline(config) as pipeline:
+        with _display(options, total) as display, LocalPipeline(config, display.on_event) as pipeline:
             yield pipeline
+        return
+    with _start_split(config, options, total) as split:
+        yield split
+
+
+@contextmanager
+def _start_split(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline | Connection]:
+    if options.connect is not None:
+        from disagg_ray.connection import Connection
+
+        run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
+        with (
+            _display(options, total) as display,
+            joined(None),
+            Connection(options.connect, run_id=run_id, on_event=display.on_event) as connection,
+        ):
+            yield connection
         return
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.placement import Cluster
 
-    with closing(Cluster(config)), _terminated(), Pipeline(config) as split:  # Ray took the handler when it started
+    with (
+        _display(options, total) as display,
+        closing(Cluster(config)),
+        terminated(),  # Ray took the handler when it started
+        Pipeline(config, display.on_event) as split,
+    ):
         yield split
+
+
+def _display(options: argparse.Namespace, total: int) -> Display:
+    from disagg_ray.display import Display
+
+    return Display(total, "quiet" if options.quiet or options.log_format == "json" else "auto")
 
 
 def show_config(argv: Sequence[str]) -> int:
@@ -130,7 +233,7 @@ def show_config(argv: Sequence[str]) -> int:
 
 def make_checkpoint(argv: Sequence[str]) -> int:
     """Write a checkpoint of a known shape with seeded random weights."""
-    parser = _Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
+    parser = Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
     parser.add_argument("shape", help="as wan2.1-t2v-1.3b or tiny-t2v")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -167,98 +270,21 @@ def doctor(argv: Sequence[str]) -> int:
     return exit_status(checks)
 
 
-def up(argv: Sequence[str]) -> int:
-    """Put a pipeline up that stays, for many drivers; one that stands becomes what is given, replica by replica."""
-    parser = _Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
-    parser.add_argument("name", metavar="NAME", help="what drivers will call it")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
-    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
-    parser.add_argument("--only", metavar="STAGE", help="start this stage; the last one makes the pipeline ready")
-    parser.add_argument("--here", action="store_true", help="with --only: on this machine")
-    options = parser.parse_intermixed_args(argv)
-    if options.here and options.only is None:
-        raise InputError("--here: it goes with --only STAGE; give both, or neither")
-    config = load_config(options.config, *options.overrides)
-    with _joined(config.cluster.address):
-        from disagg_ray import stand
-
-        if options.only is not None:
-            snapshot = stand.up_stage(options.name, options.only, config, here=options.here)
-        else:
-            snapshot = stand.up(options.name, config)
-    if snapshot is not None:
-        stages = ", ".join(f"{state.stage} {state.ready}" for state in snapshot.stages)
-        print(f"{snapshot.name} is {snapshot.state}: {stages}")
-    return 0
-
-
-def show_standing(argv: Sequence[str]) -> int:
-    """List the pipelines that stand."""
-    parser = _Parser(prog="disagg-ray ls", description=show_standing.__doc__)
-    parser.add_argument("--json", action="store_true", help="for machines")
+def report(argv: Sequence[str]) -> int:
+    """Show where a finished run's time went: numbers, a picture, a trace and a page with the videos."""
+    parser = Parser(prog="disagg-ray report", description=report.__doc__)
+    parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
+    parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
     options = parser.parse_args(argv)
-    with _joined(None):
-        from disagg_ray import stand
-        from disagg_ray.report import print_standing, standing_to_json
+    from disagg_ray.report import write_report
 
-        snapshots = stand.list_all()
-    if options.json:
-        print(standing_to_json(snapshots))
-    else:
-        print_standing(snapshots)
+    for path in write_report(local_path(options.folder), local_path(options.output or options.folder)):
+        print(f"wrote {path}")
     return 0
-
-
-def down(argv: Sequence[str]) -> int:
-    """Take a standing pipeline down."""
-    parser = _Parser(prog="disagg-ray down", description=down.__doc__)
-    parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--drain", action="store_true", help="let what runs finish first")
-    parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
-    options = parser.parse_args(argv)
-    with _joined(None):
-        from disagg_ray import stand
-
-        stand.down(options.name, options.grace if options.drain else 0.0)
-    print(f"{options.name} is down")
-    return 0
-
-
-def scale(argv: Sequence[str]) -> int:
-    """Change how many replicas a stage of a standing pipeline has."""
-    parser = _Parser(prog="disagg-ray scale", description=scale.__doc__)
-    parser.add_argument("name", metavar="NAME")
-    parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
-    options = parser.parse_args(argv)
-    asked = [_parse_scale(text) for text in options.stages]
-    with _joined(None):
-        from disagg_ray import stand
-
-        for stage, number in asked:
-            stand.scale(options.name, stage, number)
-            print(f"{options.name}: {stage} gets {number} replicas")
-    return 0
-
-
-def _parse_scale(text: str) -> tuple[str, int]:
-    stage, _, number = text.partition("=")
-    if not stage or not number.isdecimal() or int(number) < 1:
-        raise InputError(f"STAGE=NUMBER: {text!r} is not possible; write a stage and 1 or more, as transformer=4")
-    return stage, int(number)
-
-
-@contextmanager
-def _joined(address: str | None) -> Iterator[None]:
-    """Join the cluster that is there."""
-    from disagg_ray.placement import join
-
-    join(address)
-    with _terminated():  # Ray took the handler when it joined
-        yield
 
 
 COMMANDS = {
-    "generate": generate, "up": up, "ls": show_standing, "scale": scale, "down": down, "config": show_config,
+    "generate": generate, "report": report, "up": up, "ls": ls, "scale": scale, "down": down, "config": show_config,
     "make-checkpoint": make_checkpoint, "doctor": doctor,
 }  # fmt: skip
 
@@ -268,18 +294,8 @@ def _usage() -> str:
     return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` says more."
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as everything else is reported: in one line."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def _parser(name: str, command: Any) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
+    parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
     return parser
 
@@ -303,20 +319,6 @@ def field_docs(cls: type) -> dict[str, str]:
             assert isinstance(statement.target, ast.Name)
             docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
     return docs
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that every `with` closes what it holds."""
-
-    def leave(signum: int, _frame: object) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
 
 from disagg_ray.config import Config
-from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError
+from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.handle import Handle, gather
 from disagg_ray.placement import join
 from disagg_ray.progress import Event, Listener
@@ -33,6 +34,8 @@ T = TypeVar("T")
 RETURN_S = 120.0
 """How long a supervisor that died may take to be back."""
 RETRY_S = 0.5
+ANSWER_S = 10.0
+"""How long a supervisor may take to say how it is."""
 LEAVE_S = 5.0
 
 
@@ -95,10 +98,11 @@ class Connection:
         """Generate many videos, yielding each as it finishes; see `Pipeline.generate_all`."""
         return gather(self.submit, requests, 2 * self.config.max_in_flight)
 
-    def submit(self, request: Request, *, wait: bool = True) -> Handle:
+    def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
         """Check a request and queue it at the pipeline; see `Pipeline.submit`.
 
-        Each driver may have `limits.max_queued` unfinished requests there.
+        Each driver may have `limits.max_queued` unfinished requests there. Finished latents are kept at the pipeline,
+        under the run id, and never come here: of `latents_file` counts only whether it is given.
 
         Raises:
             RequestError: the request cannot be served by this model and configuration.
@@ -108,7 +112,8 @@ class Connection:
         resolved, images = resolve(request, self.config)
         if self._closed:
             raise Cancelled("the connection is closed")
-        asked = Asked(resolved, {name: to_array(image) for name, image in images.items()}, self._keep)
+        keep = self._keep or latents_file is not None
+        asked = Asked(resolved, {name: to_array(image) for name, image in images.items()}, keep)
         handle = self._handles[resolved.id] = Handle(resolved)
         taken: concurrent.futures.Future[None] = concurrent.futures.Future()
         handle._future = asyncio.run_coroutine_threadsafe(self._run(asked, taken, wait=wait), self._loop)
@@ -118,6 +123,9 @@ class Connection:
         if not taken.done():
             handle.result()
         return handle
+
+    def note_written(self, seconds: float) -> None:
+        """Nothing: the metrics are the pipeline's, and what a driver writes is not."""
 
     async def _run(self, asked: Asked, taken: concurrent.futures.Future[None], *, wait: bool) -> Result:
         """Have a request computed; submit it again whenever the supervisor has forgotten it."""
@@ -250,3 +258,28 @@ class Connection:
         except BaseException:
             future.cancel()
             raise
+
+
+def fetch_config(name: str) -> Config:
+    """Return the configuration of a pipeline that stands in the cluster that was joined.
+
+    Raises:
+        InputError: no such pipeline stands; names those that do.
+        StartError: it does not answer.
+    """
+    return take_snapshot(name).config
+
+
+def take_snapshot(name: str) -> Snapshot:
+    """Ask a pipeline how it is.
+
+    Raises:
+        InputError: no such pipeline stands; names those that do.
+        StartError: it does not answer.
+    """
+    try:
+        answer: Any = ray.get(find_supervisor(name).snapshot.remote(), timeout=ANSWER_S)
+    except ray.exceptions.RayError as error:
+        raise StartError(f"{name}: its supervisor does not answer: it is being restarted; try again") from error
+    assert isinstance(answer, Snapshot)
+    return answer

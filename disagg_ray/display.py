@@ -83,6 +83,9 @@ class Display:
         """Take note of an event."""
         if self._mode == "quiet":
             return
+        if not event.stage:
+            self.finished(event.request_id, event.state == "done")
+            return
         with self._board.lock:
             track = self._board.on_event(event)
             if track is not None and self._mode == "lines":

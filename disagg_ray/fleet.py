@@ -78,7 +78,15 @@ class Fleet:
         return tuple(self._actors.values())
 
     def actor(self, replica_id: str) -> Actor:
-        return self._actors[replica_id]
+        """Return a serving replica.
+
+        Raises:
+            ReplicaLost: it was lost since the scheduler named it.
+        """
+        try:
+            return self._actors[replica_id]
+        except KeyError:
+            raise ReplicaLost(f"{replica_id} was lost before it was reached") from None
 
     def is_serving(self, actor: Actor) -> bool:
         return actor.id in self._actors

@@ -23,11 +23,11 @@ from disagg_ray.latents import describe, read_latents, write_latents
 from disagg_ray.metrics import Cause, Metrics
 from disagg_ray.placement import Actor
 from disagg_ray.progress import Event, State
-from disagg_ray.replica import Reply, Task
+from disagg_ray.replica import Encoded, Reply, Task
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, StageTiming
 from disagg_ray.scheduler import Job
-from disagg_ray.stage import frames_in_piece
+from disagg_ray.stage import RAW, frames_in_piece
 from disagg_ray.video import Frames
 from disagg_ray.visit import Turn, Visit, follow
 
@@ -195,11 +195,13 @@ class Journey:
             self._running.pop(consumer).cancel()
 
     def _release_spent(self) -> None:
-        """Free what all its consumers have made safe use of; latents stay until the end."""
+        """Free what all its consumers have made safe use of; latents stay until the end, and so does what they were
+        made from as long as the driver has no copy of them."""
+        last = self._graph.last
         for stage in list(self._outputs):
             consumers = self._graph.consumers(stage)
-            used = all(consumer in self._outputs and consumer not in self._holding for consumer in consumers)
-            if used and consumers and self._graph.last not in consumers:
+            safe = (c in (self._held if c in self._graph.producers(last) else self._outputs) for c in consumers)
+            if consumers and last not in consumers and all(safe):
                 self._release(self._outputs.pop(stage))
 
     async def _attempt(self, stage: str) -> _Output | None:
@@ -218,6 +220,7 @@ class Journey:
             scheduler.finish(job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
             output, visit = _Output(visit.task.key, reply.handoff, visit.actor, reply), None
         except (TransferError, ReplicaLost, StageError, PoolError, Cancelled) as error:
+            scheduler.withdraw(job, time.monotonic())  # the replica need not pause
             await self._note_failure(stage, visit, error)
             return None
         except asyncio.CancelledError:
@@ -256,7 +259,7 @@ class Journey:
         if "denoise" in self._config.stages[stage].blocks:  # steps that no event told of
             self._metrics.steps(stage, timing.replica, self.request.num_inference_steps - self._steps[stage])
         self._end(stage, "done", "ok", timing.replica)
-        self._log(logging.INFO, "%s done in %.2f s", timing.replica, timing.compute_s)
+        self._log(logging.DEBUG, "%s done in %.2f s", timing.replica, timing.compute_s)
 
     async def _note_failure(self, stage: str, visit: Visit | None, error: DisaggError) -> None:
         """Count a failed attempt, and say what is to be made again.
@@ -335,23 +338,37 @@ class Journey:
         return self._graph.producers(self._graph.last) == (stage,)
 
     async def _bring(self) -> tuple[bytes | None, Frames | None] | None:
-        """Return the file, or bring the raw frames here piece by piece; None: they were lost on the way."""
-        output, request = self._outputs[self._graph.last], self.request
-        assert output.reply is not None and output.holder is not None, "the last stage's output is never held"
-        if output.reply.data is not None:
-            return output.reply.data, None
-        num_frames, pixels = output.reply.num_frames, request.height * request.width
-        frames = np.empty((num_frames, request.height, request.width, 3), np.float32)
+        """Return the file and no frames, or no file and the raw frames; None: they were lost on the way."""
+        output = self._outputs[self._graph.last]
         try:
-            for start in range(0, num_frames, frames_in_piece(pixels, num_frames)):
-                piece = await self._fleet.ask(output.holder, "piece", output.key, start, about=request.id)
-                await self._holdings.pull_frames(piece, frames[start:])
+            return (
+                (None, await self._frames(output)) if self.request.format in RAW else (await self._file(output), None)
+            )
         except (ReplicaLost, TransferError) as error:
             self._note_setback(error)
             if self._graph.last in self._outputs:
                 self._drop(self._graph.last)
             return None
-        return None, frames
+
+    async def _file(self, output: _Output) -> bytes:
+        """Have the file encoded where the frames are."""
+        assert output.holder is not None, "the last stage's output is never held"
+        request, last = self.request, self._graph.last
+        arguments = output.key, request.fps, request.format
+        encoded: Encoded = await self._fleet.ask(output.holder, "encode", *arguments, about=request.id)
+        self._timings[last] = replace(self._timings[last], encode_s=encoded.seconds)
+        self._metrics.encoded(last, output.holder.name, encoded.seconds)
+        return encoded.data
+
+    async def _frames(self, output: _Output) -> Frames:
+        """Bring the raw frames here piece by piece."""
+        assert output.reply is not None and output.holder is not None, "the last stage's output is never held"
+        request, num_frames = self.request, output.reply.num_frames
+        frames = np.empty((num_frames, request.height, request.width, 3), np.float32)
+        for start in range(0, num_frames, frames_in_piece(request.height * request.width, num_frames)):
+            piece = await self._fleet.ask(output.holder, "piece", output.key, start, about=request.id)
+            await self._holdings.pull_frames(piece, frames[start:])
+        return frames
 
     def _release(self, output: _Output) -> None:
         """Free an output's slots where they are; a dead replica has none."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +13,8 @@ import torch
 
 from disagg_ray.config import Config, load_config
 from disagg_ray.graph import build_graph
-from disagg_ray.request import Request, resolve
+from disagg_ray.progress import Event, State
+from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result, StageTiming
 from disagg_ray.stage import RAW, Stage
 from disagg_ray.video import encode, to_array
@@ -20,8 +23,10 @@ from disagg_ray.video import encode, to_array
 class LocalPipeline:
     """Runs requests one after the other, stage after stage; has `Pipeline`'s blocking methods."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
+        """Load the stages; `on_event` hears of every request's progress."""
         self.config = config
+        self._on_event = on_event
         stages = {name: Stage(name, config) for name in config.stages}
         self.graph = build_graph([stage.ports for stage in stages.values()])
         self._stages = [stages[name] for name in self.graph.order]
@@ -60,15 +65,24 @@ class LocalPipeline:
         for stage in self._stages:
             began, begin = time.time(), time.monotonic()
             wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
-            outputs = stage.compute(resolved, wanted, None)
+            self._tell(resolved, stage.name, "running")
+            outputs = stage.compute(resolved, wanted, partial(self._tell, resolved, stage.name, "running"))
+            self._tell(resolved, stage.name, "done")
             tensors |= outputs.tensors
             frames = outputs.frames if outputs.frames is not None else frames
             timings.append(_timing(stage, began, time.monotonic() - begin))
         assert frames is not None, "the graph has exactly one stage that makes frames"
         raw = resolved.format in RAW
+        begin = time.monotonic()
         data = None if raw else encode(frames, resolved.fps, resolved.format, self.config.output.scale)
+        timings[-1] = replace(timings[-1], encode_s=time.monotonic() - begin)
         seconds = time.monotonic() - started
+        self._tell(resolved, "", "done")
         return Result(resolved, seconds, tuple(timings), data, frames if raw else None)
+
+    def _tell(self, request: ResolvedRequest, stage: str, state: State, step: int = 0, steps: int = 0) -> None:
+        if self._on_event is not None:
+            self._on_event(Event(request.id, stage, "local" if stage else "", 0, state, step, steps))
 
     def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate videos one after the other."""

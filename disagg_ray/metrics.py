@@ -157,6 +157,11 @@ class Metrics:
             self._count("transfer_seconds_total", timing.pull_s, **where)
         self.progressed()
 
+    def encoded(self, stage: str, replica: str, seconds: float) -> None:
+        """Count the seconds that encoding one file took."""
+        self._phase(stage, replica, "encode", seconds)
+        self.progressed()
+
     def written(self, seconds: float) -> None:
         """Count the seconds that writing one result took."""
         self._phase(DRIVER, DRIVER, "write", seconds)

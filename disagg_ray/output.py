@@ -19,6 +19,8 @@ from disagg_ray.errors import OutputError
 from disagg_ray.video import Frames, encode_png
 
 SUFFIXES = {".mp4": "mp4", ".gif": "gif", ".npy": "npy", "": "png"}
+TEMPORARY = ".disagg_ray-"
+"""How the names of files and folders begin that are being written."""
 
 
 def format_of(output: str | Path) -> str:
@@ -56,6 +58,45 @@ def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -
         raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
 
 
+def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
+    """Check that a batch can have its folder there; making it shows the rest.
+
+    Raises:
+        OutputError: it is a URL, or relative inside a Ray job.
+    """
+    if is_url(folder):
+        raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
+    if in_job and not local_path(folder).is_absolute():
+        raise OutputError(
+            f"output-dir: {str(folder)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"write an absolute path"
+        )
+
+
+def check_trace(path: str | Path, *, in_job: bool = False) -> None:
+    """Check that a trace can be written there, before any work; an older one is replaced.
+
+    Raises:
+        OutputError: is no .json file on this machine, is relative inside a Ray job, or cannot be written.
+    """
+    if is_url(path) or local_path(path).suffix.lower() != ".json" or local_path(path).is_dir():
+        raise OutputError(f"trace: {str(path)!r} is no name of a JSON file on this machine; write one like trace.json")
+    if in_job and not local_path(path).is_absolute():
+        raise OutputError(
+            f"trace: {str(path)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"write an absolute path"
+        )
+    _check_parent(local_path(path), f"trace: {str(path)!r}")
+
+
+def _check_parent(path: Path, shown: str) -> None:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{shown} cannot be written: {str(folder)!r} is not a folder that can be written")
+
+
 def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
     if in_job and not path.is_absolute():
         raise OutputError(
@@ -70,11 +111,7 @@ def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> Non
         raise OutputError(f"output: {shown} is {'a folder' if path.is_dir() else 'no folder'}; give another name")
     if path.is_dir() and any(re.fullmatch(r"frame_\d+\.png", entry.name) is None for entry in path.iterdir()):
         raise OutputError(f"output: {shown} holds other files than frames; give the name of a new folder")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"output: {shown} cannot be written: {str(folder)!r} is not a folder that can be written")
+    _check_parent(path, f"output: {shown}")
 
 
 def _check_url(url: str, *, overwrite: bool) -> None:
@@ -125,7 +162,7 @@ def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
 
 
 def _write_folder(frames: Frames, path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".disagg_ray-", dir=path.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
         for index, frame in enumerate(frames):
@@ -138,7 +175,7 @@ def _write_folder(frames: Frames, path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes its name only once it is whole and on disk."""
-    temporary = path.with_name(f".disagg_ray-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as sink:
             yield sink

@@ -195,9 +195,9 @@ class Pipeline:
         driver: str = "",
     ) -> Handle:
         handle = Handle(request)
-        self._admission.queue(handle, wait=wait)
-        running = self._run(handle, images, latents_file, driver)
-        handle._future = asyncio.run_coroutine_threadsafe(running, self._loop)
+        with self._admission.queue(handle, wait=wait):
+            running = self._run(handle, images, latents_file, driver)
+            handle._future = asyncio.run_coroutine_threadsafe(running, self._loop)
         handle.add_done_callback(self._admission.leave_queue)  # it may be cancelled before it begins
         return handle
 
@@ -208,7 +208,13 @@ class Pipeline:
         assert task is not None
         self._waiting.add(task)
         try:
+            if self._failure is not None:  # since it was queued
+                raise self._failure
             given = await self._admission.enter(request.priority, sequence, driver, lambda: self._predict(request))
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
         finally:
             self._waiting.discard(task)
             self._admission.leave_queue(handle)
@@ -229,6 +235,7 @@ class Pipeline:
             outcome = "cancelled"
             raise
         finally:
+            self._tell(Event(request.id, "", "", 0, outcome))
             del self._journeys[task]
             if self._travelling.get(request.id) == (journey, handle):
                 del self._travelling[request.id]
@@ -297,14 +304,15 @@ class Pipeline:
             task.cancel()
 
     def health(self) -> dict[str, Health]:
-        """Ask every replica how it is, by name."""
+        """Ask every replica how it is, by name; those that turn out to be lost are left out."""
         fleet = self._fleet
         assert fleet is not None
 
         async def ask_all() -> dict[str, Health]:
             actors = fleet.actors
-            healths = await asyncio.gather(*(fleet.ask(actor, "health") for actor in actors))
-            return dict(zip([actor.name for actor in actors], healths, strict=True))
+            asked = (fleet.ask(actor, "health") for actor in actors)
+            answers = zip(actors, await asyncio.gather(*asked, return_exceptions=True), strict=True)
+            return {actor.name: answer for actor, answer in answers if isinstance(answer, Health)}
 
         return self._call(ask_all())
 

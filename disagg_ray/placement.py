@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,12 +23,13 @@ from disagg_ray import environment, roster
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.replica import ServedReplica
+from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
 
-GROUPS = {"compute": 1, "pull": 1, "control": 2}
+GROUPS = {"compute": 1, "pull": 1, "encode": 1, "control": 2}
 """Threads of each kind in a replica."""
-GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull"}
+GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "encode"}
 """Every other call is a control call."""
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 """Ray's names: its default fills nodes that are in use first, up to half."""
@@ -119,6 +121,7 @@ class Cluster:
             num_gpus=config.cluster.num_gpus,
             resources={name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
             include_dashboard=config.cluster.dashboard,
+            job_config=JobConfig(metadata=_metadata(config)),
             logging_level=logging.ERROR,
         )
         self._started = True
@@ -133,6 +136,12 @@ class Cluster:
             ray.shutdown()
             environment.replace("RAY_AUTH_MODE", self._auth_mode)
             self._started = False
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    """Return what a stranger should see of the job in Ray's dashboard."""
+    stages = ", ".join(f"{name} x {stage.num_replicas}" for name, stage in config.stages.items())
+    return {"disagg_ray": VERSION, "model": config.model.path, "stages": stages}
 
 
 def _asked(config: Config) -> dict[str, float]:
@@ -272,7 +281,7 @@ def _share(config: Config, **options: str) -> PlacementGroup:
         if stage.accelerator_type is not None:
             labels["ray.io/accelerator-type"] = stage.accelerator_type
     bundle = {name: number for name, number in bundle.items() if number}
-    selector = [labels] if labels else []
+    selector = [labels] if labels else None
     group: PlacementGroup = placement_group([bundle], bundle_label_selector=selector, **options)
     return group
 
@@ -319,9 +328,10 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
         raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayError as error:
         reason = _reason(error)
+        cut_off = isinstance(error, ray.exceptions.ActorUnavailableError)  # nobody is left there to say that it died
         raise ReplicaLost(
             f"{actor.name}: the replica died or cannot be reached: {reason}",
-            with_node="node has died" in reason or getattr(error, "preempted", False),
+            with_node=cut_off or "node has died" in reason or getattr(error, "preempted", False),
         ) from error
     if isinstance(answer, DisaggError):
         raise answer
@@ -331,6 +341,8 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
 def _reason(error: ray.exceptions.RayError) -> str:
     """Return the line of Ray's message that says why."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and "creation task" in lines[0]:
+        return lines[-1]  # what the constructor raised
     return next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
 
 

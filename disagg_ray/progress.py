@@ -58,6 +58,7 @@ class Event:
 
     request_id: str
     stage: str
+    """Empty: the request as a whole, which is over."""
     replica: str
     """As transformer-0; empty while the request waits for one."""
     attempt: int

@@ -1,7 +1,7 @@
 """What runs inside an actor: a stage, its pool, and the calls the driver makes.
 
-A plain class: `placement` applies `ray.remote` where it launches one. Three kinds of threads enter it, each Ray's own
-concurrency group: one computes (`run`), one pulls ahead (`prefetch`), two answer control calls.
+A plain class: `placement` applies `ray.remote` where it launches one. Four kinds of threads enter it, each Ray's own
+concurrency group: one computes (`run`), one pulls ahead (`prefetch`), one encodes files, two answer control calls.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from disagg_ray.models.checkpoint import Geometry
 from disagg_ray.progress import Credentials, Event, Sender, State
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
-from disagg_ray.stage import RAW, Stage, frames_in_piece
+from disagg_ray.stage import Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.video import Frames, encode
 
 T = TypeVar("T")
+
+MAX_VIDEOS = 2
+"""Decoded and not yet fetched at a replica: one whose file is being encoded and one that waits for that."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,16 @@ class Reply:
 
     handoff: Handoff
     """Of the tensors that other stages read."""
-    data: bytes | None
-    """The encoded file, from the last stage."""
     num_frames: int
-    """Raw frames kept for `piece`, from the last stage."""
+    """Frames kept for `encode` or `piece`, from the last stage."""
     timing: StageTiming
+
+
+@dataclass(frozen=True)
+class Encoded:
+    data: bytes
+    """The file."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ class Health:
     gpu_allocated_bytes: int
     gpu_peak_bytes: int
     """Most GPU memory ever taken."""
+    num_videos: int
+    """Decoded and not yet fetched."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,8 @@ class Replica:
         self._frames: dict[AttemptKey, Frames] = {}
         self._known: set[AttemptKey] = set()
         """Tasks that were begun here and not released."""
-        self._lock = threading.Lock()  # of the three above and the leader
+        self._changed = threading.Condition()
+        """Of the three above, and of the leader."""
         self._leader: Leader | None = None
         """None: whoever asks is served."""
         self._charter: Charter | None = None
@@ -207,7 +218,7 @@ class Replica:
 
     def follow(self, leader: Leader, charter: Charter) -> None:
         """Work for this driver from now on; what was begun for one that is dead is given up and its slots are freed."""
-        with self._lock:
+        with self._changed:
             before, self._leader, self._charter = self._leader, leader, charter
             known = list(self._known)
         if before is not None and before.life == leader.life:
@@ -222,7 +233,7 @@ class Replica:
     def prefetch(self, task: Task) -> None:
         """Reserve room for a task and pull its inputs, while another computes."""
         pulled = self._pull(task)
-        with self._lock:
+        with self._changed:
             self._pulled[task.key] = pulled
         if self._pool.is_released(task.key):
             self.release(task.key)
@@ -234,12 +245,13 @@ class Replica:
             Cancelled: the task was released meanwhile; a denoise stops within one step.
             TransferError: its inputs could not be pulled.
         """
-        with self._lock:
+        with self._changed:
             pulled = self._pulled.pop(task.key, None)
         if pulled is None:
             pulled = self._pull(task)
-        self._progressed = time.monotonic()
         try:
+            self._await_room_for_frames(task.key)
+            self._progressed = time.monotonic()
             return self._compute(task, pulled)
         except BaseException:
             self.release(task.key)
@@ -247,13 +259,18 @@ class Replica:
         finally:
             self._progressed = None
 
+    def _await_room_for_frames(self, key: AttemptKey) -> None:
+        """Wait while as many videos as may wait for their encoding do; they take the host's memory."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._frames) < MAX_VIDEOS or self._pool.is_released(key))
+
     def _tell(self, task: Task, state: State, step: int = 0, steps: int = 0) -> None:
         stage = self._stage.name
         self._sender.send(Event(task.request.id, stage, self.name, task.attempt, state, step, steps))
 
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
-        with self._lock:
+        with self._changed:
             if self._leader is not None and self._leader.life != task.life:
                 raise Cancelled(f"request {task.request.id} was a dead driver's")
             self._known.add(task.key)
@@ -285,8 +302,10 @@ class Replica:
         computed = time.monotonic()
         self._tell(task, "publishing")
         handoff = self._pool.publish(task.key, outputs.tensors)
-        data, num_frames = self._finish(task, outputs.frames)
         self._pool.release(task.key, pulled.tensors)
+        if outputs.frames is not None:
+            with self._changed:
+                self._frames[task.key] = outputs.frames
         timing = StageTiming(
             stage=self._stage.name,
             replica=self.name,
@@ -299,20 +318,25 @@ class Replica:
             route=self._pool.route(task.handoffs[0]) if task.handoffs else "none",
             peak_bytes=self._stage.peak_bytes,
         )
-        return Reply(handoff, data, num_frames, timing)
+        return Reply(handoff, 0 if outputs.frames is None else len(outputs.frames), timing)
 
-    def _finish(self, task: Task, frames: Frames | None) -> tuple[bytes | None, int]:
-        if frames is None:
-            return None, 0
-        if task.request.format not in RAW:
-            return encode(frames, task.request.fps, task.request.format, self._config.output.scale), 0
-        with self._lock:
-            self._frames[task.key] = frames
-        return None, len(frames)
+    def encode(self, key: AttemptKey, fps: int, format: str) -> Encoded:
+        """Return the video file of a finished task's frames; the replica may compute the next one meanwhile."""
+        began = time.monotonic()
+        with self._changed:
+            frames = self._frames[key]
+        data = encode(frames, fps, format, self._config.output.scale)
+        self._drop_frames(key)
+        return Encoded(data, time.monotonic() - began)
+
+    def _drop_frames(self, key: AttemptKey) -> None:
+        with self._changed:
+            self._frames.pop(key, None)
+            self._changed.notify_all()
 
     def piece(self, key: AttemptKey, start: int) -> Handoff:
         """Publish the raw frames of a finished task from frame `start` on, as many as travel at once."""
-        with self._lock:
+        with self._changed:
             frames = self._frames[key]
         _, height, width, _ = frames.shape
         stop = start + frames_in_piece(height * width, len(frames))
@@ -321,10 +345,10 @@ class Replica:
     def release(self, key: AttemptKey) -> None:
         """Give a task up or forget its outputs: frees its slots, stops it if it runs. Idempotent."""
         self._pool.release(key)
-        with self._lock:
+        with self._changed:
             self._pulled.pop(key, None)
-            self._frames.pop(key, None)
             self._known.discard(key)
+        self._drop_frames(key)
 
     def health(self) -> Health:
         rss = psutil.Process().memory_info().rss
@@ -340,6 +364,7 @@ class Replica:
             cache_misses=pool.cache.misses,
             gpu_allocated_bytes=self._stage.allocated_bytes,
             gpu_peak_bytes=self._stage.peak_bytes,
+            num_videos=len(self._frames),
         )
 
     def forget(self, sessions: tuple[str, ...]) -> None:
@@ -379,6 +404,9 @@ class ServedReplica(Replica):
 
     def run(self, task: Task) -> Reply | DisaggError:  # type: ignore[override]
         return _answer(super().run, task)
+
+    def encode(self, key: AttemptKey, fps: int, format: str) -> Encoded | DisaggError:  # type: ignore[override]
+        return _answer(super().encode, key, fps, format)
 
     def piece(self, key: AttemptKey, start: int) -> Handoff | DisaggError:  # type: ignore[override]
         return _answer(super().piece, key, start)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from disagg_ray.errors import OutputError
+from disagg_ray.gantt import draw
+from disagg_ray.manifest import MANIFEST, Record, read_manifest
+from disagg_ray.output import atomic_file
+from disagg_ray.page import Sheet, render
 from disagg_ray.result import Result
 from disagg_ray.service import Snapshot
+from disagg_ray.summary import Tally, bottleneck
+from disagg_ray.timeline import PHASES, Timeline, is_whole, lay_out, shares
+from disagg_ray.trace import to_trace
 from disagg_ray.units import human_bytes
+
+PERCENTILES = (50, 90, 99, 100)
 
 
 def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools: Mapping[str, int]) -> None:
@@ -28,14 +41,14 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
         f"{request.num_inference_steps} steps, seed {request.seed}, {result.seconds:.2f} s"
     ))  # fmt: skip
     table.add_column("replica")
-    for column in ("queue s", "pull s", "compute s", "publish s", "pulled"):
+    for column in ("queue s", "pull s", "compute s", "publish s", "encode s", "pulled"):
         table.add_column(column, justify="right")
     table.add_column("route")
     table.add_column("pool", justify="right")
     table.add_column("GPU peak", justify="right")
     table.add_column("weights")
     for timing in result.stages:
-        seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s)
+        seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s, timing.encode_s)
         held = weights.get(timing.replica) or weights.get(timing.stage) or {}
         table.add_row(
             timing.replica if timing.replica != "local" else timing.stage,
@@ -84,3 +97,103 @@ def _print(table: Table) -> None:
     if not console.is_terminal:
         console.width = 160  # a log has no width of its own
     console.print(table)
+
+
+def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
+    """Print what a finished run came to, and write report.html, timeline.png and trace.json; return their paths.
+
+    Raises:
+        OutputError: there is no manifest in the folder, it is empty, or the output cannot be written.
+    """
+    records = _read(folder)
+    done = [record for record in records if record.status == "done"]
+    timeline = lay_out((record.id, record.stages) for record in done)
+    notes, busy, latency = _notes(records, timeline), _busy(timeline), _latencies(done)
+    print("\n".join(notes))
+    _print_sheet(busy)
+    _print_sheet(latency)
+    title = f"disagg_ray: {folder.resolve().name}"
+    words = [f"{title}: {notes[0]}", *notes[1:], *_in_words(busy), *_in_words(replace(latency, rows=latency.rows[:1]))]
+    videos = os.path.relpath(folder.resolve(), output.resolve())
+    page = render(title, notes, (busy, latency), draw(timeline), records, videos)
+    contents = {"report.html": page, "timeline.png": draw(timeline, words), "trace.json": to_trace(timeline)}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            with atomic_file(output / name) as sink:
+                sink.write(content)
+    except OSError as error:
+        raise OutputError(f"output: {str(output)!r} cannot be written: {error}") from error
+    return tuple(output / name for name in contents)
+
+
+def _read(folder: Path) -> list[Record]:
+    """Return the last record of each request, with the timings that have all their numbers."""
+    last = {record.id: record for record in read_manifest(folder)}
+    if not last:
+        raise OutputError(f"{str(folder / MANIFEST)!r} records no request; give the --output-dir of a finished run")
+    return [replace(record, stages=tuple(filter(is_whole, record.stages))) for record in last.values()]
+
+
+def _notes(records: Sequence[Record], timeline: Timeline) -> list[str]:
+    """Return in a few lines how it went."""
+    tally = Tally()
+    for record in records:
+        if record.status == "done":
+            tally.add(record.stages)
+    pace = 60 * tally.done / timeline.seconds if timeline.seconds else 0.0
+    began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(timeline.began))
+    notes = [
+        f"{tally.done} done, {len(records) - tally.done} failed, {tally.retried} retried; began {began}, "
+        f"{timeline.seconds:.1f} s{' without pauses' if timeline.pauses else ''}, {pace:.2f} videos a minute"
+    ]
+    if found := bottleneck(tally.shares(timeline.num_replicas, timeline.seconds)):
+        notes.append(f"bottleneck: {found.stage}; one more replica of it: {found.speedup:.2f} x as many videos")
+    return notes
+
+
+def _busy(timeline: Timeline) -> Sheet:
+    rows = tuple(
+        (
+            stage, str(timeline.num_replicas[stage]), f"{100 * (of['compute'] + of['publish']):.0f} %",
+            *(f"{100 * of[phase]:.1f} %" for phase in PHASES), f"{100 * (1 - sum(of.values())):.1f} %",
+        )
+        for stage, of in shares(timeline).items()
+    )  # fmt: skip
+    return Sheet("Where the replicas' time went", ("stage", "replicas", "busy", *PHASES, "idle"), rows)
+
+
+def _latencies(records: Sequence[Record]) -> Sheet:
+    """Return percentiles of a request's time, whole and by stage; a pull counts whole, hidden behind others or not."""
+    seconds = {"seconds a request": [record.seconds for record in records if record.seconds is not None]}
+    for timing in (timing for record in records for timing in record.stages):
+        parts = {
+            "wait": timing.queue_s,
+            "pull": timing.pull_s,
+            "compute": timing.compute_s,
+            "publish": timing.publish_s,
+        }
+        for phase, value in parts.items():
+            seconds.setdefault(f"{timing.stage} {phase}", []).append(value)
+    rows = tuple(
+        (name, *(f"{value:.3f}" for value in np.percentile(values, PERCENTILES)))
+        for name, values in seconds.items()
+        if values
+    )
+    return Sheet("Latency", ("seconds", *(f"p{p}" if p < 100 else "max" for p in PERCENTILES)), rows)
+
+
+def _in_words(sheet: Sheet) -> list[str]:
+    return [
+        f"{row[0]}: " + ", ".join(f"{column} {cell}" for column, cell in zip(sheet.columns[1:], row[1:], strict=True))
+        for row in sheet.rows
+    ]
+
+
+def _print_sheet(sheet: Sheet) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=sheet.title, title_justify="left")
+    for index, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    _print(table)

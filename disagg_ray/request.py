@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import sys
 import uuid
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_ray.config import MULTIPLE, Config
 from disagg_ray.errors import RequestError
-from disagg_ray.video import MAX_GIF_FPS, load_image
+from disagg_ray.video import MAX_GIF_FPS, check_image_file, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("mp4", "gif", "png", "npy")
 MAX_SEED = 2**63 - 1
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_PRIORITY = 1000
 
 
@@ -98,27 +100,49 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
         RequestError: names the field, the value and the remedy.
     """
     _check_types(request)
-    images = _load_images(request, config)
-    height, width = _size(request, config, images.get("image"))
+    given = _given_images(request, config)
+    images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
+    sizes = {name: (image.height, image.width) for name, image in images.items()}
+    resolved = _fill(request, config, _size(request, config, images.get("image")), sizes)
+    _check(resolved, config)
+    return resolved, images
+
+
+def check(request: Request, config: Config) -> None:
+    """Check what `resolve` checks, but of an image file only that it is there and not too large: none is opened.
+
+    Raises:
+        RequestError: names the field, the value and the remedy.
+    """
+    _check_types(request)
+    given = _given_images(request, config)
+    for name, image in given.items():
+        check_image_file(image, name)
+    height, width = (MULTIPLE, MULTIPLE) if given else (config.defaults.height, config.defaults.width)
+    _check(_fill(request, config, (_or(request.height, height), _or(request.width, width)), {}), config)
+
+
+def _fill(
+    request: Request, config: Config, size: tuple[int, int], images: dict[str, tuple[int, int]]
+) -> ResolvedRequest:
+    """Fill in the defaults; sizes are (height, width)."""
     defaults = config.defaults
-    resolved = ResolvedRequest(
+    return ResolvedRequest(
         id=request.id,
         prompt=request.prompt,
         negative_prompt=_or(request.negative_prompt, defaults.negative_prompt),
-        height=height,
-        width=width,
+        height=size[0],
+        width=size[1],
         num_frames=_or(request.num_frames, defaults.num_frames),
         num_inference_steps=_or(request.num_inference_steps, len(config.model.sigmas) or defaults.num_inference_steps),
         guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
         guidance_scale_2=_or(request.guidance_scale_2, defaults.guidance_scale_2),
-        seed=_or(request.seed, secrets.randbelow(2**32)),
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         fps=_or(request.fps, defaults.fps),
         format=request.format,
+        images=images,
         priority=request.priority,
-        images={name: (image.height, image.width) for name, image in images.items()},
     )
-    _check(resolved, config)
-    return resolved, images
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -142,18 +166,20 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+OPTIONAL = {f.name for f in fields(Request) if f.default is None}
+
+
 def _check_types(request: Request) -> None:
-    for f in fields(Request):
-        value, types = getattr(request, f.name), TYPES.get(f.name)
-        optional = f.default is None
-        if types is None or (value is None and optional):
+    for name, types in TYPES.items():
+        value = getattr(request, name)
+        if type(value) in types or (value is None and name in OPTIONAL):
             continue
         if not isinstance(value, types) or isinstance(value, bool):
             names = " or ".join(t.__name__ for t in types)
-            raise RequestError(f"{f.name}: {value!r} is a {type(value).__name__}; give {names}")
+            raise RequestError(f"{name}: {value!r} is a {type(value).__name__}; give {names}")
 
 
-def _load_images(request: Request, config: Config) -> dict[str, Image]:
+def _given_images(request: Request, config: Config) -> dict[str, Image | str | Path]:
     task = config.model.task
     wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[task]
     images = {}
@@ -166,7 +192,7 @@ def _load_images(request: Request, config: Config) -> dict[str, Image]:
                 f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
             )
         if given is not None:
-            images[name] = load_image(given, name, config.limits.max_image_pixels)
+            images[name] = given
     return images
 
 
@@ -197,7 +223,7 @@ def _check(request: ResolvedRequest, config: Config) -> None:
         raise RequestError("prompt: it is empty; say what the video shows")
     for name in ("prompt", "negative_prompt"):
         num_chars = len(getattr(request, name))
-        if any("\ud800" <= character <= "\udfff" for character in getattr(request, name)):
+        if LONE_SURROGATE.search(getattr(request, name)):
             raise RequestError(f"{name}: it holds half of a character (a lone surrogate); give whole Unicode text")
         if num_chars > limits.max_prompt_chars:
             raise RequestError(

@@ -24,12 +24,14 @@ class StageTiming:
     """When computing began, in seconds since the epoch, by the replica's clock."""
     compute_s: float
     publish_s: float
-    """Copying outputs into the pool, or encoding the file."""
+    """Copying outputs into the pool."""
     pulled_bytes: int
     route: str
     """How the tensors came: Mooncake's protocol, or `local`."""
     peak_bytes: int
     """Most GPU memory the replica has ever taken, weights and pool included; 0 on a CPU."""
+    encode_s: float = 0.0
+    """Encoding the file, after which it is on its way; the replica may compute the next request meanwhile."""
     attempts: int = 1
     """Times the stage was begun for this request, this one included."""
 

@@ -12,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from disagg_ray.config import Config
+from disagg_ray.connection import ANSWER_S, take_snapshot
 from disagg_ray.errors import DisaggError, InputError, StartError
 from disagg_ray.keep import Keep
 from disagg_ray.placement import NOTICE_S, Placement, gather_ready
@@ -30,8 +31,6 @@ from disagg_ray.supervisor import Supervisor
 
 logger = logging.getLogger("disagg_ray")
 
-ANSWER_S = 10.0
-"""How long a supervisor may take to say how it is."""
 END_S = 60.0
 """How long taking down may take, beyond what running requests get."""
 MAX_CALLS = 10_000
@@ -48,7 +47,7 @@ def up(name: str, config: Config) -> Snapshot:
     if check_name(name) in standing():
         supervisor = find_supervisor(name)
         _told(supervisor.change.remote(config), END_S + config.cluster.start_timeout_s)
-        return snapshot(name)
+        return take_snapshot(name)
     if find_replicas(name):
         raise InputError(f"NAME: {name!r} has stages that were started one by one; go on with --only, or take it down")
     return _launch(name, config)
@@ -65,7 +64,7 @@ def _launch(name: str, config: Config) -> Snapshot:
         raise InputError(f"NAME: {name!r} was taken meanwhile") from error
     try:
         _wait_until_ready(name, supervisor, config)
-        return snapshot(name)
+        return take_snapshot(name)
     except BaseException:
         _wipe(name, supervisor)
         raise
@@ -123,25 +122,6 @@ async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
     return found | {stage: config}
 
 
-def snapshot(name: str) -> Snapshot:
-    """Ask a pipeline how it is.
-
-    Raises:
-        InputError: no such pipeline stands.
-        StartError: it does not answer.
-    """
-    try:
-        return _snapshot(find_supervisor(name))
-    except ray.exceptions.RayError as error:
-        raise StartError(f"{name}: its supervisor does not answer: it is being restarted") from error
-
-
-def _snapshot(supervisor: ActorHandle[Any]) -> Snapshot:
-    answer: Any = ray.get(supervisor.snapshot.remote(), timeout=ANSWER_S)
-    assert isinstance(answer, Snapshot)
-    return answer
-
-
 def list_all() -> dict[str, Snapshot | None]:
     """Return how each pipeline is, by name; None: its supervisor is being restarted."""
     asked: dict[str, Any] = {}
@@ -179,9 +159,9 @@ def down(name: str, grace_s: float) -> None:
         return
     supervisor = find_supervisor(name)
     try:
-        if _snapshot(supervisor).state != "starting":
+        if take_snapshot(name).state != "starting":
             ray.get(supervisor.end.remote(grace_s), timeout=grace_s + END_S)
-    except ray.exceptions.RayError as error:
+    except (StartError, ray.exceptions.RayError) as error:
         logger.warning("%s did not end by itself: %s", name, str(error).strip().splitlines()[0])
     _wipe(name, supervisor)
 

@@ -170,7 +170,7 @@ class StandingFleet(Fleet):
                 health: Health = await self.ask(actor, "health")
             except DisaggError:
                 break
-            if not health.bytes_in_use:
+            if not health.bytes_in_use and not health.num_videos:
                 break
             await asyncio.sleep(LOOK_S)
         self._retiring.discard(actor.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import warnings
 from itertools import pairwise
@@ -55,6 +56,22 @@ def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) ->
         raise RequestError(f"{field}: {shown} is over limits.max_image_pixels={max_pixels}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise RequestError(f"{field}: {shown} cannot be read as an image: {error}") from error
+
+
+def check_image_file(source: Image.Image | str | Path, field: str) -> None:
+    """Check that an image is a file that can be read, without opening it.
+
+    Raises:
+        RequestError: it is not there, not a regular file, unreadable or too large.
+    """
+    if isinstance(source, Image.Image):
+        return
+    shown = repr(str(source))
+    try:
+        if not os.access(_file(expand_home(source), field, shown), os.R_OK):
+            raise RequestError(f"{field}: {shown} may not be read by this user")
+    except OSError as error:
+        raise RequestError(f"{field}: {shown} cannot be read: {error}") from error
 
 
 def _file(path: Path, field: str, shown: str) -> Path:

@@ -3,6 +3,8 @@
 python jobs/bench.py overhead            # the tiny model split over actors against one process, on this machine
 python jobs/bench.py transfer            # pools' pulls by route and size against bare Mooncake reads; also plots
 python jobs/bench.py scheduler           # microseconds a dispatch, and waits on simulated replicas; also plots
+python jobs/bench.py throughput          # one request at a time against pipelined; one transformer against two
+python jobs/bench.py soak                # requests while replicas are killed, and what processes hold; also plots
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 """
 
@@ -19,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import bench_scheduler
+import bench_soak
 import bench_transfer
 import psutil
 import torch
 
 from disagg_ray import LocalPipeline, Pipeline, Request
-from disagg_ray.result import StageTiming
+from disagg_ray.result import Result, StageTiming
 
-PLOTTED: dict[str, Any] = {"transfer": bench_transfer, "scheduler": bench_scheduler}
+PLOTTED: dict[str, Any] = {"transfer": bench_transfer, "scheduler": bench_scheduler, "soak": bench_soak}
 
 
 def overhead(repeats: int) -> dict[str, Any]:
@@ -88,6 +91,45 @@ def _run(pipeline: Pipeline, repeats: int) -> dict[str, Any]:
     }
 
 
+def throughput(repeats: int) -> dict[str, Any]:
+    """Time requests one after the other and then all queued, with one transformer and with two."""
+    load = psutil.getloadavg()[0]
+    rows = {f"{number} transformer": _throughput(number, repeats) for number in (1, 2)}
+    one, two = rows.values()
+    return {
+        "repeats": repeats,
+        "load_before": load,
+        **rows,
+        "pipelined_over_alone": one["queued_per_min"] / one["alone_per_min"],
+        "two_over_one": two["queued_per_min"] / one["queued_per_min"],
+    }
+
+
+def _throughput(num_transformers: int, repeats: int) -> dict[str, Any]:
+    requests = [Request(prompt="a red circle moving left", seed=seed) for seed in range(repeats)]
+    with Pipeline.from_config("conf/tiny_t2v.yaml", f"stages.transformer.replicas={num_transformers}") as pipeline:
+        for _ in pipeline.generate_all(requests[:2]):
+            pass  # a warm-up
+        began = time.perf_counter()
+        alone = [pipeline.generate(request) for request in requests]
+        between = time.perf_counter()
+        queued = list(pipeline.generate_all(requests))
+        ended = time.perf_counter()
+    return {
+        "alone_per_min": 60 * repeats / (between - began),
+        "queued_per_min": 60 * repeats / (ended - between),
+        "compute_s_alone": _compute_s(alone),
+        "compute_s_queued": _compute_s(queued),
+    }
+
+
+def _compute_s(results: Sequence[Result]) -> dict[str, float]:
+    by_stage: dict[str, list[float]] = {}
+    for timing in (timing for result in results for timing in result.stages):
+        by_stage.setdefault(timing.stage, []).append(timing.compute_s + timing.publish_s)
+    return {stage: statistics.median(seconds) for stage, seconds in by_stage.items()}
+
+
 def _gaps(timings: Sequence[StageTiming]) -> list[float]:
     """Return how long a replica computed nothing between one request and the next."""
     turns = sorted(timings, key=lambda timing: timing.started)
@@ -108,16 +150,23 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "transfer", "scheduler", "split"))
+    parser.add_argument("what", choices=("overhead", "throughput", "split", *PLOTTED))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split")
     parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split")
-    parser.add_argument("--repeats", type=int, help="by default 20 for overhead, 3 for split")
+    parser.add_argument("--repeats", type=int, help="by default 20 for overhead and throughput, 3 for split")
+    parser.add_argument("--requests", type=int, default=1000, help="for soak")
+    parser.add_argument("--kill-every", type=float, default=8.0, metavar="SECONDS", help="for soak")
+    parser.add_argument("--seed", type=int, default=0, help="for soak")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.what == "overhead":
         result = overhead(options.repeats or 20)
+    elif options.what == "throughput":
+        result = throughput(options.repeats or 20)
+    elif options.what == "soak":
+        result = bench_soak.run(options.requests, options.kill_every, options.seed)
     elif options.what == "split":
         result = split(options.config, options.overrides, options.repeats or 3)
     else:

@@ -1,8 +1,10 @@
-"""Generate one video, on this machine or as a Ray job.
+"""Generate one video or many, on this machine or as a Ray job.
 
     python jobs/generate.py --config conf/tiny_t2v.yaml --prompt "a red circle moving left" --output circle.mp4
     ray job submit --working-dir . -- python jobs/generate.py --config conf/tiny_t2v.yaml \\
         --prompt "a red circle moving left" --output /data/circle.mp4
+    ray job submit --working-dir . -- python jobs/generate.py --config conf/tiny_t2v.yaml \\
+        --requests prompts.jsonl --output-dir /data/clips
 """
 
 import sys

@@ -6,5 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 config=$1 prompt=$2 output=$3
-exec ray job submit --working-dir . --runtime-env-json '{"excludes": [".venv", ".git", "outputs"]}' \
+version=$(sed -n 's/^VERSION = "\(.*\)"/\1/p' disagg_ray/version.py)
+exec ray job submit --working-dir . --metadata-json "{\"disagg_ray\": \"$version\", \"config\": \"$config\"}" \
+  --runtime-env-json '{"excludes": [".venv", ".git", "outputs"]}' \
   -- disagg-ray generate --config "$config" --prompt "$prompt" --output "$output" "${@:4}"

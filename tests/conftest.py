@@ -31,9 +31,15 @@ def image() -> Callable[..., Image.Image]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Give one local Ray for the whole session, with CPUs enough that no pipeline waits for another."""
+    """Give one local Ray for the whole session, with CPUs enough that no pipeline waits for another.
+
+    Its GPUs, disks and labels are there to be asked for; nothing is behind them.
+    """
     import ray
 
-    ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR")
+    ray.init(
+        address="local", num_cpus=16, num_gpus=2, resources={"disk": 2}, labels={"zone": "a"}, include_dashboard=False,
+        logging_level="ERROR",
+    )  # fmt: skip
     yield
     ray.shutdown()

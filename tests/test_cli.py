@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -99,6 +100,44 @@ def test_suffix_decides_the_format(tmp_path: Path, capsys: pytest.CaptureFixture
     images = np.stack([iio.imread(path) for path in sorted((tmp_path / "frames").iterdir())])
     assert (frames.shape, frames.dtype, images.shape) == ((9, 64, 64, 3), np.float32, (9, 64, 64, 3))
     assert np.array_equal((frames * 255).round().astype(np.uint8), images)
+
+
+MANY = ["generate", "--config", T2V, "--requests", "requests.jsonl"]
+REFUSED = [
+    ([*MANY, "--output-dir", "out", "--prompt", "a cat"], "--prompt: given with --requests"),
+    ([*MANY, "--output-dir", "out", "--num-frames", "9"], "--num-frames: given with --requests"),
+    ([*MANY, "--output-dir", "out", "--output", "a.mp4"], "--output: given with --requests"),
+    ([*MANY, "--output-dir", "out", "--local"], "--local: given with --requests"),
+    ([*MANY, "--output-dir", "out", "--overwrite"], "--overwrite: given with --requests"),
+    (MANY, "--output-dir: not given"),
+    ([*MANY, "--output-dir", "s3://bucket/out"], "output-dir: 's3://bucket/out' is a URL"),
+    ([*MANY, "--output-dir", "out"], "requests: 'requests.jsonl' cannot be read: No such file or directory"),
+    (["generate", "--config", T2V, "--prompt", "a cat"], "--output: not given"),
+    (["generate", "--config", T2V, "--output", "a.mp4", "--output-dir", "o"], "--output-dir: given without --requests"),
+    (["generate", "--config", T2V, "--output", "a.mp4", "--verify"], "--verify: given without --requests"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_flags_of_one_video_and_of_many_exclude_each_other(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    config = Path(T2V).absolute()
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *(str(config) if argument == T2V else argument for argument in arguments))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_lines_are_status_2_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"prompt": "a cat"}\n{"promt": "a dog"}\n{"prompt": "a cow", "id": "../x"}\n')
+    many = ["--requests", str(requests), "--output-dir", str(tmp_path / "out")]
+    status, _, err = run(capsys, "generate", "--config", T2V, *many)
+    assert status == 2
+    assert "2 lines of" in err
+    assert [line.name for line in (tmp_path / "out").iterdir() if line.name == "invalid.jsonl"]
 
 
 def test_config_prints_what_was_resolved(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,15 @@ import pytest
 from disagg_ray import LocalPipeline, cli
 from disagg_ray.config import TransportConfig, load_config
 from disagg_ray.doctor import Check, exit_status, print_checks, to_json, why_unreachable
-from disagg_ray.doctor.cluster import ALL_PAIRS, check_clock, check_cluster, check_resources, check_versions, pairs
+from disagg_ray.doctor.cluster import (
+    ALL_PAIRS,
+    check_clock,
+    check_cluster,
+    check_resources,
+    check_versions,
+    pairs,
+    probe_devices,
+)
 from disagg_ray.doctor.machine import (
     Survey,
     check_allocator,
@@ -185,7 +193,13 @@ def test_open_ports_without_a_token_are_listed() -> None:
 
 
 def test_a_dashboard_off_loopback_is_a_warning() -> None:
-    for address, status in (("127.0.0.1", "ok"), ("::1", "ok"), ("0.0.0.0", "warn"), ("10.0.0.1", "warn")):
+    for address, status in (
+        ("127.0.0.1", "ok"),
+        ("::1", "ok"),
+        ("::ffff:127.0.0.1", "ok"),
+        ("0.0.0.0", "warn"),
+        ("10.0.0.1", "warn"),
+    ):
         assert check_dashboard([Port("dashboard", address, 8265)]).status == status
 
 
@@ -209,6 +223,11 @@ def test_every_pool_is_pulled_from_and_into(count: int) -> None:
     assert len(tried) == len(set(tried)) == (count * (count - 1) if count <= ALL_PAIRS else 3 * count - 4)
     if count > 1:
         assert {a for a, _ in tried} == {b for _, b in tried} == set(range(count))
+
+
+def test_a_node_has_pools_on_its_free_gpus_and_a_lone_one_has_a_pair() -> None:
+    assert [probe_devices(free, alone=False) for free in (0, 1, 8)] == [["cpu"], ["cuda"], ["cuda", "cuda"]]
+    assert [probe_devices(free, alone=True) for free in (0, 1)] == [["cpu", "cpu"], ["cuda", "cpu"]]
 
 
 def need(*, weights: int | None, num_gpus: float = 1.0) -> Needs:
@@ -372,6 +391,14 @@ def test_table_shows_each_remedy_and_json_each_check(capsys: pytest.CaptureFixtu
     parsed = json.loads(to_json(CHECKS))
     assert parsed["status"] == 1
     assert [Check(**each) for each in parsed["checks"]] == CHECKS
+
+
+def test_table_has_one_line_for_what_is_the_same_on_many_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_checks([Check("shm", f"n{index}", "ok", "enough", "") for index in range(9)] + CHECKS)
+    table = capsys.readouterr().out
+    assert table.count("shm") == 1
+    assert "n0, n1, n2 and 6 more" in table
+    assert "10 ok" in table
 
 
 @pytest.mark.slow

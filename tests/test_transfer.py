@@ -249,6 +249,20 @@ def test_destination_of_a_pull_from_a_peer_that_hung_is_kept_until_it_is_dead(ve
     verified.forget(peer.session)
 
 
+def test_destination_of_a_pull_is_free_when_its_peer_was_declared_dead_before_it_ended(verified):
+    key = AttemptKey("hanging", 1)
+    with Peer() as peer:
+        handoff = only(peer.handoff, "latents")
+        pull(verified, handoff, before := AttemptKey("pulling", next(_attempts)))
+        verified.release(before)
+        peer.stop()
+        verified.forget(peer.session)
+        with pytest.raises(TransferError, match=r"no answer within transport\.timeout_s"):
+            pull(verified, handoff, key)
+        verified.release(key)
+        assert (verified.bytes_quarantined, verified.bytes_in_use) == (0, 0)
+
+
 def assert_kept(pool: Pool, key: AttemptKey, nbytes: int) -> None:
     """Check that releasing a key frees nothing, and that nobody else gets its memory."""
     pool.release(key)

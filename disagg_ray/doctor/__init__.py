@@ -53,16 +53,17 @@ def examine(config: Config | None, address: str | None, *, local: bool) -> list[
 
 def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> Iterator[Check | Survey]:
     logger.info("doctor: joining Ray, or starting one")
-    remedy = "ray status, on the head node; or leave --address and RAY_ADDRESS out to start a Ray here"
     silence = why_unreachable(config.cluster.address or ray_address())
     if silence:
-        yield fail("ray", silence, remedy)
+        yield fail("ray", silence, "ray status, on the head node; or leave --address and RAY_ADDRESS out")
         return
     without_gpus = {name: replace(stage, num_gpus=0) for name, stage in config.stages.items()}  # checked below
     try:
         cluster = Cluster(replace(config, stages=without_gpus))
     except DisaggError as error:
-        yield fail("ray", str(error), remedy)
+        yield fail(
+            "ray", str(error), "export RAY_AUTH_MODE=token and copy the head's ~/.ray/auth_token here; ray status"
+        )
         return
     with closing(cluster):
         yield check_auth(ray_auth_mode())

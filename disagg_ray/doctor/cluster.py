@@ -86,24 +86,29 @@ def check_resources(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
 
 
 def launch(nodes: Sequence[Node], transport: TransportConfig) -> list[Prober]:
-    """Start probes: on a node with free GPUs two of them, each with one; else one; two where that is all there is."""
+    """Start the probes of every node."""
     probers = []
     for node in nodes:
-        count = min(2, node.free_gpus) or (2 if len(nodes) == 1 else 1)
-        for index in range(count):
-            name = node.name if count == 1 else f"{node.name}/{index}"
-            probers.append(Prober(name, node, _start(name, node, transport, on_gpu=node.free_gpus > 0)))
+        devices = probe_devices(node.free_gpus, alone=len(nodes) == 1)
+        for index, device in enumerate(devices):
+            name = node.name if len(devices) == 1 else f"{node.name}/{index}"
+            probers.append(Prober(name, node, _start(name, node, transport, device)))
     return probers
 
 
-def _start(name: str, node: Node, transport: TransportConfig, *, on_gpu: bool) -> ActorHandle[Any]:
+def probe_devices(free_gpus: int, *, alone: bool) -> list[str]:
+    """Return where a node's pools lie: on two of its free GPUs, else in host memory; at least two on a lone node."""
+    on_gpus = ["cuda"] * min(2, free_gpus)
+    return on_gpus + ["cpu"] * max(0, (2 if alone else 1) - len(on_gpus))
+
+
+def _start(name: str, node: Node, transport: TransportConfig, device: str) -> ActorHandle[Any]:
     options: dict[str, Any] = {
         "num_cpus": 0,
-        "num_gpus": int(on_gpu),
+        "num_gpus": int(device == "cuda"),
         "max_restarts": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
     }
-    device = "cuda" if on_gpu else "cpu"
     actor_class: Any = ray.remote(**options)(Probe)
     return cast("ActorHandle[Any]", actor_class.remote(name, transport, device))
 

@@ -43,7 +43,8 @@ class Port:
     @property
     def is_open(self) -> bool:
         """Whether other machines may reach it."""
-        return not ip_address(self.address.partition("%")[0]).is_loopback
+        address = ip_address(self.address.partition("%")[0].removeprefix("::ffff:"))
+        return not address.is_loopback
 
 
 def check_token(path: Path) -> Check:

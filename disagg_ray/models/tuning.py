@@ -93,6 +93,7 @@ def tune_vae(vae: Any, options: VaeConfig) -> None:
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.dim()])
     if options.compile:
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a channel count each
         fused = torch.compile(_norm_silu, dynamic=True)
         for block in vae.modules():
             if isinstance(getattr(block, "nonlinearity", None), nn.SiLU):

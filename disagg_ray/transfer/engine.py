@@ -114,7 +114,7 @@ def _new_engine() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"transport: mooncake cannot be loaded ({error}); install the extra cpu, cuda12 or cuda13 that fits this "
-            f"machine, and the system library libibverbs1 (apt-get install libibverbs1)"
+            f"machine, and the system libraries (apt-get install libcurl4 libibverbs1 libnuma1)"
         ) from error
     return TransferEngine()
 

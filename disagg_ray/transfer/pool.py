@@ -73,6 +73,8 @@ class Pool:
         self._copying: dict[AttemptKey, int] = {}
         self._doomed: dict[AttemptKey, list[Span]] = {}
         self._quarantine: list[tuple[str, Span]] = []
+        self._dead: set[str] = set()
+        """Sessions that are forgotten."""
         self._released: OrderedDict[AttemptKey, None] = OrderedDict()
         self._closed = False
 
@@ -298,8 +300,9 @@ class Pool:
             self._changed.notify_all()
 
     def forget(self, session: str) -> None:
-        """Free what was quarantined for a session whose process is known to be dead."""
+        """Free what is quarantined, now or by a read that still runs, for a session whose process is known dead."""
         with self._changed:
+            self._dead.add(session)
             freed = [span for name, span in self._quarantine if name == session]
             self._quarantine = [(name, span) for name, span in self._quarantine if name != session]
             self._free(freed)
@@ -376,7 +379,10 @@ class Pool:
             for name in [name for name, span in slots.items() if span in spans]:
                 del slots[name]
             doomed[:] = [span for span in doomed if span not in spans]
-            self._quarantine += [(session, span) for span in spans]
+            if session in self._dead:
+                self._free(spans)
+            else:
+                self._quarantine += [(session, span) for span in spans]
 
 
 def _allocate(nbytes: int, device: str) -> torch.Tensor:

@@ -1,0 +1,254 @@
+"""A file of requests: one JSON object a line, checked whole before any work, then read again line by line.
+
+Of a line only 32 bytes are kept: its offset, its number, and digests of its id and of its content.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import stat
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from disagg_ray.config import Config
+from disagg_ray.environment import expand_home
+from disagg_ray.errors import RequestError
+from disagg_ray.request import Request, check
+
+MAX_LINE_BYTES = 2**20
+"""A longer line is refused unread: the longest prompts a request may have fit in far less."""
+MAX_ID_BYTES = 200
+"""Of a file name's 255: the suffix and the names of files being written take the rest."""
+BOM = b"\xef\xbb\xbf"
+IMAGES = {"image", "last_image"}
+KNOWN = {f.name for f in fields(Request)}
+NOT_CONTENT = {"id", "priority"}
+"""Fields that change nothing in the video."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One request of the file."""
+
+    request: Request
+    content: str
+    """Digest, 16 hex digits, of every field but id and priority; equal for lines that ask for the same video."""
+
+
+class RequestsFile:
+    """The requests of a JSON-lines file, by index.
+
+    Empty lines are skipped, and a byte order mark and CRLF are taken as they come. Image paths are relative to the
+    file's folder. A line without `id` gets its content's digest; one without `seed` gets one drawn from id and content,
+    so that another run makes the same video.
+
+    Raises:
+        RequestError: it cannot be read, or is not a file that can be read twice.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self._config = config
+        self._folder = path.absolute().parent
+        try:
+            self._source = path.open("rb")
+            self._state = os.fstat(self._source.fileno())
+        except OSError as error:
+            raise RequestError(f"requests: {str(path)!r} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(self._state.st_mode):
+            self._source.close()
+            raise RequestError(f"requests: {str(path)!r} is no regular file, and it is read twice; write it to one")
+        self._offsets, self._numbers = array("Q"), array("Q")
+        self._ids, self._contents = array("Q"), array("Q")
+
+    def __enter__(self) -> RequestsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+
+    def __len__(self) -> int:
+        """Return how many lines passed `scan`."""
+        return len(self._offsets)
+
+    def scan(self, report: Callable[[int, str], None]) -> None:
+        """Check every line; call `report` with the number and the fault of each bad one, which gets no index."""
+        for offset, number, raw in self._lines():
+            try:
+                line = parse(raw, self._folder)
+                check(line.request, self._config)
+            except RequestError as error:
+                report(number, str(error))
+                continue
+            self._offsets.append(offset)
+            self._numbers.append(number)
+            self._ids.append(_short(line.request.id.encode()))
+            self._contents.append(int(line.content, 16))
+        self._drop_duplicates(report)
+        self._order = np.argsort(np.frombuffer(self._ids, np.uint64), kind="stable")
+        self._sorted = np.frombuffer(self._ids, np.uint64)[self._order]
+
+    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (offset, number, bytes) of each line that is not empty."""
+        offset = number = 0
+        while raw := self._source.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            start, offset = offset, offset + len(raw)
+            if len(raw) > MAX_LINE_BYTES:
+                while raw[-1:] != b"\n" and (rest := self._source.readline(MAX_LINE_BYTES)):
+                    offset += len(rest)
+                    raw = raw[: MAX_LINE_BYTES + 1] + rest[-1:]
+            if raw.strip() not in (b"", BOM):
+                yield start, number, raw
+
+    def _drop_duplicates(self, report: Callable[[int, str], None]) -> None:
+        """Keep the first of the lines of one id and report the others."""
+        ids = np.frombuffer(self._ids, np.uint64)
+        order = np.argsort(ids, kind="stable")
+        again = np.zeros(len(ids), np.bool_)
+        again[1:] = ids[order][1:] == ids[order][:-1]
+        bad = np.zeros(len(ids), np.bool_)
+        first: dict[str, int] = {}
+        for place in np.flatnonzero(again):
+            if not again[place - 1]:
+                first = {self.line(int(order[place - 1])).request.id: int(order[place - 1])}
+            index = int(order[place])
+            name = self.line(index).request.id
+            if first.setdefault(name, index) != index:
+                bad[index] = True
+                report(self.number(index), f"id: {name!r} is also on line {self.number(first[name])}; ids are unique")
+        if bad.any():
+            for name in ("_offsets", "_numbers", "_ids", "_contents"):
+                kept = np.frombuffer(getattr(self, name), np.uint64)[~bad]
+                setattr(self, name, array("Q", kept.tobytes()))
+
+    def line(self, index: int) -> Line:
+        """Read a line again.
+
+        Raises:
+            RequestError: the file was changed since it was opened.
+        """
+        state = os.fstat(self._source.fileno())
+        if (state.st_size, state.st_mtime_ns) != (self._state.st_size, self._state.st_mtime_ns):
+            raise RequestError(f"requests: {str(self.path)!r} was changed while it was read; run again")
+        self._source.seek(self._offsets[index])
+        return parse(self._source.readline(), self._folder)
+
+    def number(self, index: int) -> int:
+        """Return the number of a line in the file, from 1."""
+        return self._numbers[index]
+
+    def content(self, index: int) -> str:
+        """Return the digest of a line's content."""
+        return f"{self._contents[index]:016x}"
+
+    def find(self, name: str) -> int | None:
+        """Return the index of the line with an id."""
+        digest = np.uint64(_short(name.encode()))
+        place = int(np.searchsorted(self._sorted, digest))
+        found = place < len(self._sorted) and self._sorted[place] == digest
+        return int(self._order[place]) if found else None
+
+
+def parse(raw: bytes, folder: Path) -> Line:
+    """Read one line; the values of its fields are not checked here, but for those that name files.
+
+    Raises:
+        RequestError: it is no JSON object of a request's fields, or its id is no file name.
+    """
+    given = _load(raw)
+    unknown = given.keys() - KNOWN
+    if unknown:
+        raise RequestError(_unknown_field(min(unknown)))
+    content = _canonical(given)
+    digest = f"{_short(content):016x}"
+    given.setdefault("id", digest)
+    check_name(given["id"], given.get("format"))
+    if "seed" not in given:
+        given["seed"] = _short(given["id"].encode() + b"\0" + content) >> 32
+    for name in IMAGES & given.keys():
+        if not isinstance(given[name], str):
+            raise RequestError(f"{name}: {given[name]!r} is no path; give the path of an image file")
+        given[name] = folder / expand_home(given[name])
+    return Line(Request(**given), digest)
+
+
+def _load(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_LINE_BYTES:
+        raise RequestError(f"the line is over {MAX_LINE_BYTES} bytes")
+    try:
+        given = DECODER.decode(raw.removeprefix(BOM).decode())
+    except UnicodeDecodeError as error:
+        raise RequestError(f"not UTF-8: byte {error.start + 1} of the line is {raw[error.start]:#04x}") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"not JSON: {error.msg} at character {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a field twice, a number of too many digits, a thousand brackets
+        raise RequestError(f"not JSON that can be used: {error}") from error
+    if not isinstance(given, dict):
+        raise RequestError(f'not an object: write {{"prompt": "..."}}, not a {type(given).__name__}')
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(pairs)
+    if len(given) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)[:80]} is given twice")
+    return given
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _unknown_field(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOWN, n=1)
+    return f"{name[:80]}: no such field; " + (
+        f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KNOWN))}"
+    )
+
+
+def _canonical(given: dict[str, Any]) -> bytes:
+    """Return the same bytes for lines that ask for the same video, however they are written."""
+    content = [item for item in given.items() if item[0] not in NOT_CONTENT]
+    return ascii(sorted(content)).encode()
+
+
+def _short(data: bytes) -> int:
+    """Return 8 bytes of digest as a number."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])
+
+
+def check_name(name: object, format: object) -> None:
+    """Check that an id names one file of the output folder.
+
+    Raises:
+        RequestError: says why it does not.
+    """
+    if not isinstance(name, str):
+        raise RequestError(f"id: {name!r} is a {type(name).__name__}; give str")
+    fault = next(_faults(name, format), None)
+    if fault is not None:
+        raise RequestError(f"id: {name[:80]!r} is no file name: {fault}")
+
+
+def _faults(name: str, format: object) -> Iterator[str]:
+    if not name:
+        yield "it is empty"
+    if name.startswith("."):
+        yield "it begins with a dot"
+    if "/" in name:
+        yield "it holds a /"
+    if not name.isprintable():
+        yield "it holds a character that cannot be printed"
+    if len(name.encode(errors="replace")) > MAX_ID_BYTES:
+        yield f"it is over {MAX_ID_BYTES} bytes"
+    if format == "png" and "." in name:
+        yield "the name of a png folder holds no dot"

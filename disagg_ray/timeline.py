@@ -1,0 +1,180 @@
+"""Who did what when: the timings of finished requests, laid out on one clock.
+
+A timing says when a stage began to compute and how long each part took; the rest follows from that. A pull may have run
+while the replica still computed the request before; nobody noted when, so it is laid right before its own computing.
+Each replica tells the time by its node's clock: what two clocks differ by shifts their lanes against each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+from disagg_ray.result import StageTiming
+
+Phase: TypeAlias = Literal["compute", "publish", "pull", "wait"]
+PHASES: tuple[Phase, ...] = ("compute", "publish", "pull", "wait")
+"""What a replica is seen at; else it is idle."""
+PAUSE_S = 60.0
+"""A longer time without any request under way is left out: it lies between two runs into one folder."""
+
+Works: TypeAlias = Iterable[tuple[str, Sequence[StageTiming]]]
+"""Finished requests: id, and where the time went by stage, in the order of the graph."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One thing a replica did; times are seconds from the timeline's start."""
+
+    phase: Phase
+    start: float
+    end: float
+    request: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage's share of a request on its replica."""
+
+    request: str
+    timing: StageTiming
+    start: float
+    """When its computing began."""
+    limit: float = math.inf
+    """When the replica's next one began: a clock that was set meanwhile could let them overlap."""
+
+    @property
+    def end(self) -> float:
+        return self.spans()[-1].end
+
+    def spans(self) -> tuple[Span, Span, Span, Span]:
+        """Return wait, pull, compute and publish, each from the end of the one before.
+
+        Encoding counts as publishing, until the replica computes again.
+        """
+        timing, pulling = self.timing, self.start - self.timing.pull_s
+        computed = min(self.start + timing.compute_s, self.limit)
+        end = min(computed + timing.publish_s + timing.encode_s, self.limit)
+        return (
+            Span("wait", pulling - timing.queue_s, pulling, self.request),
+            Span("pull", pulling, self.start, self.request),
+            Span("compute", self.start, computed, self.request),
+            Span("publish", computed, end, self.request),
+        )
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One replica's tasks, in order."""
+
+    name: str
+    stage: str
+    tasks: tuple[Task, ...]
+
+    def spans(self) -> Iterator[Span]:
+        """Yield what the replica did, in order and never two things at once.
+
+        It waits where nothing else is to be seen and the request it takes next was on its way here already.
+        """
+        free = 0.0
+        for span in (span for task in self.tasks for span in task.spans()):
+            if free < span.end:
+                yield replace(span, start=max(span.start, free))
+                free = span.end
+
+
+@dataclass(frozen=True)
+class Pause:
+    at: float
+    """Seconds from the timeline's start."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What all replicas that computed anything did; others left no trace."""
+
+    began: float
+    """Seconds since the epoch."""
+    seconds: float
+    """Length, without the pauses."""
+    lanes: tuple[Lane, ...]
+    """In the order of the graph."""
+    pauses: tuple[Pause, ...]
+    """Left out: what comes after one is moved up to it."""
+
+    @property
+    def num_replicas(self) -> dict[str, int]:
+        """Replicas by stage."""
+        stages = [lane.stage for lane in self.lanes]
+        return {stage: stages.count(stage) for stage in dict.fromkeys(stages)}
+
+
+def lay_out(works: Works) -> Timeline:
+    """Return the timeline of finished requests, of one run or of several into one folder."""
+    tasks = [[Task(request, t, t.started) for t in timings] for request, timings in works]
+    tasks = [of_one for of_one in tasks if of_one]
+    if not tasks:
+        return Timeline(0.0, 0.0, (), ())
+    windows = sorted((min(t.spans()[0].start for t in of_one), max(t.end for t in of_one)) for of_one in tasks)
+    began, gaps = windows[0][0], list(_gaps(windows))
+    pauses: list[Pause] = []
+    for start, end in gaps:
+        pauses.append(Pause(start - began - sum(pause.seconds for pause in pauses), end - start))
+
+    def clock(epoch: float) -> float:
+        return epoch - began - sum(end - start for start, end in gaps if end <= epoch)
+
+    lanes = defaultdict(list)
+    for of_one in sorted(tasks, key=len, reverse=True):  # the first knows every stage: one resumed knows few
+        for task in of_one:
+            lane = (task.timing.stage, _lane_of(task.timing))
+            lanes[lane].append(Task(task.request, task.timing, clock(task.start)))
+    length = max(end for _, end in windows) - began - sum(pause.seconds for pause in pauses)
+    return Timeline(began, length, _sorted(lanes), tuple(pauses))
+
+
+def shares(timeline: Timeline) -> dict[str, dict[Phase, float]]:
+    """Return by stage the share of its replicas' time that each phase took, from 0 to 1; the rest they were idle."""
+    counts = timeline.num_replicas
+    found: dict[str, dict[Phase, float]] = {stage: dict.fromkeys(PHASES, 0.0) for stage in counts}
+    for lane in timeline.lanes:
+        for span in lane.spans():
+            found[lane.stage][span.phase] += (span.end - span.start) / (timeline.seconds * counts[lane.stage])
+    return found
+
+
+def is_whole(timing: StageTiming) -> bool:
+    """Whether it has all its numbers: a manifest may be of another version, or written by hand."""
+    seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s)
+    return all(isinstance(s, int | float) and 0 <= s < math.inf for s in (timing.started, *seconds))
+
+
+def _lane_of(timing: StageTiming) -> str:
+    return timing.stage if timing.replica == "local" else timing.replica
+
+
+def _gaps(windows: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Yield the pauses between windows that are sorted by their start."""
+    reached = windows[0][1]
+    for start, end in windows:
+        if start - reached > PAUSE_S:
+            yield reached, start
+        reached = max(reached, end)
+
+
+def _sorted(lanes: Mapping[tuple[str, str], list[Task]]) -> tuple[Lane, ...]:
+    """Return lanes by stage, in the order of the stages' first, and by number."""
+    ranks = {stage: rank for rank, stage in enumerate(dict.fromkeys(stage for stage, _ in lanes))}
+    order = sorted(lanes, key=lambda lane: (ranks[lane[0]], len(lane[1]), lane[1]))
+    return tuple(Lane(name, stage, _limited(lanes[stage, name])) for stage, name in order)
+
+
+def _limited(tasks: list[Task]) -> tuple[Task, ...]:
+    """Return tasks in order, none longer than until the next one starts."""
+    tasks = sorted(tasks, key=lambda task: task.start)
+    return (*(replace(task, limit=following.start) for task, following in pairwise(tasks)), tasks[-1])

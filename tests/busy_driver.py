@@ -1,0 +1,64 @@
+"""A driver that tells its metrics what a busy pipeline would, until stdin closes.
+
+python tests/busy_driver.py 127.0.0.1:8265    # where Ray's dashboard shall listen
+"""
+
+import select
+import sys
+from dataclasses import dataclass, replace
+
+import ray
+
+from disagg_ray.metrics import Metrics
+from disagg_ray.result import StageTiming
+
+STAGES = ("encoder", "transformer", "decoder")
+TIMING = StageTiming(
+    stage="encoder", replica="encoder-0", queue_s=0.5, pull_s=0.25, started=0.0, compute_s=0.7, publish_s=0.125,
+    pulled_bytes=1 << 20, route="tcp", peak_bytes=0,
+)  # fmt: skip
+
+
+@dataclass
+class Health:
+    bytes_in_use: int = 25
+    pool_bytes: int = 100
+    cache_hits: int = 0
+    cache_misses: int = 0
+    gpu_allocated_bytes: int = 1 << 30
+    gpu_peak_bytes: int = 1 << 31
+
+
+def report(metrics: Metrics, health: Health) -> None:
+    """Tell what one request and one health poll bring about."""
+    for stage in STAGES:
+        replica = f"{stage}-0"
+        metrics.attempt(stage, "ok")
+        metrics.steps(stage, replica, 4)
+        metrics.stage_finished(replace(TIMING, stage=stage, replica=replica))
+        metrics.queue_depth(stage, 3)
+        metrics.replicas(stage, ready=1, starting=1)
+        metrics.replica_health(stage, replica, health)
+    metrics.written(0.03)
+    metrics.request_finished("done", 4.0)
+    metrics.in_flight(2)
+    metrics.refresh()
+
+
+def main() -> None:
+    host, _, port = sys.argv[1].rpartition(":")
+    ray.init(
+        address="local", num_cpus=1, include_dashboard=True, dashboard_host=host, dashboard_port=int(port),
+        logging_level="ERROR",
+    )  # fmt: skip
+    metrics = Metrics("Wan-AI/tiny", STAGES)
+    health = Health()
+    while not select.select([sys.stdin], [], [], 0.2)[0]:
+        health.cache_hits += 3
+        health.cache_misses += 1
+        report(metrics, health)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

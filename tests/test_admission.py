@@ -1,0 +1,93 @@
+"""Who may start: the queue's bound, the gate's order, and who is let in when several things happen at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from disagg_ray.admission import Admission
+from disagg_ray.errors import Overloaded, StartError
+
+
+async def enter_in_background(admission: Admission, priority: int, sequence: int) -> asyncio.Task[None]:
+    entering = asyncio.create_task(admission.enter(priority, sequence))
+    await asyncio.sleep(0)
+    return entering
+
+
+def test_a_full_queue_refuses_and_a_closed_one_says_why() -> None:
+    admission = Admission(max_queued=1, room=1)
+    with admission.queue("first", wait=False):
+        pass
+    with (
+        pytest.raises(Overloaded, match=r"limits\.max_queued: 1 requests wait already"),
+        admission.queue(2, wait=False),
+    ):
+        pass
+    admission.close(StartError("no decoder is left"))
+    admission.close()
+    with pytest.raises(StartError, match="no decoder is left"), admission.queue("third", wait=True):
+        pass
+
+
+def test_close_waits_for_what_is_done_with_a_new_place() -> None:
+    admission, order = Admission(max_queued=1, room=1), []
+    closing = threading.Thread(target=lambda: (admission.close(), order.append("closed")))
+    with admission.queue("first", wait=True):
+        closing.start()
+        closing.join(0.2)
+        order.append("scheduled")
+    closing.join(10)
+    assert order == ["scheduled", "closed"]
+
+
+def test_higher_priority_enters_first() -> None:
+    async def use() -> list[bool]:
+        admission = Admission(max_queued=9, room=1)
+        await admission.enter(0, 0)
+        late = await enter_in_background(admission, 0, 1)
+        urgent = await enter_in_background(admission, 5, 2)
+        admission.leave()
+        await asyncio.wait_for(urgent, 10)
+        waited = late.done()
+        admission.leave()
+        await asyncio.wait_for(late, 10)
+        return [waited]
+
+    assert asyncio.run(use()) == [False]
+
+
+@pytest.mark.parametrize("cancelled_first", [True, False])
+def test_room_is_neither_lost_nor_doubled_when_one_is_cancelled_as_another_leaves(cancelled_first: bool) -> None:
+    async def use() -> None:
+        admission = Admission(max_queued=9, room=1)
+        await admission.enter(0, 0)
+        waiting = await enter_in_background(admission, 0, 1)
+        if cancelled_first:
+            waiting.cancel()
+        admission.leave()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.wait_for(admission.enter(0, 2), 10)
+        following = await enter_in_background(admission, 0, 3)
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(use())
+
+
+def test_whoever_is_cancelled_keeps_nobody_out() -> None:
+    async def use() -> None:
+        admission = Admission(max_queued=9, room=0)
+        waiting = await enter_in_background(admission, 0, 1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        following = await enter_in_background(admission, 0, 2)
+        admission.leave()
+        await asyncio.wait_for(following, 10)
+
+    asyncio.run(use())

@@ -1,0 +1,199 @@
+"""What the driver counts, as the real Prometheus sees it; every expression of dashboard and rules has data."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from disagg_ray import metrics
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "docker"
+DEADLINE_S = 60.0
+TOKEN = "secret"
+
+Query = Callable[[str], list[tuple[dict[str, str], float]]]
+
+
+def find_tool(name: str) -> str:
+    """Return prometheus or promtool: the system's, or the one that `.ci/setup test` put beside this Python."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    assert found, f"{name} is missing: run `.ci/setup test`, or install the package prometheus"
+    return found
+
+
+def rules() -> list[dict[str, str]]:
+    groups = yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def dashboard() -> dict:
+    return json.loads((DOCKER / "grafana" / "dashboards" / "disagg_ray.json").read_text())
+
+
+def dashboard_expressions() -> list[str]:
+    """Return every expression of the dashboard, Grafana's variables filled in."""
+    values = {"$__rate_interval": "30s", "$__range": "1m", "$model": ".*"}
+    found = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    variables = [v["query"] for v in dashboard()["templating"]["list"] if v["type"] == "query"]
+    found += [re.fullmatch(r"label_values\((.+), \w+\)", query)[1] for query in variables]
+    return [re.sub(r"\$\w+", lambda name: values[name[0]], expression) for expression in found]
+
+
+def bounded(alert: dict[str, str]) -> str:
+    """Return what an alert compares with its bound."""
+    return re.fullmatch(r"(disagg_ray:[\w:]+) [<>] [\d.]+", alert["expr"])[1]
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return "{}:{}".format(*server.getsockname())
+
+
+@pytest.fixture(scope="module")
+def busy_driver() -> Iterator[str]:
+    """Run a busy driver in a Ray of its own, which wants a token; give its dashboard's address."""
+    quick = {"RAY_metrics_report_interval_ms": "1000", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    address = free_address()
+    command = [sys.executable, str(ROOT / "tests" / "busy_driver.py"), address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | quick) as driver:
+        yield address
+        assert driver.stdin
+        driver.stdin.close()
+
+
+def quick_config(address: str, token: Path) -> str:
+    """Return the configuration that ships, only quicker and with this Ray's address and token."""
+    config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    (discovery,) = config["scrape_configs"][0]["http_sd_configs"]
+    discovery["url"] = discovery["url"].replace("head:8265", address)
+    discovery["refresh_interval"] = "1s"
+    discovery["authorization"]["credentials_file"] = str(token)
+    return yaml.safe_dump(config)
+
+
+@pytest.fixture(scope="module")
+def query(busy_driver: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
+    """Run the real Prometheus until it has scraped the driver; give what evaluates an expression."""
+    folder, address = tmp_path_factory.mktemp("prometheus"), free_address()
+    (folder / "token").write_text(TOKEN)
+    (folder / "prometheus.yml").write_text(quick_config(busy_driver, folder / "token"))
+    shutil.copy(DOCKER / "prometheus" / "rules.yml", folder)
+    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--log.level=error"]
+    command = [find_tool("prometheus"), *options, f"--web.listen-address={address}"]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stderr=log) as server:
+        try:
+            missing = without_numbers(partial(ask, address), ["ray_disagg_ray_requests_in_flight"])
+            assert not missing, (folder / "log").read_text()
+            yield partial(ask, address)
+        finally:
+            server.terminate()
+
+
+def ask(address: str, expression: str) -> list[tuple[dict[str, str], float]]:
+    """Return labels and value of each series; none while Prometheus starts."""
+    url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            result = json.load(answer)["data"]["result"]
+    except urllib.error.HTTPError as error:
+        if error.code == 503:
+            return []
+        raise AssertionError(f"{expression}: {error.read().decode()}") from error
+    except (ConnectionError, urllib.error.URLError):
+        return []
+    return [(series["metric"], float(series["value"][1])) for series in result]
+
+
+def without_numbers(query: Query, expressions: list[str]) -> list[str]:
+    """Wait until every expression gives at least one series, and numbers only; return those that do not."""
+    deadline = time.monotonic() + DEADLINE_S
+    while missing := [e for e in expressions if not is_numbers([value for _, value in query(e)])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return missing
+
+
+def is_numbers(values: list[float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values))
+
+
+@pytest.mark.slow
+def test_every_expression_of_dashboard_and_rules_gives_numbers_from_a_live_run(query: Query) -> None:
+    recorded = [rule[key] for rule in rules() for key in ("record", "expr") if "record" in rule]
+    alerts = [bounded(rule) for rule in rules() if "alert" in rule]
+    assert len(alerts) >= 6
+    assert without_numbers(query, dashboard_expressions() + recorded + alerts) == []
+    assert query("ALERTS") == []
+
+
+@pytest.mark.slow
+def test_every_metric_arrives_under_the_name_it_is_declared_with(query: Query) -> None:
+    suffixed = [f"{name}_{suffix}" for name in metrics.HISTOGRAMS for suffix in ("bucket", "sum", "count")]
+    names = [*metrics.COUNTERS, *metrics.GAUGES, *suffixed]
+    assert without_numbers(query, [f"ray_disagg_ray_{name}" for name in names]) == []
+
+
+@pytest.mark.slow
+def test_seconds_are_exact_and_histograms_only_count(query: Query) -> None:
+    total, count = (f"sum by (phase) (ray_disagg_ray_phase_{n})" for n in ("seconds_total", "duration_seconds_count"))
+    mean = f"{total} / {count}"
+    assert without_numbers(query, [mean]) == []
+    seconds = {labels["phase"]: value for labels, value in query(mean)}
+    assert seconds == pytest.approx({"wait": 0.5, "pull": 0.25, "compute": 0.7, "publish": 0.125, "write": 0.03})
+
+
+@pytest.mark.slow
+def test_events_that_have_not_happened_read_zero(query: Query) -> None:
+    never = 'sum by (stage, cause) (round(ray_disagg_ray_attempts_total{cause="died"}))'
+    assert without_numbers(query, [never]) == []
+    assert {(labels["stage"], value) for labels, value in query(never)} == {
+        ("encoder", 0.0), ("transformer", 0.0), ("decoder", 0.0)
+    }  # fmt: skip
+
+
+def test_rules_pass_their_own_tests() -> None:
+    command = [find_tool("promtool"), "test", "rules", "rules_test.yml"]
+    subprocess.run(command, cwd=DOCKER / "prometheus", check=True, timeout=60)
+
+
+def test_every_alert_is_tested() -> None:
+    tested = (DOCKER / "prometheus" / "rules_test.yml").read_text()
+    assert [rule["alert"] for rule in rules() if "alert" in rule and f'alertname="{rule["alert"]}"' not in tested] == []
+
+
+def test_expressions_use_declared_metrics_only() -> None:
+    text = "\n".join([*dashboard_expressions(), *(rule["expr"] for rule in rules())])
+    histograms = {f"{name}_{suffix}" for name in metrics.HISTOGRAMS for suffix in ("bucket", "sum", "count")}
+    used = set(re.findall(r"ray_disagg_ray_(\w+)", text))
+    assert used - histograms - {*metrics.COUNTERS, *metrics.GAUGES} == set()
+    assert set(re.findall(r"disagg_ray:[\w:]+", text)) == {rule["record"] for rule in rules() if "record" in rule}
+
+
+def test_names_end_in_their_unit() -> None:
+    assert all(name.endswith("_total") for name in metrics.COUNTERS)
+    assert all(name.endswith("_seconds") for name in metrics.HISTOGRAMS)
+    assert not [name for name in metrics.GAUGES if name.endswith("_total")]
+
+
+def test_panels_do_not_overlap() -> None:
+    places = [panel["gridPos"] for panel in dashboard()["panels"]]
+    cells = [(p["x"] + dx, p["y"] + dy) for p in places for dx in range(p["w"]) for dy in range(p["h"])]
+    assert len(cells) == len(set(cells))
+    assert {x for x, _ in cells} == set(range(24))

@@ -1,0 +1,91 @@
+"""Where Ray puts replicas: real actors and bundles on logical resources, with a light class in a replica's place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from disagg_ray import Config, StartError, load_config, placement
+from disagg_ray.placement import Actor, Placement, gather_ready
+
+pytestmark = pytest.mark.slow
+
+
+class Where:
+    """Says what Ray gave it."""
+
+    def __init__(self, stage: str, index: int, config: Config) -> None:
+        self.settings = config.stages[stage]
+
+    def describe(self) -> tuple[list[Any], dict[str, float], int]:
+        assigned = ray.get_runtime_context().get_assigned_resources()
+        return ray.get_gpu_ids(), assigned, self.settings.torch_threads
+
+
+Launch = Callable[..., tuple[Config, list[Actor]]]
+
+
+@pytest.fixture
+def launch(cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
+    monkeypatch.setattr(placement, "ServedReplica", Where)
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    started: list[tuple[Placement, list[Actor]]] = []
+
+    def launch(*overrides: str) -> tuple[Config, list[Actor]]:
+        config = load_config("conf/tiny_t2v.yaml", *overrides)
+        placed = Placement(config, f"test{len(started)}{id(started)}")
+        actors = [placed.launch(post) for post in placed.posts()]
+        started.append((placed, actors))
+        return config, actors
+
+    yield launch
+    for placed, actors in started:
+        for actor in actors:
+            ray.kill(actor.handle)
+        placed.close()
+
+
+def ask_all(config: Config, actors: list[Actor]) -> dict[str, Any]:
+    answers = asyncio.run(gather_ready(config, actors, "describe"))
+    return dict(zip([actor.name for actor in actors], answers, strict=True))
+
+
+def test_stages_that_share_a_gpu_lie_on_one_replica_by_replica(launch: Launch) -> None:
+    config, actors = launch(
+        "stages.encoder={num_gpus: 0.4, replicas: 2, num_cpus: 0.5}",
+        "stages.decoder={num_gpus: 0.6, replicas: 2, num_cpus: 0.5}",
+        "share_gpu=[encoder, decoder]",
+    )
+    gpus = {name: gpu_ids for name, (gpu_ids, _, _) in ask_all(config, actors).items()}
+    assert gpus["encoder-0"] == gpus["decoder-0"] != gpus["encoder-1"] == gpus["decoder-1"]
+
+
+def test_groups_of_a_stage_get_their_own_resources_and_labels(launch: Launch) -> None:
+    config, actors = launch(
+        "stages.transformer={num_cpus: 0.5, groups: {big: {num_cpus: 3, resources: {disk: 2}}, "
+        "near: {replicas: 2, label_selector: {zone: a}}}}",
+    )
+    told = ask_all(config, actors)
+    assert [actor.post.group for actor in actors if actor.stage == "transformer"] == ["big", "near", "near"]
+    assert told["transformer-0"][1] == {"CPU": 3.0, "disk": 2.0}
+    assert [told[f"transformer-{index}"][2] for index in range(3)] == [3, 1, 1]
+
+
+def test_a_replica_that_fits_nowhere_is_waited_for_visibly_until_the_deadline(
+    launch: Launch, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "NOTICE_S", 0.5)
+    config, actors = launch("stages.decoder={label_selector: {zone: nowhere}}", "cluster.start_timeout_s=10")
+    with caplog.at_level(logging.INFO, "disagg_ray"), pytest.raises(StartError, match=r"waiting for decoder-0.* CPU"):
+        ask_all(config, actors)
+    assert any(message.startswith("waiting for decoder-0") for message in caplog.messages)
+
+
+def test_memory_is_reserved(launch: Launch) -> None:
+    config, actors = launch("stages.decoder={memory: 1048576, placement: spread}")
+    assert ask_all(config, actors)["decoder-0"][1]["memory"] == 1048576

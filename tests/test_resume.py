@@ -1,0 +1,167 @@
+"""What a second run makes, leaves alone and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagg_ray import OutputError, RequestError, load_config
+from disagg_ray.manifest import INVALID, MANIFEST, Folder, Record, sha256_of, stat_of
+from disagg_ray.requests_file import RequestsFile
+from disagg_ray.resume import MAX_SHOWN, Options, Plan, make_plan, setup_of
+
+CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
+LINES: list[dict[str, Any]] = [{"id": name, "prompt": f"a {name}"} for name in ("cat", "dog", "cow", "ant")]
+
+
+def plan(folder: Path, lines: list[dict[str, Any]] | list[str], **options: bool) -> tuple[list[str], Plan]:
+    """Return the ids that are to be made, and the plan."""
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path = folder / "requests.jsonl"
+    path.write_text(text)
+    with RequestsFile(path, CONFIG) as source, Folder(folder / "out") as out:
+        made = make_plan(source, out, CONFIG, Options(path, folder / "out", **options))
+        return [source.line(int(index)).request.id for index in made.pending], made
+
+
+def pretend(folder: Path, name: str, status: str = "done", setup: str | None = None) -> Path:
+    """Record one of LINES as finished, with a file when it is done; return the file."""
+    with RequestsFile(folder / "requests.jsonl", CONFIG) as source, Folder(folder / "out") as out:
+        source.scan(lambda number, fault: None)
+        index = source.find(name)
+        assert index is not None
+        record = Record(name, status, source.content(index), setup or setup_of(CONFIG), 0.0)
+        path = out.video_of(name, "mp4")
+        if status == "done":
+            path.write_bytes(name.encode())
+            found = stat_of(path)
+            assert found is not None
+            record = replace(record, file=path.name, size=found.size, mtime_ns=found.mtime_ns, sha256=sha256_of(path))
+        out.append(record)
+    return path
+
+
+def test_the_first_run_makes_all_in_the_order_of_the_file(tmp_path: Path) -> None:
+    assert plan(tmp_path, LINES)[0] == ["cat", "dog", "cow", "ant"]
+
+
+def test_the_next_run_makes_what_is_missing(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "dog")
+    pending, made = plan(tmp_path, [*LINES, {"id": "new", "prompt": "new"}])
+    assert (pending, made.num_done) == (["cat", "cow", "ant", "new"], 1)
+
+
+def test_a_file_that_vanished_or_changed_is_made_again(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "cat").unlink()
+    pretend(tmp_path, "dog").write_bytes(b"longer than it was")
+    os.utime(pretend(tmp_path, "cow"), ns=(1, 1))
+    pretend(tmp_path, "ant")
+    assert plan(tmp_path, LINES)[0] == ["cat", "dog", "cow"]
+
+
+def test_verify_goes_by_the_digest(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    os.utime(pretend(tmp_path, "cow"), ns=(1, 1))
+    path = pretend(tmp_path, "cat")
+    times = path.stat()
+    path.write_bytes(b"caT")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert plan(tmp_path, LINES)[0] == ["dog", "cow", "ant"], "size and time are as they were"
+    assert plan(tmp_path, LINES, verify=True)[0] == ["cat", "dog", "ant"]
+
+
+def test_the_last_line_of_an_id_counts(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "cat", "failed")
+    pretend(tmp_path, "cat")
+    pretend(tmp_path, "dog")
+    pretend(tmp_path, "dog", "failed")
+    pending, made = plan(tmp_path, LINES)
+    assert (pending, made.num_done, made.num_failed) == (["cow", "ant"], 1, 1)
+
+
+def test_what_failed_is_tried_again_only_when_told_or_changed(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "cat", "failed")
+    pending, made = plan(tmp_path, LINES)
+    assert (pending, made.num_failed) == (["dog", "cow", "ant"], 1)
+    pending, made = plan(tmp_path, LINES, retry_failed=True)
+    assert (pending, made.num_failed) == (["cat", "dog", "cow", "ant"], 0)
+    pending, made = plan(tmp_path, [{"id": "cat", "prompt": "a smaller cat"}, *LINES[1:]])
+    assert (pending, made.num_failed) == (["cat", "dog", "cow", "ant"], 0)
+
+
+def test_a_done_id_that_asks_for_something_else_is_a_bad_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan(tmp_path, LINES)
+    path = pretend(tmp_path, "dog")
+    changed = [LINES[0], {"id": "dog", "prompt": "a dog", "seed": 1}, *LINES[2:]]
+    with pytest.raises(RequestError, match="1 lines of"):
+        plan(tmp_path, changed)
+    assert "requests.jsonl:2: id: 'dog': its video was made from another request" in caplog.text
+    assert path.read_bytes() == b"dog"
+    pending, made = plan(tmp_path, changed, skip_invalid=True)
+    assert (pending, made.num_done, made.num_invalid) == (["cat", "cow", "ant"], 0, 1)
+    path.unlink()
+    assert plan(tmp_path, changed)[0] == ["cat", "dog", "cow", "ant"]
+
+
+def test_another_priority_asks_for_the_same_video(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "cat")
+    assert plan(tmp_path, [LINES[0] | {"priority": 5}, *LINES[1:]])[0] == ["dog", "cow", "ant"]
+
+
+def test_videos_of_another_model_stay_and_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "cat", setup="another")
+    pretend(tmp_path, "dog")
+    assert plan(tmp_path, LINES)[0] == ["cow", "ant"]
+    assert "1 videos were made with another model or other defaults" in caplog.text
+
+
+def test_setup_is_of_the_model_and_the_defaults_only() -> None:
+    assert setup_of(CONFIG) != setup_of(replace(CONFIG, defaults=replace(CONFIG.defaults, num_inference_steps=3)))
+    assert setup_of(CONFIG) == setup_of(replace(CONFIG, limits=replace(CONFIG.limits, max_steps=50)))
+
+
+def test_every_bad_line_is_in_the_file_and_the_first_are_printed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.dumps(LINES[0]), *["{"] * (MAX_SHOWN + 10)]
+    with pytest.raises(RequestError, match=f"{MAX_SHOWN + 10} lines of"):
+        plan(tmp_path, lines)
+    assert caplog.text.count("not JSON") == MAX_SHOWN
+    assert "and 10 bad lines more" in caplog.text
+    invalid = [json.loads(line) for line in (tmp_path / "out" / INVALID).read_text().splitlines()]
+    assert [line["line"] for line in invalid] == list(range(2, MAX_SHOWN + 12))
+    pending, made = plan(tmp_path, lines, skip_invalid=True)
+    assert (pending, made.num_invalid) == (["cat"], MAX_SHOWN + 10)
+    plan(tmp_path, LINES)
+    assert not (tmp_path / "out" / INVALID).exists()
+
+
+@pytest.mark.parametrize("lines", [[], ["{"]], ids=["empty", "only bad ones"])
+def test_a_file_without_a_request_is_refused(lines: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no request"):
+        plan(tmp_path, lines, skip_invalid=True)
+
+
+def test_a_manifest_is_not_touched_by_planning(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "cat")
+    before = (tmp_path / "out" / MANIFEST).read_bytes()
+    plan(tmp_path, LINES, verify=True, retry_failed=True)
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == before
+
+
+def test_a_folder_that_cannot_take_the_bad_lines_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out" / INVALID).mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        plan(tmp_path, LINES)
