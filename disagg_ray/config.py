@@ -140,6 +140,7 @@ class StageConfig:
     min_replicas: int | None = None
     """What {min, max} says; null: as many as `replicas`."""
     max_replicas: int | None = None
+    """The same; pools are sized for as many."""
     num_gpus: float = 0.0
     """GPUs of each replica; a fraction shares one."""
     num_cpus: float = 1.0

@@ -1,10 +1,15 @@
-"""A standing pipeline under bursts: the first video after connecting, and replicas, queue and waits over time.
+"""A standing pipeline under bursts and deaths.
 
-python jobs/bench_standing.py outputs/standing.png [key=value]
+python jobs/bench_standing.py bursts outputs/standing.png   # first video after connect; replicas, queue, waits
+python jobs/bench_standing.py deaths                        # three drivers share one while its processes are killed
 """
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import ray
 
-from disagg_ray import Connection, Pipeline, Request, load_config, stand
+from disagg_ray import Connection, Handle, LocalPipeline, Pipeline, Request, load_config, roster, stand
 
 NAME = "bench"
 CONFIG = "conf/tiny_t2v.yaml"
@@ -27,6 +32,25 @@ BURSTS = ((0.0, 3), (10.0, 24), (100.0, 2))
 LENGTH_S = 130.0
 SAMPLE_S = 0.5
 NUM_STEADY = 5
+
+DEATHS = (
+    "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
+    "standing.driver_timeout_s=5",
+)  # fmt: skip
+NUM_EACH = 24
+NUM_DEATHS, DEATH_EVERY_S = 6, 6.0
+SUPERVISOR_DIES, DRIVER_DIES = (1, 4), 2
+"""At which deaths."""
+DOOMED = """
+import sys
+from disagg_ray import Pipeline, Request
+connection = Pipeline.connect(sys.argv[1], address=sys.argv[2], run_id="doomed")
+handles = [connection.submit(Request(prompt="a cat", num_inference_steps=20, num_frames=17, seed=seed))
+           for seed in range(int(sys.argv[3]))]
+print("submitted", flush=True)
+for handle in handles:
+    handle.result()
+"""
 
 
 @dataclass(frozen=True)
@@ -50,21 +74,71 @@ def make_request(seed: int) -> Request:
 
 
 def main() -> None:
-    output, *overrides = sys.argv[1:]
+    what, *arguments = sys.argv[1:]
     ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    stand.up(NAME, load_config(CONFIG, *OVERRIDES, *overrides))
+    began = time.monotonic()
+    snapshot = stand.up(NAME, load_config(CONFIG, *(DEATHS if what == "deaths" else OVERRIDES)))
+    print(f"{len(snapshot.replicas)} replicas up in {time.monotonic() - began:.1f} s", flush=True)
     try:
-        first, steady = measure_first()
-        print(f"first video after connect {first:.2f} s, steady {steady:.2f} s: {first / steady:.2f} x")
-        with Pipeline.connect(NAME) as connection:
-            samples, served = run_bursts(connection)
-        for came, number in BURSTS:
-            waits = [one.seconds for one in served if one.came == came]
-            print(f"burst at {came:.0f} s of {number}: mean {np.mean(waits):.1f} s, longest {max(waits):.1f} s")
-        plot(samples, served, output)
+        if what == "deaths":
+            measure_deaths()
+        else:
+            measure_bursts(*arguments)
     finally:
         stand.down(NAME, 0.0)
+        print(f"left when down: {roster.standing()}, {list(roster.find_replicas(NAME))}")
         ray.shutdown()
+
+
+def measure_bursts(output: str) -> None:
+    first, steady = measure_first()
+    print(f"first video after connect {first:.2f} s, steady {steady:.2f} s: {first / steady:.2f} x", flush=True)
+    with Pipeline.connect(NAME) as connection:
+        samples, served = run_bursts(connection)
+    for came, number in BURSTS:
+        waits = [one.seconds for one in served if one.came == came]
+        print(f"burst at {came:.0f} s of {number}: mean {np.mean(waits):.1f} s, longest {max(waits):.1f} s")
+    plot(samples, served, output)
+
+
+def measure_deaths() -> None:
+    """Two drivers and one that is killed ask for as much each; the supervisor is killed twice, replicas in between."""
+    address = ray.get_runtime_context().gcs_address
+    doomed = subprocess.Popen([sys.executable, "-c", DOOMED, NAME, address, str(NUM_EACH)], stdout=subprocess.PIPE)
+    assert doomed.stdout is not None
+    doomed.stdout.readline()
+    drivers = [Pipeline.connect(NAME, run_id=f"driver {number}") for number in range(2)]
+    began, ended, handles = time.monotonic(), dict[tuple[int, int], float](), dict[tuple[int, int], Handle]()
+    for seed in range(NUM_EACH):
+        for number, driver in enumerate(drivers):
+            handle = handles[number, seed] = driver.submit(make_request(seed))
+            handle.add_done_callback(lambda _, key=(number, seed): ended.setdefault(key, time.monotonic() - began))
+    for turn in range(NUM_DEATHS):
+        time.sleep(DEATH_EVERY_S)
+        snapshot = drivers[0].snapshot()
+        replica = random.Random(turn).choice(snapshot.replicas)
+        name, pid = ("supervisor", snapshot.pid) if turn in SUPERVISOR_DIES else (replica.name, replica.pid)
+        if turn == DRIVER_DIES:
+            doomed.kill()
+            name += " and a driver"
+        print(f"{time.monotonic() - began:.0f} s: {name} killed, {len(ended)} of {len(handles)} done", flush=True)
+        os.kill(pid, signal.SIGKILL)
+    results = {key: handle.result() for key, handle in handles.items()}
+    local = LocalPipeline.from_config(CONFIG)
+    expected = {seed: local.generate(make_request(seed)).data for seed in range(NUM_EACH)}
+    equal = sum(result.data == expected[seed] for (_, seed), result in results.items())
+    print(f"{len(results)} done, {equal} of them identical to one process's")
+    for number in range(len(drivers)):
+        seconds = [s for (driver, _), s in ended.items() if driver == number]
+        print(f"driver {number}: mean {np.mean(seconds):.1f} s, last {max(seconds):.1f} s")
+    deadline = time.monotonic() + 60
+    while any(health.bytes_in_use for health in drivers[0].health().values()):
+        assert time.monotonic() < deadline, drivers[0].health()
+        time.sleep(0.5)
+    snapshot = drivers[0].snapshot()
+    print(f"slots are 0, the supervisor's {snapshot.driver_bytes_in_use}, drivers {sorted(snapshot.drivers)}")
+    for driver in drivers:
+        driver.close()
 
 
 def measure_first() -> tuple[float, float]:

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from PIL import Image
 
 from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Pipeline, Request, RequestError, cli
 from disagg_ray.environment import cache_folder
@@ -24,7 +25,7 @@ from disagg_ray.roster import find_replicas, standing
 
 pytestmark = pytest.mark.slow
 
-T2V = "conf/tiny_t2v.yaml"
+T2V, I2V = "conf/tiny_t2v.yaml", "conf/tiny_i2v.yaml"
 NAME = "tests"
 SMALL: dict[str, int] = {"num_frames": 9, "num_inference_steps": 4}
 LONG = Request(prompt="a red circle", height=128, width=128, num_frames=17, num_inference_steps=100, id="long")
@@ -239,15 +240,17 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert message in capsys.readouterr().err
 
 
-def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None) -> None:
-    arguments = ["--config", T2V, "stages.encoder=null", "stages.transformer.blocks=[text_encoder,denoise]"]
+def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None, image: Callable[..., Image.Image]) -> None:
+    blocks = "text_encoder,image_encoder,vae_encoder,denoise"
+    arguments = ["--config", I2V, "stages.encoder=null", f"stages.transformer.blocks=[{blocks}]"]
     assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 0
     assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 2
     assert "parts" not in standing()
     assert cli.main(["up", "parts", *arguments, "--only", "transformer", "--here"]) == 0
     with Pipeline.connect("parts") as connection:
-        assert connection.generate(small(1)).data
-        waiting = connection.submit(LONG)
+        request = small(1, image=image(90, 60))
+        assert connection.generate(request).data == LocalPipeline.from_config(I2V).generate(request).data
+        waiting = connection.submit(replace(LONG, image=image(128, 128)))
         assert cli.main(["down", "parts"]) == 0
         with pytest.raises(Cancelled):
             waiting.result(30)
