@@ -56,8 +56,8 @@ class Fleet:
         """Those that serve, by id."""
         self._infos: dict[str, ReplicaInfo] = {}
         self._starting: dict[Post, Actor] = {}
-        self._incarnations: Counter[Post] = Counter()
-        """Of each post's next actor."""
+        self._incarnations: Counter[str] = Counter()
+        """Of each post's next actor, by name."""
         self._sessions: set[str] = set()
         """Of all replicas there ever were: engines remember a dead one's and cannot reach another under its name."""
         self._stalled: set[str] = set()
@@ -104,8 +104,8 @@ class Fleet:
         return await gather_ready(self.config, list(self._starting.values()), "describe")
 
     def _launch(self, post: Post) -> Actor:
-        actor = self._starting[post] = self._placement.launch(post, self._incarnations[post])
-        self._incarnations[post] += 1
+        actor = self._starting[post] = self._placement.launch(post, self._incarnations[post.name])
+        self._incarnations[post.name] += 1
         return actor
 
     async def load(self, graph: Graph, leader: Leader) -> None:

@@ -196,12 +196,9 @@ class Placement:
     def _share(self, index: int) -> PlacementGroup:
         if not self._standing:
             return _share(self.config)
-        name = f"{roster.supervisor_name(self._pipeline_id)}/{index}"
-        try:
-            found: PlacementGroup = ray.util.get_placement_group(name)
-            return found
-        except ValueError:
-            return _share(self.config, name=name, lifetime="detached")
+        found = roster.find_group(self._pipeline_id, index)
+        name = roster.group_name(self._pipeline_id, index)
+        return _share(self.config, name=name, lifetime="detached") if found is None else found
 
     @property
     def _num_shared(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from disagg_ray.errors import InputError
 
@@ -43,6 +45,27 @@ def supervisor_name(name: str) -> str:
 
 def replica_name(name: str, post: str, incarnation: int) -> str:
     return f"{PREFIX}{name}/{post}.{incarnation}"
+
+
+def group_name(name: str, index: int) -> str:
+    """Return the name of the placement group whose GPU several stages share."""
+    return f"{PREFIX}{name}/{index}"
+
+
+def find_group(name: str, index: int) -> PlacementGroup | None:
+    try:
+        group: PlacementGroup = ray.util.get_placement_group(group_name(name, index))
+    except ValueError:
+        return None
+    return group
+
+
+def release_groups(name: str) -> None:
+    """Give back the GPUs that a standing pipeline's stages share; they are known to its supervisor only."""
+    for index in itertools.count():
+        if (group := find_group(name, index)) is None:
+            return
+        remove_placement_group(group)
 
 
 def standing() -> list[str]:

@@ -159,9 +159,8 @@ def down(name: str, grace_s: float) -> None:
         return
     supervisor = find_supervisor(name)
     try:
-        if take_snapshot(name).state != "starting":
-            ray.get(supervisor.end.remote(grace_s), timeout=grace_s + END_S)
-    except (StartError, ray.exceptions.RayError) as error:
+        ray.get(supervisor.end.remote(grace_s), timeout=grace_s + END_S)
+    except ray.exceptions.RayError as error:
         logger.warning("%s did not end by itself: %s", name, str(error).strip().splitlines()[0])
     _wipe(name, supervisor)
 

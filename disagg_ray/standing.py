@@ -34,7 +34,8 @@ DECIDE_S = 1.0
 """How often the load is looked at."""
 FREE = ("replicas", "min_replicas", "max_replicas", "num_gpus", "num_cpus", "memory", "resources", "label_selector",
         "accelerator_type", "placement", "cache_bytes", "denoiser", "vae", "offload", "warm_up")  # fmt: skip
-"""Settings of a stage that may change while the pipeline stands."""
+"""Settings of a stage that may change while the pipeline stands. Some of the denoiser's and the VAE's change frames a
+little: whoever gives them wants that."""
 
 
 class Standing(Pipeline):
@@ -197,6 +198,8 @@ def check_change(before: Config, after: Config) -> None:
         for key, value in fixed.items():
             if getattr(after.stages[name], key) != value:
                 raise ConfigError(f"stages.{name}.{key}: {remedy}")
+        if stage.torch_threads != after.stages[name].torch_threads:
+            raise ConfigError(f"stages.{name}.num_cpus: with it the torch threads change; write num_threads as before")
 
 
 def _resized(config: Config, stage: str, replicas: int) -> Config:

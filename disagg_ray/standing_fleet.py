@@ -60,23 +60,22 @@ class StandingFleet(Fleet):
         return described + await self._describe()
 
     async def _adopt(self) -> list[Description]:
-        living = self._placement.living()
+        living = sorted(self._placement.living(), key=lambda actor: -actor.incarnation)  # the latest takes the post
         recalled = await asyncio.gather(*(self._recall(actor) for actor in living))
         charters = [told.charter for told in recalled if told is not None and told.charter is not None]
         if charters:
             charter = max(charters, key=lambda charter: charter.revision)
             self._revision, self.config, self._placement.config = charter.revision, charter.config, charter.config
         described = []
-        posts = {(post.stage, post.index): post for post in self._placement.posts()}
+        posts = {post.name: post for post in self._placement.posts()}
+        for actor in reversed(living):
+            self._incarnations[actor.name] = actor.incarnation + 1
         for actor, told in zip(living, recalled, strict=True):
-            place = actor.post.stage, actor.post.index
-            post = posts.get(place)
-            if post is not None:
-                self._incarnations[post] = max(self._incarnations[post], actor.incarnation + 1)
+            post = posts.get(actor.name)
             if post is None or told is None or (told.info is None and not told.fresh):
                 ray.kill(actor.handle)
                 continue
-            adopted = replace(actor, post=posts.pop(place))
+            adopted = replace(actor, post=posts.pop(actor.name))
             self._launched[adopted.id] = _kind(told.config.stages[post.stage])
             if told.info is None:
                 self._starting[post] = adopted

@@ -26,6 +26,7 @@ from disagg_ray.keep import Keep
 from disagg_ray.progress import Event
 from disagg_ray.replica import Health
 from disagg_ray.result import Result
+from disagg_ray.roster import release_groups
 from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.standing import Standing
 
@@ -252,11 +253,9 @@ class Supervisor:
 
     async def end(self, grace_s: float) -> None:
         """Give what runs so many seconds, then end the replicas and leave nothing behind."""
-        try:
+        if self._starting.done() and self._starting.exception() is None:
             pipeline = await self._standing()
-        except DisaggError:
-            pipeline = None
-        if pipeline is not None:
             await asyncio.to_thread(pipeline.drain, grace_s)
             await asyncio.to_thread(pipeline.close)
+        release_groups(self._name)
         self._keep.clear()
