@@ -25,24 +25,35 @@ from disagg_ray.result import Result
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:
+    from disagg_ray.connection import Connection
+    from disagg_ray.handle import Handle
     from disagg_ray.local import LocalPipeline
-    from disagg_ray.pipeline import Handle, Pipeline
+    from disagg_ray.pipeline import Pipeline
 
 __version__ = VERSION
 
 __all__ = [
-    "Cancelled", "CheckpointError", "Config", "ConfigError", "DisaggError", "GraphError", "Handle", "InputError",
-    "LocalPipeline", "OutputError", "Overloaded", "Pipeline", "PoolError", "Request", "RequestError", "Result",
+    "Cancelled", "CheckpointError", "Config", "ConfigError", "Connection", "DisaggError", "GraphError", "Handle",
+    "InputError", "LocalPipeline", "OutputError", "Overloaded", "Pipeline", "PoolError", "Request", "RequestError",
+    "Result",
     "StageError", "StartError", "TransferError", "load_config",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs Ray or torch only when it is asked for: checking a request takes neither."""
-    if name in ("Pipeline", "Handle"):
-        from disagg_ray import pipeline
+    if name == "Pipeline":
+        from disagg_ray.pipeline import Pipeline
 
-        return getattr(pipeline, name)
+        return Pipeline
+    if name == "Handle":
+        from disagg_ray.handle import Handle
+
+        return Handle
+    if name == "Connection":
+        from disagg_ray.connection import Connection
+
+        return Connection
     if name == "LocalPipeline":
         from disagg_ray.local import LocalPipeline
 

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
-from disagg_ray.queues import PriorityQueue
+from disagg_ray.queues import FairQueue
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What whoever is inside holds, and gives back when it leaves."""
+
+    driver: str
+    seconds: float
+    """Predicted."""
+
+
+@dataclass(eq=False)
+class _Turn:
+    future: asyncio.Future[Pass]
+    driver: str
+    seconds: Callable[[], float]
 
 
 class Admission:
@@ -18,11 +35,11 @@ class Admission:
     """
 
     def __init__(self, max_queued: int, room: int) -> None:
-        self._max_queued, self._room = max_queued, room
+        self._max_queued, self._size, self._room = max_queued, room, room
         self._changed = threading.Condition()
         self._queued: set[object] = set()
         self._closed: DisaggError | None = None
-        self._waiting: PriorityQueue[asyncio.Future[None]] = PriorityQueue()
+        self._waiting: FairQueue[_Turn] = FairQueue()
 
     @contextmanager
     def queue(self, ticket: object, *, wait: bool) -> Iterator[None]:
@@ -54,25 +71,42 @@ class Admission:
             self._closed = self._closed or reason or Cancelled("the pipeline is closed")
             self._changed.notify_all()
 
-    async def enter(self, priority: int, sequence: int) -> None:
-        """Wait for one's turn at the gate: higher priority first, and in order."""
-        if self._room:
-            self._room -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.push(turn, priority, sequence)
+    async def enter(
+        self, priority: int, sequence: int, driver: str = "", seconds: Callable[[], float] = lambda: 0.0
+    ) -> Pass:
+        """Wait for one's turn at the gate: the driver with the least inside first, as `FairQueue` says.
+
+        Within a driver higher priority goes first, and in order. `seconds` is asked what the request is predicted to
+        take when it enters.
+        """
+        turn = _Turn(asyncio.get_running_loop().create_future(), driver, seconds)
+        self._waiting.push(turn, driver, priority, sequence)
+        self._let_in()
         try:
-            await turn
+            return await turn.future
         except asyncio.CancelledError:
-            if not self._waiting.remove(turn) and not turn.cancelled():
-                self.leave()  # it was let in at the same moment
+            if not self._waiting.remove(turn) and not turn.future.cancelled():
+                self.leave(turn.future.result())  # it was let in at the same moment
             raise
 
-    def leave(self) -> None:
+    def leave(self, given: Pass) -> None:
         """Make room for the next."""
-        while self._waiting:
-            turn = self._waiting.pop()
-            if not turn.cancelled():
-                turn.set_result(None)
-                return
+        self._waiting.credit(given.driver, given.seconds)
         self._room += 1
+        self._let_in()
+
+    def resize(self, room: int) -> None:
+        """Let so many be inside from now on; those inside stay."""
+        self._room += room - self._size
+        self._size = room
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._room > 0 and self._waiting:
+            turn = self._waiting.pop()
+            if turn.future.cancelled():  # it has not heard yet
+                continue
+            given = Pass(turn.driver, turn.seconds())
+            self._waiting.charge(given.driver, given.seconds)
+            self._room -= 1
+            turn.future.set_result(given)

@@ -11,9 +11,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from disagg_ray.config import Config
+from disagg_ray.connection import Connection
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, RequestError, StartError
+from disagg_ray.handle import Handle
 from disagg_ray.manifest import Folder, Record, sha256_of, stat_of
-from disagg_ray.pipeline import Handle, Pipeline
+from disagg_ray.pipeline import Pipeline
 from disagg_ray.requests_file import Line, RequestsFile
 from disagg_ray.resume import Options, Plan, make_plan, setup_of
 from disagg_ray.summary import Summary, Tally
@@ -26,7 +28,9 @@ SETTLE_S = 10.0
 """How long a stopped run waits for its last files to be written."""
 
 
-def generate(options: Options, config: Config, start: Callable[[int], AbstractContextManager[Pipeline]]) -> Summary:
+def generate(
+    options: Options, config: Config, start: Callable[[int], AbstractContextManager[Pipeline | Connection]]
+) -> Summary:
     """Make what is missing; print how it ended. `start` is called with how many that are, if any.
 
     Raises:
@@ -74,7 +78,7 @@ class Batch:
             self._tally.shares(self._replicas, self._seconds), str(self._fatal) if self._fatal else None,
         )  # fmt: skip
 
-    def run(self, pipeline: Pipeline) -> None:
+    def run(self, pipeline: Pipeline | Connection) -> None:
         """Make all that is pending; ends early, with the reason in the summary, when the folder or the file is gone.
 
         Ctrl-C and SIGTERM, which raise here, give what runs `failures.shutdown_grace_s`; a second one gives nothing.
@@ -97,7 +101,7 @@ class Batch:
         if self._fatal is not None and not isinstance(self._fatal, OSError | DisaggError):
             raise self._fatal
 
-    def _dispatch(self, pipeline: Pipeline) -> None:
+    def _dispatch(self, pipeline: Pipeline | Connection) -> None:
         """Submit what is pending, somewhat ahead of what runs, until all is or something ends the run."""
         for index in self.plan.pending:
             with self._changed:
@@ -110,7 +114,7 @@ class Batch:
             except (RequestError, StartError) as error:  # the file was changed, or a stage has no replica left
                 self._fatal = error
 
-    def _submit(self, pipeline: Pipeline, line: Line) -> None:
+    def _submit(self, pipeline: Pipeline | Connection, line: Line) -> None:
         latents_file = self._folder.latents_of(line.request.id)
         outcome: Handle | RequestError
         try:
@@ -190,7 +194,7 @@ class Batch:
         if record.status == "done":
             self._folder.latents_of(line.request.id).unlink(missing_ok=True)
 
-    def _drain(self, pipeline: Pipeline, reason: str) -> None:
+    def _drain(self, pipeline: Pipeline | Connection, reason: str) -> None:
         grace_s = pipeline.config.failures.shutdown_grace_s
         logger.warning("stopping: %s; what runs gets %g s", reason, grace_s)
         pipeline.drain(grace_s)

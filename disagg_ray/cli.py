@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from disagg_ray import logs
 from disagg_ray.arguments import EPILOG, Parser, terminated
 from disagg_ray.cli_plan import plan, profile
+from disagg_ray.cli_standing import down, joined, ls, scale, up
 from disagg_ray.config import Config, load_config, to_yaml
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
@@ -29,6 +30,7 @@ from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:
+    from disagg_ray.connection import Connection
     from disagg_ray.display import Display
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(argv: Sequence[str]) -> int:
     """Generate one video, or with --requests many."""
     parser = _parser("generate", generate)
-    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--config", help="YAML file of the model and its deployment")
+    parser.add_argument("--connect", metavar="NAME", help="use the pipeline that `disagg-ray up NAME` put up")
     parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -76,6 +79,7 @@ def generate(argv: Sequence[str]) -> int:
     _add_request_flags(parser)
     _add_batch_flags(parser)
     options = parser.parse_intermixed_args(argv)
+    _check_source(options)
     logs.set_up(options.log_format, quiet=options.quiet)
     if options.trace is not None:
         check_trace(options.trace, in_job=in_ray_job())
@@ -90,11 +94,13 @@ def generate(argv: Sequence[str]) -> int:
 def _generate_one(options: argparse.Namespace) -> int:
     if options.output is None:
         raise InputError("--output: not given; write one such as video.mp4, or for many --requests and --output-dir")
-    config = load_config(options.config, *options.overrides)
+    config = _config_of(options)
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
-    resolve(request, config)  # what is wrong with it should show before anything starts
+    if options.config is not None:
+        config = load_config(options.config, *options.overrides)
+        resolve(request, config)  # what is wrong with it should show before anything starts
 
     from disagg_ray.report import print_result
 
@@ -112,7 +118,7 @@ def _generate_many(options: argparse.Namespace) -> int:
     if options.output_dir is None:
         raise InputError("--output-dir: not given; write the folder the videos go to")
     check_folder(options.output_dir, in_job=in_ray_job())
-    config = load_config(options.config, *options.overrides)
+    config = _config_of(options)
 
     from disagg_ray import batch
     from disagg_ray.manifest import read_manifest
@@ -156,8 +162,25 @@ def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> N
             )
 
 
+def _check_source(options: argparse.Namespace) -> None:
+    if (options.config is None) == (options.connect is None):
+        raise InputError("--config: give it, or the NAME of a standing pipeline as --connect, and not both")
+    if options.connect is not None and (options.overrides or options.local):
+        given = options.overrides[0] if options.overrides else "--local"
+        raise InputError(f"--connect: {given} has no effect on a pipeline that stands; leave it out, or use `up`")
+
+
+def _config_of(options: argparse.Namespace) -> Config:
+    if options.config is not None:
+        return load_config(options.config, *options.overrides)
+    from disagg_ray.connection import fetch_config
+
+    with joined(None):
+        return fetch_config(options.connect)
+
+
 @contextmanager
-def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[LocalPipeline | Pipeline]:
+def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[LocalPipeline | Pipeline | Connection]:
     """Start the pipeline, show its progress, and end it whatever happens."""
     if options.local:
         from disagg_ray.local import LocalPipeline
@@ -170,7 +193,18 @@ def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[
 
 
 @contextmanager
-def _start_split(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline]:
+def _start_split(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline | Connection]:
+    if options.connect is not None:
+        from disagg_ray.connection import Connection
+
+        run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
+        with (
+            _display(options, total) as display,
+            joined(None),
+            Connection(options.connect, run_id=run_id, on_event=display.on_event) as connection,
+        ):
+            yield connection
+        return
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.placement import Cluster
 
@@ -251,8 +285,8 @@ def report(argv: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "generate": generate, "config": show_config, "make-checkpoint": make_checkpoint, "report": report, "doctor": doctor,
-    "profile": profile, "plan": plan,
+    "generate": generate, "report": report, "up": up, "ls": ls, "scale": scale, "down": down, "config": show_config,
+    "make-checkpoint": make_checkpoint, "doctor": doctor, "profile": profile, "plan": plan,
 }  # fmt: skip
 
 

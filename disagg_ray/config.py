@@ -136,7 +136,11 @@ class StageConfig:
     blocks: list[str] = field(default_factory=list)
     """Top-level blocks of the checkpoint's diffusers modular pipeline, in order."""
     replicas: int = 1
-    """Actors of this stage."""
+    """Actors of this stage; of a standing pipeline's, {min: A, max: B} lets the load decide."""
+    min_replicas: int | None = None
+    """What {min, max} says; null: as many as `replicas`."""
+    max_replicas: int | None = None
+    """The same; pools are sized for as many."""
     num_gpus: float = 0.0
     """GPUs of each replica; a fraction shares one."""
     num_cpus: float = 1.0
@@ -178,6 +182,10 @@ class StageConfig:
     @property
     def num_replicas(self) -> int:
         return sum(group.replicas for group in self.replica_groups.values())
+
+    @property
+    def most_replicas(self) -> int:
+        return max(self.num_replicas, self.max_replicas or 0)
 
     @property
     def replica_groups(self) -> dict[str, StageConfig]:
@@ -235,6 +243,26 @@ class FailuresConfig:
 
 
 @dataclass(frozen=True)
+class StandingConfig:
+    """Pipelines that stay up and serve many drivers (`disagg-ray up`)."""
+
+    driver_timeout_s: float = 60.0
+    """A driver that is not heard of for so long has its requests cancelled."""
+    target_wait_s: float = 60.0
+    """A stage with {min, max} replicas gets another one while new work would wait longer than this."""
+    patience_s: float = 15.0
+    """How long it must be so before one is added."""
+    idle_s: float = 300.0
+    """How long a stage must have a replica to spare before one is taken away."""
+    cluster_grows: bool = False
+    """Ask for replicas that the cluster has no room for: its autoscaler will make some."""
+    latents_bytes: int = 8 * 2**30
+    """Most disk space for finished latents of drivers that may come back."""
+    latents_expire_s: float = 86400.0
+    """How long they are kept."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     scale: int = 1
     """Whole number by which mp4 and gif are enlarged for viewing; png and npy are the frames as they are."""
@@ -264,6 +292,7 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
+    standing: StandingConfig = field(default_factory=StandingConfig)
     progress: bool = True
     """Have replicas tell of their steps, over an encrypted port that the driver opens on its node."""
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -277,8 +306,8 @@ class Config:
 
     @property
     def max_in_flight(self) -> int:
-        """Requests the driver admits at once: what all replicas together can hold."""
-        return sum(REPLICA_WINDOW * stage.num_replicas for stage in self.stages.values())
+        """Most requests the driver admits at once: what all replicas together can hold."""
+        return sum(REPLICA_WINDOW * stage.most_replicas for stage in self.stages.values())
 
     def for_group(self, stage: str, group: str) -> Config:
         """Return the configuration as a replica of a stage's group sees it."""
@@ -315,6 +344,7 @@ def _checks(config: Config) -> Iterator[Check]:
     yield from _stage_checks(config.stages, limits)
     yield from _sharing_checks(config)
     yield from _failure_checks(config.failures)
+    yield from _standing_checks(config.standing)
     yield "transport.protocol", transport.protocol, transport.protocol in PROTOCOLS, f"write {' or '.join(PROTOCOLS)}"
     yield "transport.timeout_s", transport.timeout_s, 5 <= transport.timeout_s < math.inf, "write 5 or more"
     ports = transport.port_range
@@ -371,6 +401,12 @@ def _stage_checks(stages: Mapping[str, StageConfig], limits: LimitsConfig) -> It
 
 def _resource_checks(key: str, stage: StageConfig) -> Iterator[Check]:
     yield f"{key}.replicas", stage.replicas, stage.replicas >= 1, "write 1 or more"
+    least, most, now = stage.min_replicas, stage.max_replicas, stage.replicas
+    bounds = {"min": least, "max": most}
+    fixed = least is None and most is None
+    ok = fixed or (least is not None and most is not None and 1 <= least <= now <= most)
+    yield f"{key}.replicas", bounds, ok, "write both, with 1 <= min <= max"
+    yield f"{key}.replicas", bounds, fixed or not stage.groups, "groups of replicas cannot be scaled"
     ok = 0 <= stage.num_gpus <= 1 or (stage.num_gpus > 1 and stage.num_gpus.is_integer())
     yield f"{key}.num_gpus", stage.num_gpus, ok, "write a fraction or a whole number"
     yield f"{key}.num_cpus", stage.num_cpus, 0 <= stage.num_cpus < math.inf, "write 0 or more"
@@ -391,6 +427,8 @@ def _sharing_checks(config: Config) -> Iterator[Check]:
     sharing = [config.stages[name] for name in names if name in config.stages]
     yield "share_gpu", names, not any(s.groups for s in sharing), "a stage with groups cannot share"
     yield "share_gpu", names, len({s.replicas for s in sharing}) <= 1, "give these stages the same number of replicas"
+    fixed = all(s.max_replicas is None for s in sharing)
+    yield "share_gpu", names, fixed, "their replicas cannot be {min, max}; write a number"
     gpus = sum(s.num_gpus for s in sharing)
     yield "share_gpu", names, gpus <= 1, f"their num_gpus add up to {gpus:g}; let them add up to 1 at most"
 
@@ -401,6 +439,13 @@ def _failure_checks(failures: FailuresConfig) -> Iterator[Check]:
     yield "failures.stall_s", stall, 1 <= stall < math.inf, "write 1 second or more"
     yield "failures.timeout_s", limit, limit is None or 0 < limit < math.inf, "write a positive number, or null"
     yield "failures.shutdown_grace_s", grace, 0 <= grace < math.inf, "write 0 or more"
+
+
+def _standing_checks(standing: StandingConfig) -> Iterator[Check]:
+    for f in fields(StandingConfig):
+        value = getattr(standing, f.name)
+        if not isinstance(value, bool):
+            yield f"standing.{f.name}", value, 0 < value < math.inf, "write a positive number"
 
 
 def _is_port_range(text: str) -> bool:
@@ -419,6 +464,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     for source, layer in (*_layers(expand_home(path)), *map(_parse_override, overrides)):
         with _named_errors(source, layer):
             _drop_stages(merged, layer)
+            _spread_bounds(layer)
             merged = OmegaConf.unsafe_merge(merged, layer)
     with _named_errors(str(path), merged):
         config = OmegaConf.to_object(merged)
@@ -436,6 +482,23 @@ def _drop_stages(merged: DictConfig, layer: DictConfig) -> None:
         for name in [name for name, stage in stages.items() if stage is None]:
             del stages[name]
             merged.stages.pop(name, None)
+
+
+def _spread_bounds(layer: DictConfig) -> None:
+    """Read `replicas: {min, max}` as the least number to start with and the bounds; a plain number has none."""
+    stages = layer.get("stages")
+    for name in map(str, stages) if isinstance(stages, DictConfig) else ():
+        stage = stages.get(name)
+        if not isinstance(stage, DictConfig) or "replicas" not in stage:
+            continue
+        bounds = stage.replicas
+        if not isinstance(bounds, DictConfig):
+            stage.setdefault("min_replicas", None)
+            stage.setdefault("max_replicas", None)
+        elif set(bounds) != {"min", "max"}:
+            raise ConfigError(f"stages.{name}.replicas: {dict(bounds)} is not possible: write a number, or min and max")
+        else:
+            stage.replicas, stage.min_replicas, stage.max_replicas = bounds["min"], bounds["min"], bounds["max"]
 
 
 def _fuse(stages: Collection[StageConfig]) -> StageConfig:
@@ -541,9 +604,10 @@ def known_keys() -> list[str]:
                 yield from walk(value, f"{prefix}{f.name}.")
 
     sections = (
-        ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, FailuresConfig, OutputConfig,
+        ModelConfig, DefaultsConfig, LimitsConfig, TransportConfig, ClusterConfig, FailuresConfig, StandingConfig,
+        OutputConfig,
     )  # fmt: skip
-    names = ("model", "defaults", "limits", "transport", "cluster", "failures", "output")
+    names = ("model", "defaults", "limits", "transport", "cluster", "failures", "standing", "output")
     keys = [*names, "stages", "share_gpu", "progress", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")

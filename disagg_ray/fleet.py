@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,8 +16,7 @@ from disagg_ray.errors import DisaggError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
 from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
-from disagg_ray.progress import Credentials
-from disagg_ray.replica import Description, Health, ReplicaInfo
+from disagg_ray.replica import Description, Health, Leader, ReplicaInfo
 from disagg_ray.scheduler import StageScheduler
 
 logger = logging.getLogger("disagg_ray")
@@ -42,9 +42,11 @@ class Fleet:
         on_lost: Callable[[Actor, ReplicaInfo], None],
         on_hopeless: Callable[[StartError], None],
         metrics: Metrics,
+        *,
+        standing: bool = False,
     ) -> None:
-        self._config, self._metrics = config, metrics
-        self._placement = Placement(config, pipeline_id)
+        self.config, self._metrics = config, metrics
+        self._placement = Placement(config, pipeline_id, standing=standing)
         self._on_lost, self._on_hopeless = on_lost, on_hopeless
         self.schedulers = {stage: StageScheduler() for stage in config.stages}
         self.num_restarts = dict.fromkeys(config.stages, 0)
@@ -54,13 +56,15 @@ class Fleet:
         """Those that serve, by id."""
         self._infos: dict[str, ReplicaInfo] = {}
         self._starting: dict[Post, Actor] = {}
+        self._incarnations: Counter[str] = Counter()
+        """Of each post's next actor, by name."""
         self._sessions: set[str] = set()
         """Of all replicas there ever were: engines remember a dead one's and cannot reach another under its name."""
         self._stalled: set[str] = set()
         """Ids of replicas that were given up because they hung."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._graph: Graph | None = None
-        self._credentials: Credentials | None = None
+        self._leader: Leader
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
@@ -93,17 +97,26 @@ class Fleet:
     async def launch(self) -> list[Description]:
         """Create every replica and learn what the stages are."""
         for post in self._placement.posts():
-            self._starting[post] = self._placement.launch(post)
-        described: list[Description] = await gather_ready(self._config, list(self._starting.values()), "describe")
-        return described
+            self._launch(post)
+        return await self._describe()
 
-    async def load(self, graph: Graph, credentials: Credentials | None) -> None:
-        """Load every replica and put it to work; `credentials` let it tell of its progress."""
-        self._graph, self._credentials = graph, credentials
+    async def _describe(self) -> list[Description]:
+        return await gather_ready(self.config, list(self._starting.values()), "describe")
+
+    def _launch(self, post: Post) -> Actor:
+        actor = self._starting[post] = self._placement.launch(post, self._incarnations[post.name])
+        self._incarnations[post.name] += 1
+        return actor
+
+    async def load(self, graph: Graph, leader: Leader) -> None:
+        """Load every replica and put it to work for `leader`."""
+        self._graph, self._leader = graph, leader
         actors = list(self._starting.values())
-        infos: list[ReplicaInfo] = await gather_ready(self._config, actors, "load", graph, credentials)
-        for actor, info in zip(actors, infos, strict=True):
+        for actor, info in zip(actors, await self._load(actors), strict=True):
             self._enlist(actor, info)
+
+    async def _load(self, actors: list[Actor]) -> list[ReplicaInfo]:
+        return await gather_ready(self.config, actors, "load", self._graph, self._leader.credentials)
 
     def _enlist(self, actor: Actor, info: ReplicaInfo) -> None:
         self._starting.pop(actor.post, None)
@@ -122,7 +135,7 @@ class Fleet:
 
     async def _watch(self, actor: Actor) -> None:
         """Ask a replica how it is until it is gone: dead, without an answer, or without a step for `stall_s`."""
-        stall_s = self._config.failures.stall_s
+        stall_s = self.config.failures.stall_s
         while self.is_serving(actor):
             try:
                 async with asyncio.timeout(stall_s):
@@ -143,9 +156,15 @@ class Fleet:
 
     def lose(self, actor: Actor, reason: str) -> None:
         """Take a replica out of service for good, and have another take its post. Idempotent."""
-        if self._actors.pop(actor.id, None) is None:
+        if not self.is_serving(actor):
             return
         logger.warning("replica lost: %s; it is replaced", reason)
+        self._part(actor)
+        self._spawn(self._replace(actor))
+
+    def _part(self, actor: Actor) -> None:
+        """End a replica that serves; what it holds is gone."""
+        del self._actors[actor.id]
         info = self._infos.pop(actor.id)
         self.healths.pop(actor.name, None)
         ray.kill(actor.handle)
@@ -153,28 +172,38 @@ class Fleet:
             other.call("forget", info.sessions)
         self.schedulers[actor.stage].remove(actor.id, time.monotonic())
         self._on_lost(actor, info)
-        self._spawn(self._replace(actor))
 
     async def _replace(self, lost: Actor) -> None:
-        began, incarnation = time.monotonic(), lost.incarnation
+        if await self._fill(lost.post):
+            self.num_restarts[lost.stage] += 1
+            self._metrics.replica_restarted(lost.stage)
+
+    async def _fill(self, post: Post) -> bool:
+        """Have an actor take a post; return whether one did."""
+        began = time.monotonic()
         for _ in range(MAX_STARTS):
-            incarnation += 1
-            actor = self._starting[lost.post] = self._placement.launch(lost.post, incarnation)
+            if not self._is_vacant(post):
+                return False
+            actor = self._launch(post)
             try:
-                (info,) = await gather_ready(self._config, [actor], "load", self._graph, self._credentials)
+                (info,) = await self._load([actor])
                 if not self._sessions & set(info.sessions):
                     self._enlist(actor, info)
-                    self.num_restarts[actor.stage] += 1
-                    self._metrics.replica_restarted(actor.stage)
-                    logger.info("replica %s is back after %.1f s", actor.name, time.monotonic() - began)
-                    return
+                    logger.info("replica %s is ready after %.1f s", actor.name, time.monotonic() - began)
+                    return True
                 failure: DisaggError = StartError(f"{actor.name}: it got a dead replica's port, {info.sessions[0]}")
             except DisaggError as error:
                 failure = error
+            del self._starting[post]
             ray.kill(actor.handle)
             logger.warning("replica %s did not start: %s", actor.name, failure)
-        del self._starting[lost.post]
-        self._give_up(lost.post, failure)
+        self._give_up(post, failure)
+        return False
+
+    def _is_vacant(self, post: Post) -> bool:
+        """Return whether an actor is wanted there."""
+        taken = post in self._starting or any(actor.post == post for actor in self._actors.values())
+        return not taken and post in self._placement.posts()
 
     def _give_up(self, post: Post, failure: DisaggError) -> None:
         others = [actor.post for actor in self._actors.values()] + list(self._starting)

@@ -49,6 +49,11 @@ class Holdings:
         self._pieces.put(key)
 
     @property
+    def sessions(self) -> tuple[str, ...]:
+        """Mooncake's names of the ways into the driver's pool."""
+        return tuple(session.name for session in self._pool.sessions)
+
+    @property
     def bytes_in_use(self) -> int:
         """Bytes that requests take."""
         return self._pool.bytes_in_use - self._own_bytes

@@ -50,6 +50,8 @@ class Crew:
     metrics: Metrics
     tell: Callable[[Event], None]
     """Hears what the driver itself knows of a request's progress."""
+    life: str = ""
+    """Which driver this is."""
 
 
 @dataclass(eq=False)
@@ -78,7 +80,7 @@ class Journey:
     ) -> None:
         self.request = request
         self._config, self._graph, self._fleet, self._holdings = crew.config, crew.graph, crew.fleet, crew.holdings
-        self._metrics, self._hear = crew.metrics, crew.tell
+        self._metrics, self._hear, self._life = crew.metrics, crew.tell, crew.life
         self._images, self._sequence, self._latents_file = images, sequence, latents_file
         self._id = f"{request.id}.{run_id}"
         self._keys: list[AttemptKey] = []
@@ -241,7 +243,7 @@ class Journey:
         handoffs = [self._outputs[producer].handoff for producer in self._graph.producers(stage)]
         if self._given is not None and self._graph.image_inputs(stage):
             handoffs.append(self._given)
-        return Task(self._new_key(), self.request, tuple(handoffs), self._tries[stage])
+        return Task(self._new_key(), self.request, tuple(handoffs), self._tries[stage], self._life)
 
     def _end(self, stage: str, state: State, cause: Cause, replica: str = "") -> None:
         """Tell how an attempt ended."""

@@ -32,6 +32,7 @@ COUNTERS = {
     "requests_total": ("Requests that ended, by outcome.", ("outcome",)),
     "attempts_total": ("Attempts of a stage, by what ended them.", ("stage", "cause")),
     "replica_restarts_total": ("Replicas that were replaced.", ("stage",)),
+    "replica_changes_total": ("Changes of how many replicas a stage is to have.", ("stage", "direction")),
     "phase_seconds_total": ("Exact seconds of finished stages, by phase.", ("stage", "replica", "phase")),
     "denoise_steps_total": ("Denoising steps, those of failed attempts included.", ("stage", "replica")),
     "transfer_bytes_total": ("Bytes pulled from other pools.", ("stage", "replica", "route")),
@@ -168,6 +169,10 @@ class Metrics:
 
     def attempt(self, stage: str, cause: Cause) -> None:
         self._count("attempts_total", 1, stage=stage, cause=cause)
+
+    def scaled(self, stage: str, before: int, after: int) -> None:
+        """Count a change of how many replicas a stage is to have."""
+        self._count("replica_changes_total", 1, stage=stage, direction="out" if after > before else "in")
 
     def replica_restarted(self, stage: str) -> None:
         self._count("replica_restarts_total", 1, stage=stage)

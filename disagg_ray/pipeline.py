@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import itertools
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,15 +18,17 @@ import torch
 
 from disagg_ray.admission import Admission
 from disagg_ray.config import Config, load_config
-from disagg_ray.errors import Cancelled, DisaggError, StageError, StartError
+from disagg_ray.connection import Connection
+from disagg_ray.errors import DisaggError, StageError, StartError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import build_graph
+from disagg_ray.handle import Handle, gather
 from disagg_ray.holdings import Holdings
-from disagg_ray.journey import Crew, Journey
+from disagg_ray.journey import Crew, Journey, measure
 from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Listener, Receiver
-from disagg_ray.replica import Health, ReplicaInfo
+from disagg_ray.replica import Health, Leader, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 from disagg_ray.video import to_array
@@ -40,53 +41,20 @@ COUNT_S = 5.0
 """How often the metrics' gauges are set; Ray forgets one after 20 s."""
 
 
-class Handle:
-    """A submitted request: wait for it with `result`, `await` it, or `cancel` it."""
-
-    def __init__(self, request: ResolvedRequest) -> None:
-        self.request = request
-        self.progress: Event | None = None
-        """The latest word of how far it is."""
-        self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-    def result(self, timeout_s: float | None = None) -> Result:
-        """Wait for the video.
-
-        Raises:
-            TimeoutError: not finished within `timeout_s`; the request goes on.
-            Cancelled: it was cancelled, or the pipeline closed.
-            DisaggError: what failed it.
-        """
-        try:
-            return self._future.result(timeout_s)
-        except concurrent.futures.CancelledError:
-            raise Cancelled(f"request {self.request.id} was cancelled") from None
-
-    def __await__(self) -> Generator[Any, None, Result]:
-        return asyncio.wrap_future(self._future).__await__()
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def add_done_callback(self, call: Callable[[Handle], None]) -> None:
-        """Have `call` called with this handle when the request is finished, failed or cancelled, in some thread."""
-        self._future.add_done_callback(lambda _: call(self))
-
-    def cancel(self) -> bool:
-        """Give the request up: it leaves the queue, or stops within one denoising step. False: it is finished."""
-        return self._future.cancel()
-
-
 class Pipeline:
     """Stages on a Ray cluster, driven by an event loop in a thread of its own.
 
     Joins the Ray that is there, or starts one and shuts only that down again. Installs no signal handler.
     """
 
-    def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self, config: Config, on_event: Callable[[Event], None] | None = None, pipeline_id: str | None = None
+    ) -> None:
         """Start the pipeline; `on_event` hears of every request's progress, on a thread of its own."""
         self.config = config
-        self.id = uuid.uuid4().hex[:8]
+        self.id = pipeline_id or uuid.uuid4().hex[:8]
+        self.life = uuid.uuid4().hex[:8]
+        """Tells the pipelines apart that one after the other drive the same replicas."""
         self._journeys: dict[asyncio.Task[Result], Journey] = {}
         """Of admitted requests."""
         self._travelling: dict[str, tuple[Journey, Handle]] = {}
@@ -125,6 +93,16 @@ class Pipeline:
         """
         return cls(load_config(path, *overrides), on_event)
 
+    @staticmethod
+    def connect(
+        name: str,
+        address: str | None = None,
+        run_id: str | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Connection:
+        """Use a pipeline that stands in the cluster (`disagg-ray up NAME`); see `Connection`."""
+        return Connection(name, address, run_id, on_event)
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -139,15 +117,20 @@ class Pipeline:
         if self.config.progress:
             self._receiver = Receiver(host, self._relay)
         metrics = self._metrics = Metrics(self.config.model.path, self.config.stages)
-        fleet = self._fleet = Fleet(self.config, self.id, self._lose, self._fail, metrics)
+        fleet = self._fleet = self._make_fleet(metrics)
         described = await fleet.launch()
+        self.config = fleet.config
         ports = {description.ports.stage: description.ports for description in described}
         self.graph = build_graph([ports[stage] for stage in self.config.stages])
         self._holdings = Holdings(f"driver-{self.id}", self.config, self.graph, described[0].geometry, host)
-        await fleet.load(self.graph, self._receiver.credentials if self._receiver is not None else None)
-        self._crew = Crew(self.config, self.graph, fleet, self._holdings, metrics, self._tell)
+        credentials = self._receiver.credentials if self._receiver is not None else None
+        await fleet.load(self.graph, Leader(self.life, self._holdings.sessions, credentials))
+        self._crew = Crew(self.config, self.graph, fleet, self._holdings, metrics, self._tell, self.life)
         self._counting = asyncio.ensure_future(self._count())
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
+
+    def _make_fleet(self, metrics: Metrics) -> Fleet:
+        return Fleet(self.config, self.id, self._lose, self._fail, metrics)
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
@@ -183,32 +166,7 @@ class Pipeline:
 
         A request that fails does not stop the others: the first failure is raised once all others are done.
         """
-        pending: set[concurrent.futures.Future[Result]] = set()
-        failures: list[DisaggError] = []
-        left = iter(requests)
-        try:
-            while True:
-                while len(pending) < 2 * self.config.max_in_flight and (request := next(left, None)) is not None:
-                    try:
-                        pending.add(self.submit(request)._future)
-                    except DisaggError as error:
-                        failures.append(error)
-                if not pending:
-                    break
-                done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    failure = future.exception()
-                    if isinstance(failure, DisaggError):
-                        failures.append(failure)
-                    else:
-                        yield future.result()
-        finally:
-            for future in pending:
-                future.cancel()
-        if failures:
-            for other in failures[1:]:
-                failures[0].add_note(f"another request failed too: {other}")
-            raise failures[0]
+        return gather(self.submit, requests, 2 * self.config.max_in_flight)
 
     def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
         """Check a request and queue it.
@@ -225,20 +183,34 @@ class Pipeline:
         """
         resolved, images = resolve(request, self.config)
         pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
-        handle = Handle(resolved)
+        return self._enqueue(resolved, pixels, wait=wait, latents_file=latents_file)
+
+    def _enqueue(
+        self,
+        request: ResolvedRequest,
+        images: dict[str, torch.Tensor],
+        *,
+        wait: bool,
+        latents_file: Path | None,
+        driver: str = "",
+    ) -> Handle:
+        handle = Handle(request)
         with self._admission.queue(handle, wait=wait):
-            handle._future = asyncio.run_coroutine_threadsafe(self._run(handle, pixels, latents_file), self._loop)
+            running = self._run(handle, images, latents_file, driver)
+            handle._future = asyncio.run_coroutine_threadsafe(running, self._loop)
         handle.add_done_callback(self._admission.leave_queue)  # it may be cancelled before it begins
         return handle
 
-    async def _run(self, handle: Handle, images: dict[str, torch.Tensor], latents_file: Path | None) -> Result:
+    async def _run(
+        self, handle: Handle, images: dict[str, torch.Tensor], latents_file: Path | None, driver: str
+    ) -> Result:
         request, sequence, task = handle.request, next(self._sequence), asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
         try:
             if self._failure is not None:  # since it was queued
                 raise self._failure
-            await self._admission.enter(request.priority, sequence)
+            given = await self._admission.enter(request.priority, sequence, driver, lambda: self._predict(request))
         except asyncio.CancelledError:
             if self._failure is not None:
                 raise self._failure from None
@@ -246,7 +218,8 @@ class Pipeline:
         finally:
             self._waiting.discard(task)
             self._admission.leave_queue(handle)
-        journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], sequence, latents_file)
+        entered = next(self._sequence)  # stages go by the order of admission: the gate's fairness holds there too
+        journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], entered, latents_file)
         self._journeys[task] = journey
         self._travelling[request.id] = journey, handle
         self._metrics.in_flight(len(self._journeys))
@@ -266,7 +239,7 @@ class Pipeline:
             del self._journeys[task]
             if self._travelling.get(request.id) == (journey, handle):
                 del self._travelling[request.id]
-            self._admission.leave()
+            self._admission.leave(given)
             self._metrics.in_flight(len(self._journeys))
             self._metrics.request_finished(outcome, time.monotonic() - began)
 
@@ -279,6 +252,14 @@ class Pipeline:
             raise StageError(
                 f"request {journey.request.id}: not done within failures.timeout_s={limit_s:g} s"
             ) from None
+
+    def _predict(self, request: ResolvedRequest) -> float:
+        """Return the replica seconds that all stages are predicted to take with a request."""
+        assert self._fleet is not None
+        return sum(
+            self._fleet.schedulers[stage].expect(*measure(request, settings.blocks))
+            for stage, settings in self.config.stages.items()
+        )
 
     def _relay(self, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._hear, event)

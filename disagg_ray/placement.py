@@ -19,7 +19,7 @@ from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from disagg_ray import environment
+from disagg_ray import environment, roster
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.replica import ServedReplica
@@ -33,6 +33,7 @@ GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "
 """Every other call is a control call."""
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 """Ray's names: its default fills nodes that are in use first, up to half."""
+MANY = 1_000
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
 
@@ -79,6 +80,23 @@ class Actor:
         return bound.options(name=title, concurrency_group=GROUP_OF.get(method, "control")).remote(*args)  # type: ignore[no-any-return]
 
 
+def join(address: str | None) -> None:
+    """Join the Ray cluster at an address, or the one that RAY_ADDRESS or this machine knows, unless one is joined.
+
+    Raises:
+        StartError: there is none.
+    """
+    if ray.is_initialized():
+        return
+    address = address or environment.ray_address() or "auto"
+    try:
+        ray.init(address=address, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "; start one with `ray start --head`" if address == "auto" else ""
+        raise StartError(f"cluster.address: {address!r} cannot be joined: {reason}{remedy}") from error
+
+
 class Cluster:
     """A Ray cluster that was joined, or started and then shut down again."""
 
@@ -89,16 +107,9 @@ class Cluster:
             return
         address = config.cluster.address or environment.ray_address()
         if address is not None:
-            self._join(address)
+            join(address)
         else:
             self._start(config)
-
-    def _join(self, address: str) -> None:
-        try:
-            ray.init(address=address, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise StartError(f"cluster.address: {address!r} cannot be joined: {reason}") from error
 
     def _start(self, config: Config) -> None:
         """Start one on this machine, reachable with a token only."""
@@ -175,23 +186,30 @@ def _make_token() -> None:
 
 
 class Placement:
-    """Puts actors where the configuration wants them."""
+    """Puts actors where the configuration wants them; those of a standing pipeline outlive their driver."""
 
-    def __init__(self, config: Config, pipeline_id: str) -> None:
-        self._config = config
-        self._pipeline_id = pipeline_id
-        self._shared = [_share(config) for _ in range(self._num_shared)]
+    def __init__(self, config: Config, pipeline_id: str, *, standing: bool = False) -> None:
+        self.config = config
+        self._pipeline_id, self._standing = pipeline_id, standing
+        self._shared = [self._share(index) for index in range(self._num_shared)]
+
+    def _share(self, index: int) -> PlacementGroup:
+        if not self._standing:
+            return _share(self.config)
+        found = roster.find_group(self._pipeline_id, index)
+        name = roster.group_name(self._pipeline_id, index)
+        return _share(self.config, name=name, lifetime="detached") if found is None else found
 
     @property
     def _num_shared(self) -> int:
         """How many GPUs are shared by stages."""
-        return self._config.stages[self._config.share_gpu[0]].replicas if self._config.share_gpu else 0
+        return self.config.stages[self.config.share_gpu[0]].replicas if self.config.share_gpu else 0
 
     def posts(self) -> list[Post]:
         """Return the deployment's places, stage by stage."""
         return [
             Post(stage, index, group)
-            for stage, settings in self._config.stages.items()
+            for stage, settings in self.config.stages.items()
             for index, group in enumerate(
                 name for name, group in settings.replica_groups.items() for _ in range(group.replicas)
             )
@@ -199,12 +217,28 @@ class Placement:
 
     def launch(self, post: Post, incarnation: int = 0) -> Actor:
         """Create an actor for a post; it begins to start as soon as there is room for it."""
-        config = self._config.for_group(post.stage, post.group)
+        config = self.config.for_group(post.stage, post.group)
         actor_class: Any = ray.remote(**self._options(post, config.stages[post.stage]))(
             type(post.stage.capitalize(), (ServedReplica,), {})
         )
-        name = f"disagg_ray-{self._pipeline_id}-{post.name}" + (f".{incarnation}" if incarnation else "")
-        return Actor(post, incarnation, actor_class.options(name=name).remote(post.stage, post.index, config))
+        if self._standing:
+            name = roster.replica_name(self._pipeline_id, post.name, incarnation)
+            options = {"name": name, "namespace": roster.NAMESPACE, "lifetime": "detached"}
+        else:
+            name = f"disagg_ray-{self._pipeline_id}-{post.name}" + (f".{incarnation}" if incarnation else "")
+            options = {"name": name}
+        return Actor(post, incarnation, actor_class.options(**options).remote(post.stage, post.index, config))
+
+    def living(self) -> list[Actor]:
+        """Return a standing pipeline's actors, whoever launched them; their posts' groups are not known."""
+        found = roster.find_replicas(self._pipeline_id)
+        return [Actor(Post(who.stage, who.index, ""), who.incarnation, handle) for who, handle in found.items()]
+
+    def room_for(self, stage: str) -> int:
+        """Return how many more replicas of a stage the cluster can take now; nodes are taken for one."""
+        free = ray.available_resources()
+        asked = {name: number for name, number in _resources(self.config.stages[stage]).items() if number}
+        return min((int(free.get(name, 0) // number) for name, number in asked.items()), default=MANY)
 
     def _options(self, post: Post, settings: StageConfig) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -220,7 +254,7 @@ class Placement:
             options["memory"] = settings.memory
         if settings.accelerator_type is not None:
             options["accelerator_type"] = settings.accelerator_type
-        if post.stage in self._config.share_gpu:
+        if post.stage in self.config.share_gpu:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._shared[post.index], 0)
         elif settings.label_selector:
             options["label_selector"] = dict(settings.label_selector)
@@ -233,7 +267,7 @@ class Placement:
         self._shared = []
 
 
-def _share(config: Config) -> PlacementGroup:
+def _share(config: Config, **options: str) -> PlacementGroup:
     """Reserve one bundle for a replica of each stage that shares a GPU."""
     bundle: dict[str, float] = {}
     labels: dict[str, str] = {}
@@ -244,7 +278,8 @@ def _share(config: Config) -> PlacementGroup:
         if stage.accelerator_type is not None:
             labels["ray.io/accelerator-type"] = stage.accelerator_type
     bundle = {name: number for name, number in bundle.items() if number}
-    group: PlacementGroup = placement_group([bundle], bundle_label_selector=[labels] if labels else None)
+    selector = [labels] if labels else None
+    group: PlacementGroup = placement_group([bundle], bundle_label_selector=selector, **options)
     return group
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, TypeVar
 
 OLDEST_EVERY = 8
 """Every so many turns of a queue the oldest item has its turn, whatever its priority."""
+PRIORITY_OF_TWICE = 10
+"""An owner whose next item has this much more priority than another's may have twice as much in hand."""
 
 T = TypeVar("T", bound=Hashable)
 
@@ -82,6 +85,97 @@ class PriorityQueue(Generic[T]):
         self.remove(item)
         return item
 
+    def highest(self) -> int:
+        """Return the highest priority there is; the queue must not be empty."""
+        self._by_priority.peek()
+        return -int(self._by_priority.least())
+
     def remove(self, item: T) -> bool:
         """Take an item out, wherever it stands; return whether it was in."""
         return self._by_priority.remove(item) and self._by_age.remove(item)
+
+
+@dataclass
+class _Account:
+    """What an owner has in hand."""
+
+    seconds: float = 0.0
+    num_items: int = 0
+    served: int = -1
+    """When it had its last turn."""
+
+
+class FairQueue(Generic[T]):
+    """Items of several owners, each with a `PriorityQueue`: the next is of the owner with the least in hand.
+
+    In hand are predicted seconds, divided by the owner's weight; while none are known, items; of equals, whoever has
+    waited longest for a turn. Who has nothing in hand comes first, so nobody starves. A call costs O(owners + log
+    length).
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, PriorityQueue[T]] = {}
+        """Of owners with something in the queue."""
+        self._accounts: dict[str, _Account] = {}
+        """Of owners with something in the queue or in hand."""
+        self._owners: dict[T, str] = {}
+        self._turns = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def push(self, item: T, owner: str, priority: int, sequence: int) -> None:
+        """Put in an item that is not in."""
+        self._queues.setdefault(owner, PriorityQueue()).push(item, priority, sequence)
+        self._owners[item] = owner
+
+    def pop(self) -> T:
+        """Take out whose turn it is; `charge` its owner for it.
+
+        Raises:
+            IndexError: the queue is empty.
+        """
+        owner = min(self._queues, key=self._in_hand, default=None)
+        if owner is None:
+            raise IndexError("the queue is empty")
+        item = self._queues[owner].pop()
+        self._forget(item)
+        return item
+
+    def remove(self, item: T) -> bool:
+        """Take an item out, wherever it stands; return whether it was in."""
+        owner = self._owners.get(item)
+        if owner is None:
+            return False
+        self._queues[owner].remove(item)
+        self._forget(item)
+        return True
+
+    def charge(self, owner: str, seconds: float) -> None:
+        """Note that an owner has something more in hand."""
+        account = self._accounts.setdefault(owner, _Account())
+        account.seconds += seconds
+        account.num_items += 1
+        account.served = next(self._turns)
+
+    def credit(self, owner: str, seconds: float) -> None:
+        """Note that an owner is done with what it was charged for."""
+        account = self._accounts[owner]
+        account.num_items -= 1
+        account.seconds = account.seconds - seconds if account.num_items else 0.0  # no rounding error stays
+        self._tidy(owner)
+
+    def _in_hand(self, owner: str) -> tuple[float, float, int]:
+        account = self._accounts.get(owner, _Account())
+        weight = 2.0 ** (self._queues[owner].highest() / PRIORITY_OF_TWICE)
+        return account.seconds / weight, account.num_items / weight, account.served
+
+    def _forget(self, item: T) -> None:
+        owner = self._owners.pop(item)
+        if not self._queues[owner]:
+            del self._queues[owner]
+            self._tidy(owner)
+
+    def _tidy(self, owner: str) -> None:
+        if owner not in self._queues and owner in self._accounts and not self._accounts[owner].num_items:
+            del self._accounts[owner]

@@ -74,6 +74,42 @@ class Task:
     """Where its inputs lie; each producer keeps them until it is told to release."""
     attempt: int = 0
     """How often the stage was begun for this request before."""
+    life: str = ""
+    """Of the driver that asks."""
+
+
+@dataclass(frozen=True)
+class Leader:
+    """Who drives a replica."""
+
+    life: str
+    """The one that its tasks bear."""
+    sessions: tuple[str, ...]
+    """Mooncake's names of the ways into the driver's pool."""
+    credentials: Credentials | None
+    """For telling of progress."""
+
+
+@dataclass(frozen=True)
+class Charter:
+    """What a standing pipeline is to be. Each of its replicas keeps a copy: they outlive their driver."""
+
+    revision: int
+    config: Config
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """What a standing replica tells a new driver."""
+
+    charter: Charter | None
+    config: Config
+    """With which it was launched."""
+    description: Description
+    info: ReplicaInfo | None
+    """None: it is not ready."""
+    fresh: bool
+    """Nobody has told it to load."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +147,8 @@ class Health:
     gpu_allocated_bytes: int
     gpu_peak_bytes: int
     """Most GPU memory ever taken."""
+    num_videos: int
+    """Decoded and not yet fetched."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +167,16 @@ class Replica:
             self._stage = Stage(stage, config)
         self._pulled: dict[AttemptKey, _Pulled] = {}
         self._frames: dict[AttemptKey, Frames] = {}
+        self._known: set[AttemptKey] = set()
+        """Tasks that were begun here and not released."""
         self._changed = threading.Condition()
-        """Of the two dictionaries above."""
+        """Of the three above, and of the leader."""
+        self._leader: Leader | None = None
+        """None: whoever asks is served."""
+        self._charter: Charter | None = None
+        self._info: ReplicaInfo | None = None
+        self._loading = False
+        """Or done with that."""
         self._progressed: float | None = None
         """When what computes last made progress."""
         self._pool: Pool
@@ -149,6 +195,7 @@ class Replica:
             CheckpointError: a component cannot be loaded.
         """
         began = time.monotonic()
+        self._loading = True
         host = host or ray.util.get_node_ip_address()
         self._sender = Sender(credentials)
         self._stage.connect(graph)
@@ -158,7 +205,7 @@ class Replica:
         self._stage.use_cache(self._pool.cache)
         self._stage.load()
         pid = psutil.Process().pid
-        return ReplicaInfo(
+        self._info = ReplicaInfo(
             name=self.name,
             stage=self._stage.name,
             host=host,
@@ -170,6 +217,25 @@ class Replica:
             load_s=time.monotonic() - began,
             ready=time.time(),
         )
+        return self._info
+
+    def recall(self) -> Recollection:
+        """Tell a new driver what is known here."""
+        return Recollection(self._charter, self._config, self.describe(), self._info, fresh=not self._loading)
+
+    def follow(self, leader: Leader, charter: Charter) -> None:
+        """Work for this driver from now on; what was begun for one that is dead is given up and its slots are freed."""
+        with self._changed:
+            before, self._leader, self._charter = self._leader, leader, charter
+            known = list(self._known)
+        if before is not None and before.life == leader.life:
+            return
+        for key in known:
+            self.release(key)
+        if before is not None:
+            self.forget(before.sessions)
+        self._sender.close()
+        self._sender = Sender(leader.credentials)
 
     def prefetch(self, task: Task) -> None:
         """Reserve room for a task and pull its inputs, while another computes."""
@@ -211,6 +277,10 @@ class Replica:
 
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
+        with self._changed:
+            if self._leader is not None and self._leader.life != task.life:
+                raise Cancelled(f"request {task.request.id} was a dead driver's")
+            self._known.add(task.key)
         self._tell(task, "pulling")
         wanted = {h: [t for t in h.tensors if t.name in self._stage.ports.inputs] for h in task.handoffs}
         sizes = {t.name: t.spec.nbytes for metas in wanted.values() for t in metas}
@@ -284,6 +354,7 @@ class Replica:
         self._pool.release(key)
         with self._changed:
             self._pulled.pop(key, None)
+            self._known.discard(key)
         self._drop_frames(key)
 
     def health(self) -> Health:
@@ -300,6 +371,7 @@ class Replica:
             cache_misses=pool.cache.misses,
             gpu_allocated_bytes=self._stage.allocated_bytes,
             gpu_peak_bytes=self._stage.peak_bytes,
+            num_videos=len(self._frames),
         )
 
     def forget(self, sessions: tuple[str, ...]) -> None:

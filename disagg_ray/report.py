@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from disagg_ray.page import Sheet, render
 from disagg_ray.plan import Plan
 from disagg_ray.profile import Profile
 from disagg_ray.result import Result
+from disagg_ray.service import Snapshot
 from disagg_ray.summary import Tally, bottleneck
 from disagg_ray.timeline import PHASES, Timeline, is_whole, lay_out, shares
 from disagg_ray.trace import to_trace
@@ -100,6 +102,36 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
     for layout, reason in plan.misfits[:3]:
         table.add_row(layout.name, "-", "-", "-", "-", "-", f"no room: {reason}")
     _print(table)
+
+
+def print_standing(snapshots: Mapping[str, Snapshot | None]) -> None:
+    """Print how standing pipelines are; None: the supervisor does not answer."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
+        table.add_column(column)
+    for name, shown in snapshots.items():
+        if shown is None:
+            table.add_row(name, "-", "restarting")
+            continue
+        stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}" for s in shown.stages)
+        waiting = shown.queued + sum(s.waiting for s in shown.stages)
+        gpu_bytes = sum(s.gpu_bytes for s in shown.stages)
+        age = f"{(time.time() - shown.began) / 60:.0f} min"
+        held = human_bytes(gpu_bytes) if gpu_bytes else "-"
+        table.add_row(name, shown.config.model.path, shown.state, stages, str(waiting), age, held, shown.address)
+    _print(table)
+
+
+def standing_to_json(snapshots: Mapping[str, Snapshot | None]) -> str:
+    """Return how standing pipelines are, as a JSON list; a supervisor that does not answer is `restarting`."""
+
+    def describe(name: str, shown: Snapshot | None) -> dict[str, object]:
+        if shown is None:
+            return {"name": name, "state": "restarting"}
+        fields = {key: value for key, value in asdict(shown).items() if key != "config"}
+        return fields | {"model": shown.config.model.path, "age_s": time.time() - shown.began}
+
+    return json.dumps([describe(name, shown) for name, shown in snapshots.items()], indent=2)
 
 
 def _print(table: Table) -> None:

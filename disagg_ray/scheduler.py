@@ -67,6 +67,8 @@ class _Replica:
     started: float = 0.0
     end: float = 0.0
     """When the running job began, and is predicted to end."""
+    on_idle: Callable[[], None] = lambda: None
+    """Of one that retires."""
 
 
 class StageScheduler:
@@ -81,6 +83,8 @@ class StageScheduler:
     def __init__(self) -> None:
         self._predictor = Predictor()
         self._replicas: dict[str, _Replica] = {}
+        self._retiring: dict[str, _Replica] = {}
+        """Those that only finish what they run; they stand in no heap."""
         self._groups: dict[str, _Group] = {}
         self._busy: Heap[_Replica] = Heap()
         """By predicted end."""
@@ -121,6 +125,11 @@ class StageScheduler:
         """Return the seconds a job would compute on a replica of a group; 0 as long as nothing is known."""
         return self._predictor.predict(group, job.shape, job.work)
 
+    def expect(self, work: float, shape: Hashable) -> float:
+        """Return the seconds such a job would compute on a replica of the stage; 0 as long as nothing is known."""
+        rates = [self._predictor.predict(group, shape, work) for group in self._groups]
+        return sum(rates) / len(rates) if rates else 0.0
+
     def add(self, replica: str, group: str, now: float) -> None:
         """Take on a replica that is ready and idle; replicas of one group are like hardware."""
         assert replica not in self._replicas, f"{replica} is there already"
@@ -135,9 +144,15 @@ class StageScheduler:
         """Let go of a replica that died or is drained.
 
         What it had prefetched waits again in its old order. What it was running is no longer here: `push` it to have
-        it run again.
+        it run again. Nothing happens if the replica is not here any more, having retired.
         """
-        removed = self._replicas.pop(replica)
+        if (retired := self._retiring.pop(replica, None)) is not None:
+            if retired.running:
+                self._forget(retired.running)
+            retired.on_idle()
+            return
+        if (removed := self._replicas.pop(replica, None)) is None:
+            return
         if removed in self._prefetched:
             self._wait(self._take_prefetched(removed))
         if removed.running:
@@ -145,6 +160,24 @@ class StageScheduler:
         self._busy.remove(removed)
         removed.group.idle.remove(removed)
         removed.group.open.remove(removed)
+        self._settle(now)
+
+    def retire(self, replica: str, now: float, on_idle: Callable[[], None]) -> None:
+        """Give a replica nothing more: what it runs it may finish; `on_idle` is called when it runs nothing.
+
+        What it had prefetched waits again in its old order.
+        """
+        retired = self._replicas[replica]
+        if not retired.running:
+            self.remove(replica, now)
+            on_idle()
+            return
+        del self._replicas[replica]
+        self._retiring[replica], retired.on_idle = retired, on_idle
+        if retired in self._prefetched:
+            self._wait(self._take_prefetched(retired))
+        self._busy.remove(retired)
+        retired.group.open.remove(retired)
         self._settle(now)
 
     def push(self, job: Job, now: float) -> None:
@@ -273,6 +306,10 @@ class StageScheduler:
     def _free(self, replica: _Replica, now: float) -> None:
         """Go on with what is prefetched, or be idle."""
         replica.running = None
+        if replica.name in self._retiring:
+            del self._retiring[replica.name]
+            replica.on_idle()
+            return
         self._busy.remove(replica)
         replica.group.open.remove(replica)
         if replica in self._prefetched:
@@ -290,7 +327,9 @@ class StageScheduler:
             replica.group.open.push(replica, end)
 
     def _replica_of(self, job: Job) -> _Replica | None:
-        return self._replicas[job.place.replica] if job.place else None
+        if job.place is None:
+            return None
+        return self._replicas.get(job.place.replica) or self._retiring[job.place.replica]
 
     def _wait(self, job: Job) -> None:
         self._waiting.push(job, job.priority, job.sequence)

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from disagg_ray.admission import Admission
+from disagg_ray.admission import Admission, Pass
 from disagg_ray.errors import Overloaded, StartError
 
 
-async def enter_in_background(admission: Admission, priority: int, sequence: int) -> asyncio.Task[None]:
+async def enter_in_background(admission: Admission, priority: int, sequence: int) -> asyncio.Task[Pass]:
     entering = asyncio.create_task(admission.enter(priority, sequence))
     await asyncio.sleep(0)
     return entering
@@ -46,13 +46,13 @@ def test_close_waits_for_what_is_done_with_a_new_place() -> None:
 def test_higher_priority_enters_first() -> None:
     async def use() -> list[bool]:
         admission = Admission(max_queued=9, room=1)
-        await admission.enter(0, 0)
+        first = await admission.enter(0, 0)
         late = await enter_in_background(admission, 0, 1)
         urgent = await enter_in_background(admission, 5, 2)
-        admission.leave()
-        await asyncio.wait_for(urgent, 10)
+        admission.leave(first)
+        second = await asyncio.wait_for(urgent, 10)
         waited = late.done()
-        admission.leave()
+        admission.leave(second)
         await asyncio.wait_for(late, 10)
         return [waited]
 
@@ -63,11 +63,11 @@ def test_higher_priority_enters_first() -> None:
 def test_room_is_neither_lost_nor_doubled_when_one_is_cancelled_as_another_leaves(cancelled_first: bool) -> None:
     async def use() -> None:
         admission = Admission(max_queued=9, room=1)
-        await admission.enter(0, 0)
+        first = await admission.enter(0, 0)
         waiting = await enter_in_background(admission, 0, 1)
         if cancelled_first:
             waiting.cancel()
-        admission.leave()
+        admission.leave(first)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -87,7 +87,37 @@ def test_whoever_is_cancelled_keeps_nobody_out() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         following = await enter_in_background(admission, 0, 2)
-        admission.leave()
+        admission.resize(1)
         await asyncio.wait_for(following, 10)
+
+    asyncio.run(use())
+
+
+def test_a_smaller_gate_lets_nobody_in_until_enough_have_left() -> None:
+    async def use() -> None:
+        admission = Admission(max_queued=9, room=2)
+        inside = [await admission.enter(0, number) for number in range(2)]
+        admission.resize(1)
+        waiting = await enter_in_background(admission, 0, 2)
+        admission.leave(inside[0])
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        admission.leave(inside[1])
+        await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(use())
+
+
+def test_a_driver_with_less_inside_goes_first() -> None:
+    async def use() -> None:
+        admission = Admission(max_queued=9, room=2)
+        inside = [await admission.enter(0, number, "greedy", lambda: 1.0) for number in range(2)]
+        greedy = asyncio.create_task(admission.enter(0, 2, "greedy"))
+        modest = asyncio.create_task(admission.enter(0, 3, "modest"))
+        await asyncio.sleep(0)
+        admission.leave(inside[0])
+        await asyncio.wait_for(modest, 10)
+        assert not greedy.done()
+        greedy.cancel()
 
     asyncio.run(use())

@@ -394,6 +394,21 @@ def test_impossible_deployment_is_refused_by_key(override: str, said: str) -> No
         load_config("conf/tiny_t2v.yaml", override)
 
 
+def test_bounds_of_replicas_start_at_the_least_and_size_for_the_most(tmp_path: Path) -> None:
+    config = load_config(T2V, "stages.transformer.replicas={min: 2, max: 5}")
+    stage = config.stages["transformer"]
+    assert (stage.replicas, stage.min_replicas, stage.max_replicas, config.max_in_flight) == (2, 2, 5, 14)
+    path = tmp_path / "printed.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+    assert load_config(path, "stages.transformer.replicas=3").stages["transformer"].max_replicas is None
+
+
+@pytest.mark.parametrize("bounds", ["{min: 3, max: 2}", "{min: 0, max: 2}", "{min: 1}", "{least: 1, most: 2}"])
+def test_impossible_bounds_of_replicas_are_refused(bounds: str) -> None:
+    assert "stages.transformer.replicas" in refusal(T2V, f"stages.transformer.replicas={bounds}")
+
+
 def test_stages_that_share_a_gpu_must_fit_one_and_be_alike() -> None:
     gpus = ("stages.encoder.num_gpus=0.6", "stages.decoder.num_gpus=0.6", "share_gpu=[encoder, decoder]")
     with pytest.raises(ConfigError, match=r"add up to 1\.2"):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_ray.queues import OLDEST_EVERY, Heap, PriorityQueue
+from disagg_ray.queues import OLDEST_EVERY, FairQueue, Heap, PriorityQueue
 
 STEPS = st.lists(st.tuples(st.sampled_from(["push", "remove", "pop"]), st.integers(0, 9), st.integers(-3, 3)))
 
@@ -96,3 +96,58 @@ def test_a_queue_agrees_with_a_sorted_list(steps):
             assert queue.pop() == expected
             del items[expected]
         assert len(queue) == len(items)
+
+
+def share(queue: FairQueue[str], inside: int, turns: int) -> list[str]:
+    """Return the owners of what enters when each takes a second and so many are inside at once, oldest out first."""
+    entered: list[str] = []
+    for turn in range(turns):
+        if turn >= inside:
+            queue.credit(entered[turn - inside], 1.0)
+        owner = queue.pop().split()[0]
+        queue.charge(owner, 1.0)
+        entered.append(owner)
+    return entered
+
+
+def fair(*crowds: tuple[str, int, int]) -> FairQueue[str]:
+    queue: FairQueue[str] = FairQueue()
+    for owner, number, priority in crowds:
+        for sequence in range(number):
+            queue.push(f"{owner} {sequence}", owner, priority, sequence)
+    return queue
+
+
+def test_owners_share_alike_however_much_each_brings():
+    entered = share(fair(("greedy", 100, 0), ("modest", 10, 0), ("third", 10, 0)), inside=6, turns=30)
+    assert {owner: entered.count(owner) for owner in set(entered)} == {"greedy": 10, "modest": 10, "third": 10}
+
+
+def test_who_has_nothing_in_hand_comes_first_whatever_the_priority_of_others():
+    queue = fair(("urgent", 20, 1000))
+    share(queue, inside=8, turns=8)
+    queue.push("late 0", "late", -1000, 99)
+    assert queue.pop() == "late 0"
+
+
+def test_ten_more_of_priority_is_twice_the_share():
+    entered = share(fair(("plain", 100, 0), ("preferred", 100, 10)), inside=12, turns=120)
+    assert entered.count("preferred") == pytest.approx(80, abs=4)
+
+
+def test_seconds_in_hand_count_and_not_how_many_items():
+    queue = fair(("long", 5, 0), ("short", 5, 0))
+    queue.charge("long", 10.0)
+    for _ in range(3):
+        queue.charge("short", 1.0)
+    assert queue.pop() == "short 0"
+
+
+def test_an_owner_that_is_done_leaves_nothing_behind():
+    queue = fair(("a", 2, 0), ("b", 1, 0))
+    while queue:
+        queue.charge(queue.pop().split()[0], 0.1)
+    assert not queue.remove("a 0")
+    for owner in "aab":
+        queue.credit(owner, 0.1)
+    assert (queue._accounts, queue._queues) == ({}, {})

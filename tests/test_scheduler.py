@@ -274,6 +274,22 @@ def test_a_callback_that_fails_leaves_the_others_to_be_told():
     assert told == [("1", Place("fast0", run=False))]
 
 
+def test_a_replica_that_retires_finishes_what_it_runs_and_gets_nothing_more():
+    scheduler = start("fast slow", jobs := make_jobs(4))
+    gone = []
+    scheduler.retire("fast0", 0.5, lambda: gone.append("fast0"))
+    assert (places(jobs), gone) == ("fast0! - slow0! slow0", [])
+    scheduler.finish(jobs[0], 1.0, 1.0)
+    assert (places(jobs), gone) == ("- - slow0! slow0", ["fast0"])
+
+
+def test_a_replica_that_is_idle_retires_at_once():
+    scheduler, gone = start("fast"), []
+    scheduler.retire("fast0", 0.0, lambda: gone.append("fast0"))
+    scheduler.remove("fast0", 1.0)
+    assert (gone, scheduler.replicas) == (["fast0"], ())
+
+
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """A driver that pushes, finishes, withdraws, adds and removes in any order, and believes what it is told."""
 
@@ -285,6 +301,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.groups: dict[str, str] = {}
         self.jobs: dict[Job, Place | None] = {}
         """Those that are with the scheduler, and where they were last told to be."""
+        self.retiring: set[str] = set()
 
     def running(self, replica: str) -> Job | None:
         return next((job for job, place in self.jobs.items() if place == Place(replica, run=True)), None)
@@ -312,6 +329,21 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.scheduler.remove(name, self.now)
         if running and number % 2:
             self.admit(running)
+
+    @precondition(lambda self: self.groups)
+    @rule(number=st.integers(0))
+    def retire(self, number):
+        name = list(self.groups)[number % len(self.groups)]
+        del self.groups[name]
+        self.retiring.add(name)
+        self.scheduler.retire(name, self.now, lambda: self.retiring.remove(name))
+
+    @precondition(lambda self: self.retiring)
+    @rule()
+    def lose_a_retiring_one(self):
+        name = min(self.retiring)
+        del self.jobs[self.running(name)]
+        self.scheduler.remove(name, self.now)
 
     @rule(work=st.sampled_from([0.0, 1.0, 2.0, 50.0]), priority=st.integers(0, 2))
     def push(self, work, priority):
@@ -343,12 +375,21 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @invariant()
     def every_job_is_where_the_driver_was_told(self):
         assert all(job.place == place for job, place in self.jobs.items())
-        known = [place.run for place in self.jobs.values() if place]
-        assert counts(self.scheduler) == (len(self.jobs) - len(known), known.count(True), known.count(False))
+        known = [place.run for place in self.staying() if place]
+        assert counts(self.scheduler) == (len(self.staying()) - len(known), known.count(True), known.count(False))
+
+    def staying(self) -> list[Place | None]:
+        """Return the places of jobs, but for those on replicas that retire."""
+        return [place for place in self.jobs.values() if not place or place.replica not in self.retiring]
+
+    @invariant()
+    def a_replica_retires_only_while_it_runs(self):
+        assert all(self.running(name) for name in self.retiring)
+        assert not any(place and place.replica in self.retiring and not place.run for place in self.jobs.values())
 
     @invariant()
     def a_replica_has_one_to_run_and_behind_it_one_prefetched(self):
-        taken = Counter(place for place in self.jobs.values() if place)
+        taken = Counter(place for place in self.staying() if place)
         assert all(count == 1 for count in taken.values())
         assert {place.replica for place in taken} <= set(self.groups) == set(self.scheduler.replicas)
         assert all(Place(place.replica, run=True) in taken for place in taken)
@@ -356,17 +397,17 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @invariant()
     def no_place_is_free_while_jobs_wait(self):
         if None in self.jobs.values():
-            assert sum(place is not None for place in self.jobs.values()) == 2 * len(self.groups)
+            assert sum(place is not None for place in self.staying()) == 2 * len(self.groups)
 
     @invariant()
     def none_is_prefetched_beside_an_idle_replica_of_like_hardware(self):
         idle = {group for name, group in self.groups.items() if not self.running(name)}
-        assert not idle & {self.groups[place.replica] for place in self.jobs.values() if place and not place.run}
+        assert not idle & {self.groups[place.replica] for place in self.staying() if place and not place.run}
 
     @invariant()
     def nothing_is_outstanding_only_when_nothing_is_left(self):
         outstanding = self.scheduler.outstanding_seconds(self.now)
-        assert outstanding >= 0.0 if self.jobs else outstanding == 0.0
+        assert outstanding >= 0.0 if self.staying() else outstanding == 0.0
 
     def teardown(self):
         if not self.groups:

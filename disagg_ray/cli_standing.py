@@ -1,0 +1,100 @@
+"""The commands about pipelines that stand: up, ls, scale, down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from disagg_ray.arguments import EPILOG, Parser, terminated
+from disagg_ray.config import load_config
+from disagg_ray.errors import InputError
+
+
+def up(argv: Sequence[str]) -> int:
+    """Put a pipeline up that stays, for many drivers; one that stands becomes what is given, replica by replica."""
+    parser = Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
+    parser.add_argument("name", metavar="NAME", help="what drivers will call it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--only", metavar="STAGE", help="start this stage; the last one makes the pipeline ready")
+    parser.add_argument("--here", action="store_true", help="with --only: on this machine")
+    options = parser.parse_intermixed_args(argv)
+    if options.here and options.only is None:
+        raise InputError("--here: it goes with --only STAGE; give both, or neither")
+    config = load_config(options.config, *options.overrides)
+    with joined(config.cluster.address):
+        from disagg_ray import stand
+
+        if options.only is not None:
+            snapshot = stand.up_stage(options.name, options.only, config, here=options.here)
+        else:
+            snapshot = stand.up(options.name, config)
+    if snapshot is not None:
+        stages = ", ".join(f"{state.stage} {state.ready}" for state in snapshot.stages)
+        print(f"{snapshot.name} is {snapshot.state}: {stages}")
+    return 0
+
+
+def ls(argv: Sequence[str]) -> int:
+    """List the pipelines that stand."""
+    parser = Parser(prog="disagg-ray ls", description=ls.__doc__)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(argv)
+    with joined(None):
+        from disagg_ray import stand
+        from disagg_ray.report import print_standing, standing_to_json
+
+        snapshots = stand.list_all()
+    if options.json:
+        print(standing_to_json(snapshots))
+    else:
+        print_standing(snapshots)
+    return 0
+
+
+def down(argv: Sequence[str]) -> int:
+    """Take a standing pipeline down."""
+    parser = Parser(prog="disagg-ray down", description=down.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--drain", action="store_true", help="let what runs finish first")
+    parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
+    options = parser.parse_args(argv)
+    with joined(None):
+        from disagg_ray import stand
+
+        stand.down(options.name, options.grace if options.drain else 0.0)
+    print(f"{options.name} is down")
+    return 0
+
+
+def scale(argv: Sequence[str]) -> int:
+    """Change how many replicas a stage of a standing pipeline has."""
+    parser = Parser(prog="disagg-ray scale", description=scale.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
+    options = parser.parse_args(argv)
+    asked = [_parse_scale(text) for text in options.stages]
+    with joined(None):
+        from disagg_ray import stand
+
+        for stage, number in asked:
+            stand.scale(options.name, stage, number)
+            print(f"{options.name}: {stage} gets {number} replicas")
+    return 0
+
+
+def _parse_scale(text: str) -> tuple[str, int]:
+    stage, _, number = text.partition("=")
+    if not stage or not number.isdecimal() or int(number) < 1:
+        raise InputError(f"STAGE=NUMBER: {text!r} is not possible; write a stage and 1 or more, as transformer=4")
+    return stage, int(number)
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """Join the cluster that is there."""
+    from disagg_ray.placement import join
+
+    join(address)
+    with terminated():  # Ray took the handler when it joined
+        yield

@@ -1,0 +1,285 @@
+"""A driver's end of a standing pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import ray
+
+from disagg_ray.config import Config
+from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError, StartError
+from disagg_ray.handle import Handle, gather
+from disagg_ray.placement import join
+from disagg_ray.progress import Event, Listener
+from disagg_ray.replica import Health, ReplicaInfo
+from disagg_ray.request import Request, resolve
+from disagg_ray.result import Result
+from disagg_ray.roster import find_supervisor
+from disagg_ray.service import Asked, NotHere, Snapshot
+from disagg_ray.video import to_array
+
+logger = logging.getLogger("disagg_ray")
+
+T = TypeVar("T")
+
+RETURN_S = 120.0
+"""How long a supervisor that died may take to be back."""
+RETRY_S = 0.5
+ANSWER_S = 10.0
+"""How long a supervisor may take to say how it is."""
+LEAVE_S = 5.0
+
+
+class Connection:
+    """Has `Pipeline`'s methods; the work is done by a pipeline that stands in the cluster.
+
+    What was asked under a run id can be asked again under it, by another process too: what is finished or on its way
+    there is not computed again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str | None = None,
+        run_id: str | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Connect to a pipeline by its name; wait until it is ready.
+
+        Raises:
+            InputError: no such pipeline stands; names those that do.
+            StartError: there is no cluster, or the pipeline did not start.
+        """
+        join(address)
+        self._actor = find_supervisor(name)
+        self.name = name
+        self.id = run_id or uuid.uuid4().hex[:8]
+        self._keep = run_id is not None
+        self._handles: dict[str, Handle] = {}
+        self._finished: list[str] = []
+        """Requests whose answer is here, which the supervisor has not been told yet."""
+        self._closed = False
+        self._listener = Listener(on_event) if on_event is not None else None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{self.id}", daemon=True)
+        self._thread.start()
+        self._listening: concurrent.futures.Future[None] | None = None
+        try:
+            if (error := self._call(self._ask("ready"))) is not None:
+                raise error
+            self.config: Config = self.snapshot().config
+        except BaseException:
+            self.close()
+            raise
+        self._listening = asyncio.run_coroutine_threadsafe(self._listen(), self._loop)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def generate(self, request: Request) -> Result:
+        """Generate one video and wait for it; see `Pipeline.generate`."""
+        return self.submit(request).result()
+
+    def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Generate many videos, yielding each as it finishes; see `Pipeline.generate_all`."""
+        return gather(self.submit, requests, 2 * self.config.max_in_flight)
+
+    def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
+        """Check a request and queue it at the pipeline; see `Pipeline.submit`.
+
+        Each driver may have `limits.max_queued` unfinished requests there. Finished latents are kept at the pipeline,
+        under the run id, and never come here: of `latents_file` counts only whether it is given.
+
+        Raises:
+            RequestError: the request cannot be served by this model and configuration.
+            Overloaded: there is no room, and `wait` is False.
+            Cancelled: the connection is closed, or the pipeline was taken down.
+        """
+        resolved, images = resolve(request, self.config)
+        if self._closed:
+            raise Cancelled("the connection is closed")
+        keep = self._keep or latents_file is not None
+        asked = Asked(resolved, {name: to_array(image) for name, image in images.items()}, keep)
+        handle = self._handles[resolved.id] = Handle(resolved)
+        taken: concurrent.futures.Future[None] = concurrent.futures.Future()
+        handle._future = asyncio.run_coroutine_threadsafe(self._run(asked, taken, wait=wait), self._loop)
+        handle.add_done_callback(self._note_done)
+        either: list[concurrent.futures.Future[Any]] = [taken, handle._future]
+        concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not taken.done():
+            handle.result()
+        return handle
+
+    def note_written(self, seconds: float) -> None:
+        """Nothing: the metrics are the pipeline's, and what a driver writes is not."""
+
+    async def _run(self, asked: Asked, taken: concurrent.futures.Future[None], *, wait: bool) -> Result:
+        """Have a request computed; submit it again whenever the supervisor has forgotten it."""
+        request_id = asked.request.id
+        try:
+            while True:
+                error = await self._ask("submit", self.id, asked, wait=wait or taken.done())
+                if error is not None:
+                    raise error
+                if not taken.done():
+                    taken.set_result(None)
+                answer: Result | DisaggError = await self._ask("result", self.id, request_id)
+                if isinstance(answer, Result):
+                    return answer
+                if not isinstance(answer, NotHere):
+                    raise answer
+        except asyncio.CancelledError:
+            self._actor.cancel.remote(self.id, request_id)
+            raise
+        finally:
+            self._finished.append(request_id)
+
+    def _note_done(self, handle: Handle) -> None:
+        if self._handles.get(handle.request.id) is handle:
+            del self._handles[handle.request.id]
+
+    async def _listen(self) -> None:
+        """Tell the supervisor again and again that this driver lives, and hear what becomes of its requests."""
+        while True:
+            finished, self._finished = self._finished, []
+            for event in await self._ask("listen", self.id, finished):
+                if (handle := self._handles.get(event.request_id)) is not None:
+                    handle.progress = event
+                if self._listener is not None:
+                    self._listener.hear(event)
+
+    async def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call the supervisor; wait for it when it died.
+
+        Raises:
+            Cancelled: it was taken down.
+            ReplicaLost: it was not back after RETURN_S.
+        """
+        deadline = None
+        while True:
+            try:
+                return await getattr(self._actor, method).remote(*args, **options)
+            except ray.exceptions.RayTaskError as error:
+                raise StageError(f"pipeline {self.name}: {error.cause}") from error
+            except ray.exceptions.RayError as error:
+                deadline = deadline or time.monotonic() + RETURN_S
+                if isinstance(error, ray.exceptions.ActorDiedError):
+                    self._check_stands()
+                if time.monotonic() > deadline:
+                    raise ReplicaLost(f"pipeline {self.name}: not back after {RETURN_S:g} s: {error}") from error
+            await asyncio.sleep(RETRY_S)
+
+    def _check_stands(self) -> None:
+        try:
+            find_supervisor(self.name)
+        except DisaggError:
+            raise Cancelled(f"pipeline {self.name} was taken down") from None
+
+    def snapshot(self) -> Snapshot:
+        """Ask how the pipeline is."""
+        snapshot: Snapshot = self._call(self._ask("snapshot"))
+        return snapshot
+
+    def health(self) -> dict[str, Health]:
+        """Ask every replica how it is, by name."""
+        health: dict[str, Health] = self._call(self._ask("health"))
+        return health
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        """Those that serve now."""
+        return self.snapshot().replicas
+
+    @property
+    def num_restarts(self) -> dict[str, int]:
+        """How often a replica was replaced since the supervisor started, by stage."""
+        return self.snapshot().num_restarts
+
+    @property
+    def pools(self) -> dict[str, int]:
+        """Bytes of each replica's pool, by replica."""
+        return {replica.name: replica.pool_bytes for replica in self.replicas}
+
+    @property
+    def weights(self) -> dict[str, dict[str, int]]:
+        """Bytes of each component, by replica."""
+        return {replica.name: replica.weights for replica in self.replicas}
+
+    def drain(self, grace_s: float) -> None:
+        """Submit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
+        self._closed = True
+        handles = list(self._handles.values())
+        concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
+        for handle in handles:
+            handle.cancel()
+
+    def close(self) -> None:
+        """Cancel what runs and leave; the pipeline stands on. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self.drain(0)
+        if self._listening is not None:
+            self._listening.cancel()
+        self._call(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await self._actor.leave.remote(self.id)
+        except (TimeoutError, ray.exceptions.RayError):
+            logger.info("pipeline %s did not hear that this driver left; it will notice", self.name)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the connection's loop and wait for it here."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def fetch_config(name: str) -> Config:
+    """Return the configuration of a pipeline that stands in the cluster that was joined.
+
+    Raises:
+        InputError: no such pipeline stands; names those that do.
+        StartError: it does not answer.
+    """
+    return take_snapshot(name).config
+
+
+def take_snapshot(name: str) -> Snapshot:
+    """Ask a pipeline how it is.
+
+    Raises:
+        InputError: no such pipeline stands; names those that do.
+        StartError: it does not answer.
+    """
+    try:
+        answer: Any = ray.get(find_supervisor(name).snapshot.remote(), timeout=ANSWER_S)
+    except ray.exceptions.RayError as error:
+        raise StartError(f"{name}: its supervisor does not answer: it is being restarted; try again") from error
+    assert isinstance(answer, Snapshot)
+    return answer

@@ -1,0 +1,83 @@
+"""What whoever submits a request gets back, from a pipeline of its own or one that stands."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+from disagg_ray.errors import Cancelled, DisaggError
+from disagg_ray.progress import Event
+from disagg_ray.request import Request, ResolvedRequest
+from disagg_ray.result import Result
+
+
+class Handle:
+    """A submitted request: wait for it with `result`, `await` it, or `cancel` it."""
+
+    def __init__(self, request: ResolvedRequest) -> None:
+        self.request = request
+        self.progress: Event | None = None
+        """The latest word of how far it is."""
+        self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def result(self, timeout_s: float | None = None) -> Result:
+        """Wait for the video.
+
+        Raises:
+            TimeoutError: not finished within `timeout_s`; the request goes on.
+            Cancelled: it was cancelled, or the pipeline closed.
+            DisaggError: what failed it.
+        """
+        try:
+            return self._future.result(timeout_s)
+        except concurrent.futures.CancelledError:
+            raise Cancelled(f"request {self.request.id} was cancelled") from None
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.wrap_future(self._future).__await__()
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def add_done_callback(self, call: Callable[[Handle], None]) -> None:
+        """Have `call` called with this handle when the request is finished, failed or cancelled, in some thread."""
+        self._future.add_done_callback(lambda _: call(self))
+
+    def cancel(self) -> bool:
+        """Give the request up: it leaves the queue, or stops within one denoising step. False: it is finished."""
+        return self._future.cancel()
+
+
+def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], window: int) -> Iterator[Result]:
+    """Yield each result as it finishes, with at most `window` requests submitted at once.
+
+    A request that fails does not stop the others: the first failure is raised once all others are done.
+    """
+    pending: set[concurrent.futures.Future[Result]] = set()
+    failures: list[DisaggError] = []
+    left = iter(requests)
+    try:
+        while True:
+            while len(pending) < window and (request := next(left, None)) is not None:
+                try:
+                    pending.add(submit(request)._future)
+                except DisaggError as error:
+                    failures.append(error)
+            if not pending:
+                break
+            done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                failure = future.exception()
+                if isinstance(failure, DisaggError):
+                    failures.append(failure)
+                else:
+                    yield future.result()
+    finally:
+        for future in pending:
+            future.cancel()
+    if failures:
+        for other in failures[1:]:
+            failures[0].add_note(f"another request failed too: {other}")
+        raise failures[0]

@@ -1,0 +1,189 @@
+"""Pipelines put up, listed, changed and taken down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from disagg_ray.config import Config
+from disagg_ray.connection import ANSWER_S, take_snapshot
+from disagg_ray.errors import DisaggError, InputError, StartError
+from disagg_ray.keep import Keep
+from disagg_ray.placement import NOTICE_S, Placement, gather_ready
+from disagg_ray.replica import Recollection
+from disagg_ray.roster import (
+    NAMESPACE,
+    check_name,
+    find_replicas,
+    find_supervisor,
+    standing,
+    supervisor_name,
+)
+from disagg_ray.service import Snapshot
+from disagg_ray.standing import check_change
+from disagg_ray.supervisor import Supervisor
+
+logger = logging.getLogger("disagg_ray")
+
+END_S = 60.0
+"""How long taking down may take, beyond what running requests get."""
+MAX_CALLS = 10_000
+"""Calls that a supervisor answers at once: each waiting request is one."""
+
+
+def up(name: str, config: Config) -> Snapshot:
+    """Put a pipeline up and wait until it is ready; one that stands becomes what `config` says.
+
+    Raises:
+        InputError: the name is not possible, or a pipeline of this name has another graph or model.
+        StartError: the stages did not become ready; nothing is left.
+    """
+    if check_name(name) in standing():
+        supervisor = find_supervisor(name)
+        _told(supervisor.change.remote(config), END_S + config.cluster.start_timeout_s)
+        return take_snapshot(name)
+    if find_replicas(name):
+        raise InputError(f"NAME: {name!r} has stages that were started one by one; go on with --only, or take it down")
+    return _launch(name, config)
+
+
+def _launch(name: str, config: Config) -> Snapshot:
+    options: dict[str, Any] = {
+        "name": supervisor_name(name), "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0,
+        "max_restarts": -1, "max_task_retries": 0, "max_concurrency": MAX_CALLS,
+    }  # fmt: skip
+    try:
+        supervisor: Any = ray.remote(Supervisor).options(**options).remote(name, config)
+    except ValueError as error:
+        raise InputError(f"NAME: {name!r} was taken meanwhile") from error
+    try:
+        _wait_until_ready(name, supervisor, config)
+        return take_snapshot(name)
+    except BaseException:
+        _wipe(name, supervisor)
+        raise
+
+
+def _wait_until_ready(name: str, supervisor: ActorHandle[Any], config: Config) -> None:
+    deadline = time.monotonic() + config.cluster.start_timeout_s
+    answer: Any = supervisor.ready.remote()
+    while not ray.wait([answer], timeout=NOTICE_S)[0]:
+        logger.info("waiting for the replicas of %s", name)
+        if time.monotonic() > deadline:
+            raise StartError(f"{name}: not ready within cluster.start_timeout_s")
+    _told(answer, 0)
+
+
+def up_stage(name: str, stage: str, config: Config, *, here: bool) -> Snapshot | None:
+    """Start one stage; once all are there, put the pipeline up of them and return how it is.
+
+    Raises:
+        InputError: there is no such stage, it is there already, or others were started for another model.
+    """
+    if stage not in config.stages:
+        raise InputError(f"--only: no stage {stage!r}; there are {', '.join(config.stages)}")
+    if check_name(name) in standing():
+        raise InputError(f"NAME: {name!r} stands already; `disagg-ray scale` changes how many replicas it has")
+    if here:
+        settings = config.stages[stage]
+        label = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        pinned = replace(settings, label_selector=settings.label_selector | label)
+        config = replace(config, stages=config.stages | {stage: pinned})
+    found = asyncio.run(_gathered(name, stage, config))
+    if missing := [other for other in config.stages if other not in found]:
+        logger.info("%s: %s is there; still missing: %s", name, stage, ", ".join(missing))
+        return None
+    return _launch(name, replace(config, stages={name: found[name].stages[name] for name in config.stages}))
+
+
+async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
+    """Start a stage's replicas; return with which configuration each stage was started."""
+    placement = Placement(config, name, standing=True)
+    living = placement.living()
+    told: list[Recollection] = await gather_ready(config, living, "recall")
+    found = {actor.stage: recalled.config for actor, recalled in zip(living, told, strict=True)}
+    if stage in found:
+        raise InputError(f"--only: {stage} was started already")
+    for other in found.values():
+        check_change(replace(other, stages=config.stages), config)
+    actors = [placement.launch(post) for post in placement.posts() if post.stage == stage]
+    try:
+        await gather_ready(config, actors, "describe")
+    except BaseException:
+        for actor in actors:
+            ray.kill(actor.handle)
+        raise
+    return found | {stage: config}
+
+
+def list_all() -> dict[str, Snapshot | None]:
+    """Return how each pipeline is, by name; None: its supervisor is being restarted."""
+    asked: dict[str, Any] = {}
+    for name in standing():
+        try:
+            asked[name] = find_supervisor(name).snapshot.remote()
+        except InputError:  # taken down meanwhile
+            continue
+    deadline, answers = time.monotonic() + ANSWER_S, dict[str, Snapshot | None]()
+    for name, answer in asked.items():
+        try:
+            answers[name] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.RayError:
+            answers[name] = None
+    return answers
+
+
+def scale(name: str, stage: str, replicas: int) -> None:
+    """Have a stage of a standing pipeline get so many replicas; returns at once.
+
+    Raises:
+        InputError: there is no such pipeline or stage, or it cannot have so many.
+    """
+    _told(find_supervisor(name).scale.remote(stage, replicas), END_S)
+
+
+def down(name: str, grace_s: float) -> None:
+    """Take a pipeline down, having given what runs so many seconds; nothing is left.
+
+    Raises:
+        InputError: no such pipeline stands.
+    """
+    if check_name(name) not in standing() and find_replicas(name):
+        _wipe(name, None)
+        return
+    supervisor = find_supervisor(name)
+    try:
+        ray.get(supervisor.end.remote(grace_s), timeout=grace_s + END_S)
+    except ray.exceptions.RayError as error:
+        logger.warning("%s did not end by itself: %s", name, str(error).strip().splitlines()[0])
+    _wipe(name, supervisor)
+
+
+def _wipe(name: str, supervisor: ActorHandle[Any] | None) -> None:
+    """End every actor of a pipeline, the supervisor first, and wait until they are gone."""
+    if supervisor is not None:
+        ray.kill(supervisor, no_restart=True)
+    deadline = time.monotonic() + END_S
+    while name in standing() or find_replicas(name):
+        for replica in find_replicas(name).values():
+            ray.kill(replica, no_restart=True)
+        if time.monotonic() > deadline:
+            raise StartError(f"{name}: its actors did not end within {END_S:g} s")
+        time.sleep(0.1)
+    Keep(name, 0, 0).clear()
+
+
+def _told(answer: Any, timeout_s: float) -> None:
+    """Wait for an answer, and raise it if it is an error."""
+    try:
+        error = ray.get(answer, timeout=timeout_s or None)
+    except ray.exceptions.RayError as raised:
+        raise StartError(f"the supervisor died or does not answer: {str(raised).strip().splitlines()[0]}") from raised
+    if isinstance(error, DisaggError):
+        raise error

@@ -1,0 +1,211 @@
+"""A pipeline whose replicas outlive it, and which changes while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from disagg_ray.admission import Admission
+from disagg_ray.autoscale import Load, Scaler
+from disagg_ray.config import REPLICA_WINDOW, Config
+from disagg_ray.errors import ConfigError, DisaggError
+from disagg_ray.fleet import Fleet
+from disagg_ray.handle import Handle
+from disagg_ray.journey import measure
+from disagg_ray.metrics import Metrics
+from disagg_ray.pipeline import Pipeline
+from disagg_ray.progress import Event
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.result import Result
+from disagg_ray.service import StageState
+from disagg_ray.standing_fleet import StandingFleet
+
+logger = logging.getLogger("disagg_ray")
+
+DECIDE_S = 1.0
+"""How often the load is looked at."""
+FREE = ("replicas", "min_replicas", "max_replicas", "num_gpus", "num_cpus", "memory", "resources", "label_selector",
+        "accelerator_type", "placement", "cache_bytes", "denoiser", "vae", "offload", "warm_up")  # fmt: skip
+"""Settings of a stage that may change while the pipeline stands. Some of the denoiser's and the VAE's change frames a
+little: whoever gives them wants that."""
+
+
+class Standing(Pipeline):
+    """What the supervisor drives."""
+
+    def __init__(self, config: Config, name: str, on_event: Callable[[Event], None]) -> None:
+        self._unfinished: dict[Handle, ResolvedRequest] = {}
+        self._scaling: asyncio.Task[None] | None = None
+        super().__init__(config, on_event, name)
+
+    def _make_fleet(self, metrics: Metrics) -> Fleet:
+        return StandingFleet(self.config, self.id, self._lose, self._fail, metrics)
+
+    async def _start(self) -> None:
+        await super()._start()
+        self._admission = Admission(sys.maxsize, _room(self.config))  # how much waits is bounded driver by driver
+        self._scaling = asyncio.ensure_future(self._scale())
+
+    @property
+    def fleet(self) -> StandingFleet:
+        assert isinstance(self._fleet, StandingFleet)
+        return self._fleet
+
+    def enqueue(
+        self, request: ResolvedRequest, images: dict[str, torch.Tensor], latents_file: Path | None, driver: str
+    ) -> Handle:
+        """Queue a request of a driver; never waits."""
+        return self._enqueue(request, images, wait=False, latents_file=latents_file, driver=driver)
+
+    async def _run(
+        self, handle: Handle, images: dict[str, torch.Tensor], latents_file: Path | None, driver: str
+    ) -> Result:
+        self._unfinished[handle] = handle.request
+        try:
+            return await super()._run(handle, images, latents_file, driver)
+        finally:
+            del self._unfinished[handle]
+
+    def scale(self, stage: str, replicas: int) -> Future[None]:
+        """Have a stage get so many replicas.
+
+        Raises:
+            ConfigError: it cannot have.
+        """
+        if stage not in self.config.stages:
+            raise ConfigError(f"{stage}: no such stage; there are {', '.join(self.config.stages)}")
+        if stage in self.config.share_gpu or self.config.stages[stage].groups:
+            raise ConfigError(f"{stage}: stages with groups or a shared GPU keep their number; take down and up again")
+        least, most = self.config.stages[stage].min_replicas, self.config.stages[stage].max_replicas
+        if least is not None and most is not None and not least <= replicas <= most:
+            raise ConfigError(f"{stage}: {replicas} is outside its bounds, {least} to {most}; `up` can change them")
+        return self._change(_resized(self.config, stage, replicas), f"{replicas} were asked for")
+
+    def change(self, config: Config) -> Future[None]:
+        """Become what another configuration says, replica by replica, losing no request.
+
+        Raises:
+            ConfigError: it describes another graph or model, or pools of another size.
+        """
+        check_change(self.config, config)
+        for name, stage in config.stages.items():
+            if stage.max_replicas is not None:  # what the load has decided stays as far as it can
+                number = max(stage.replicas, min(self.config.stages[name].replicas, stage.max_replicas))
+                config = _resized(config, name, number)
+        return self._change(config, "a new configuration was given")
+
+    def _change(self, config: Config, reason: str) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._become(config, reason), self._loop)
+
+    async def _become(self, config: Config, reason: str) -> None:
+        for stage, settings in config.stages.items():
+            before, after = self.config.stages[stage].num_replicas, settings.num_replicas
+            if before != after:
+                logger.info("%s scales from %d to %d replicas: %s", stage, before, after, reason)
+                self._metrics.scaled(stage, before, after)
+        self.config = config
+        self._crew = replace(self._crew, config=config)
+        await self.fleet.change(config)
+        self._admission.resize(_room(config))
+
+    async def _scale(self) -> None:
+        """Let the load decide how many replicas there are, where the configuration leaves that open."""
+        scaler = Scaler(self.config.standing)
+        settings = self.config.standing
+        while True:
+            await asyncio.sleep(DECIDE_S)
+            if settings != self.config.standing:
+                settings = self.config.standing
+                scaler = Scaler(settings)
+            for stage, limits in self.config.stages.items():
+                if limits.max_replicas is None or limits.min_replicas is None:
+                    continue
+                decision = scaler.decide(stage, self._load_of(stage), time.monotonic())
+                if decision is not None:
+                    await self._become(_resized(self.config, stage, decision.replicas), decision.reason)
+
+    def _load_of(self, stage: str) -> Load:
+        settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]
+        queued = [request for request in self._unfinished.values() if request.id not in self._travelling]
+        before_gate = sum(scheduler.expect(*measure(request, settings.blocks)) for request in queued)
+        return Load(
+            least=settings.min_replicas or settings.replicas,
+            most=settings.most_replicas,
+            wanted=settings.replicas,
+            ready=len(scheduler.replicas),
+            busy=scheduler.num_running,
+            outstanding_s=scheduler.outstanding_seconds(time.monotonic()) + before_gate,
+            room=self.fleet.room_for(stage),
+        )
+
+    @property
+    def failure(self) -> DisaggError | None:
+        """Why nothing can be served any more, if so."""
+        return self._failure
+
+    def survey(self) -> tuple[int, tuple[StageState, ...]]:
+        """Return how many requests wait to be admitted, and how each stage is."""
+
+        async def look() -> tuple[int, tuple[StageState, ...]]:
+            stages = tuple(self._state(stage) for stage in self.config.stages)
+            return len(self._unfinished) - len(self._travelling), stages
+
+        return self._call(look())
+
+    def _state(self, stage: str) -> StageState:
+        settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]
+        names = {info.name for info in self.fleet.replicas if info.stage == stage}
+        gpu_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
+        numbers = settings.num_replicas, len(scheduler.replicas), scheduler.num_running, scheduler.num_waiting
+        return StageState(stage, *numbers, gpu_bytes)
+
+    async def _stop(self) -> None:
+        if self._scaling is not None:
+            self._scaling.cancel()
+        await super()._stop()
+
+
+def check_change(before: Config, after: Config) -> None:
+    """Check that a standing pipeline can become what a configuration says.
+
+    Raises:
+        ConfigError: names the key that stands in the way.
+    """
+    remedy = "it cannot change while the pipeline stands; take it down and up again"
+    limits = replace(after.limits, max_queued=before.limits.max_queued)
+    pairs = {
+        "model": (before.model, after.model),
+        "limits": (before.limits, limits),
+        "transport": (before.transport, after.transport),
+        "share_gpu": (before.share_gpu, after.share_gpu),
+        "progress": (before.progress, after.progress),
+        "output": (before.output, after.output),
+        "stages": (set(before.stages), set(after.stages)),
+    }
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise ConfigError(f"{key}: {remedy}")
+    for name, stage in before.stages.items():
+        fixed = {key: value for key, value in vars(stage).items() if key not in FREE}
+        for key, value in fixed.items():
+            if getattr(after.stages[name], key) != value:
+                raise ConfigError(f"stages.{name}.{key}: {remedy}")
+        if stage.torch_threads != after.stages[name].torch_threads:
+            raise ConfigError(f"stages.{name}.num_cpus: with it the torch threads change; write num_threads as before")
+
+
+def _resized(config: Config, stage: str, replicas: int) -> Config:
+    return replace(config, stages=config.stages | {stage: replace(config.stages[stage], replicas=replicas)})
+
+
+def _room(config: Config) -> int:
+    """Return how many requests the replicas that there are to be can hold."""
+    return sum(REPLICA_WINDOW * stage.num_replicas for stage in config.stages.values())

@@ -1,0 +1,207 @@
+"""A standing pipeline under bursts and deaths.
+
+python jobs/bench_standing.py bursts outputs/standing.png   # first video after connect; replicas, queue, waits
+python jobs/bench_standing.py deaths                        # three drivers share one while its processes are killed
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import ray
+
+from disagg_ray import Connection, Handle, LocalPipeline, Pipeline, Request, load_config, roster, stand
+
+NAME = "bench"
+CONFIG = "conf/tiny_t2v.yaml"
+OVERRIDES = (
+    "stages.transformer.replicas={min: 1, max: 3}", "stages.decoder.replicas={min: 1, max: 2}",
+    "standing.target_wait_s=8", "standing.patience_s=2", "standing.idle_s=15",
+)  # fmt: skip
+BURSTS = ((0.0, 3), (10.0, 24), (100.0, 2))
+"""(seconds, requests that come at once)."""
+LENGTH_S = 130.0
+SAMPLE_S = 0.5
+NUM_STEADY = 5
+
+DEATHS = (
+    "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
+    "standing.driver_timeout_s=5",
+)  # fmt: skip
+NUM_EACH = 24
+NUM_DEATHS, DEATH_EVERY_S = 6, 6.0
+SUPERVISOR_DIES, DRIVER_DIES = (1, 4), 2
+"""At which deaths."""
+DOOMED = """
+import sys
+from disagg_ray import Pipeline, Request
+connection = Pipeline.connect(sys.argv[1], address=sys.argv[2], run_id="doomed")
+handles = [connection.submit(Request(prompt="a cat", num_inference_steps=20, num_frames=17, seed=seed))
+           for seed in range(int(sys.argv[3]))]
+print("submitted", flush=True)
+for handle in handles:
+    handle.result()
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    seconds: float
+    queued: int
+    """Requests that no replica has taken."""
+    wanted: dict[str, int]
+    ready: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Served:
+    came: float
+    seconds: float
+    """Until its video was there."""
+
+
+def make_request(seed: int) -> Request:
+    return Request(prompt="a red circle moves left on white", seed=seed, num_inference_steps=20, num_frames=17)
+
+
+def main() -> None:
+    what, *arguments = sys.argv[1:]
+    ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    began = time.monotonic()
+    snapshot = stand.up(NAME, load_config(CONFIG, *(DEATHS if what == "deaths" else OVERRIDES)))
+    print(f"{len(snapshot.replicas)} replicas up in {time.monotonic() - began:.1f} s", flush=True)
+    try:
+        if what == "deaths":
+            measure_deaths()
+        else:
+            measure_bursts(*arguments)
+    finally:
+        stand.down(NAME, 0.0)
+        print(f"left when down: {roster.standing()}, {list(roster.find_replicas(NAME))}")
+        ray.shutdown()
+
+
+def measure_bursts(output: str) -> None:
+    first, steady = measure_first()
+    print(f"first video after connect {first:.2f} s, steady {steady:.2f} s: {first / steady:.2f} x", flush=True)
+    with Pipeline.connect(NAME) as connection:
+        samples, served = run_bursts(connection)
+    for came, number in BURSTS:
+        waits = [one.seconds for one in served if one.came == came]
+        print(f"burst at {came:.0f} s of {number}: mean {np.mean(waits):.1f} s, longest {max(waits):.1f} s")
+    plot(samples, served, output)
+
+
+def measure_deaths() -> None:
+    """Two drivers and one that is killed ask for as much each; the supervisor is killed twice, replicas in between."""
+    address = ray.get_runtime_context().gcs_address
+    doomed = subprocess.Popen([sys.executable, "-c", DOOMED, NAME, address, str(NUM_EACH)], stdout=subprocess.PIPE)
+    assert doomed.stdout is not None
+    doomed.stdout.readline()
+    drivers = [Pipeline.connect(NAME, run_id=f"driver {number}") for number in range(2)]
+    began, ended, handles = time.monotonic(), dict[tuple[int, int], float](), dict[tuple[int, int], Handle]()
+    for seed in range(NUM_EACH):
+        for number, driver in enumerate(drivers):
+            handle = handles[number, seed] = driver.submit(make_request(seed))
+            handle.add_done_callback(lambda _, key=(number, seed): ended.setdefault(key, time.monotonic() - began))
+    for turn in range(NUM_DEATHS):
+        time.sleep(DEATH_EVERY_S)
+        snapshot = drivers[0].snapshot()
+        replica = random.Random(turn).choice(snapshot.replicas)
+        name, pid = ("supervisor", snapshot.pid) if turn in SUPERVISOR_DIES else (replica.name, replica.pid)
+        if turn == DRIVER_DIES:
+            doomed.kill()
+            name += " and a driver"
+        print(f"{time.monotonic() - began:.0f} s: {name} killed, {len(ended)} of {len(handles)} done", flush=True)
+        os.kill(pid, signal.SIGKILL)
+    results = {key: handle.result() for key, handle in handles.items()}
+    local = LocalPipeline.from_config(CONFIG)
+    expected = {seed: local.generate(make_request(seed)).data for seed in range(NUM_EACH)}
+    equal = sum(result.data == expected[seed] for (_, seed), result in results.items())
+    print(f"{len(results)} done, {equal} of them identical to one process's")
+    for number in range(len(drivers)):
+        seconds = [s for (driver, _), s in ended.items() if driver == number]
+        print(f"driver {number}: mean {np.mean(seconds):.1f} s, last {max(seconds):.1f} s")
+    deadline = time.monotonic() + 60
+    while any(health.bytes_in_use for health in drivers[0].health().values()):
+        assert time.monotonic() < deadline, drivers[0].health()
+        time.sleep(0.5)
+    snapshot = drivers[0].snapshot()
+    print(f"slots are 0, the supervisor's {snapshot.driver_bytes_in_use}, drivers {sorted(snapshot.drivers)}")
+    for driver in drivers:
+        driver.close()
+
+
+def measure_first() -> tuple[float, float]:
+    """Return the seconds of the first video, connecting left out and included weights alike, and the median later."""
+    with Pipeline.connect(NAME) as warm:  # the replicas themselves have served before
+        warm.generate(make_request(0))
+    with Pipeline.connect(NAME) as connection:
+        seconds = []
+        for seed in range(1, NUM_STEADY + 2):
+            began = time.monotonic()
+            connection.generate(make_request(seed))
+            seconds.append(time.monotonic() - began)
+    return seconds[0], float(np.median(seconds[1:]))
+
+
+def run_bursts(connection: Connection) -> tuple[list[Sample], list[Served]]:
+    began, samples, served, over = time.monotonic(), list[Sample](), list[Served](), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SAMPLE_S):
+            snapshot = connection.snapshot()
+            queued = snapshot.queued + sum(stage.waiting for stage in snapshot.stages)
+            wanted = {stage.stage: stage.wanted for stage in snapshot.stages}
+            ready = {stage.stage: stage.ready for stage in snapshot.stages}
+            samples.append(Sample(time.monotonic() - began, queued, wanted, ready))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    handles = []
+    for at, number in BURSTS:
+        time.sleep(max(0.0, began + at - time.monotonic()))
+        for seed in range(number):
+            handle = connection.submit(make_request(seed))
+            handle.add_done_callback(lambda _, at=at: served.append(Served(at, time.monotonic() - began - at)))
+            handles.append(handle)
+    for handle in handles:
+        handle.result()
+    time.sleep(max(0.0, began + LENGTH_S - time.monotonic()))
+    over.set()
+    watcher.join()
+    return samples, served
+
+
+def plot(samples: list[Sample], served: list[Served], output: str) -> None:
+    figure, (replicas, queue, waits) = plt.subplots(3, sharex=True, figsize=(9, 7))
+    times = [sample.seconds for sample in samples]
+    for colour, stage in zip(("C0", "C1", "C2"), samples[0].ready, strict=True):
+        replicas.step(times, [s.ready[stage] for s in samples], colour, where="post", label=stage)
+        replicas.step(times, [s.wanted[stage] for s in samples], colour, where="post", linestyle=":")
+    replicas.set_ylabel("replicas (dotted: wanted)")
+    replicas.legend(loc="upper right")
+    queue.fill_between(times, [sample.queued for sample in samples], step="post")
+    queue.set_ylabel("requests waiting")
+    waits.scatter([one.came + one.seconds for one in served], [one.seconds for one in served], s=12)
+    waits.set_ylabel("seconds to the video")
+    waits.set_xlabel("seconds")
+    for axis in (replicas, queue, waits):
+        axis.set_ylim(bottom=0)
+        for at, _ in BURSTS:
+            axis.axvline(at, color="0.8", zorder=0)
+    figure.tight_layout()
+    figure.savefig(output, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Latents that are kept for drivers that may come back."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from disagg_ray.keep import Keep
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def fill(keep: Keep, run_id: str, request_id: str, nbytes: int = 10, age_s: float = 0.0) -> Path:
+    path = keep.file(run_id, request_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * nbytes)
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def test_each_request_of_each_run_has_its_own_file_within_the_folder(cache: Path) -> None:
+    keep = Keep("wan", 100, 60)
+    names = {keep.file(run_id, request_id) for run_id in ("a", "../..") for request_id in ("1", "/etc/passwd")}
+    assert len(names) == 4
+    assert all(cache in path.parents and ".." not in path.parts for path in names)
+
+
+def test_the_oldest_give_way_when_there_are_too_many_bytes() -> None:
+    keep = Keep("wan", 25, 60)
+    paths = [fill(keep, "run", str(age), age_s=age) for age in (30, 20, 10)]
+    keep.file("run", "another")
+    assert [path.exists() for path in paths] == [False, True, True]
+
+
+def test_what_is_too_old_goes() -> None:
+    keep = Keep("wan", 100, 60)
+    old, young = fill(keep, "run", "old", age_s=61), fill(keep, "run", "young", age_s=1)
+    keep.file("run", "another")
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_what_is_dropped_and_cleared_is_gone(cache: Path) -> None:
+    keep, other = Keep("wan", 100, 60), Keep("other", 100, 60)
+    path, kept = fill(keep, "run", "1"), fill(other, "run", "1")
+    keep.drop("run", "1")
+    keep.drop("run", "1")
+    assert not path.exists()
+    fill(keep, "run", "2")
+    keep.clear()
+    assert [path for path in cache.rglob("*") if path.is_file()] == [kept]

@@ -1,0 +1,257 @@
+"""A pipeline that stands, shared by many drivers, on a real local Ray: one serves every test here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from PIL import Image
+
+from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Pipeline, Request, RequestError, cli
+from disagg_ray.environment import cache_folder
+from disagg_ray.roster import find_replicas, standing
+
+pytestmark = pytest.mark.slow
+
+T2V, I2V = "conf/tiny_t2v.yaml", "conf/tiny_i2v.yaml"
+NAME = "tests"
+SMALL: dict[str, int] = {"num_frames": 9, "num_inference_steps": 4}
+LONG = Request(prompt="a red circle", height=128, width=128, num_frames=17, num_inference_steps=100, id="long")
+SETTINGS = ["standing.driver_timeout_s=4", "limits.max_queued=16", "stages.transformer.replicas=2"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(cluster: None) -> Iterator[str]:
+    """Give the name of the pipeline that stands; nothing of it may be left when it is down."""
+    assert cli.main(["up", NAME, "--config", T2V, *SETTINGS]) == 0
+    with Pipeline.connect(NAME) as connection:
+        pids = [connection.snapshot().pid, *(replica.pid for replica in connection.replicas)]
+    yield NAME
+    assert cli.main(["down", NAME]) == 0
+    assert (standing(), find_replicas(NAME)) == ([], {})
+    assert not (cache_folder() / "standing" / NAME).exists()
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)), "processes are left")
+
+
+@pytest.fixture(scope="module")
+def local() -> Callable[[Request], bytes]:
+    """Give what the same stages make in one process."""
+    alone = LocalPipeline.from_config(T2V)
+    return cache(lambda request: alone.generate(request).data)
+
+
+def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.1)
+
+
+def is_empty(connection: Connection) -> bool:
+    return not any(health.bytes_in_use for health in connection.health().values()) and not (
+        connection.snapshot().driver_bytes_in_use
+    )
+
+
+def pids(connection: Connection) -> dict[str, int]:
+    return {replica.name: replica.pid for replica in connection.replicas}
+
+
+def count(connection: Connection, stage: str) -> int:
+    return sum(replica.stage == stage for replica in connection.replicas)
+
+
+def small(seed: int, **more: object) -> Request:
+    return Request(prompt="a red circle moves left", seed=seed, **SMALL, **more)  # type: ignore[arg-type]
+
+
+def test_results_equal_those_of_one_process(pipeline: str, local: Callable[[Request], bytes]) -> None:
+    requests = [small(seed) for seed in range(4)]
+    with Pipeline.connect(pipeline) as connection:
+        results = {result.request.seed: result.data for result in connection.generate_all(requests)}
+        assert results == {request.seed: local(request) for request in requests}
+        raw = connection.generate(small(1, format="npy")).frames
+        assert np.array_equal(raw, LocalPipeline.from_config(T2V).generate(small(1, format="npy")).frames)
+        wait_until(lambda: is_empty(connection), "slots leaked")
+
+
+def test_a_dead_supervisor_comes_back_to_its_replicas_and_loses_no_request(
+    pipeline: str, local: Callable[[Request], bytes]
+) -> None:
+    with Pipeline.connect(pipeline) as connection:
+        before = connection.snapshot()
+        handles = [connection.submit(small(seed)) for seed in range(6)]
+        os.kill(before.pid, signal.SIGKILL)
+        assert [handle.result(120).data for handle in handles] == [local(small(seed)) for seed in range(6)]
+        after = connection.snapshot()
+        assert after.pid != before.pid
+        assert {replica.pid for replica in after.replicas} == {replica.pid for replica in before.replicas}
+        wait_until(lambda: is_empty(connection), "slots leaked")
+
+
+DRIVER = """
+import os, signal, sys
+from disagg_ray import Pipeline, Request
+
+def die(event):
+    if (event.request_id, event.stage, event.state) == ("short", "transformer", "done"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+connection = Pipeline.connect(sys.argv[1], address=sys.argv[2], run_id="child", on_event=die)
+for request_id, steps in (("short", 4), ("long", 100)):
+    size = {"height": 64, "width": 64} if request_id == "short" else {"height": 256, "width": 256}
+    connection.submit(Request(prompt="a cat", seed=1, num_frames=9, num_inference_steps=steps, id=request_id, **size))
+connection.submit(Request(prompt="a cat", seed=2, id="last")).result()
+"""
+
+
+def test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept(pipeline: str, cluster: None) -> None:
+    address = ray.get_runtime_context().gcs_address
+    child = subprocess.run([sys.executable, "-c", DRIVER, pipeline, address], check=False, timeout=120)
+    assert child.returncode == -signal.SIGKILL
+    with Pipeline.connect(pipeline) as connection:
+        wait_until(lambda: "child" not in connection.snapshot().drivers, "the dead driver is still known")
+        wait_until(lambda: is_empty(connection), "slots leaked")
+    with Pipeline.connect(pipeline, run_id="child") as again:
+        result = again.generate(Request(prompt="a cat", seed=1, height=64, width=64, **SMALL, id="short"))
+    assert [timing.stage for timing in result.stages] == ["decoder"]
+
+
+def test_a_driver_that_reconnects_gets_what_was_computed_meanwhile(pipeline: str) -> None:
+    first, second = (Connection(pipeline, run_id="twice") for _ in range(2))
+    first.submit(request := small(5, id="same")).result()
+    assert second.generate(request).seconds == first.generate(request).seconds, "it was computed again"
+    first.close()
+    second.close()
+
+
+def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -> None:
+    with Pipeline.connect(pipeline) as connection:
+        handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
+        with pytest.raises(Overloaded, match=r"limits\.max_queued: 16 requests of this driver"):
+            connection.submit(LONG, wait=False)
+        wait_until(lambda: any(h.progress and h.progress.step for h in handles), "no step was told")
+        assert all(handle.cancel() for handle in handles)
+        with pytest.raises(Cancelled):
+            handles[0].result(10)
+        with pytest.raises(RequestError, match="prompt: it is empty"):
+            connection.submit(Request(prompt=""))
+        wait_until(lambda: is_empty(connection), "slots leaked")
+
+
+def test_a_late_modest_driver_is_not_starved_by_an_early_greedy_one(pipeline: str) -> None:
+    order: list[str] = []
+    with Pipeline.connect(pipeline) as greedy, Pipeline.connect(pipeline) as modest:
+        handles = [greedy.submit(small(seed)) for seed in range(16)]
+        handles += [modest.submit(small(seed)) for seed in range(4)]
+        for number, handle in enumerate(handles):
+            handle.add_done_callback(lambda _, who="greedy" if number < 16 else "modest": order.append(who))
+        for handle in handles:
+            handle.result(120)
+    assert "modest" not in order[-3:]
+
+
+def test_replicas_are_added_and_retired_while_requests_run(pipeline: str, local: Callable[[Request], bytes]) -> None:
+    with Pipeline.connect(pipeline) as connection:
+        handles = [connection.submit(small(seed)) for seed in range(4)]
+        assert cli.main(["scale", pipeline, "transformer=1"]) == 0
+        assert [handle.result(60).data for handle in handles] == [local(small(seed)) for seed in range(4)]
+        wait_until(lambda: count(connection, "transformer") == 1, "no replica retired")
+        assert cli.main(["scale", pipeline, "transformer=2"]) == 0
+        wait_until(lambda: count(connection, "transformer") == 2, "no replica was added", 90)
+        assert connection.num_restarts == {"encoder": 0, "transformer": 0, "decoder": 0}
+
+
+def test_a_new_configuration_replaces_replicas_without_losing_requests(
+    pipeline: str, local: Callable[[Request], bytes]
+) -> None:
+    with Pipeline.connect(pipeline) as connection:
+        before = {replica.name: replica.pid for replica in connection.replicas}
+        handles = [connection.submit(small(seed)) for seed in range(4)]
+        assert cli.main(["up", pipeline, "--config", T2V, *SETTINGS, "stages.encoder.cache_bytes=1000000"]) == 0
+        assert [handle.result(120).data for handle in handles] == [local(small(seed)) for seed in range(4)]
+        old = before["encoder-0"]
+        wait_until(lambda: pids(connection).get("encoder-0", old) != old, "the encoder is not replaced", 90)
+        assert connection.generate(small(9)).data == local(small(9))
+        after = pids(connection)
+    assert {name for name in before if after[name] != before[name]} == {"encoder-0"}
+
+
+def test_requests_survive_deaths_of_supervisor_and_replicas_together(
+    pipeline: str, local: Callable[[Request], bytes]
+) -> None:
+    connections = [Connection(pipeline) for _ in range(3)]
+    handles = [connection.submit(small(seed)) for seed in range(6) for connection in connections]
+    snapshot = connections[0].snapshot()
+    for victim in (snapshot.pid, next(r.pid for r in snapshot.replicas if r.stage == "decoder")):
+        os.kill(victim, signal.SIGKILL)
+        handles[0].result(120)
+    assert [handle.result(120).data for handle in handles] == [
+        local(small(seed)) for seed in range(6) for _ in range(3)
+    ]
+    wait_until(lambda: is_empty(connections[0]), "slots leaked")
+    for connection in connections:
+        connection.close()
+
+
+def test_the_command_generates_lists_and_refuses(
+    pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--connect", pipeline, "--prompt", "a cat", "--num-frames", "9", "--num-inference-steps", "2"]
+    assert cli.main(["generate", *arguments, "--output", str(tmp_path / "cat.mp4")]) == 0
+    capsys.readouterr()
+    assert cli.main(["ls", "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (shown["name"], shown["state"], shown["model"]) == (NAME, "ready", "builtin:tiny-wan-t2v")
+    assert [(stage["stage"], stage["ready"]) for stage in shown["stages"]] == [
+        ("encoder", 1), ("transformer", 2), ("decoder", 1),
+    ]  # fmt: skip
+
+
+REFUSED = [
+    (["down", "nothing"], "no pipeline 'nothing' stands here; there are: tests"),
+    (["generate", "--connect", "test", "--prompt", "x", "--output", "x.mp4"], "no pipeline 'test' stands here"),
+    (["up", "Tests!", "--config", T2V], "NAME: 'Tests!' is not possible"),
+    (["scale", NAME, "transformer=0"], "'transformer=0' is not possible; write a stage and 1 or more"),
+    (["scale", NAME, "denoiser=2"], "denoiser: no such stage; there are encoder, transformer, decoder"),
+    (["up", NAME, "--config", "conf/tiny_i2v.yaml"], "model: it cannot change while the pipeline stands"),
+    (["up", NAME, "--config", T2V, "--only", "encoder"], "'tests' stands already"),
+    (["generate", "--connect", NAME, "--local", "--prompt", "x", "--output", "x.mp4"], "--local has no effect"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
+def test_what_cannot_be_is_refused_in_one_line(
+    pipeline: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None, image: Callable[..., Image.Image]) -> None:
+    blocks = "text_encoder,image_encoder,vae_encoder,denoise"
+    arguments = ["--config", I2V, "stages.encoder=null", f"stages.transformer.blocks=[{blocks}]"]
+    assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 0
+    assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 2
+    assert "parts" not in standing()
+    assert cli.main(["up", "parts", *arguments, "--only", "transformer", "--here"]) == 0
+    with Pipeline.connect("parts") as connection:
+        request = small(1, image=image(90, 60))
+        assert connection.generate(request).data == LocalPipeline.from_config(I2V).generate(request).data
+        waiting = connection.submit(replace(LONG, image=image(128, 128)))
+        assert cli.main(["down", "parts"]) == 0
+        with pytest.raises(Cancelled):
+            waiting.result(30)
+    assert find_replicas("parts") == {}
