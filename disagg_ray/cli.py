@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_ray import logs
 from disagg_ray.arguments import EPILOG, Parser, terminated
+from disagg_ray.cli_plan import plan, profile
 from disagg_ray.cli_standing import down, joined, ls, scale, up
 from disagg_ray.config import Config, load_config, to_yaml
 from disagg_ray.environment import expand_home, in_ray_job
@@ -285,7 +286,7 @@ def report(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     "generate": generate, "report": report, "up": up, "ls": ls, "scale": scale, "down": down, "config": show_config,
-    "make-checkpoint": make_checkpoint, "doctor": doctor,
+    "make-checkpoint": make_checkpoint, "doctor": doctor, "profile": profile, "plan": plan,
 }  # fmt: skip
 
 

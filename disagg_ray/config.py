@@ -163,6 +163,8 @@ class StageConfig:
     """Overrides model.dtype for every component of this stage."""
     device: str = "auto"
     """auto (cuda with num_gpus, else cpu), cpu or cuda."""
+    gpu_bytes: int | None = None
+    """Most memory that torch takes of the GPU for each replica; more fails there alone. null: all there is."""
     cache_bytes: int = 64 * 2**20
     """Registered memory in which a text encoder keeps prompt embeddings for the next request with the same text; they
     give way when its outputs need the room. 0: none."""
@@ -385,6 +387,8 @@ def _stage_checks(stages: Mapping[str, StageConfig], limits: LimitsConfig) -> It
         threads = stage.num_threads
         yield f"{key}.num_threads", threads, threads is None or threads >= 1, "write 1 or more, or null"
         yield f"{key}.dtype", stage.dtype, stage.dtype in (None, *DTYPES), f"write one of {', '.join(DTYPES)}"
+        most = stage.gpu_bytes
+        yield f"{key}.gpu_bytes", most, most is None or most > 0, "write a number of bytes, or null"
         yield f"{key}.cache_bytes", stage.cache_bytes, stage.cache_bytes >= 0, "write 0 or more"
         yield f"{key}.device", stage.device, stage.device in ("auto", "cpu", "cuda"), "write auto, cpu or cuda"
         yield f"{key}.placement", stage.placement, stage.placement in ("pack", "spread"), "write pack or spread"
@@ -507,6 +511,7 @@ def _fuse(stages: Collection[StageConfig]) -> StageConfig:
         num_cpus=max(stage.num_cpus for stage in stages),
         num_threads=max(threads, default=None),
         memory=max((stage.memory for stage in stages if stage.memory is not None), default=None),
+        gpu_bytes=max((stage.gpu_bytes for stage in stages if stage.gpu_bytes is not None), default=None),
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
         cache_bytes=max(stage.cache_bytes for stage in stages),
         denoiser=_only("denoiser", [stage.denoiser for stage in stages], DenoiserConfig()),

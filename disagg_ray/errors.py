@@ -6,7 +6,8 @@ DisaggError
 │   │   └── GraphError          the cut of the model into stages
 │   ├── RequestError            a request
 │   ├── CheckpointError         a model folder or hub repository
-│   └── OutputError             where or how to write a result
+│   ├── OutputError             where or how to write a result
+│   └── PlanError               a profile, or the GPUs to plan for
 ├── StartError                  stages did not become ready
 ├── StageError                  a stage failed one request
 ├── TransferError               tensors did not arrive whole
@@ -45,6 +46,10 @@ class CheckpointError(InputError):
 
 class OutputError(InputError):
     """A result cannot be written there, or not in that format."""
+
+
+class PlanError(InputError):
+    """A profile cannot be read, or nothing can be planned with what was given."""
 
 
 class StartError(DisaggError):

@@ -16,8 +16,9 @@ from urllib.parse import quote
 
 from disagg_ray.manifest import Record
 
-NUM_PREVIEWS = 60
-"""Videos whose first frame a browser may load before they are played; of the others it loads nothing."""
+NUM_PREVIEWS = 1000
+"""Videos whose first frame a browser may load before they are played, once they are in sight; an older browser does not
+wait for that, and loads the beginnings of so many files at once. Of the others none loads anything."""
 NUM_OPEN = 10
 """Failures that are shown unasked: the videos come after them."""
 STYLE = """
@@ -130,7 +131,7 @@ def _video(record: Record, videos: str, *, preview: bool) -> str:
     suffix = Path(name).suffix.lower()
     if suffix == ".mp4":
         load = "metadata" if preview else "none"
-        return f'<video class="show" controls loop playsinline preload="{load}" src="{link}"></video>'
+        return f'<video class="show" controls loop playsinline loading="lazy" preload="{load}" src="{link}"></video>'
     if suffix == ".gif":
         return f'<img class="show" loading="lazy" alt="" src="{link}">'
     return f'<a class="show" href="{link}">{escape(name)}</a>'

@@ -58,6 +58,10 @@ class ReplicaInfo:
     """Bytes by component."""
     sessions: tuple[str, ...]
     """Mooncake's names of the ways into its pool."""
+    load_s: float
+    """What registering the pool and loading the weights took."""
+    ready: float
+    """When that was done, in seconds since the epoch, by its node's clock."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ class Replica:
             ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
             CheckpointError: a component cannot be loaded.
         """
+        began = time.monotonic()
         self._loading = True
         host = host or ray.util.get_node_ip_address()
         self._sender = Sender(credentials)
@@ -209,6 +214,8 @@ class Replica:
             pool_bytes=self._pool.capacity,
             weights=self._stage.weights,
             sessions=tuple(session.name for session in self._pool.sessions),
+            load_s=time.monotonic() - began,
+            ready=time.time(),
         )
         return self._info
 

@@ -19,6 +19,8 @@ from disagg_ray.gantt import draw
 from disagg_ray.manifest import MANIFEST, Record, read_manifest
 from disagg_ray.output import atomic_file
 from disagg_ray.page import Sheet, render
+from disagg_ray.plan import Plan
+from disagg_ray.profile import Profile
 from disagg_ray.result import Result
 from disagg_ray.service import Snapshot
 from disagg_ray.summary import Tally, bottleneck
@@ -62,6 +64,46 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
     _print(table)
 
 
+def print_profile(profile: Profile) -> None:
+    """Print what was measured of each stage, a line for each request."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=(
+        f"{profile.model} on {profile.hardware}, handoffs {human_bytes(profile.handoff_bytes_per_s)} a second"
+    ))  # fmt: skip
+    for column in ("stage", "size", "passes", "compute s", "file s", "weights", "work", "handoff", "load s"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in profile.stages:
+        for point in stage.points:
+            load = point.load
+            table.add_row(
+                stage.name, f"{load.width}x{load.height}x{load.num_frames}", str(load.passes),
+                f"{point.compute_s:.3f}", f"{point.finish_s:.3f}", human_bytes(stage.weights_bytes),
+                human_bytes(point.work_bytes), human_bytes(point.handoff_bytes), f"{stage.load_s:.1f}",
+            )  # fmt: skip
+    _print(table)
+
+
+def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
+    """Print the best layouts, fused whatever its rank, and those that do not fit."""
+    load = plan.load
+    title = f"{load.width}x{load.height}, {load.num_frames} frames, {load.passes} passes"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=title)
+    for column in ("layout", "videos/min", "of fused", "alone s", "GB of a GPU", "busy", "limited by"):
+        table.add_column(column, justify="left" if column in ("layout", "limited by") else "right")
+    if num_requests:
+        table.add_column(f"{num_requests} done in s", justify="right")
+    for place, prediction in enumerate(plan.predictions):
+        if place < most or prediction.layout.fused:
+            table.add_row(
+                prediction.layout.name, f"{prediction.per_minute:.2f}",
+                f"{prediction.per_minute / plan.fused.per_minute:.2f}" if plan.fused else "-",
+                f"{prediction.latency_s:.2f}", f"{max(prediction.gpu_bytes) / 1e9:.1f}", f"{prediction.busy:.0%}",
+                prediction.bottleneck, *([f"{prediction.makespan_s(num_requests):.1f}"] if num_requests else []),
+            )  # fmt: skip
+    for layout, reason in plan.misfits[:3]:
+        table.add_row(layout.name, "-", "-", "-", "-", "-", f"no room: {reason}")
+    _print(table)
+
+
 def print_standing(snapshots: Mapping[str, Snapshot | None]) -> None:
     """Print how standing pipelines are; None: the supervisor does not answer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -93,7 +135,7 @@ def standing_to_json(snapshots: Mapping[str, Snapshot | None]) -> str:
 
 
 def _print(table: Table) -> None:
-    console = Console()
+    console = Console(markup=False)  # an id may hold brackets
     if not console.is_terminal:
         console.width = 160  # a log has no width of its own
     console.print(table)

@@ -104,6 +104,10 @@ class Stage:
                 f"stages.{self.name}.device: cuda is not available to this process; write cpu, give the "
                 f"stage num_gpus, or see whether CUDA_VISIBLE_DEVICES hides the GPU"
             )
+        most = self._settings.gpu_bytes
+        if self.device == "cuda" and most is not None:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, most / total))
         self._inputs = graph.inputs(self.name) + graph.image_inputs(self.name)
         self._outputs = graph.outputs(self.name)
 

@@ -2,6 +2,7 @@
 
 A timing says when a stage began to compute and how long each part took; the rest follows from that. A pull may have run
 while the replica still computed the request before; nobody noted when, so it is laid right before its own computing.
+The seconds in the queue hold what the answer took on its way back too: a wait may seem to begin that much early.
 Each replica tells the time by its node's clock: what two clocks differ by shifts their lanes against each other.
 """
 
@@ -135,7 +136,7 @@ def lay_out(works: Works) -> Timeline:
             lane = (task.timing.stage, _lane_of(task.timing))
             lanes[lane].append(Task(task.request, task.timing, clock(task.start)))
     length = max(end for _, end in windows) - began - sum(pause.seconds for pause in pauses)
-    return Timeline(began, length, _sorted(lanes), tuple(pauses))
+    return Timeline(began, max(length, 1e-6), _sorted(lanes), tuple(pauses))
 
 
 def shares(timeline: Timeline) -> dict[str, dict[Phase, float]]:

@@ -3,8 +3,11 @@
 python jobs/bench.py overhead            # the tiny model split over actors against one process, on this machine
 python jobs/bench.py transfer            # pools' pulls by route and size against bare Mooncake reads; also plots
 python jobs/bench.py scheduler           # microseconds a dispatch, and waits on simulated replicas; also plots
-python jobs/bench.py throughput          # one request at a time against pipelined; one transformer against two
+python jobs/bench.py pipelined           # one request at a time against pipelined; one transformer against two
 python jobs/bench.py soak                # requests while replicas are killed, and what processes hold; also plots
+python jobs/bench.py latency,throughput,start --config C --gpus 2 --steps 4,20 --guidance 5,1    # stock, fused, splits
+python jobs/bench.py memory --config C --gpus 2 --caps 48        # stock with offload against splits, under a cap
+python jobs/bench.py plan --profile P --tables T    # `disagg-ray plan` against the simulated scheduler and tables
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 """
 
@@ -14,22 +17,28 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bench_plan
 import bench_scheduler
 import bench_soak
+import bench_tables
 import bench_transfer
 import psutil
 import torch
+from bench_stock import Cell
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.result import Result, StageTiming
 
-PLOTTED: dict[str, Any] = {"transfer": bench_transfer, "scheduler": bench_scheduler, "soak": bench_soak}
+PLOTTED: dict[str, Any] = {
+    "transfer": bench_transfer, "scheduler": bench_scheduler, "soak": bench_soak, "plan": bench_plan,
+}  # fmt: skip
 
 
 def overhead(repeats: int) -> dict[str, Any]:
@@ -91,7 +100,7 @@ def _run(pipeline: Pipeline, repeats: int) -> dict[str, Any]:
     }
 
 
-def throughput(repeats: int) -> dict[str, Any]:
+def pipelined(repeats: int) -> dict[str, Any]:
     """Time requests one after the other and then all queued, with one transformer and with two."""
     load = psutil.getloadavg()[0]
     rows = {f"{number} transformer": _throughput(number, repeats) for number in (1, 2)}
@@ -148,33 +157,75 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> bench_tables.Options:
+    steps = [int(number) for number in (options.steps or ("1,2" if options.quick else "4,20")).split(",")]
+    rounds = [int(number) for number in (options.rounds or ",".join("4" if n < 10 else "2" for n in steps)).split(",")]
+    guidance = [float(scale) for scale in options.guidance.split(",")]
+    return bench_tables.Options(
+        options.config, tuple(options.overrides), whats, options.gpus,
+        tuple(Cell(n, scale) for n in steps for scale in guidance), tuple(n for n in rounds for _ in guidance),
+        options.repeats or 2, options.format, tuple(filter(None, options.only.split("/"))),
+        tuple(float(cap) for cap in options.caps.split(",") if cap), options.offload,
+        options.output / f"bench_{'_'.join(whats)}.jsonl", time.monotonic() + options.seconds,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "throughput", "split", *PLOTTED))
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split")
-    parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split")
-    parser.add_argument("--repeats", type=int, help="by default 20 for overhead and throughput, 3 for split")
+    parser.add_argument(
+        "what",
+        help="overhead, pipelined, transfer, scheduler, soak, plan, split, or of latency,throughput,memory,start some",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split and tables"
+    )
+    parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split and tables")
+    parser.add_argument("--repeats", type=int, help="by default 20 for overhead and pipelined, 3 for split")
     parser.add_argument("--requests", type=int, default=1000, help="for soak")
     parser.add_argument("--kill-every", type=float, default=8.0, metavar="SECONDS", help="for soak")
     parser.add_argument("--seed", type=int, default=0, help="for soak")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder")
+    parser.add_argument("--quick", action="store_true", help="tables: few steps, few videos")
+    parser.add_argument("--gpus", type=int, default=2, help="tables: of each way; without GPUs, threads")
+    parser.add_argument("--steps", help="tables: comma separated")
+    parser.add_argument("--guidance", default="5,1", help="tables: comma separated; 1 is none")
+    parser.add_argument("--rounds", help="tables: videos of each transformer that are timed, for each of --steps")
+    parser.add_argument("--format", default="npy", choices=("npy", "mp4"), help="tables: of the files that are written")
+    parser.add_argument("--only", default="", help="tables: words of the ways' names, separated by /")
+    parser.add_argument("--caps", default="", help="tables: GiB of a GPU, comma separated")
+    parser.add_argument(
+        "--offload", default="model", choices=("model", "group", "sequential"), help="of stock under a cap"
+    )
+    parser.add_argument("--seconds", type=float, default=500.0, help="tables: after which nothing more is begun")
+    parser.add_argument("--profile", type=Path, help="plan: of the hardware that --tables were measured on")
+    parser.add_argument("--tables", type=Path, help="plan: the JSON of a throughput run")
     options = parser.parse_intermixed_args()
+    whats = tuple(options.what.split(","))
+    if not set(whats) <= set(bench_tables.WHATS) and options.what not in ("overhead", "pipelined", "split", *PLOTTED):
+        parser.error(f"{options.what!r}: see --help")
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.what == "overhead":
         result = overhead(options.repeats or 20)
-    elif options.what == "throughput":
-        result = throughput(options.repeats or 20)
+    elif options.what == "pipelined":
+        result = pipelined(options.repeats or 20)
     elif options.what == "soak":
         result = bench_soak.run(options.requests, options.kill_every, options.seed)
     elif options.what == "split":
         result = split(options.config, options.overrides, options.repeats or 3)
+    elif whats[0] in bench_tables.WHATS:
+        result = bench_tables.measure(table_options(options, whats))
+    elif options.what == "plan":
+        result = bench_plan.measure(options.profile, options.tables)
     else:
         result = PLOTTED[options.what].measure()
-    text = json.dumps({"machine": machine(), options.what: result}, indent=2)
-    (options.output / f"bench_{options.what}.json").write_text(text + "\n")
+    name = "_".join(whats)
+    text = json.dumps({"machine": machine(), name: result, "command": sys.argv[1:]}, indent=2)
+    (options.output / f"bench_{name}.json").write_text(text + "\n")
     if options.what in PLOTTED:
         PLOTTED[options.what].report(result, options.output)
+    elif whats[0] in bench_tables.WHATS:
+        bench_tables.report(result, options.output / f"bench_{name}.png")
     else:
         print(text)
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from runs import BEGAN, Work, simulate
 
+from disagg_ray.gantt import draw
 from disagg_ray.result import StageTiming
 from disagg_ray.timeline import PHASES, Lane, Task, lay_out, shares
 
@@ -96,6 +97,12 @@ def test_whatever_is_timed_a_replica_does_one_thing_at_once_and_its_shares_are_i
 def test_shares_are_of_all_replicas_of_a_stage() -> None:
     works = [("a", [timing()]), ("b", [timing(replica="transformer-1", compute_s=2.0)])]  # type: ignore[arg-type]
     assert shares(lay_out(works)) == {"transformer": dict(zip(PHASES, (12 / 32, 6 / 32, 4 / 32, 2 / 32), strict=True))}
+
+
+def test_work_that_took_no_time_is_no_share_of_it() -> None:
+    nothing = timing(queue_s=0.0, pull_s=0.0, compute_s=0.0, publish_s=0.0)
+    assert shares(lay_out([("a", [nothing])])) == {"transformer": dict.fromkeys(PHASES, 0.0)}
+    assert draw(lay_out([("a", [nothing])])).startswith(b"\x89PNG")
 
 
 def test_nothing_makes_an_empty_timeline() -> None:

@@ -1,0 +1,148 @@
+"""Measures a model's stages on the hardware at hand, one after the other, each alone in memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from disagg_ray.config import Config, TransportConfig
+from disagg_ray.errors import PlanError
+from disagg_ray.graph import Graph, build_graph
+from disagg_ray.handoff import AttemptKey
+from disagg_ray.layouts import CPU
+from disagg_ray.profile import VERSION, Load, Point, Profile, StageProfile
+from disagg_ray.request import Request, ResolvedRequest, resolve
+from disagg_ray.stage import RAW, Outputs, Stage
+from disagg_ray.transfer.pool import Pool
+from disagg_ray.transfer.slots import slot_bytes
+from disagg_ray.video import encode
+
+logger = logging.getLogger("disagg_ray")
+
+HOST = "127.0.0.1"
+NUM_PULLS = 5
+MIN_HANDOFF_BYTES = 4 * 2**20
+"""Of the tensor that is handed over to measure the bytes a second."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One request on its way through the stages."""
+
+    request: ResolvedRequest
+    tensors: dict[str, torch.Tensor]
+    """What the stages so far made, in host memory."""
+
+    @property
+    def load(self) -> Load:
+        request = self.request
+        passes = request.num_inference_steps * (2 if request.guided else 1)
+        return Load(request.height, request.width, request.num_frames, passes)
+
+
+def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 2) -> Profile:
+    """Measure every stage with every request, the first time unmeasured.
+
+    Raises:
+        PlanError: the configuration is fused, has groups, or makes a video from images.
+    """
+    if config.fused or any(stage.groups for stage in config.stages.values()):
+        raise PlanError("profile: it measures stages apart and makes its own groups; leave fused and groups out")
+    if config.model.task != "t2v":
+        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v can be measured yet")
+    cases = [_Case(resolve(request, config)[0], {}) for request in requests]
+    stages = {name: Stage(name, config) for name in config.stages}
+    graph = build_graph([stage.ports for stage in stages.values()])
+    profiles = tuple(_measure_stage(stages.pop(name), graph, cases, repeats) for name in graph.order)
+    device = "cuda" if any(stage.torch_device == "cuda" for stage in config.stages.values()) else "cpu"
+    kind, hardware, memory = describe_device(device)
+    largest = max((p.handoff_bytes for stage in profiles for p in stage.points), default=0)
+    path, made = config.model.path, cases[0].request.format
+    return Profile(VERSION, kind, hardware, memory, path, made, _handoff_rate(largest, device), profiles)
+
+
+def describe_device(device: str) -> tuple[str, str, int]:
+    """Return Ray's name of the GPU (or CPU), its full name, and its bytes of memory (for a CPU, a core's share)."""
+    if device == "cpu":
+        memory = psutil.virtual_memory().total // (psutil.cpu_count() or 1)
+        return CPU, f"{psutil.cpu_count()} cores", memory
+    properties = torch.cuda.get_device_properties(0)
+    words = properties.name.removeprefix("NVIDIA ").split()
+    kind = next((word for word in words if any(c.isdigit() for c in word)), words[0])
+    return kind, properties.name, properties.total_memory
+
+
+def _measure_stage(stage: Stage, graph: Graph, cases: Sequence[_Case], repeats: int) -> StageProfile:
+    stage.connect(graph)
+    began = time.perf_counter()
+    stage.load()
+    load_s = time.perf_counter() - began
+    logger.info("profile: %s loaded in %.1f s", stage.name, load_s)
+    points = []
+    for case in cases:
+        outputs = stage.compute(case.request, case.tensors, None)  # the first time chooses kernels, and allocates
+        points += [_measure_point(stage, case) for _ in range(repeats)]
+        case.tensors.update({name: tensor.cpu() for name, tensor in outputs.tensors.items()})
+        logger.info("profile: %s computed %s in %.3f s", stage.name, case.load, points[-1].compute_s)
+    needs = stage.needs()
+    profile = StageProfile(
+        stage.name, "denoise" in stage.config.stages[stage.name].blocks, load_s, sum(stage.weights.values()),
+        needs.input_bytes, needs.output_bytes, stage.cache_bytes, tuple(points),
+    )  # fmt: skip
+    del stage
+    gc.collect()
+    torch.cuda.empty_cache()
+    return profile
+
+
+def _measure_point(stage: Stage, case: _Case) -> Point:
+    before = stage.allocated_bytes
+    if before:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    outputs = stage.compute(case.request, case.tensors, None)
+    computed = time.perf_counter()
+    _finish(stage, case.request, outputs)
+    finished = time.perf_counter()
+    handoff = sum(tensor.nbytes for tensor in outputs.tensors.values())
+    work = max(0, stage.peak_bytes - before)
+    return Point(case.load, computed - began, finished - computed, work, handoff)
+
+
+def _finish(stage: Stage, request: ResolvedRequest, outputs: Outputs) -> None:
+    """Encode the file, as a replica of the last stage does."""
+    if outputs.frames is not None and request.format not in RAW:
+        encode(outputs.frames, request.fps, request.format, stage.config.output.scale)
+
+
+def _handoff_rate(nbytes: int, device: str) -> float:
+    """Return the bytes a second from pool to pool, publish and pull together, over tcp on this machine."""
+    tensor = torch.zeros(max(nbytes, MIN_HANDOFF_BYTES), dtype=torch.uint8, device=device)
+    room, transport = slot_bytes(tensor.nbytes), TransportConfig("tcp")
+    source, target = (Pool(f"profile-{end}", room, HOST, transport, device) for end in ("from", "to"))
+    try:
+        return tensor.nbytes / statistics.median(list(_pulls(source, target, {"latents": tensor}))[1:])
+    finally:
+        source.close()
+        target.close()
+
+
+def _pulls(source: Pool, target: Pool, tensors: Mapping[str, torch.Tensor]) -> Iterator[float]:
+    """Yield the seconds of each handoff."""
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    for number in range(NUM_PULLS + 1):
+        key = AttemptKey("profile", number)
+        source.reserve(key, sizes)
+        target.reserve(key, sizes)
+        began = time.perf_counter()
+        target.pull(key, source.publish(key, tensors))
+        yield time.perf_counter() - began
+        source.release(key)
+        target.release(key)

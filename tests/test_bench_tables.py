@@ -1,0 +1,63 @@
+"""What the tables make of measurements, and the simulation that the plan is checked with."""
+
+from pathlib import Path
+
+import bench_plan
+import bench_tables as bench
+import pytest
+from bench_stock import Video, per_minute
+
+from disagg_ray.plan import equip, make_plan, parse_gpus
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.result import Result, StageTiming
+
+ROWS = [
+    {"way": bench.STOCK, "cell": "4 steps, guided", "latency_s": 8.0, "per_minute": 10.0, "cap_gib": None},
+    {"way": "fused", "cell": "4 steps, guided", "latency_s": 8.4, "per_minute": 9.0, "cap_gib": None},
+    {"way": "split", "error": "no room", "cap_gib": 24.0},
+    {"way": "fused", "ready_s": {"fused": 20.0, "all": 21.0}, "cap_gib": None},
+]
+
+
+def make_result(replica: str, started: float, seconds: float) -> Result:
+    request = ResolvedRequest("a", "p", "", 64, 64, 9, 4, 1.0, None, 0, 8, "npy", 0, {})
+    timing = StageTiming("transformer", replica, 0, 0, started, seconds, 0, 0, "tcp", 0)
+    return Result(request, 1.0, (timing,), None, None)
+
+
+def test_every_way_stands_beside_stock_and_what_lost_stays() -> None:
+    text = bench.tables(ROWS)
+    assert "| fused | 4 steps, guided | 8.400 | 1.050 | 9.000 | 0.900 |" in text
+    assert "| split under 24 GiB | no room |" in text
+
+
+def test_a_busy_share_counts_the_gaps_between_requests() -> None:
+    results = [make_result("a", 10, 9), make_result("a", 20, 10), make_result("b", 0, 5), make_result("b", 10, 1)]
+    assert bench.busy_share(results, "transformer") == pytest.approx((0.9 + 0.5) / 2)
+    assert bench.busy_share(results[:1], "transformer") is None
+
+
+def test_stock_pipelines_add_up_in_steady_state() -> None:
+    assert per_minute([[Video(0, 9, 10), Video(9, 19, 20)], [Video(0, 4, 5), Video(4, 24, 25)]]) == 6 + 3
+
+
+def test_the_plot_has_a_panel_for_what_is_there(tmp_path: Path) -> None:
+    assert bench.plotted(ROWS, "ready_s") == {"fused": {"fused": 20.0, "all": 21.0}}
+    assert bench.plotted(ROWS, "peak_bytes") == {}
+    bench.report(ROWS, tmp_path / "tables.png")
+    assert (tmp_path / "tables.png").stat().st_size > 10_000
+
+
+def test_every_layout_is_predicted_within_a_tenth_of_the_simulated_scheduler() -> None:
+    rows = list(bench_plan.simulate(bench_plan.published_profile(), {"3xH200": {}, "2xH200,2xL40S": {"L40S": 0.5}}))
+    assert len(rows) > 10
+    assert max(abs(row.error) for row in rows) < 0.1
+
+
+def test_a_simulated_request_is_finished_once() -> None:
+    profile = bench_plan.published_profile()
+    kinds = {each.kind: each for each in equip(parse_gpus("2xH200"), {"H200": profile}, {})}
+    for prediction in make_plan(list(kinds.values()), bench_plan.LOAD).predictions:
+        simulation = bench_plan.Simulation(prediction.layout, kinds, bench_plan.LOAD, 50)
+        simulation.run()
+        assert len(simulation.finished) == 50

@@ -1,0 +1,200 @@
+"""Predictions from made-up profiles, and a profile of the tiny model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from disagg_ray.cli import main
+from disagg_ray.config import load_config
+from disagg_ray.errors import PlanError
+from disagg_ray.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
+from disagg_ray.plan import CALL_S, Hardware, Plan, equip, explain, make_plan, parse_gpus
+from disagg_ray.profile import VERSION, Load, Point, Profile, StageProfile, read_profile, write_profile
+
+CONF = Path(__file__).parent.parent / "conf"
+LOAD = Load(480, 832, 81, 8)
+STAGES = Stages(("encoder", "transformer", "decoder"), "transformer")
+GB = 1_000_000_000
+
+
+def make_stage(name: str, seconds: float, weights_gb: float, work_gb: float = 0, finish_s: float = 0) -> StageProfile:
+    point = Point(LOAD, seconds, finish_s, int(work_gb * GB), 0)
+    return StageProfile(name, name == "transformer", 1.0, int(weights_gb * GB), 0, 0, 0, (point,))
+
+
+def make_profile(kind: str = "H200", finish_s: float = 0, transformer_gb: float = 3) -> Profile:
+    """Encoder 1 s, transformer 6 s, decoder 3 s, on a GPU of 100 GB."""
+    stages = (
+        make_stage("encoder", 1, 11), make_stage("transformer", 6, transformer_gb, 2),
+        make_stage("decoder", 3, 1, 9, finish_s),
+    )  # fmt: skip
+    return Profile(VERSION, kind, kind, 100 * GB, "wan", "npy", 1e9, stages)
+
+
+def plan(count: int, **changes: float) -> Plan:
+    return make_plan([Hardware("H200", count, 100 * GB, make_profile(**changes))], LOAD)
+
+
+def find(made: Plan, name: str) -> float:
+    return next(p.per_minute for p in made.predictions if p.layout.name == name)
+
+
+def test_gpus_are_read_with_their_memory() -> None:
+    assert parse_gpus("8xH200, 4xRTX4090:24") == {"H200": (8, None), "RTX4090": (4, 24 * GB)}
+
+
+@pytest.mark.parametrize("spec", ["", "0xH200", "H200", "8H200", "-1xH200", "8xH200;4xL40S", "1xA40,2xA40", "2xT4:x"])
+def test_a_wrong_spec_says_what_is_wrong(spec: str) -> None:
+    with pytest.raises(PlanError, match=r"gpus: .*;|gpus: .*as 8xH200"):
+        parse_gpus(spec)
+
+
+def test_fused_does_a_video_in_the_sum_of_its_stages() -> None:
+    made = plan(2)
+    assert made.fused is not None
+    assert made.fused.per_minute == pytest.approx(2 * 60 / 10)
+    assert made.fused.latency_s == pytest.approx(10 + CALL_S)
+
+
+def test_a_split_does_what_its_slowest_stage_does() -> None:
+    made = plan(2)
+    assert find(made, "encoder and decoder on 1, transformer on the others") == pytest.approx(10)
+    assert find(plan(3), "encoder and decoder on 1, transformer on the others") == pytest.approx(15)
+
+
+def test_a_gpu_that_does_all_stages_does_a_video_in_their_sum() -> None:
+    assert find(plan(2), "all stages on every GPU") == pytest.approx(12)
+
+
+def test_helpers_that_need_little_leave_the_rest_of_their_gpu_to_its_transformer() -> None:
+    many_steps = replace(LOAD, passes=80)
+    made = make_plan([Hardware("H200", 3, 100 * GB, make_profile())], many_steps)
+    assert find(made, "transformer on all, encoder and decoder beside it on 1") == pytest.approx(3 * 60 / 64)
+
+
+def test_helpers_that_need_much_wait_for_their_gpu_s_share_of_the_denoising() -> None:
+    assert find(plan(3), "transformer on all, encoder and decoder beside it on 1") == pytest.approx(60 / (4 + 6 / 3))
+
+
+def test_equal_throughput_prefers_fused() -> None:
+    assert plan(2).best.layout.fused
+
+
+def test_encoding_files_beside_a_transformer_costs_no_gpu_time() -> None:
+    made = plan(2, finish_s=2)
+    assert made.best.layout.name == "all stages on every GPU"
+    assert made.best.per_minute == pytest.approx(12)
+    assert made.fused is not None and made.fused.per_minute == pytest.approx(10)
+
+
+def test_where_the_whole_does_not_fit_a_split_is_best() -> None:
+    made = plan(2, transformer_gb=85)
+    assert made.fused is None
+    assert made.best.layout.name == "encoder and decoder on 1, transformer on the others"
+    assert "fused does not fit" in explain(made)
+
+
+def test_weights_that_fit_nowhere_are_an_error() -> None:
+    with pytest.raises(PlanError, match=r"fits in no way; .* 102\.\d GB of 95\.0"):
+        plan(2, transformer_gb=100)
+
+
+def test_a_slow_kind_with_little_memory_takes_the_helpers() -> None:
+    fast, slow = make_profile(transformer_gb=60), make_profile("L40S", transformer_gb=60)
+    made = make_plan([Hardware("H200", 4, 100 * GB, fast), Hardware("L40S", 6, 48 * GB, slow, speed=0.5)], LOAD)
+    assert Seat("H200", 4, ("transformer",)) in made.best.layout.seats
+    assert made.best.per_minute == pytest.approx(40)  # all that four transformers do
+
+
+def test_many_requests_count_filling_and_emptying() -> None:
+    made = make_plan([Hardware("H200", 2, 100 * GB, make_profile())], LOAD, num_requests=1)
+    assert made.best.latency_s == pytest.approx(10, abs=0.1)
+    assert made.best.makespan_s(1) == made.best.latency_s
+
+
+def test_layouts_use_all_gpus_and_hold_all_stages() -> None:
+    found = layouts({"H200": 3, "L40S": 2}, STAGES)
+    assert len(set(found)) == len(found) > 10
+    for layout in found:
+        assert sum(seat.count for seat in layout.seats) == 5
+        assert all(layout.replicas(stage) for stage in STAGES.order)
+
+
+@pytest.mark.parametrize("layout", layouts({"H200": 3, "L40S": 2}, STAGES) + layouts({"H200": 2}, STAGES), ids=str)
+def test_every_layout_s_yaml_is_a_configuration_with_its_replicas(layout: Layout, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"base: {CONF / 'wan21_t2v_1_3b.yaml'}\n" + to_yaml(to_settings(layout, STAGES)))
+    config = load_config(path)
+    gpus = sum(g.replicas * g.num_gpus for stage in config.stages.values() for g in stage.replica_groups.values())
+    assert gpus <= 5
+    if layout.fused:
+        assert config.stages["fused"].num_replicas == layout.replicas("transformer")
+    else:
+        assert {name: stage.num_replicas for name, stage in config.stages.items()} == {
+            stage: layout.replicas(stage) for stage in STAGES.order
+        }
+
+
+def test_seconds_grow_with_passes_in_a_line_and_with_size_by_a_power() -> None:
+    small, large = Load(480, 832, 41, 4), Load(480, 832, 81, 4)
+    points = [Point(load, seconds, 0, 0, 0) for load, seconds in ((small, 2.0), (replace(small, passes=8), 3.0))]
+    ratio = large.volume / small.volume
+    points += [replace(p, load=replace(p.load, num_frames=81), compute_s=p.compute_s * ratio**2) for p in points]
+    stage = replace(make_stage("transformer", 1, 1), points=tuple(points))
+    assert stage.compute_s(replace(small, passes=16)) == pytest.approx(5)
+    middle = replace(small, num_frames=61)
+    assert stage.compute_s(middle) == pytest.approx(2 * (middle.volume / small.volume) ** 2)
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    write_profile(make_profile(), tmp_path / "profile.json")
+    assert read_profile(tmp_path / "profile.json") == make_profile()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 1}', "not whole")],
+)
+def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=said):
+        read_profile(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_profile(tmp_path / "other.json")
+
+
+def test_a_kind_needs_a_profile_or_a_speed() -> None:
+    gpus, profiles = parse_gpus("1xH200,1xL40S"), {"H200": make_profile()}
+    with pytest.raises(PlanError, match="no profile of L40S"):
+        equip(gpus, profiles, {})
+    with pytest.raises(PlanError, match=r"speed: L4=0\.5"):
+        equip(gpus, profiles, {"L4": 0.5})
+    with pytest.raises(PlanError, match="memory of RTX9 is not known"):
+        equip(parse_gpus("1xRTX9"), profiles, {"RTX9": 1.0})
+    h200, l40s = equip(gpus, profiles, {"L40S": 0.5})
+    assert (h200.memory_bytes, l40s.memory_bytes, l40s.speed) == (100 * GB, 48 * GB, 0.5)
+
+
+def test_a_thousand_gpus_are_planned() -> None:
+    hardware = [Hardware("H200", 700, 100 * GB, make_profile()), Hardware("L40S", 300, 48 * GB, make_profile(), 0.4)]
+    made = make_plan(hardware, LOAD)
+    assert made.best.per_minute <= 60 * (700 + 300 * 0.4) / 10 * 1.001
+
+
+@pytest.mark.slow
+def test_a_profile_of_the_tiny_model_is_measured_and_planned_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile, yaml, config = tmp_path / "profile.json", tmp_path / "plan.yaml", str(CONF / "tiny_t2v.yaml")
+    assert main(["profile", "--config", config, "--output", str(profile), "--sizes", "64x64x9", "--repeats", "1"]) == 0
+    measured = json.loads(profile.read_text())
+    assert [stage["name"] for stage in measured["stages"]] == ["encoder", "transformer", "decoder"]
+    assert all(point["compute_s"] > 0 for stage in measured["stages"] for point in stage["points"])
+    asked = ["--config", config, "--profile", str(profile), "--gpus", "3xCPU", "--output", str(yaml)]
+    assert main(["plan", *asked]) == 0
+    assert "Best: " in capsys.readouterr().out
+    assert sum(stage.num_replicas for stage in load_config(yaml).stages.values()) >= 3
+    assert main(["plan", *asked, "--height", "63"]) == 2
