@@ -190,7 +190,8 @@ class Connection:
             raise Cancelled(f"pipeline {self.name} was taken down") from None
 
     def snapshot(self) -> Snapshot:
-        """Ask how the pipeline is."""
+        """Ask how the pipeline is; wait while its supervisor comes back."""
+        self._call(self._ask("ready"))
         snapshot: Snapshot = self._call(self._ask("snapshot"))
         return snapshot
 
