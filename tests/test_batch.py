@@ -242,7 +242,7 @@ def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start)
     with running(path) as child:
         assert child.stderr is not None
         assert child.stdout is not None
-        assert next((line for line in child.stderr if "done, 2 of 40" in line), None), "it ended before"
+        assert next((line for line in child.stderr if "2 of 40 videos done" in line), None), "it ended before"
         child.send_signal(signal.SIGTERM)
         log = child.stderr.read()
         assert child.wait(60) == 143, log
