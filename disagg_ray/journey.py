@@ -355,7 +355,7 @@ class Journey:
         assert output.holder is not None, "the last stage's output is never held"
         request, last = self.request, self._graph.last
         arguments = output.key, request.fps, request.format
-        encoded: Encoded = await self._fleet.ask(output.holder, "encode", *arguments, about=request.id)
+        encoded: Encoded = await self._fleet.ask(output.holder, "encode", *arguments)
         self._timings[last] = replace(self._timings[last], encode_s=encoded.seconds)
         self._metrics.encoded(last, output.holder.name, encoded.seconds)
         return encoded.data
@@ -366,7 +366,7 @@ class Journey:
         request, num_frames = self.request, output.reply.num_frames
         frames = np.empty((num_frames, request.height, request.width, 3), np.float32)
         for start in range(0, num_frames, frames_in_piece(request.height * request.width, num_frames)):
-            piece = await self._fleet.ask(output.holder, "piece", output.key, start, about=request.id)
+            piece = await self._fleet.ask(output.holder, "piece", output.key, start)
             await self._holdings.pull_frames(piece, frames[start:])
         return frames
 
@@ -375,7 +375,7 @@ class Journey:
         if output.holder is None:
             self._holdings.release(output.key)
         elif self._fleet.is_serving(output.holder):
-            output.holder.call("release", output.key, about=self.request.id)
+            output.holder.call("release", output.key)
 
     async def _leave(self) -> None:
         """Leave nothing behind, here or at any replica."""

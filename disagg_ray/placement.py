@@ -74,7 +74,10 @@ class Actor:
         return f"{self.name}.{self.incarnation}"
 
     def call(self, method: str, *args: Any, about: str = "") -> Awaitable[Any]:
-        """Call a method; `about` names the request in the dashboard's task list."""
+        """Call a method; `about` names the request in the dashboard's task list.
+
+        Ray never forgets a name: each costs the driver tens of kilobytes for good, so few calls carry one.
+        """
         title = " ".join(part for part in (self.name, method, about) if part)
         bound = getattr(self.handle, method)
         return bound.options(name=title, concurrency_group=GROUP_OF.get(method, "control")).remote(*args)  # type: ignore[no-any-return]

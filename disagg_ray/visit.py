@@ -43,7 +43,7 @@ class Visit:
         """Give the task up there: it stops within a denoising step, and its slots are freed, now or when it ends."""
         if self.fetch is not None:
             self.fetch.cancel()
-        self.actor.call("release", self.task.key, about=self.task.request.id)
+        self.actor.call("release", self.task.key)
 
 
 async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visit:
@@ -67,7 +67,7 @@ async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visi
                 if visit.fetch is not None:
                     await visit.fetch
                 return visit
-            fetching = fleet.ask(visit.actor, "prefetch", visit.task, about=visit.task.request.id)
+            fetching = fleet.ask(visit.actor, "prefetch", visit.task)
             visit.fetch = asyncio.ensure_future(fetching)
             visit.fetch.add_done_callback(lambda fetch: fetch.cancelled() or fetch.exception())  # heard, if only here
     except BaseException:
