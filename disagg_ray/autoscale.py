@@ -73,7 +73,8 @@ class Scaler:
 
     def _fewer(self, stage: str, load: Load, memory: _Memory, now: float) -> Decision | None:
         """Take away what was not needed for a while."""
-        if load.busy >= load.wanted or load.wanted <= load.least or load.outstanding_s > self._settings.target_wait_s:
+        starting, late = load.ready < load.wanted, load.outstanding_s > self._settings.target_wait_s
+        if starting or late or load.busy >= load.wanted or load.wanted <= load.least:
             memory.spare_since, memory.most_busy = None, 0
             return None
         if memory.spare_since is None:

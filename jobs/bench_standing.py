@@ -32,7 +32,7 @@ BURSTS = ((0.0, 2), (10.0, 14))
 QUIET_S = 30.0
 """After the last video."""
 SAMPLE_S = 0.5
-NUM_STEADY = 5
+NUM_CONNECTIONS = 7
 
 DEATHS = (
     "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
@@ -143,16 +143,19 @@ def measure_deaths() -> None:
 
 
 def measure_first() -> tuple[float, float]:
-    """Return the seconds of the first video, connecting left out and included weights alike, and the median later."""
-    with Pipeline.connect(NAME) as warm:  # the replicas themselves have served before
-        warm.generate(make_request(0))
-    with Pipeline.connect(NAME) as connection:
-        seconds = []
-        for seed in range(1, NUM_STEADY + 2):
-            began = time.monotonic()
-            connection.generate(make_request(seed))
-            seconds.append(time.monotonic() - began)
-    return seconds[0], float(np.median(seconds[1:]))
+    """Return the median seconds of the first video of a connection, and of the second; replicas have served before."""
+    pairs = []
+    for seed in range(NUM_CONNECTIONS + 1):
+        with Pipeline.connect(NAME) as connection:
+            pairs.append([time_video(connection, 2 * seed + number) for number in range(2)])
+    first, steady = np.median(pairs[1:], axis=0)
+    return float(first), float(steady)
+
+
+def time_video(connection: Connection, seed: int) -> float:
+    began = time.monotonic()
+    connection.generate(make_request(seed))
+    return time.monotonic() - began
 
 
 def run_bursts(connection: Connection) -> tuple[list[Sample], list[Served]]:

@@ -50,6 +50,11 @@ def test_replicas_that_were_to_spare_all_the_time_are_taken_away():
     assert decide((0, SPARE), (10, replace(SPARE, busy=3)), (20, SPARE), (39, SPARE)) == []
 
 
+def test_one_that_still_starts_is_not_taken_away():
+    starting = replace(SPARE, ready=1)
+    assert decide((0, starting), (30, starting), (31, SPARE), (50, SPARE)) == []
+
+
 def test_never_fewer_than_the_least_nor_while_work_waits():
     idle = replace(SPARE, least=2, busy=0)
     assert decide((0, idle), (20, idle)) == [2]
