@@ -242,13 +242,13 @@ def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start)
     with running(path) as child:
         assert child.stderr is not None
         assert child.stdout is not None
-        assert next((line for line in child.stderr if "2 of 40 videos done" in line), None), "it ended before"
+        assert next((line for line in child.stderr if " of 40 videos done" in line), None), "it ended before"
         child.send_signal(signal.SIGTERM)
         log = child.stderr.read()
         assert child.wait(60) == 143, log
         assert "missing" in child.stdout.read()
     made = len(records(out))
-    assert 2 <= made < 40
+    assert 1 <= made < 40
     assert {path.stem for path in out.glob("*.mp4")} == set(records(out))
     summary = run(path, start)
     assert (summary.done, summary.already_done, summary.complete) == (40 - made, made, True)
@@ -258,7 +258,7 @@ def test_a_second_signal_ends_the_grace(folder: Path) -> None:
     long = {"id": "long", "height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 100}
     with running(write_requests(folder, long), "failures.shutdown_grace_s=10000") as child:
         assert child.stderr is not None
-        for sent, moment in ((signal.SIGTERM, "encoder-0 done"), (signal.SIGINT, "what runs gets 10000 s")):
+        for sent, moment in ((signal.SIGTERM, "transformer-0 step"), (signal.SIGINT, "what runs gets 10000 s")):
             assert next((line for line in child.stderr if moment in line), None), f"no {moment}"
             child.send_signal(sent)
         log = child.stderr.read()
