@@ -421,6 +421,8 @@ def _resource_checks(key: str, stage: StageConfig) -> Iterator[Check]:
 
 
 def _sharing_checks(config: Config) -> Iterator[Check]:
+    if config.fused:  # nothing is left to share with
+        return
     names = config.share_gpu
     yield "share_gpu", names, len(set(names)) == len(names) != 1, "name two stages or more, each once"
     yield "share_gpu", names, set(names) <= set(config.stages), f"the stages are {', '.join(config.stages)}"

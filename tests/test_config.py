@@ -415,3 +415,10 @@ def test_stages_that_share_a_gpu_must_fit_one_and_be_alike() -> None:
         load_config("conf/tiny_t2v.yaml", *gpus)
     with pytest.raises(ConfigError, match="same number of replicas"):
         load_config("conf/tiny_t2v.yaml", "stages.encoder.replicas=2", "share_gpu=[encoder, decoder]")
+
+
+def test_fusing_leaves_no_gpu_to_share() -> None:
+    whole = (f"stages.{stage}.num_gpus=1" for stage in ("encoder", "transformer", "decoder"))
+    config = load_config("conf/wan21_t2v_1_3b.yaml", "fused=true", *whole)
+    assert config.share_gpu == []
+    assert config.stages["fused"].num_gpus == 1
