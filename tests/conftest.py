@@ -39,8 +39,13 @@ def cluster() -> Iterator[None]:
     import torch
 
     ray.init(
-        address="local", num_cpus=16, num_gpus=torch.cuda.device_count() or 2, resources={"disk": 2}, labels={"zone": "a"}, include_dashboard=False,
+        address="local",
+        num_cpus=16,
+        num_gpus=torch.cuda.device_count() or 2,
+        resources={"disk": 2},
+        labels={"zone": "a"},
+        include_dashboard=False,
         logging_level="ERROR",
-    )  # fmt: skip
+    )
     yield
     ray.shutdown()
