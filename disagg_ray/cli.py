@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from disagg_ray.display import Display
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
-    from disagg_ray.timeline import Works
+    from disagg_ray.report.timeline import Works
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def _generate_one(options: argparse.Namespace) -> int:
         config = load_config(options.config, *options.overrides)
         resolve(request, config)  # what is wrong with it should show before anything starts
 
-    from disagg_ray.report import print_result
+    from disagg_ray.report.tables import print_result
 
     with _start(config, options, 1) as pipeline:
         result = pipeline.generate(request)
@@ -120,9 +120,9 @@ def _generate_many(options: argparse.Namespace) -> int:
     check_folder(options.output_dir, in_job=in_ray_job())
     config = _config_of(options)
 
-    from disagg_ray import batch
-    from disagg_ray.manifest import read_manifest
-    from disagg_ray.resume import Options
+    from disagg_ray.batch import run as batch
+    from disagg_ray.batch.manifest import read_manifest
+    from disagg_ray.batch.resume import Options
 
     given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
     asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
@@ -135,7 +135,7 @@ def _generate_many(options: argparse.Namespace) -> int:
 
 
 def _write_trace(path: str, works: Works) -> None:
-    from disagg_ray.trace import write_trace
+    from disagg_ray.report.trace import write_trace
 
     print(f"wrote {write_trace(local_path(path), works)}")
 
@@ -277,7 +277,7 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
     parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
     options = parser.parse_args(argv)
-    from disagg_ray.report import write_report
+    from disagg_ray.report.tables import write_report
 
     for path in write_report(local_path(options.folder), local_path(options.output or options.folder)):
         print(f"wrote {path}")

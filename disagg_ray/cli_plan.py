@@ -13,7 +13,7 @@ from disagg_ray.errors import PlanError
 from disagg_ray.request import Request, resolve
 
 if TYPE_CHECKING:
-    from disagg_ray.profile import Profile
+    from disagg_ray.planning.profile import Profile
 
 
 def profile(argv: Sequence[str]) -> int:
@@ -36,9 +36,9 @@ def profile(argv: Sequence[str]) -> int:
     for request in requests:
         resolve(request, config)
 
-    from disagg_ray.profile import write_profile
-    from disagg_ray.profiling import measure_profile
-    from disagg_ray.report import print_profile
+    from disagg_ray.planning.profile import write_profile
+    from disagg_ray.planning.profiling import measure_profile
+    from disagg_ray.report.tables import print_profile
 
     measured = measure_profile(config, requests, options.repeats)
     write_profile(measured, options.output)
@@ -99,10 +99,10 @@ def plan(argv: Sequence[str]) -> int:
     if options.requests is not None and options.requests < 1:
         raise PlanError(f"requests: {options.requests} is not possible; write 1 or more")
 
-    from disagg_ray import plan as planning
-    from disagg_ray.layouts import to_settings, to_yaml
-    from disagg_ray.profile import Load
-    from disagg_ray.report import print_plan
+    from disagg_ray.planning import plan as planning
+    from disagg_ray.planning.layouts import to_settings, to_yaml
+    from disagg_ray.planning.profile import Load
+    from disagg_ray.report.tables import print_plan
 
     hardware = planning.equip(
         planning.parse_gpus(options.gpus), _read_profiles(options.profile), _speeds(options.speed)
@@ -127,7 +127,7 @@ def plan(argv: Sequence[str]) -> int:
 
 def _read_profiles(text: str) -> dict[str, Profile]:
     """Return profiles by kind; one given without a kind is of the kind it was measured on."""
-    from disagg_ray.profile import read_profile
+    from disagg_ray.planning.profile import read_profile
 
     found = {}
     for part in text.split(","):

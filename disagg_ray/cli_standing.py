@@ -23,7 +23,7 @@ def up(argv: Sequence[str]) -> int:
         raise InputError("--here: it goes with --only STAGE; give both, or neither")
     config = load_config(options.config, *options.overrides)
     with joined(config.cluster.address):
-        from disagg_ray import stand
+        from disagg_ray.standing import stand
 
         if options.only is not None:
             snapshot = stand.up_stage(options.name, options.only, config, here=options.here)
@@ -41,8 +41,8 @@ def ls(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args(argv)
     with joined(None):
-        from disagg_ray import stand
-        from disagg_ray.report import print_standing, standing_to_json
+        from disagg_ray.report.tables import print_standing, standing_to_json
+        from disagg_ray.standing import stand
 
         snapshots = stand.list_all()
     if options.json:
@@ -60,7 +60,7 @@ def down(argv: Sequence[str]) -> int:
     parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
     options = parser.parse_args(argv)
     with joined(None):
-        from disagg_ray import stand
+        from disagg_ray.standing import stand
 
         stand.down(options.name, options.grace if options.drain else 0.0)
     print(f"{options.name} is down")
@@ -75,7 +75,7 @@ def scale(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     asked = [_parse_scale(text) for text in options.stages]
     with joined(None):
-        from disagg_ray import stand
+        from disagg_ray.standing import stand
 
         for stage, number in asked:
             stand.scale(options.name, stage, number)

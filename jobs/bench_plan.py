@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from disagg_ray.config import REPLICA_WINDOW
-from disagg_ray.layouts import Layout
-from disagg_ray.plan import Hardware, Plan, Prediction, equip, make_plan, parse_gpus
-from disagg_ray.profile import VERSION, Load, Point, Profile, StageProfile, read_profile
+from disagg_ray.planning.layouts import Layout
+from disagg_ray.planning.plan import Hardware, Plan, Prediction, equip, make_plan, parse_gpus
+from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile
 from disagg_ray.scheduler import Job, Place, StageScheduler
 
 CLUSTERS = {"2xH200": {}, "4xH200": {}, "8xH200,4xL40S": {"L40S": 0.35}, "700xH200,300xL40S": {"L40S": 0.35}}

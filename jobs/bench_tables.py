@@ -22,8 +22,8 @@ from bench_stock import PROMPT, Cell, Stock, StockPipelines, per_minute
 from disagg_ray import Pipeline, Request, Result
 from disagg_ray.config import Config, load_config
 from disagg_ray.errors import Cancelled, DisaggError
-from disagg_ray.layouts import CPU, Layout, Seat, Stages, layouts, to_settings, to_yaml
 from disagg_ray.pipeline import Handle
+from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts, to_settings, to_yaml
 
 WHATS = ("latency", "throughput", "memory", "start")
 STOCK = "stock diffusers"

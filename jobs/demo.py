@@ -10,7 +10,7 @@ import numpy as np
 from tiny_world import Scene, render, scene_table, to_pixels
 
 from disagg_ray import Pipeline, Request, Result
-from disagg_ray.report import print_result
+from disagg_ray.report.tables import print_result
 from disagg_ray.video import encode_png, load_video
 
 OUTPUT = Path("outputs")

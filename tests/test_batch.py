@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 
 from disagg_ray import Pipeline, load_config
-from disagg_ray.batch import generate
-from disagg_ray.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of
-from disagg_ray.requests_file import RequestsFile
-from disagg_ray.resume import Options
-from disagg_ray.summary import Summary
+from disagg_ray.batch.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of
+from disagg_ray.batch.requests_file import RequestsFile
+from disagg_ray.batch.resume import Options
+from disagg_ray.batch.run import generate
+from disagg_ray.batch.summary import Summary
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import bench_tables as bench
 import pytest
 from bench_stock import Video, per_minute
 
-from disagg_ray.plan import equip, make_plan, parse_gpus
+from disagg_ray.planning.plan import equip, make_plan, parse_gpus
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, StageTiming
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_ray.keep import Keep
+from disagg_ray.standing.keep import Keep
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from disagg_ray import OutputError, Request, load_config
-from disagg_ray.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of, stat_of
+from disagg_ray.batch.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of, stat_of
 from disagg_ray.request import resolve
 from disagg_ray.result import StageTiming
 
@@ -87,7 +87,7 @@ def test_a_second_run_is_refused_with_the_name_of_the_first(folder: Folder) -> N
 
 def test_a_killed_run_leaves_no_lock_and_no_half_files(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from disagg_ray.manifest import Folder; f = Folder(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib; from disagg_ray.batch.manifest import Folder; f = Folder(pathlib.Path(sys.argv[1]));"
         "(f.path / '.disagg_ray-x').touch(); (f.path / '.disagg_ray-y').mkdir(); (f.path / '.work' / 'a').touch();"
         "(f.path / '.work' / '.disagg_ray-z').touch(); print('ready', flush=True); sys.stdin.read()"
     )

@@ -9,9 +9,9 @@ import pytest
 from disagg_ray.cli import main
 from disagg_ray.config import load_config
 from disagg_ray.errors import PlanError
-from disagg_ray.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
-from disagg_ray.plan import CALL_S, Hardware, Plan, equip, explain, make_plan, parse_gpus
-from disagg_ray.profile import VERSION, Load, Point, Profile, StageProfile, read_profile, write_profile
+from disagg_ray.planning.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
+from disagg_ray.planning.plan import CALL_S, Hardware, Plan, equip, explain, make_plan, parse_gpus
+from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile, write_profile
 
 CONF = Path(__file__).parent.parent / "conf"
 LOAD = Load(480, 832, 81, 8)

@@ -18,10 +18,10 @@ from PIL import Image
 from runs import BEGAN, record, simulate, write_manifest
 
 from disagg_ray import cli
-from disagg_ray.gantt import COLOURS, LEFT, RIGHT, WIDTH, draw
-from disagg_ray.manifest import MANIFEST, Record
-from disagg_ray.timeline import lay_out, shares
-from disagg_ray.trace import to_trace
+from disagg_ray.batch.manifest import MANIFEST, Record
+from disagg_ray.report.gantt import COLOURS, LEFT, RIGHT, WIDTH, draw
+from disagg_ray.report.timeline import lay_out, shares
+from disagg_ray.report.trace import to_trace
 
 REPLICAS = {"encoder": 1, "transformer": 3, "decoder": 2}
 EVIL = "</style><script>alert(1)</script> & \"quoted\" 'too' <img src=x onerror=alert(2)>\n\u202eright\ud800"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagg_ray import Request, RequestError, load_config
-from disagg_ray.requests_file import MAX_LINE_BYTES, RequestsFile
+from disagg_ray.batch.requests_file import MAX_LINE_BYTES, RequestsFile
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = load_config(CONF / "tiny_t2v.yaml")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from disagg_ray import OutputError, RequestError, load_config
-from disagg_ray.manifest import INVALID, MANIFEST, Folder, Record, sha256_of, stat_of
-from disagg_ray.requests_file import RequestsFile
-from disagg_ray.resume import MAX_SHOWN, Options, Plan, make_plan, setup_of
+from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, Record, sha256_of, stat_of
+from disagg_ray.batch.requests_file import RequestsFile
+from disagg_ray.batch.resume import MAX_SHOWN, Options, Plan, make_plan, setup_of
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 LINES: list[dict[str, Any]] = [{"id": name, "prompt": f"a {name}"} for name in ("cat", "dog", "cow", "ant")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disagg_ray.summary import StageShare, Summary, bottleneck
+from disagg_ray.batch.summary import StageShare, Summary, bottleneck
 
 
 def share(stage: str, num_replicas: int, mean_s: float) -> StageShare:

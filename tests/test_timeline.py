@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 from runs import BEGAN, Work, simulate
 
-from disagg_ray.gantt import draw
+from disagg_ray.report.gantt import draw
+from disagg_ray.report.timeline import PHASES, Lane, Task, lay_out, shares
 from disagg_ray.result import StageTiming
-from disagg_ray.timeline import PHASES, Lane, Task, lay_out, shares
 
 REPLICAS = {"encoder": 1, "transformer": 11, "decoder": 2}
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from disagg_ray.timeline import PHASES, Lane, Phase, Span, Timeline, shares
+from disagg_ray.report.timeline import PHASES, Lane, Phase, Span, Timeline, shares
 
 WIDTH = 1600
 """Pixels of the whole picture."""

@@ -14,7 +14,6 @@ from ray.actor import ActorHandle
 from disagg_ray.config import Config
 from disagg_ray.connection import ANSWER_S, take_snapshot
 from disagg_ray.errors import DisaggError, InputError, StartError
-from disagg_ray.keep import Keep
 from disagg_ray.placement import NOTICE_S, Placement, gather_ready
 from disagg_ray.replica import Recollection
 from disagg_ray.roster import (
@@ -26,8 +25,9 @@ from disagg_ray.roster import (
     supervisor_name,
 )
 from disagg_ray.service import Snapshot
-from disagg_ray.standing import check_change
-from disagg_ray.supervisor import Supervisor
+from disagg_ray.standing.keep import Keep
+from disagg_ray.standing.pipeline import check_change
+from disagg_ray.standing.supervisor import Supervisor
 
 logger = logging.getLogger("disagg_ray")
 

@@ -22,13 +22,13 @@ import torch
 from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
 from disagg_ray.handle import Handle
-from disagg_ray.keep import Keep
 from disagg_ray.progress import Event
 from disagg_ray.replica import Health
 from disagg_ray.result import Result
 from disagg_ray.roster import release_groups
 from disagg_ray.service import Asked, NotHere, Snapshot
-from disagg_ray.standing import Standing
+from disagg_ray.standing.keep import Keep
+from disagg_ray.standing.pipeline import Standing
 
 logger = logging.getLogger("disagg_ray")
 

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 
+from disagg_ray.batch.manifest import Folder, Record, sha256_of, stat_of
+from disagg_ray.batch.requests_file import Line, RequestsFile
+from disagg_ray.batch.resume import Options, Plan, make_plan, setup_of
+from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config import Config
 from disagg_ray.connection import Connection
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, RequestError, StartError
 from disagg_ray.handle import Handle
-from disagg_ray.manifest import Folder, Record, sha256_of, stat_of
 from disagg_ray.pipeline import Pipeline
-from disagg_ray.requests_file import Line, RequestsFile
-from disagg_ray.resume import Options, Plan, make_plan, setup_of
-from disagg_ray.summary import Summary, Tally
 
 logger = logging.getLogger("disagg_ray")
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from disagg_ray.errors import OutputError
 from disagg_ray.output import atomic_file
-from disagg_ray.timeline import Span, Task, Timeline, Works, lay_out
+from disagg_ray.report.timeline import Span, Task, Timeline, Works, lay_out
 
 Event: TypeAlias = dict[str, Any]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from disagg_ray.admission import Admission
-from disagg_ray.autoscale import Load, Scaler
 from disagg_ray.config import REPLICA_WINDOW, Config
 from disagg_ray.errors import ConfigError, DisaggError
 from disagg_ray.fleet import Fleet
@@ -26,7 +25,8 @@ from disagg_ray.progress import Event
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.service import StageState
-from disagg_ray.standing_fleet import StandingFleet
+from disagg_ray.standing.autoscale import Load, Scaler
+from disagg_ray.standing.fleet import StandingFleet
 
 logger = logging.getLogger("disagg_ray")
 

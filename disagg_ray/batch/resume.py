@@ -21,10 +21,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from disagg_ray.batch.manifest import INVALID, Folder, Record, read_manifest, sha256_of, stat_of
+from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config import Config
 from disagg_ray.errors import OutputError, RequestError
-from disagg_ray.manifest import INVALID, Folder, Record, read_manifest, sha256_of, stat_of
-from disagg_ray.requests_file import RequestsFile
 
 logger = logging.getLogger("disagg_ray")
 

@@ -16,8 +16,8 @@ from disagg_ray.config import Config, TransportConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.graph import Graph, build_graph
 from disagg_ray.handoff import AttemptKey
-from disagg_ray.layouts import CPU
-from disagg_ray.profile import VERSION, Load, Point, Profile, StageProfile
+from disagg_ray.planning.layouts import CPU
+from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.stage import RAW, Outputs, Stage
 from disagg_ray.transfer.pool import Pool

@@ -14,18 +14,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from disagg_ray.batch.manifest import MANIFEST, Record, read_manifest
+from disagg_ray.batch.summary import Tally, bottleneck
 from disagg_ray.errors import OutputError
-from disagg_ray.gantt import draw
-from disagg_ray.manifest import MANIFEST, Record, read_manifest
 from disagg_ray.output import atomic_file
-from disagg_ray.page import Sheet, render
-from disagg_ray.plan import Plan
-from disagg_ray.profile import Profile
+from disagg_ray.planning.plan import Plan
+from disagg_ray.planning.profile import Profile
+from disagg_ray.report.gantt import draw
+from disagg_ray.report.page import Sheet, render
+from disagg_ray.report.timeline import PHASES, Timeline, is_whole, lay_out, shares
+from disagg_ray.report.trace import to_trace
 from disagg_ray.result import Result
 from disagg_ray.service import Snapshot
-from disagg_ray.summary import Tally, bottleneck
-from disagg_ray.timeline import PHASES, Timeline, is_whole, lay_out, shares
-from disagg_ray.trace import to_trace
 from disagg_ray.units import human_bytes
 
 PERCENTILES = (50, 90, 99, 100)

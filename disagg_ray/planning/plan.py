@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from disagg_ray.config import REPLICA_WINDOW
 from disagg_ray.errors import PlanError
-from disagg_ray.layouts import CPU, Layout, Seat, Stages, layouts
-from disagg_ray.profile import Load, Profile, StageProfile
+from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts
+from disagg_ray.planning.profile import Load, Profile, StageProfile
 
 MEMORY_GB = {"B200": 180, "H200": 141, "H100": 80, "L40S": 48, "L40": 48, "A40": 48, "A10G": 24, "L4": 24, "T4": 16}
 """Published memory of a GPU, by Ray's name of it."""

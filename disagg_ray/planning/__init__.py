@@ -1,0 +1,1 @@
+"""Which layout pays on which GPUs."""

@@ -1,0 +1,1 @@
+"""Pipelines that outlive a driver and are shared by many."""
