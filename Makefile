@@ -1,5 +1,5 @@
 # `make demo` and `make test` each set up what they need; nothing else is required on Debian or Ubuntu.
-.PHONY: demo test check format clean
+.PHONY: demo test proof check format clean
 
 demo:
 	@.ci/setup demo
@@ -7,6 +7,10 @@ demo:
 
 test: check
 	.venv/bin/python -m pytest
+
+proof: # replicas, drivers and nodes that die, stages that stay up, two hosts: some ten minutes more
+	@.ci/setup test
+	.venv/bin/python -m pytest -m proof
 
 check:
 	@.ci/setup test

@@ -18,7 +18,7 @@ import pytest
 
 from disagg_ray import LocalPipeline, Request
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
 
 SCRIPT = str(Path(__file__).with_name("netns.sh"))
 RAY = str(Path(sys.executable).with_name("ray"))

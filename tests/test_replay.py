@@ -26,7 +26,7 @@ from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, 
 from disagg_ray.errors import ReplicaLost
 from disagg_ray.models.checkpoint import open_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(400)]
 
 T2V = "conf/tiny_t2v.yaml"
 SURE = 300.0

@@ -23,7 +23,7 @@ from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Pipelin
 from disagg_ray.environment import cache_folder
 from disagg_ray.roster import find_replicas, standing
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 T2V, I2V = "conf/tiny_t2v.yaml", "conf/tiny_i2v.yaml"
 NAME = "tests"
