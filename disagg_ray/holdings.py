@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import torch
 
-from disagg_ray.config import REPLICA_WINDOW, Config, LimitsConfig
+from disagg_ray.config import REPLICA_WINDOW, Config
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.models.checkpoint import Geometry
-from disagg_ray.stage import frame_bytes, frames_in_piece
+from disagg_ray.stage import most_piece_bytes
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames
@@ -36,7 +36,7 @@ class Holdings:
     def __init__(self, name: str, config: Config, graph: Graph, geometry: Geometry, host: str) -> None:
         self._pool = Pool(name, driver_pool_bytes(config, graph, geometry), host, config.transport)
         self._threads = {kind: ThreadPoolExecutor(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
-        self._piece_bytes = _piece_bytes(config.limits)
+        self._piece_bytes = most_piece_bytes(config.limits)
         self._pieces: queue.SimpleQueue[AttemptKey] = queue.SimpleQueue()
         self._serial = itertools.count()
         for _ in range(REPLICA_WINDOW):
@@ -114,10 +114,6 @@ class Holdings:
         return await asyncio.get_running_loop().run_in_executor(self._threads[kind], work)
 
 
-def _piece_bytes(limits: LimitsConfig) -> int:
-    return frames_in_piece(limits.max_pixels, limits.max_frames) * frame_bytes(limits.max_pixels)
-
-
 def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
     """Return the host memory the driver needs: each admitted request's images, latents held, pieces of raw frames.
 
@@ -130,7 +126,7 @@ def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
     sizes = geometry.tensor_bytes(limits.max_pixels, limits.max_frames, limits.max_image_pixels)
     images = sum(slot_bytes(sizes[name]) for name in {name for _, names in graph.images for name in names})
     held = sum(slot_bytes(sizes[name]) for name in graph.inputs(graph.last))
-    pieces = REPLICA_WINDOW * slot_bytes(_piece_bytes(limits))
+    pieces = REPLICA_WINDOW * slot_bytes(most_piece_bytes(limits))
     asked, minimum = config.transport.driver_pool_bytes, images + held + pieces
     if asked == "auto":
         holders = {graph.last, *graph.producers(graph.last)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from disagg_ray.config import Config
+from disagg_ray.config import Config, LimitsConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
 from disagg_ray.models.checkpoint import Geometry, open_checkpoint
@@ -142,7 +142,9 @@ class Stage:
         limits = self.config.limits
         most = (limits.max_pixels, limits.max_frames, limits.max_image_pixels)
         inputs = self._sizes(self._inputs, *most, raw=False)
-        outputs = self._sizes(self._outputs, *most, raw=True)
+        outputs = self._sizes(self._outputs, *most, raw=False)
+        if FRAMES in self.ports.outputs:
+            outputs[FRAMES] = most_piece_bytes(limits)
         return PoolNeeds(sum(map(slot_bytes, inputs.values())), sum(map(slot_bytes, outputs.values())))
 
     def _sizes(
@@ -186,6 +188,12 @@ def frame_bytes(pixels: int) -> int:
 def frames_in_piece(pixels: int, num_frames: int) -> int:
     """Return how many frames travel at once when raw frames are asked for."""
     return min(num_frames, max(1, PIECE_BYTES // frame_bytes(pixels)))
+
+
+def most_piece_bytes(limits: LimitsConfig) -> int:
+    """Return the most bytes that a piece of raw frames takes, whatever is asked for within limits."""
+    frame = frame_bytes(limits.max_pixels)
+    return min(limits.max_frames * frame, max(PIECE_BYTES, frame))
 
 
 def _check_guidance(config: Config, geometry: Geometry) -> None:

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_world import judge
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
+from disagg_ray.config import LimitsConfig
+from disagg_ray.stage import frame_bytes, frames_in_piece, most_piece_bytes
 from disagg_ray.video import quantise
 
 pytestmark = pytest.mark.slow
@@ -205,3 +209,13 @@ def test_prompts_are_obeyed_through_the_split_pipeline(pipeline: Pipeline) -> No
         seen = judge(torch.from_numpy(quantise(result.frames)))
         said = (seen.colour, seen.shape, seen.direction, seen.background)
         assert said == scenes[result.request.prompt]
+
+
+@given(st.integers(1, 3600), st.integers(1, 40), st.integers(1, 3600), st.integers(1, 40))
+def test_no_piece_of_frames_is_larger_than_its_slot(
+    blocks: int, frames: int, most_blocks: int, most_frames: int
+) -> None:
+    """A smaller frame may make a larger piece: more of them fit into one."""
+    limits = LimitsConfig(max_pixels=256 * max(blocks, most_blocks), max_frames=max(frames, most_frames))
+    pixels = 256 * blocks
+    assert frames_in_piece(pixels, frames) * frame_bytes(pixels) <= most_piece_bytes(limits)
