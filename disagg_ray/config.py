@@ -432,7 +432,7 @@ def _sharing_checks(config: Config) -> Iterator[Check]:
     fixed = all(s.max_replicas is None for s in sharing)
     yield "share_gpu", names, fixed, "their replicas cannot be {min, max}; write a number"
     gpus = sum(s.num_gpus for s in sharing)
-    yield "share_gpu", names, gpus <= 1, f"their num_gpus add up to {gpus:g}; let them add up to 1 at most"
+    yield "share_gpu", names, gpus <= 1, f"their num_gpus add up to {gpus:g}; let them add up to 1 at most, or write []"
 
 
 def _failure_checks(failures: FailuresConfig) -> Iterator[Check]:

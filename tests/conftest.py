@@ -33,15 +33,13 @@ def image() -> Callable[..., Image.Image]:
 def cluster() -> Iterator[None]:
     """Give one local Ray for the whole session, with CPUs enough that no pipeline waits for another.
 
-    Its disks and labels, and its GPUs where there are none, are there to be asked for; nothing is behind them.
+    Its disks and labels are there to be asked for; nothing is behind them.
     """
     import ray
-    import torch
 
     ray.init(
         address="local",
         num_cpus=16,
-        num_gpus=torch.cuda.device_count() or 2,
         resources={"disk": 2},
         labels={"zone": "a"},
         include_dashboard=False,

@@ -182,7 +182,7 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "moments", "status"),
-    [(signal.SIGINT, ("encoder-0 done",), 130), (signal.SIGTERM, ("waiting for", "replicas ready"), 143)],
+    [(signal.SIGINT, ("transformer-0 step",), 130), (signal.SIGTERM, ("waiting for", "replicas ready"), 143)],
     ids=["Ctrl-C in a denoise", "SIGTERM while starting"],
 )
 def test_a_signal_leaves_no_process_and_no_shared_memory(

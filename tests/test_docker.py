@@ -121,7 +121,7 @@ def test_job_brings_up_the_same_cluster() -> None:
 def test_job_configuration_is_possible_and_fits_the_cluster() -> None:
     command, *arguments = JOB["entrypoint"].split()
     config = ROOT / arguments[arguments.index("--config") + 1].removeprefix("/opt/disagg_ray/")
-    overrides = [argument for argument in arguments if re.match(r"stages\.\w+\.[\w.]+=", argument)]
+    overrides = [argument for argument in arguments if re.match(r"(stages\.\w+\.[\w.]+|share_gpu)=", argument)]
     stages = load_config(config, *overrides).stages
     assert command in PROJECT["scripts"]
     assert {name: (stage.replicas, stage.label_selector, stage.num_gpus) for name, stage in stages.items()} == {

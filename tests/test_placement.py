@@ -22,9 +22,9 @@ class Where:
     def __init__(self, stage: str, index: int, config: Config) -> None:
         self.settings = config.stages[stage]
 
-    def describe(self) -> tuple[list[Any], dict[str, float], int]:
-        assigned = ray.get_runtime_context().get_assigned_resources()
-        return ray.get_gpu_ids(), assigned, self.settings.torch_threads
+    def describe(self) -> tuple[str | None, dict[str, float], int]:
+        assigned, group = ray.get_runtime_context().get_assigned_resources(), ray.util.get_current_placement_group()
+        return None if group is None else group.id.hex(), assigned, self.settings.torch_threads
 
 
 Launch = Callable[..., tuple[Config, list[Actor]]]
@@ -55,14 +55,16 @@ def ask_all(config: Config, actors: list[Actor]) -> dict[str, Any]:
     return dict(zip([actor.name for actor in actors], answers, strict=True))
 
 
-def test_stages_that_share_a_gpu_lie_on_one_replica_by_replica(launch: Launch) -> None:
+def test_stages_that_share_a_gpu_lie_in_one_bundle_replica_by_replica(launch: Launch) -> None:
     config, actors = launch(
-        "stages.encoder={num_gpus: 0.4, replicas: 2, num_cpus: 0.5}",
-        "stages.decoder={num_gpus: 0.6, replicas: 2, num_cpus: 0.5}",
+        "stages.encoder={replicas: 2, num_cpus: 0.5}", "stages.decoder={replicas: 2, num_cpus: 1}",
         "share_gpu=[encoder, decoder]",
-    )
-    gpus = {name: gpu_ids for name, (gpu_ids, _, _) in ask_all(config, actors).items()}
-    assert gpus["encoder-0"] == gpus["decoder-0"] != gpus["encoder-1"] == gpus["decoder-1"]
+    )  # fmt: skip
+    told = ask_all(config, actors)
+    bundles = {name: bundle for name, (bundle, _, _) in told.items()}
+    assert bundles["encoder-0"] == bundles["decoder-0"] != bundles["encoder-1"] == bundles["decoder-1"]
+    assert None not in (bundles["encoder-0"], bundles["encoder-1"])
+    assert bundles["transformer-0"] is None
 
 
 def test_groups_of_a_stage_get_their_own_resources_and_labels(launch: Launch) -> None:
