@@ -237,6 +237,7 @@ def running(path: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
             child.kill()
 
 
+@pytest.mark.proof
 def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start) -> None:
     path, out = write_requests(folder, *({"id": f"clip-{n}"} for n in range(40))), folder / "out"
     with running(path) as child:
@@ -254,6 +255,7 @@ def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start)
     assert (summary.done, summary.already_done, summary.complete) == (40 - made, made, True)
 
 
+@pytest.mark.proof
 def test_a_second_signal_ends_the_grace(folder: Path) -> None:
     long = {"id": "long", "height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 100}
     with running(write_requests(folder, long), "failures.shutdown_grace_s=10000") as child:

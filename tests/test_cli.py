@@ -179,7 +179,7 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
     assert "64 GPUs are asked for (encoder 1 x 0, transformer 1 x 64, decoder 1 x 0)" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("sent", "moments", "status"),
     [(signal.SIGINT, ("transformer-0 step",), 130), (signal.SIGTERM, ("waiting for", "replicas ready"), 143)],

@@ -50,8 +50,8 @@ def wait_for_head(client: dict[str, str]) -> None:
     """The head answers before its agent takes jobs: wait until one is taken."""
     deadline = time.monotonic() + 120
     command = [RAY, "job", "submit", "--no-wait", "--", "true"]
-    while subprocess.run(command, env=client, capture_output=True, check=False).returncode:
-        assert time.monotonic() < deadline, "the head node did not come up"
+    while (asked := subprocess.run(command, env=client, capture_output=True, text=True, check=False)).returncode:
+        assert time.monotonic() < deadline, f"the head node did not come up: {asked.stdout}{asked.stderr}"
         time.sleep(1)
 
 

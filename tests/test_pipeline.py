@@ -181,6 +181,7 @@ def test_two_pipelines_in_one_cluster_do_not_collide(pipeline: Pipeline, image: 
     assert pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1)).data
 
 
+@pytest.mark.proof
 def test_a_dead_replica_is_replaced_and_its_request_replayed(cluster: None, local: LocalPipeline) -> None:
     request = Request(prompt=PROMPT, num_frames=17, num_inference_steps=20, seed=3)
     with Pipeline.from_config(T2V, "fused=true") as short:

@@ -223,7 +223,7 @@ def test_generate_writes_a_trace(tmp_path: Path) -> None:
     arguments += ["--num-inference-steps", "2", "--output", str(tmp_path / "a.mp4"), "--id", "mine"]
     assert cli.main([*arguments, "--trace", str(tmp_path / "new" / "trace.json")]) == 0
     found = json.loads((tmp_path / "new" / "trace.json").read_text())["traceEvents"]
-    assert [event["name"] for event in found if event["ph"] == "X"] == ["mine"] * 3
+    assert [event["name"] for event in found if event["ph"] == "X"] == ["mine"] * 3 + ["publish"]
 
 
 @pytest.mark.parametrize("name", ["trace.mp4", "s3://bucket/trace.json", "file/trace.json"])
