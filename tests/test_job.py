@@ -35,6 +35,7 @@ def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
     folder = Path("/tmp") / f"ray-{secrets.token_hex(3)}"  # socket paths below it are limited to 107 bytes
     options = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
     options += ["--num-cpus=8", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    options += [f"--dashboard-agent-listen-port={free_port()}"]  # the session's own Ray has the default one
     with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
         head = subprocess.Popen([RAY, "start", *options], env=environment, stdout=log, stderr=log)
         try:
