@@ -151,13 +151,17 @@ def test_every_metric_arrives_under_the_name_it_is_declared_with(query: Query) -
 
 
 @pytest.mark.slow
-def test_seconds_are_exact_and_histograms_only_count(query: Query) -> None:
-    total, count = (f"sum by (phase) (ray_disagg_ray_phase_{n})" for n in ("seconds_total", "duration_seconds_count"))
-    mean = f"{total} / {count}"
-    assert without_numbers(query, [mean]) == []
-    seconds = {labels["phase"]: value for labels, value in query(mean)}
-    stage = {"wait": 0.5, "pull": 0.25, "compute": 0.7, "publish": 0.125, "encode": 0.2}
-    assert seconds == pytest.approx(stage | {"write": 0.03})
+def test_seconds_are_exact(query: Query) -> None:
+    """In one scrape they all stand at the same number of reports; Ray may cut one report in two, so look again."""
+    once = {"wait": 1.5, "pull": 0.75, "compute": 2.1, "publish": 0.375, "encode": 0.6, "write": 0.03}
+    deadline = time.monotonic() + 60
+    while True:
+        found = query("sum by (phase) (ray_disagg_ray_phase_seconds_total)")
+        seconds = {labels["phase"]: value for labels, value in found}
+        if seconds == pytest.approx({phase: value * seconds["wait"] / once["wait"] for phase, value in once.items()}):
+            break
+        assert time.monotonic() < deadline, seconds
+        time.sleep(1)
 
 
 @pytest.mark.slow

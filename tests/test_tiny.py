@@ -58,7 +58,7 @@ def test_whole_pass_of_the_vae_equals_the_chunked_one() -> None:
         assert torch.allclose(decoded, vae.decode(posterior[:, :16]).sample, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_smoke_training_lowers_each_loss_and_can_go_on(tmp_path: Path) -> None:
     losses = train_tiny.main(["--out", str(tmp_path), "--smoke"])
     assert all(sum(stage[-3:]) < 0.9 * sum(stage[:3]) for stage in losses.values()), losses
