@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+
+def config_parser(name: str, command: Callable[..., int]) -> Parser:
+    """Return the parser of a command that takes configuration overrides."""
+    parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    return parser
 
 
 @contextmanager

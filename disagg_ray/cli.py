@@ -16,10 +16,10 @@ from contextlib import closing, contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from disagg_ray import logs
-from disagg_ray.arguments import EPILOG, Parser, terminated
+from disagg_ray.arguments import Parser, config_parser, terminated
 from disagg_ray.cli_plan import plan, profile
 from disagg_ray.cli_standing import down, joined, ls, scale, up
 from disagg_ray.config import Config, load_config, to_yaml
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(argv: Sequence[str]) -> int:
     """Generate one video, or with --requests many."""
-    parser = _parser("generate", generate)
+    parser = config_parser("generate", generate)
     parser.add_argument("--config", help="YAML file of the model and its deployment")
     parser.add_argument("--connect", metavar="NAME", help="use the pipeline that `disagg-ray up NAME` put up")
     parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
@@ -225,7 +225,7 @@ def _display(options: argparse.Namespace, total: int) -> Display:
 
 def show_config(argv: Sequence[str]) -> int:
     """Print the resolved configuration."""
-    parser = _parser("config", show_config)
+    parser = config_parser("config", show_config)
     parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
     options = parser.parse_intermixed_args(argv)
     print(to_yaml(load_config(options.config, *options.overrides)), end="")
@@ -255,7 +255,7 @@ def make_checkpoint(argv: Sequence[str]) -> int:
 
 def doctor(argv: Sequence[str]) -> int:
     """Check this machine, the cluster's nodes and every way between them."""
-    parser = _parser("doctor", doctor)
+    parser = config_parser("doctor", doctor)
     parser.add_argument("--config", help="YAML file of the model and its deployment, to check against it")
     parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
     parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
@@ -293,12 +293,6 @@ COMMANDS = {
 def _usage() -> str:
     lines = [f"  {name:<16} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
     return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` says more."
-
-
-def _parser(name: str, command: Any) -> argparse.ArgumentParser:
-    parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
-    return parser
 
 
 def _add_request_flags(parser: argparse.ArgumentParser) -> None:

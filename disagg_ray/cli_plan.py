@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disagg_ray.arguments import EPILOG, Parser
+from disagg_ray.arguments import config_parser
 from disagg_ray.config import Config, load_config
 from disagg_ray.errors import PlanError
 from disagg_ray.request import Request, resolve
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def profile(argv: Sequence[str]) -> int:
     """Measure the stages on this machine and keep that in a file, for `plan`."""
-    parser = Parser(prog="disagg-ray profile", description=profile.__doc__, epilog=EPILOG)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    parser = config_parser("profile", profile)
     parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
     parser.add_argument("--output", type=Path, default=Path("profile.json"), help="file to write")
     parser.add_argument(
@@ -67,8 +66,7 @@ def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_for
 
 def plan(argv: Sequence[str]) -> int:
     """Predict fused and every sensible split on GPUs that you name, and print the best one's YAML."""
-    parser = Parser(prog="disagg-ray plan", description=plan.__doc__, epilog=EPILOG)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    parser = config_parser("plan", plan)
     parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
     parser.add_argument(
         "--profile", required=True, help="FILE, or KIND=FILE,KIND=FILE, as `disagg-ray profile` wrote them"
