@@ -289,6 +289,8 @@ class Config:
     """Stages by name, in any order: the graph is inferred from their blocks."""
     share_gpu: list[str] = field(default_factory=list)
     """Stages whose replicas lie on one GPU: the first of each together, the second of each, and so on."""
+    gpu_turns: bool = True
+    """Have the models of replicas that share a GPU compute one after the other; false: as CUDA lets them (MPS)."""
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
@@ -610,7 +612,7 @@ def known_keys() -> list[str]:
         OutputConfig,
     )  # fmt: skip
     names = ("model", "defaults", "limits", "transport", "cluster", "failures", "standing", "output")
-    keys = [*names, "stages", "share_gpu", "progress", "fused"]
+    keys = [*names, "stages", "share_gpu", "gpu_turns", "progress", "fused"]
     for name, section in zip(names, sections, strict=True):
         keys += walk(section(), f"{name}.")
     return keys + list(walk(StageConfig(), "stages.*."))

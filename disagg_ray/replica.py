@@ -137,7 +137,7 @@ class Health:
     pool_bytes: int
     rss_bytes: int
     stalled_s: float
-    """Since the last sign of progress of what computes; 0 when nothing does."""
+    """Since the last sign of progress of what computes, or since it got its turn on the GPU; 0 when nothing does."""
     bytes_kept: int
     """Of the pool, for prompt embeddings that are kept while nothing else needs the room."""
     cache_hits: int
@@ -365,7 +365,7 @@ class Replica:
             bytes_quarantined=pool.bytes_quarantined,
             pool_bytes=pool.capacity,
             rss_bytes=rss,
-            stalled_s=0.0 if progressed is None else time.monotonic() - progressed,
+            stalled_s=0.0 if progressed is None else time.monotonic() - max(progressed, self._stage.excused_until),
             bytes_kept=pool.cache.bytes_kept,
             cache_hits=pool.cache.hits,
             cache_misses=pool.cache.misses,

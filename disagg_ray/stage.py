@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from disagg_ray.models.checkpoint import Geometry, open_checkpoint
 from disagg_ray.models.warm_up import example_request, example_tensors
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
+from disagg_ray.turns import Turns
 from disagg_ray.video import Frames, to_image
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class Stage:
         self.weights: dict[str, int] = {}
         """Bytes of each loaded component."""
         self._stream: torch.cuda.Stream | None = None
+        self._turns: Turns | None = None
 
     @property
     def ports(self) -> StagePorts:
@@ -83,6 +86,13 @@ class Stage:
     @property
     def device(self) -> str:
         return self._settings.torch_device
+
+    @property
+    def excused_until(self) -> float:
+        """Monotonic time until which it waited for its turn on the GPU, and so could not make progress."""
+        if self._turns is None:
+            return 0.0
+        return time.monotonic() if self._turns.waiting else self._turns.began
 
     @property
     def cache_bytes(self) -> int:
@@ -117,6 +127,9 @@ class Stage:
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
+            if self.config.gpu_turns and self._settings.num_gpus < 1:
+                self._turns = Turns(str(torch.cuda.get_device_properties(0).uuid))
+                self._cut.take_turns(self._turns)
         for size in self._settings.warm_up:
             tensors = example_tensors(self._checkpoint, self._inputs, size)
             self.compute(example_request(self._checkpoint, size), tensors, None)

@@ -32,7 +32,7 @@ LAYERS = (
     {"handle"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
     {"models", "transfer", "output", "board", "queues"},
-    {"request", "progress"},
+    {"request", "progress", "turns"},
     {"video"},
     {"config", "graph"},
     {"environment", "handoff", "options", "logs"},

@@ -30,6 +30,7 @@ from disagg_ray.models.tuning import (
 from disagg_ray.models.warm_up import example_tensors
 from disagg_ray.options import TRANSFORMERS, DenoiserConfig, VaeConfig
 from disagg_ray.request import ResolvedRequest
+from disagg_ray.turns import Turns
 
 TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
 """Inputs by which diffusers picks the blocks of a task."""
@@ -94,6 +95,12 @@ class Cut:
             self._offloaded = offload_models(models.values(), device)
         self._pipeline.update_components(**loaded)
         return weights
+
+    def take_turns(self, turns: Turns) -> None:
+        """Have every call of a model take a turn on the GPU, which ends when its stream is done."""
+        for name in self.components:
+            if isinstance(model := self.component(name), torch.nn.Module):
+                turns.apply(model, lambda: torch.cuda.current_stream().synchronize())
 
     def component(self, name: str) -> Any:
         """Return a loaded component."""

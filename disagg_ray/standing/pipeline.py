@@ -186,6 +186,7 @@ def check_change(before: Config, after: Config) -> None:
         "limits": (before.limits, limits),
         "transport": (before.transport, after.transport),
         "share_gpu": (before.share_gpu, after.share_gpu),
+        "gpu_turns": (before.gpu_turns, after.gpu_turns),
         "progress": (before.progress, after.progress),
         "output": (before.output, after.output),
         "stages": (set(before.stages), set(after.stages)),
