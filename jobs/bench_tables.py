@@ -355,7 +355,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     panels = {"per_minute": "videos a minute", "latency_s": "one request alone, s",
               "ready_s": "from nothing to ready, s", "peak_bytes": "peak memory of a process on a GPU, GB"}  # fmt: skip
     drawn = {key: values for key in panels if (values := plotted(rows, key))}
-    figure, axes = pyplot.subplots(max(1, len(drawn)), 1, figsize=(12, 3.8 * max(1, len(drawn))), squeeze=False)
+    if not drawn:
+        return
+    figure, axes = pyplot.subplots(len(drawn), 1, figsize=(12, 3.8 * len(drawn)), squeeze=False)
     for (key, values), axis in zip(drawn.items(), axes[:, 0], strict=True):
         bars(axis, values)
         axis.set(title=panels[key])

@@ -1,7 +1,7 @@
 """What fused and every sensible split would do on GPUs that one may not have yet, from a measured profile.
 
 A pipeline of stages: its throughput is that of the slowest stage, each the sum of its replicas' rates. Stages that
-share a GPU take turns on it. A request alone takes the sum of its stages and handoffs.
+share a GPU compute by turns. A request alone takes the sum of its stages and handoffs.
 """
 
 from __future__ import annotations
@@ -196,16 +196,15 @@ def predict(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: S
 def _rates(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: Stages) -> dict[str, float]:
     """Return the videos a second that each part could do, were the others without limit.
 
-    Helpers beside a transformer take turns with it. As long as they need less than half of the GPU they get it, and
-    the transformers have what is left: with the rates of all transformers, of those beside some helpers, and of these
-    helpers, rate = denoise - sum of rate / helpers x beside. Beyond that, that GPU does its helpers' work and its
-    share of the denoising for each video, although others wait.
+    Helpers beside a transformer take turns with it (`disagg_ray.turns`): they wait for one forward each time, and the
+    transformers have what is left. With the rates of all transformers, of those beside some helpers, and of these
+    helpers, rate = denoise - sum of rate / helpers x beside.
     """
     if layout.fused:
         return {"fused": sum(seat.count / _busy_s(seat.stages, kinds[seat.kind], load) for seat in layout.seats)}
     rates: dict[str, float] = {}
     beside: dict[str, float] = {}
-    helping: dict[str, float] = {}
+    undisturbed: dict[str, float] = {}
     denoise = 0.0
     for seat in layout.seats:
         gpus, helpers = kinds[seat.kind], tuple(stage for stage in seat.stages if stage != stages.denoiser)
@@ -215,15 +214,12 @@ def _rates(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: St
             denoise += rate
             beside[name] = beside.get(name, 0.0) + rate
         if helpers:
-            rate = seat.count / _busy_s(helpers, gpus, load, overlaps=shared)
-            rates[name] = rates.get(name, 0.0) + rate
-            helping[name] = helping.get(name, 0.0) + (rate if shared else 0.0)
-    taken = sum(rate / helping[name] for name, rate in beside.items() if helping.get(name))
-    rates[stages.denoiser] = denoise / (1 + taken)
-    for name, rate in helping.items():
-        if rate and denoise:
-            rates[name] = max(rate / 2, 1 / (1 / rate + 1 / denoise))
-    return rates
+            seconds = _busy_s(helpers, gpus, load, overlaps=shared)
+            forward = gpus.compute_s(stages.denoiser, load) / load.passes if shared else 0.0
+            rates[name] = rates.get(name, 0.0) + seat.count / (seconds + forward)
+            undisturbed[name] = undisturbed.get(name, 0.0) + seat.count / seconds
+    taken = sum(rate / undisturbed[name] for name, rate in beside.items() if name in undisturbed)
+    return rates | {stages.denoiser: denoise / (1 + taken)}
 
 
 def _busy_s(stages: Sequence[str], gpus: Hardware, load: Load, *, overlaps: bool = False) -> float:
