@@ -37,7 +37,12 @@ TASKS = ("t2v", "i2v", "flf2v")
 PROTOCOLS = ("auto", "nvlink_intra", "rdma", "tcp")
 DTYPES = ("float32", "bfloat16", "float16")
 T = TypeVar("T")
-REPLICA_WINDOW = 2  # a replica holds one request that computes and one that is prefetched
+REPLICA_WINDOW = 2
+"""A replica takes one request to compute and one to prefetch."""
+MAX_VIDEOS = 2
+"""Decoded and not yet fetched at a replica: one whose file is being encoded and one that waits for that."""
+UNEVEN = 2
+"""A replica has room for so many times its even share of what is in flight."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,10 @@ class StageConfig:
         return sum(group.replicas for group in self.replica_groups.values())
 
     @property
+    def least_replicas(self) -> int:
+        return self.min_replicas or self.num_replicas
+
+    @property
     def most_replicas(self) -> int:
         return max(self.num_replicas, self.max_replicas or 0)
 
@@ -221,7 +230,8 @@ class TransportConfig:
     port_range: str | None = None
     """`FIRST-LAST` bounds of the ports Mooncake may listen on, for a firewall; null: any free port."""
     pool_bytes: int | str = "auto"
-    """Registered memory of each replica; auto: the largest request that limits allows times what is in flight."""
+    """Registered memory of each replica; auto: the largest request that limits allows, times those that are at one
+    replica when it does twice its share."""
     driver_pool_bytes: int | str = "auto"
     """Registered host memory of the driver."""
     verify: bool = True
@@ -319,6 +329,19 @@ class Config:
         by_component = {f.name: getattr(self.model.dtype, f.name) for f in fields(DtypeConfig)}
         name = "transformer" if component == "transformer_2" else component
         return self.stages[stage].dtype or by_component.get(name, "float32")
+
+
+def num_rooms(in_flight: int, replicas: int, *, last: bool) -> int:
+    """Return for how many requests' outputs each of a stage's replicas needs room.
+
+    An output stays where it was made until what is made of it is safe, so all requests in flight may have one in a
+    stage. The scheduler fills replicas by predicted seconds, not by room: one may do twice its share for as long as
+    half of the stage is being replaced, or always if it is twice as fast as the mean. Past that it waits for room, and
+    work goes to the others, which together have more than all that is in flight. Of the `last` stage, outputs are raw
+    frames, which a replica makes no more of until some are fetched.
+    """
+    own = MAX_VIDEOS if last else UNEVEN * -(-in_flight // replicas)
+    return min(in_flight, own + REPLICA_WINDOW)
 
 
 def _checks(config: Config) -> Iterator[Check]:

@@ -18,7 +18,7 @@ import psutil
 import ray
 import torch
 
-from disagg_ray.config import REPLICA_WINDOW, Config
+from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, num_rooms
 from disagg_ray.errors import Cancelled, ConfigError, DisaggError
 from disagg_ray.graph import FRAMES, Graph, StagePorts
 from disagg_ray.handoff import AttemptKey, Handoff
@@ -31,9 +31,6 @@ from disagg_ray.transfer.pool import Pool
 from disagg_ray.video import Frames, encode
 
 T = TypeVar("T")
-
-MAX_VIDEOS = 2
-"""Decoded and not yet fetched at a replica: one whose file is being encoded and one that waits for that."""
 
 
 @dataclass(frozen=True)
@@ -393,12 +390,15 @@ def pool_bytes(config: Config, stage: Stage) -> int:
     """
     needs, asked = stage.needs(), config.transport.pool_bytes
     if asked == "auto":
-        slots = REPLICA_WINDOW * needs.input_bytes + config.max_in_flight * needs.output_bytes
-        return slots + stage.cache_bytes
-    if int(asked) < needs.minimum:
+        replicas, last = config.stages[stage.name].least_replicas, FRAMES in stage.ports.outputs
+        rooms = num_rooms(config.max_in_flight, replicas, last=last)
+        return REPLICA_WINDOW * needs.input_bytes + rooms * needs.output_bytes + stage.cache_bytes
+    least = REPLICA_WINDOW * needs.minimum  # with room for one, requests of several producers may wait for each other
+    if int(asked) < least:
         raise ConfigError(
-            f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
-            f"bytes of a {stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
+            f"transport.pool_bytes: {asked} is too small: {REPLICA_WINDOW} of the largest requests within limits take "
+            f"{least} bytes of a {stage.name}'s pool (each {needs.input_bytes} in, {needs.output_bytes} out); "
+            f"write at least that, or auto"
         )
     return int(asked)
 
