@@ -20,6 +20,7 @@ from peer import HOST, TRANSPORT, Peer, flip_bit, make_tensors, publish
 from disagg_ray.config import TransportConfig
 from disagg_ray.errors import ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, TensorMeta
+from disagg_ray.transfer import routes
 from disagg_ray.transfer.engine import TIMED_OUT
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES, slot_bytes
@@ -286,15 +287,28 @@ def test_ports_lie_in_the_given_range():
 
 
 @pytest.fixture
+def no_rdma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "INFINIBAND", tmp_path / "none")
+
+
+@pytest.mark.usefixtures("no_rdma")
+def test_rdma_is_refused_where_there_is_no_device_for_it():
+    with pytest.raises(ConfigError, match=r"transport\.protocol: 'rdma' is not possible on .*; write auto"):
+        Pool("puller", 1024, HOST, TransportConfig(protocol="rdma", timeout_s=5))
+
+
+@pytest.fixture
 def mooncake_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "mooncake.json"
     monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(path))
     return path
 
 
+@pytest.mark.usefixtures("no_rdma")
 def test_mooncake_file_is_honoured(mooncake_file):
     mooncake_file.write_text(json.dumps({"protocol": "rdma", "device_name": "none0", "local_hostname": "ignored"}))
-    assert Pool("puller", 1024, HOST, TRANSPORT).sessions[0].route == "rdma"
+    with pytest.raises(ConfigError, match=r"'rdma' is not possible .* MOONCAKE_CONFIG_PATH"):
+        Pool("puller", 1024, HOST, TransportConfig(timeout_s=5))
 
 
 def test_mooncake_file_gives_the_metadata_server_and_device(mooncake_file):
@@ -303,10 +317,11 @@ def test_mooncake_file_gives_the_metadata_server_and_device(mooncake_file):
         Pool("puller", 1024, HOST, TRANSPORT)
 
 
+@pytest.mark.usefixtures("no_rdma")
 def test_our_configuration_wins_over_the_mooncake_file(mooncake_file):
-    mooncake_file.write_text(json.dumps({"protocol": "tcp", "metadata_server": "P2PHANDSHAKE"}))
-    transport = TransportConfig(protocol="rdma", timeout_s=5)
-    assert Pool("puller", 1024, HOST, transport).sessions[0].route == "rdma"
+    mooncake_file.write_text(json.dumps({"protocol": "rdma", "metadata_server": "P2PHANDSHAKE"}))
+    transport = TransportConfig(protocol="tcp", timeout_s=5)
+    assert Pool("puller", 1024, HOST, transport).sessions[0].route == "tcp"
 
 
 @pytest.mark.parametrize(("text", "reason"), [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "JSON object")])
