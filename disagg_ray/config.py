@@ -228,7 +228,8 @@ class TransportConfig:
     metadata_server: str = "P2PHANDSHAKE"
     """P2PHANDSHAKE needs no server; else an etcd, redis or http address that Mooncake knows."""
     port_range: str | None = None
-    """`FIRST-LAST` bounds of the ports Mooncake may listen on, for a firewall; null: any free port."""
+    """`FIRST-LAST` bounds of the ports that Mooncake and the progress may listen on, for a firewall: two for each
+    route of each pool, one for each driver's progress; null: any free port."""
     pool_bytes: int | str = "auto"
     """Registered memory of each replica; auto: the largest request that limits allows, times those that are at one
     replica when it does twice its share."""
@@ -238,6 +239,14 @@ class TransportConfig:
     """Check a checksum of every pulled tensor."""
     timeout_s: float = 30.0
     """Deadline of one pull; Mooncake takes no less than 5."""
+
+    @property
+    def ports(self) -> range | None:
+        """Those of `port_range`."""
+        if self.port_range is None:
+            return None
+        first, _, last = self.port_range.partition("-")
+        return range(int(first), int(last) + 1)
 
 
 @dataclass(frozen=True)

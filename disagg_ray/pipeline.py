@@ -115,7 +115,7 @@ class Pipeline:
         began = time.monotonic()
         host = ray.util.get_node_ip_address()
         if self.config.progress:
-            self._receiver = Receiver(host, self._relay)
+            self._receiver = Receiver(host, self._relay, self.config.transport.ports)
         metrics = self._metrics = Metrics(self.config.model.path, self.config.stages)
         fleet = self._fleet = self._make_fleet(metrics)
         described = await fleet.launch()

@@ -84,13 +84,13 @@ class Credentials:
 
 
 class Receiver:
-    """The driver's end: binds a random port of `host` and hands each event to `on_event`, on a thread of its own.
+    """The driver's end: binds a port of `host` and hands each event to `on_event`, on a thread of its own.
 
-    If `host` is not an address of this machine, `credentials` is None and no events come: progress is never worth
-    failing for.
+    The port is the first free one of `ports`, or any. If there is none, or `host` is not an address of this machine,
+    `credentials` is None and no events come: progress is never worth failing for.
     """
 
-    def __init__(self, host: str, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, host: str, on_event: Callable[[Event], None], ports: range | None = None) -> None:
         self.credentials: Credentials | None = None
         self.received = 0
         self._malformed = 0
@@ -102,7 +102,7 @@ class Receiver:
         context = _shared.acquire()
         self._socket = context.socket(zmq.PULL)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._bind(host)
+        self._bind(host, ports)
         self._thread = threading.Thread(target=self._run, name="disagg_ray-progress", daemon=True)
         self._thread.start()
 
@@ -112,7 +112,7 @@ class Receiver:
         accepted, admitted = (self._connections[kind] for kind in (zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED))
         return self._malformed + accepted - admitted
 
-    def _bind(self, host: str) -> None:
+    def _bind(self, host: str, ports: range | None) -> None:
         server_key, server_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
         _shared.admit(self._domain, public_key)  # before the port opens: without a handler zmq admits anyone
@@ -124,12 +124,23 @@ class Receiver:
         for option, value in options.items():
             self._socket.set(option, value)
         try:
-            self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+            self._listen(f"tcp://[{host}]" if ":" in host else f"tcp://{host}", ports)
         except zmq.ZMQError as error:
-            logger.warning("no progress will be shown: cannot listen on %s (%s)", host, error)
+            within = f" within transport.port_range={ports[0]}-{ports[-1]}" if ports else ""
+            logger.warning("no progress will be shown: cannot listen on %s%s (%s)", host, within, error)
             return
         endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.credentials = Credentials(endpoint, server_key.decode(), public_key.decode(), secret_key.decode())
+
+    def _listen(self, address: str, ports: range | None) -> None:
+        for port in ports or ("*",):
+            try:
+                self._socket.bind(f"{address}:{port}")
+                return
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    raise
+        raise zmq.ZMQError(zmq.EADDRINUSE)
 
     def _run(self) -> None:
         poller = zmq.Poller()

@@ -376,6 +376,19 @@ def test_an_address_of_another_machine_means_no_progress_and_a_warning(caplog: p
     assert (sender.sent, sender.dropped) == (0, 0)
 
 
+def test_the_port_is_the_first_free_one_of_those_that_are_given(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server((HOST, 0)) as taken, closing(Receiver(HOST, print)) as other:
+        assert other.credentials is not None
+        ports = {taken.getsockname()[1], int(other.credentials.endpoint.rpartition(":")[2])}
+        for port in ports:
+            with closing(Receiver(HOST, print, range(port, port + 1))) as receiver:
+                assert receiver.credentials is None
+            assert f"within transport.port_range={port}-{port}" in caplog.text
+            with closing(Receiver(HOST, print, range(port, port + 100))) as receiver:
+                assert receiver.credentials is not None
+                assert port < int(receiver.credentials.endpoint.rpartition(":")[2]) < port + 100
+
+
 def test_the_secret_key_is_not_shown(inbox: Inbox) -> None:
     assert inbox.given.endpoint in repr(inbox.given)
     assert inbox.given.secret_key not in repr(inbox.given)

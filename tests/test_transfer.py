@@ -3,11 +3,9 @@
 import itertools
 import json
 import pickle
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peer import HOST, TRANSPORT, Peer, flip_bit, make_tensors, publish
+from peer import HOST, TRANSPORT, Peer, flip_bit, free_ports, make_tensors, publish
 
 from disagg_ray.config import TransportConfig
 from disagg_ray.errors import ConfigError, PoolError, TransferError
@@ -112,19 +110,6 @@ def only(handoff: Handoff, name: str, **changes: Any) -> Handoff:
 
 def resized(handoff: Handoff, name: str, nbytes: int) -> Handoff:
     return only(handoff, name, spec=replace(meta_of(handoff, name).spec, nbytes=nbytes))
-
-
-def free_ports(count: int) -> str:
-    """Return a range of ports that nobody listens on."""
-    for first in range(21000, 30000, count):
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind((HOST, port))
-            except OSError:
-                continue
-        return f"{first}-{first + count - 1}"
-    raise AssertionError("every port is taken")
 
 
 def test_tensors_of_another_process_arrive_whole(peer, pool):

@@ -138,11 +138,10 @@ def _export(settings: TransportConfig) -> None:
     environment.replace("MC_INTRANODE_NVLINK", "1" if settings.protocol == "nvlink_intra" else None)
     environment.replace("MC_TRANSFER_TIMEOUT", str(math.ceil(settings.timeout_s)))
     environment.default("MC_LOG_LEVEL", "ERROR")
-    if settings.port_range is not None:
-        first, _, last = settings.port_range.partition("-")
+    if (ports := settings.ports) is not None:
         for name in ("RPC", "PRC"):  # Mooncake releases differ in the spelling
-            environment.replace(f"MC_MIN_{name}_PORT", first)
-            environment.replace(f"MC_MAX_{name}_PORT", last)
+            environment.replace(f"MC_MIN_{name}_PORT", str(ports[0]))
+            environment.replace(f"MC_MAX_{name}_PORT", str(ports[-1]))
 
 
 def with_mooncake_file(transport: TransportConfig) -> TransportConfig:
