@@ -83,6 +83,22 @@ class Credentials:
     secret_key: str = field(repr=False)
 
 
+class _Watcher:
+    """Passes events to a callback; what that raises is logged once and stops nothing."""
+
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self._on_event = on_event
+        self._failed = False
+
+    def tell(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:
+            if not self._failed:
+                logger.exception("what watches the progress failed; the videos go on")
+            self._failed = True
+
+
 class Receiver:
     """The driver's end: binds a port of `host` and hands each event to `on_event`, on a thread of its own.
 
@@ -95,8 +111,7 @@ class Receiver:
         self.received = 0
         self._malformed = 0
         self._connections = Counter[int]()
-        self._on_event = on_event
-        self._failed = False
+        self._watcher = _Watcher(on_event)
         self._domain = uuid.uuid4().hex
         self._closing, self._close = socket.socketpair()
         context = _shared.acquire()
@@ -160,12 +175,7 @@ class Receiver:
             self._malformed += 1
             return
         self.received += 1
-        try:
-            self._on_event(event)
-        except Exception:
-            if not self._failed:
-                logger.exception("what watches the progress failed; the videos go on")
-            self._failed = True
+        self._watcher.tell(event)
 
     def close(self) -> None:
         """Close the port and end the thread; `on_event` is not called any more. Idempotent."""
@@ -191,9 +201,8 @@ class Listener:
     """Hands events to `on_event` on a thread of its own, so that it holds nobody up; too many are dropped."""
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._on_event = on_event
+        self._watcher = _Watcher(on_event)
         self._events: queue.Queue[Event | None] = queue.Queue(QUEUED_EVENTS)
-        self._failed = False
         self._thread = threading.Thread(target=self._run, name="disagg_ray-listener", daemon=True)
         self._thread.start()
 
@@ -203,12 +212,7 @@ class Listener:
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            try:
-                self._on_event(event)
-            except Exception:
-                if not self._failed:
-                    logger.exception("what watches the progress failed; the videos go on")
-                self._failed = True
+            self._watcher.tell(event)
 
     def close(self) -> None:
         """Deliver what came before and end the thread; one that hangs is left behind."""

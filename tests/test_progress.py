@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_ray import progress
-from disagg_ray.progress import MAX_BYTES, Credentials, Event, Receiver, Sender, State, pack, unpack
+from disagg_ray.progress import MAX_BYTES, Credentials, Event, Listener, Receiver, Sender, State, pack, unpack
 
 HOST = "127.0.0.1"
 DEADLINE_S = 20
@@ -330,6 +330,20 @@ def test_a_callback_that_fails_is_reported_once_and_events_go_on(caplog: pytest.
         for state in ("pulling", "done"):
             sender.send(replace(EVENT, state=state))  # type: ignore[arg-type]
         assert [events.get(timeout=DEADLINE_S).state for _ in range(2)] == ["pulling", "done"]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+def test_a_listener_s_callback_that_fails_is_reported_once_and_events_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[Event] = []
+
+    def watch(event: Event) -> None:
+        heard.append(event)
+        raise RuntimeError("a bug in what watches")
+
+    with closing(Listener(watch)) as listener:
+        for attempt in range(3):
+            listener.hear(replace(EVENT, attempt=attempt))
+    assert [event.attempt for event in heard] == [0, 1, 2]
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
