@@ -15,7 +15,7 @@ import pytest
 
 from disagg_ray import LocalPipeline, cli
 from disagg_ray.config import TransportConfig, load_config
-from disagg_ray.doctor import Check, exit_status, print_checks, to_json, why_unreachable
+from disagg_ray.doctor import Check, exit_status, print_checks, to_json
 from disagg_ray.doctor.cluster import (
     ALL_PAIRS,
     check_clock,
@@ -51,6 +51,7 @@ from disagg_ray.doctor.software import (
 from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import TransferError
 from disagg_ray.handoff import AttemptKey
+from disagg_ray.placement import why_unreachable
 from disagg_ray.transfer import routes
 
 T2V = "conf/tiny_t2v.yaml"
