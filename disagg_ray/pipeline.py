@@ -17,7 +17,7 @@ import ray
 import torch
 
 from disagg_ray.admission import Admission
-from disagg_ray.config import Config, load_config
+from disagg_ray.config import Config
 from disagg_ray.connection import Connection
 from disagg_ray.errors import DisaggError, StageError, StartError
 from disagg_ray.fleet import Fleet
@@ -25,6 +25,7 @@ from disagg_ray.graph import build_graph
 from disagg_ray.handle import Handle, gather
 from disagg_ray.holdings import Holdings
 from disagg_ray.journey import Crew, Journey, measure
+from disagg_ray.loading import load_config
 from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Listener, Receiver

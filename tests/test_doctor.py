@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from disagg_ray import LocalPipeline, cli
-from disagg_ray.config import TransportConfig, load_config
+from disagg_ray.config import TransportConfig
 from disagg_ray.doctor import Check, exit_status, print_checks, to_json
 from disagg_ray.doctor.cluster import (
     ALL_PAIRS,
@@ -51,6 +51,7 @@ from disagg_ray.doctor.software import (
 from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import TransferError
 from disagg_ray.handoff import AttemptKey
+from disagg_ray.loading import load_config
 from disagg_ray.placement import why_unreachable
 from disagg_ray.transfer import routes
 

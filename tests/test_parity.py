@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from disagg_ray.config import Config, StageConfig, TransportConfig, load_config
+from disagg_ray.config import Config, StageConfig, TransportConfig
 from disagg_ray.errors import Cancelled
 from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.loading import load_config
 from disagg_ray.local import LocalPipeline
 from disagg_ray.models.shapes import get_shape
 from disagg_ray.replica import Replica, Reply, Task

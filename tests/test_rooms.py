@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_ray.config import REPLICA_WINDOW, load_config, num_rooms
+from disagg_ray.config import REPLICA_WINDOW, num_rooms
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import build_graph
 from disagg_ray.handoff import AttemptKey
+from disagg_ray.loading import load_config
 from disagg_ray.planning.layouts import CPU, Layout, Seat
 from disagg_ray.planning.plan import Hardware, seat_bytes
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
