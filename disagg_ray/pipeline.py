@@ -26,10 +26,10 @@ from disagg_ray.handle import Handle, gather
 from disagg_ray.holdings import Holdings
 from disagg_ray.journey import Crew, Journey, measure
 from disagg_ray.loading import load_config
+from disagg_ray.messages import Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Listener, Receiver
-from disagg_ray.replica import Health, Leader, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 from disagg_ray.video import to_array

@@ -27,7 +27,7 @@ LAYERS = (
     {"fleet"},
     {"placement", "service"},
     {"roster", "replica", "scheduler"},
-    {"holdings"},
+    {"holdings", "messages"},
     {"arguments"},
     {"handle"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},

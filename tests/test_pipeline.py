@@ -93,13 +93,13 @@ def test_result_says_where_time_and_bytes_went(pipeline: Pipeline) -> None:
     assert sum(s.queue_s + s.pull_s + s.compute_s + s.publish_s for s in result.stages) <= result.seconds
 
 
-def test_pools_and_progress_listen_within_the_port_range(pipeline: Pipeline) -> None:
-    ports = pipeline.config.transport.ports
-    assert pipeline._holdings is not None and pipeline._receiver is not None and pipeline._receiver.credentials
+def test_replicas_and_progress_listen_within_the_port_range(pipeline: Pipeline) -> None:
+    """The driver's own pool need not here: Mooncake reads the range at a process's first engine."""
+    assert pipeline._receiver is not None and pipeline._receiver.credentials is not None
     names = [session for replica in pipeline.replicas for session in replica.sessions]
-    names += [*pipeline._holdings.sessions, pipeline._receiver.credentials.endpoint]
-    assert len(names) == 5
-    assert ports is not None and all(int(name.rpartition(":")[2]) in ports for name in names)
+    numbers = [int(name.rpartition(":")[2]) for name in [*names, pipeline._receiver.credentials.endpoint]]
+    assert pipeline.config.transport.ports is not None
+    assert len(numbers) == 4 and set(numbers) <= set(pipeline.config.transport.ports)
 
 
 def test_a_negative_prompt_is_encoded_once(pipeline: Pipeline) -> None:

@@ -17,10 +17,11 @@ from disagg_ray.errors import ConfigError
 from disagg_ray.graph import build_graph
 from disagg_ray.handoff import AttemptKey
 from disagg_ray.loading import load_config
+from disagg_ray.messages import Task
 from disagg_ray.planning.layouts import CPU, Layout, Seat
 from disagg_ray.planning.plan import Hardware, seat_bytes
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
-from disagg_ray.replica import Replica, Task, pool_bytes
+from disagg_ray.replica import Replica, pool_bytes
 from disagg_ray.request import Request, resolve
 from disagg_ray.scheduler import Job, Place, StageScheduler
 from disagg_ray.stage import Stage
