@@ -134,7 +134,10 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _export(settings: TransportConfig) -> None:
-    """Hand the settings that Mooncake only takes from the environment, before it starts."""
+    """Hand the settings that Mooncake only takes from the environment, before it starts.
+
+    It reads the ports once a process: later engines there lie in the first one's range.
+    """
     environment.replace("MC_INTRANODE_NVLINK", "1" if settings.protocol == "nvlink_intra" else None)
     environment.replace("MC_TRANSFER_TIMEOUT", str(math.ceil(settings.timeout_s)))
     environment.default("MC_LOG_LEVEL", "ERROR")
