@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from disagg_ray.config import Config, load_config
+from disagg_ray.config import Config
 from disagg_ray.errors import (
     Cancelled,
     CheckpointError,
@@ -20,6 +20,7 @@ from disagg_ray.errors import (
     StartError,
     TransferError,
 )
+from disagg_ray.loading import load_config
 from disagg_ray.request import Request
 from disagg_ray.result import Result
 from disagg_ray.version import VERSION

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_ray.arguments import config_parser
-from disagg_ray.config import Config, load_config
+from disagg_ray.config import Config
 from disagg_ray.errors import PlanError
+from disagg_ray.loading import load_config
 from disagg_ray.request import Request, resolve
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from disagg_ray.arguments import EPILOG, Parser, terminated
-from disagg_ray.config import load_config
 from disagg_ray.errors import InputError
+from disagg_ray.loading import load_config
 
 
 def up(argv: Sequence[str]) -> int:

@@ -18,9 +18,9 @@ import ray
 from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.handle import Handle, gather
+from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.placement import join
 from disagg_ray.progress import Event, Listener
-from disagg_ray.replica import Health, ReplicaInfo
 from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor

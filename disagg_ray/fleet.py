@@ -14,9 +14,9 @@ import ray
 from disagg_ray.config import Config
 from disagg_ray.errors import DisaggError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
+from disagg_ray.messages import Description, Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
-from disagg_ray.replica import Description, Health, Leader, ReplicaInfo
 from disagg_ray.scheduler import StageScheduler
 
 logger = logging.getLogger("disagg_ray")

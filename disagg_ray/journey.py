@@ -20,10 +20,10 @@ from disagg_ray.graph import Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.holdings import Holdings
 from disagg_ray.latents import describe, read_latents, write_latents
+from disagg_ray.messages import Encoded, Reply, Task
 from disagg_ray.metrics import Cause, Metrics
 from disagg_ray.placement import Actor
 from disagg_ray.progress import Event, State
-from disagg_ray.replica import Encoded, Reply, Task
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, StageTiming
 from disagg_ray.scheduler import Job

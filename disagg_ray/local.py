@@ -11,8 +11,9 @@ from types import TracebackType
 
 import torch
 
-from disagg_ray.config import Config, load_config
+from disagg_ray.config import Config
 from disagg_ray.graph import build_graph
+from disagg_ray.loading import load_config
 from disagg_ray.progress import Event, State
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result, StageTiming

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from disagg_ray.admission import Admission
-from disagg_ray.config import Config, load_config
+from disagg_ray.config import Config
 from disagg_ray.connection import Connection
 from disagg_ray.errors import DisaggError, StageError, StartError
 from disagg_ray.fleet import Fleet
@@ -25,10 +25,11 @@ from disagg_ray.graph import build_graph
 from disagg_ray.handle import Handle, gather
 from disagg_ray.holdings import Holdings
 from disagg_ray.journey import Crew, Journey, measure
+from disagg_ray.loading import load_config
+from disagg_ray.messages import Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Listener, Receiver
-from disagg_ray.replica import Health, Leader, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 from disagg_ray.video import to_array
@@ -115,7 +116,7 @@ class Pipeline:
         began = time.monotonic()
         host = ray.util.get_node_ip_address()
         if self.config.progress:
-            self._receiver = Receiver(host, self._relay)
+            self._receiver = Receiver(host, self._relay, self.config.transport.ports)
         metrics = self._metrics = Metrics(self.config.model.path, self.config.stages)
         fleet = self._fleet = self._make_fleet(metrics)
         described = await fleet.launch()

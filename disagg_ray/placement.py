@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.actor import ActorHandle
 from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -36,6 +38,8 @@ STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 MANY = 1_000
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
+ANSWER_S = 5.0
+"""How long a cluster may take to accept a connection."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,34 @@ def join(address: str | None) -> None:
     """Join the Ray cluster at an address, or the one that RAY_ADDRESS or this machine knows, unless one is joined.
 
     Raises:
-        StartError: there is none.
+        StartError: there is none, or it does not answer within seconds.
     """
     if ray.is_initialized():
         return
     address = address or environment.ray_address() or "auto"
+    remedy = "look with `ray status` on its head node, or correct --address, cluster.address or RAY_ADDRESS"
     try:
+        if address == "auto":
+            remedy = "start one with `ray start --head`"
+            address = canonicalize_bootstrap_address(address)
+        if silence := why_unreachable(address):
+            raise ConnectionError(silence)
         ray.init(address=address, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        remedy = "; start one with `ray start --head`" if address == "auto" else ""
-        raise StartError(f"cluster.address: {address!r} cannot be joined: {reason}{remedy}") from error
+        raise StartError(f"cluster.address: {address!r} cannot be joined: {reason}; {remedy}") from error
+
+
+def why_unreachable(address: str | None) -> str:
+    """Return why nothing answers at a cluster's `host:port`; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
+    if not port.isdigit():
+        return ""  # none, or one of Ray's words, as auto
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except OSError as error:
+        return f"nothing answers at {address}: {error}"
+    return ""
 
 
 class Cluster:

@@ -83,26 +83,41 @@ class Credentials:
     secret_key: str = field(repr=False)
 
 
-class Receiver:
-    """The driver's end: binds a random port of `host` and hands each event to `on_event`, on a thread of its own.
+class _Watcher:
+    """Passes events to a callback; what that raises is logged once and stops nothing."""
 
-    If `host` is not an address of this machine, `credentials` is None and no events come: progress is never worth
-    failing for.
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self._on_event = on_event
+        self._failed = False
+
+    def tell(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:
+            if not self._failed:
+                logger.exception("what watches the progress failed; the videos go on")
+            self._failed = True
+
+
+class Receiver:
+    """The driver's end: binds a port of `host` and hands each event to `on_event`, on a thread of its own.
+
+    The port is the first free one of `ports`, or any. If there is none, or `host` is not an address of this machine,
+    `credentials` is None and no events come: progress is never worth failing for.
     """
 
-    def __init__(self, host: str, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, host: str, on_event: Callable[[Event], None], ports: range | None = None) -> None:
         self.credentials: Credentials | None = None
         self.received = 0
         self._malformed = 0
         self._connections = Counter[int]()
-        self._on_event = on_event
-        self._failed = False
+        self._watcher = _Watcher(on_event)
         self._domain = uuid.uuid4().hex
         self._closing, self._close = socket.socketpair()
         context = _shared.acquire()
         self._socket = context.socket(zmq.PULL)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._bind(host)
+        self._bind(host, ports)
         self._thread = threading.Thread(target=self._run, name="disagg_ray-progress", daemon=True)
         self._thread.start()
 
@@ -112,7 +127,7 @@ class Receiver:
         accepted, admitted = (self._connections[kind] for kind in (zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED))
         return self._malformed + accepted - admitted
 
-    def _bind(self, host: str) -> None:
+    def _bind(self, host: str, ports: range | None) -> None:
         server_key, server_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
         _shared.admit(self._domain, public_key)  # before the port opens: without a handler zmq admits anyone
@@ -124,12 +139,23 @@ class Receiver:
         for option, value in options.items():
             self._socket.set(option, value)
         try:
-            self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
+            self._listen(f"tcp://[{host}]" if ":" in host else f"tcp://{host}", ports)
         except zmq.ZMQError as error:
-            logger.warning("no progress will be shown: cannot listen on %s (%s)", host, error)
+            within = f" within transport.port_range={ports[0]}-{ports[-1]}" if ports else ""
+            logger.warning("no progress will be shown: cannot listen on %s%s (%s)", host, within, error)
             return
         endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.credentials = Credentials(endpoint, server_key.decode(), public_key.decode(), secret_key.decode())
+
+    def _listen(self, address: str, ports: range | None) -> None:
+        for port in ports or ("*",):
+            try:
+                self._socket.bind(f"{address}:{port}")
+                return
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    raise
+        raise zmq.ZMQError(zmq.EADDRINUSE)
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -149,12 +175,7 @@ class Receiver:
             self._malformed += 1
             return
         self.received += 1
-        try:
-            self._on_event(event)
-        except Exception:
-            if not self._failed:
-                logger.exception("what watches the progress failed; the videos go on")
-            self._failed = True
+        self._watcher.tell(event)
 
     def close(self) -> None:
         """Close the port and end the thread; `on_event` is not called any more. Idempotent."""
@@ -180,9 +201,8 @@ class Listener:
     """Hands events to `on_event` on a thread of its own, so that it holds nobody up; too many are dropped."""
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._on_event = on_event
+        self._watcher = _Watcher(on_event)
         self._events: queue.Queue[Event | None] = queue.Queue(QUEUED_EVENTS)
-        self._failed = False
         self._thread = threading.Thread(target=self._run, name="disagg_ray-listener", daemon=True)
         self._thread.start()
 
@@ -192,12 +212,7 @@ class Listener:
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            try:
-                self._on_event(event)
-            except Exception:
-                if not self._failed:
-                    logger.exception("what watches the progress failed; the videos go on")
-                self._failed = True
+            self._watcher.tell(event)
 
     def close(self) -> None:
         """Deliver what came before and end the thread; one that hangs is left behind."""

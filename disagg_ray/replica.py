@@ -18,137 +18,28 @@ import psutil
 import ray
 import torch
 
-from disagg_ray.config import REPLICA_WINDOW, Config
+from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, num_rooms
 from disagg_ray.errors import Cancelled, ConfigError, DisaggError
-from disagg_ray.graph import FRAMES, Graph, StagePorts
+from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
-from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.messages import (
+    Charter,
+    Description,
+    Encoded,
+    Health,
+    Leader,
+    Recollection,
+    ReplicaInfo,
+    Reply,
+    Task,
+)
 from disagg_ray.progress import Credentials, Event, Sender, State
-from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
 from disagg_ray.stage import Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.video import Frames, encode
 
 T = TypeVar("T")
-
-MAX_VIDEOS = 2
-"""Decoded and not yet fetched at a replica: one whose file is being encoded and one that waits for that."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a stage is, known before it loads a weight."""
-
-    ports: StagePorts
-    geometry: Geometry
-
-
-@dataclass(frozen=True)
-class ReplicaInfo:
-    """A ready replica."""
-
-    name: str
-    stage: str
-    host: str
-    pid: int
-    device: str
-    pool_bytes: int
-    weights: dict[str, int]
-    """Bytes by component."""
-    sessions: tuple[str, ...]
-    """Mooncake's names of the ways into its pool."""
-    load_s: float
-    """What registering the pool and loading the weights took."""
-    ready: float
-    """When that was done, in seconds since the epoch, by its node's clock."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One attempt of a stage for a request."""
-
-    key: AttemptKey
-    request: ResolvedRequest
-    handoffs: tuple[Handoff, ...]
-    """Where its inputs lie; each producer keeps them until it is told to release."""
-    attempt: int = 0
-    """How often the stage was begun for this request before."""
-    life: str = ""
-    """Of the driver that asks."""
-
-
-@dataclass(frozen=True)
-class Leader:
-    """Who drives a replica."""
-
-    life: str
-    """The one that its tasks bear."""
-    sessions: tuple[str, ...]
-    """Mooncake's names of the ways into the driver's pool."""
-    credentials: Credentials | None
-    """For telling of progress."""
-
-
-@dataclass(frozen=True)
-class Charter:
-    """What a standing pipeline is to be. Each of its replicas keeps a copy: they outlive their driver."""
-
-    revision: int
-    config: Config
-
-
-@dataclass(frozen=True)
-class Recollection:
-    """What a standing replica tells a new driver."""
-
-    charter: Charter | None
-    config: Config
-    """With which it was launched."""
-    description: Description
-    info: ReplicaInfo | None
-    """None: it is not ready."""
-    fresh: bool
-    """Nobody has told it to load."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came of a task."""
-
-    handoff: Handoff
-    """Of the tensors that other stages read."""
-    num_frames: int
-    """Frames kept for `encode` or `piece`, from the last stage."""
-    timing: StageTiming
-
-
-@dataclass(frozen=True)
-class Encoded:
-    data: bytes
-    """The file."""
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Health:
-    bytes_in_use: int
-    bytes_quarantined: int
-    pool_bytes: int
-    rss_bytes: int
-    stalled_s: float
-    """Since the last sign of progress of what computes, or since it got its turn on the GPU; 0 when nothing does."""
-    bytes_kept: int
-    """Of the pool, for prompt embeddings that are kept while nothing else needs the room."""
-    cache_hits: int
-    """Texts whose embeddings were kept."""
-    cache_misses: int
-    """Texts that had to be encoded."""
-    gpu_allocated_bytes: int
-    gpu_peak_bytes: int
-    """Most GPU memory ever taken."""
-    num_videos: int
-    """Decoded and not yet fetched."""
 
 
 @dataclass(frozen=True)
@@ -393,12 +284,15 @@ def pool_bytes(config: Config, stage: Stage) -> int:
     """
     needs, asked = stage.needs(), config.transport.pool_bytes
     if asked == "auto":
-        slots = REPLICA_WINDOW * needs.input_bytes + config.max_in_flight * needs.output_bytes
-        return slots + stage.cache_bytes
-    if int(asked) < needs.minimum:
+        replicas, last = config.stages[stage.name].least_replicas, FRAMES in stage.ports.outputs
+        rooms = num_rooms(config.max_in_flight, replicas, last=last)
+        return REPLICA_WINDOW * needs.input_bytes + rooms * needs.output_bytes + stage.cache_bytes
+    least = REPLICA_WINDOW * needs.minimum  # with room for one, requests of several producers may wait for each other
+    if int(asked) < least:
         raise ConfigError(
-            f"transport.pool_bytes: {asked} is too small: the largest request within limits takes {needs.minimum} "
-            f"bytes of a {stage.name}'s pool ({needs.input_bytes} in, {needs.output_bytes} out)"
+            f"transport.pool_bytes: {asked} is too small: {REPLICA_WINDOW} of the largest requests within limits take "
+            f"{least} bytes of a {stage.name}'s pool (each {needs.input_bytes} in, {needs.output_bytes} out); "
+            f"write at least that, or auto"
         )
     return int(asked)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disagg_ray.config import MULTIPLE, Config
+from disagg_ray.checks import MULTIPLE
+from disagg_ray.config import Config
 from disagg_ray.errors import RequestError
 from disagg_ray.video import MAX_GIF_FPS, check_image_file, load_image
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from disagg_ray.config import Config
 from disagg_ray.errors import DisaggError
-from disagg_ray.replica import ReplicaInfo
+from disagg_ray.messages import ReplicaInfo
 from disagg_ray.request import ResolvedRequest
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from disagg_ray.fleet import Fleet
+from disagg_ray.messages import Task
 from disagg_ray.placement import Actor
-from disagg_ray.replica import Task
 from disagg_ray.scheduler import Place
 
 

@@ -20,8 +20,9 @@ from typing import Any
 from bench_stock import PROMPT, Cell, Stock, StockPipelines, per_minute
 
 from disagg_ray import Pipeline, Request, Result
-from disagg_ray.config import Config, load_config
+from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, DisaggError
+from disagg_ray.loading import load_config
 from disagg_ray.pipeline import Handle
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts, to_settings, to_yaml
 

@@ -1,14 +1,17 @@
-"""A driver that tells its metrics what a busy pipeline would, until stdin closes.
+"""A driver that runs a tiny pipeline and tells metrics of another model what a busy one would, until stdin closes.
 
 python tests/busy_driver.py 127.0.0.1:8265    # where Ray's dashboard shall listen
 """
 
 import select
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import ray
 
+from disagg_ray import Pipeline, Request
 from disagg_ray.metrics import Metrics
 from disagg_ray.result import StageTiming
 
@@ -47,18 +50,33 @@ def report(metrics: Metrics, health: Health) -> None:
     metrics.refresh()
 
 
+def generate(over: threading.Event) -> None:
+    """Make three videos of four steps, then keep the pipeline up."""
+    with Pipeline.from_config("conf/tiny_t2v.yaml") as pipeline:
+        for color in ("red", "green", "blue"):
+            prompt = f"a {color} circle moves left"
+            result = pipeline.generate(Request(prompt, num_frames=9, num_inference_steps=4, negative_prompt="a square"))
+            pipeline.note_written(result.seconds)
+        over.wait()
+
+
 def main() -> None:
     host, _, port = sys.argv[1].rpartition(":")
     ray.init(
-        address="local", num_cpus=1, include_dashboard=True, dashboard_host=host, dashboard_port=int(port),
+        address="local", num_cpus=4, include_dashboard=True, dashboard_host=host, dashboard_port=int(port),
         logging_level="ERROR",
     )  # fmt: skip
     metrics = Metrics("Wan-AI/tiny", STAGES)
     health = Health()
-    while not select.select([sys.stdin], [], [], 0.2)[0]:
-        health.cache_hits += 3
-        health.cache_misses += 1
-        report(metrics, health)
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(generate, over)
+        while not select.select([sys.stdin], [], [], 0.2)[0]:
+            health.cache_hits += 3
+            health.cache_misses += 1
+            report(metrics, health)
+        over.set()
+        running.result()
     ray.shutdown()
 
 

@@ -21,7 +21,8 @@ import torch
 from disagg_ray import Pipeline, Request, placement
 from disagg_ray.graph import Graph
 from disagg_ray.handoff import AttemptKey, Handoff
-from disagg_ray.replica import ReplicaInfo, ServedReplica, Task
+from disagg_ray.messages import ReplicaInfo, Task
+from disagg_ray.replica import ServedReplica
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.stage import Outputs
 

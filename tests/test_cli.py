@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,20 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "64 GPUs are asked for (encoder 1 x 0, transformer 1 x 64, decoder 1 x 0)" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_dead_is_named_before_ray_retries_for_minutes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "{}:{}".format(*server.getsockname())
+    generate = ["generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
+    for arguments, given in (([*generate, f"cluster.address={address}"], {}), (["ls"], {"RAY_ADDRESS": address})):
+        done = subprocess.run(
+            [*COMMAND, *arguments], check=False, env=NO_CLUSTER | given, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 1
+        assert f"cluster.address: '{address}' cannot be joined: nothing answers at {address}: " in done.stderr
+        assert "; look with `ray status` on its head node, or correct --address" in done.stderr
 
 
 @pytest.mark.proof

@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from disagg_ray import ConfigError, load_config
-from disagg_ray.config import Config, DefaultsConfig, LimitsConfig, ModelConfig, known_keys, to_yaml
+from disagg_ray.config import Config, DefaultsConfig, LimitsConfig, ModelConfig
+from disagg_ray.loading import known_keys, to_yaml
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = CONF / "tiny_t2v.yaml"

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from disagg_ray import LocalPipeline, cli
-from disagg_ray.config import TransportConfig, load_config
-from disagg_ray.doctor import Check, exit_status, print_checks, to_json, why_unreachable
+from disagg_ray.config import TransportConfig
+from disagg_ray.doctor import Check, exit_status, print_checks, to_json
 from disagg_ray.doctor.cluster import (
     ALL_PAIRS,
     check_clock,
@@ -51,6 +51,9 @@ from disagg_ray.doctor.software import (
 from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import TransferError
 from disagg_ray.handoff import AttemptKey
+from disagg_ray.loading import load_config
+from disagg_ray.placement import why_unreachable
+from disagg_ray.transfer import routes
 
 T2V = "conf/tiny_t2v.yaml"
 TRANSPORT = TransportConfig(timeout_s=5)
@@ -140,19 +143,27 @@ def make_device(folder: Path, *, state: str = "4: ACTIVE\n", gid: str = "fe80:00
     (folder / "gids" / "1").write_text("0000:0000:0000:0000\n")
 
 
-def test_each_rdma_device_is_looked_at(tmp_path: Path) -> None:
-    make_device(tmp_path / "mlx5_0" / "ports" / "1")
-    make_device(tmp_path / "mlx5_1" / "ports" / "1", state="1: DOWN\n")
-    make_device(tmp_path / "mlx5_2" / "ports" / "1", gid="0000:0000:0000:0000\n")
-    checks = list(check_rdma(replace(TRANSPORT, device_name="mlx5_0,mlx5_9"), tmp_path))
+@pytest.fixture
+def infiniband(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the empty folder in which RDMA devices are looked for."""
+    monkeypatch.setattr(routes, "INFINIBAND", tmp_path)
+    return tmp_path
+
+
+def test_each_rdma_device_is_looked_at(infiniband: Path) -> None:
+    make_device(infiniband / "mlx5_0" / "ports" / "1")
+    make_device(infiniband / "mlx5_1" / "ports" / "1", state="1: DOWN\n")
+    make_device(infiniband / "mlx5_2" / "ports" / "1", gid="0000:0000:0000:0000\n")
+    checks = list(check_rdma(replace(TRANSPORT, device_name="mlx5_0,mlx5_9")))
     assert [check.status for check in checks] == ["fail", "ok", "warn", "warn"]
     assert "'mlx5_9' is none of this machine's devices: mlx5_0, mlx5_1, mlx5_2" in checks[0].detail
     assert checks[1].detail == "mlx5_0: 1 of 1 ports active, 1 GIDs"
 
 
-def test_rdma_without_a_device_fails_only_when_it_was_asked_for(tmp_path: Path) -> None:
-    assert [check.status for check in check_rdma(TRANSPORT, tmp_path)] == ["skipped"]
-    assert [check.status for check in check_rdma(replace(TRANSPORT, protocol="rdma"), tmp_path)] == ["fail"]
+@pytest.mark.usefixtures("infiniband")
+def test_rdma_without_a_device_fails_only_when_it_was_asked_for() -> None:
+    assert [check.status for check in check_rdma(TRANSPORT)] == ["skipped"]
+    assert [check.status for check in check_rdma(replace(TRANSPORT, protocol="rdma"))] == ["fail"]
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

@@ -156,12 +156,41 @@ def test_seconds_are_exact(query: Query) -> None:
     once = {"wait": 1.5, "pull": 0.75, "compute": 2.1, "publish": 0.375, "encode": 0.6, "write": 0.03}
     deadline = time.monotonic() + 60
     while True:
-        found = query("sum by (phase) (ray_disagg_ray_phase_seconds_total)")
+        found = query('sum by (phase) (ray_disagg_ray_phase_seconds_total{model="tiny"})')
         seconds = {labels["phase"]: value for labels, value in found}
         if seconds == pytest.approx({phase: value * seconds["wait"] / once["wait"] for phase, value in once.items()}):
             break
         assert time.monotonic() < deadline, seconds
         time.sleep(1)
+
+
+@pytest.mark.slow
+def test_a_real_run_is_counted(query: Query) -> None:
+    """Three videos of four guided steps; the negative prompt is encoded once."""
+    one_each = {"encoder": 1.0, "transformer": 1.0, "decoder": 1.0}
+    expected = {
+        'requests_total{MODEL, outcome="done"}': {"": 3.0},
+        'attempts_total{MODEL, cause="ok"}': dict.fromkeys(one_each, 3.0),
+        "denoise_steps_total{MODEL}": {"transformer": 12.0},
+        "cache_misses_total{MODEL}": {"encoder": 4.0},
+        "cache_hits_total{MODEL}": {"encoder": 2.0},
+        "replicas_ready{MODEL}": one_each,
+        "requests_in_flight{MODEL}": {"": 0.0},
+        "phase_seconds_total{MODEL} > bool 0": {**one_each, "driver": 1.0},
+        "transfer_bytes_total{MODEL} > bool 0": {"transformer": 1.0, "decoder": 1.0},
+        "pool_capacity_bytes{MODEL} > bool 0": one_each,
+    }
+    deadline = time.monotonic() + 2 * DEADLINE_S
+    while (found := {expression: by_stage(query, expression) for expression in expected}) != expected:
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+
+
+def by_stage(query: Query, expression: str) -> dict[str, float]:
+    """Return what a metric of the real pipeline is, by stage."""
+    chosen = expression.replace("MODEL", 'model="tiny-wan-t2v"')
+    found = query(f"min by (stage) (ray_disagg_ray_{chosen})")
+    return {labels.get("stage", ""): value for labels, value in found}
 
 
 @pytest.mark.slow

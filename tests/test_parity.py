@@ -14,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from disagg_ray.config import Config, StageConfig, TransportConfig, load_config
+from disagg_ray.config import Config, StageConfig, TransportConfig
 from disagg_ray.errors import Cancelled
 from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.loading import load_config
 from disagg_ray.local import LocalPipeline
+from disagg_ray.messages import Reply, Task
 from disagg_ray.models.shapes import get_shape
-from disagg_ray.replica import Replica, Reply, Task
+from disagg_ray.replica import Replica
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.stage import frame_bytes
 from disagg_ray.transfer.pool import Pool

@@ -14,6 +14,7 @@ import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peer import free_ports
 from PIL import Image
 from tiny_world import judge
 
@@ -37,7 +38,7 @@ LONG = Request(prompt=PROMPT, height=128, width=128, num_frames=17, num_inferenc
 
 @pytest.fixture(scope="module")
 def pipeline(cluster: None) -> Iterator[Pipeline]:
-    with Pipeline.from_config(T2V) as started:
+    with Pipeline.from_config(T2V, f"transport.port_range={free_ports(40)}") as started:
         yield started
 
 
@@ -90,6 +91,15 @@ def test_result_says_where_time_and_bytes_went(pipeline: Pipeline) -> None:
     assert transformer.route == decoder.route == "tcp"
     assert all(stage.compute_s > 0 and stage.publish_s > 0 for stage in result.stages)
     assert sum(s.queue_s + s.pull_s + s.compute_s + s.publish_s for s in result.stages) <= result.seconds
+
+
+def test_replicas_and_progress_listen_within_the_port_range(pipeline: Pipeline) -> None:
+    """The driver's own pool need not here: Mooncake reads the range at a process's first engine."""
+    assert pipeline._receiver is not None and pipeline._receiver.credentials is not None
+    names = [session for replica in pipeline.replicas for session in replica.sessions]
+    numbers = [int(name.rpartition(":")[2]) for name in [*names, pipeline._receiver.credentials.endpoint]]
+    assert pipeline.config.transport.ports is not None
+    assert len(numbers) == 4 and set(numbers) <= set(pipeline.config.transport.ports)
 
 
 def test_a_negative_prompt_is_encoded_once(pipeline: Pipeline) -> None:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_ray import progress
-from disagg_ray.progress import MAX_BYTES, Credentials, Event, Receiver, Sender, State, pack, unpack
+from disagg_ray.progress import MAX_BYTES, Credentials, Event, Listener, Receiver, Sender, State, pack, unpack
 
 HOST = "127.0.0.1"
 DEADLINE_S = 20
@@ -333,6 +333,20 @@ def test_a_callback_that_fails_is_reported_once_and_events_go_on(caplog: pytest.
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
+def test_a_listener_s_callback_that_fails_is_reported_once_and_events_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[Event] = []
+
+    def watch(event: Event) -> None:
+        heard.append(event)
+        raise RuntimeError("a bug in what watches")
+
+    with closing(Listener(watch)) as listener:
+        for attempt in range(3):
+            listener.hear(replace(EVENT, attempt=attempt))
+    assert [event.attempt for event in heard] == [0, 1, 2]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
 def test_a_callback_that_hangs_does_not_keep_close_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "CLOSE_S", 0.05)
     entered, leave = threading.Event(), threading.Event()
@@ -374,6 +388,19 @@ def test_an_address_of_another_machine_means_no_progress_and_a_warning(caplog: p
         assert receiver.credentials is None
     assert "192.0.2.77" in caplog.text
     assert (sender.sent, sender.dropped) == (0, 0)
+
+
+def test_the_port_is_the_first_free_one_of_those_that_are_given(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server((HOST, 0)) as taken, closing(Receiver(HOST, print)) as other:
+        assert other.credentials is not None
+        ports = {taken.getsockname()[1], int(other.credentials.endpoint.rpartition(":")[2])}
+        for port in ports:
+            with closing(Receiver(HOST, print, range(port, port + 1))) as receiver:
+                assert receiver.credentials is None
+            assert f"within transport.port_range={port}-{port}" in caplog.text
+            with closing(Receiver(HOST, print, range(port, port + 100))) as receiver:
+                assert receiver.credentials is not None
+                assert port < int(receiver.credentials.endpoint.rpartition(":")[2]) < port + 100
 
 
 def test_the_secret_key_is_not_shown(inbox: Inbox) -> None:

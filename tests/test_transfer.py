@@ -3,11 +3,9 @@
 import itertools
 import json
 import pickle
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peer import HOST, TRANSPORT, Peer, flip_bit, make_tensors, publish
+from peer import HOST, TRANSPORT, Peer, flip_bit, free_ports, make_tensors, publish
 
 from disagg_ray.config import TransportConfig
 from disagg_ray.errors import ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, TensorMeta
+from disagg_ray.transfer import routes
 from disagg_ray.transfer.engine import TIMED_OUT
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES, slot_bytes
@@ -111,19 +110,6 @@ def only(handoff: Handoff, name: str, **changes: Any) -> Handoff:
 
 def resized(handoff: Handoff, name: str, nbytes: int) -> Handoff:
     return only(handoff, name, spec=replace(meta_of(handoff, name).spec, nbytes=nbytes))
-
-
-def free_ports(count: int) -> str:
-    """Return a range of ports that nobody listens on."""
-    for first in range(21000, 30000, count):
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind((HOST, port))
-            except OSError:
-                continue
-        return f"{first}-{first + count - 1}"
-    raise AssertionError("every port is taken")
 
 
 def test_tensors_of_another_process_arrive_whole(peer, pool):
@@ -286,15 +272,28 @@ def test_ports_lie_in_the_given_range():
 
 
 @pytest.fixture
+def no_rdma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "INFINIBAND", tmp_path / "none")
+
+
+@pytest.mark.usefixtures("no_rdma")
+def test_rdma_is_refused_where_there_is_no_device_for_it():
+    with pytest.raises(ConfigError, match=r"transport\.protocol: 'rdma' is not possible on .*; write auto"):
+        Pool("puller", 1024, HOST, TransportConfig(protocol="rdma", timeout_s=5))
+
+
+@pytest.fixture
 def mooncake_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "mooncake.json"
     monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(path))
     return path
 
 
+@pytest.mark.usefixtures("no_rdma")
 def test_mooncake_file_is_honoured(mooncake_file):
     mooncake_file.write_text(json.dumps({"protocol": "rdma", "device_name": "none0", "local_hostname": "ignored"}))
-    assert Pool("puller", 1024, HOST, TRANSPORT).sessions[0].route == "rdma"
+    with pytest.raises(ConfigError, match=r"'rdma' is not possible .* MOONCAKE_CONFIG_PATH"):
+        Pool("puller", 1024, HOST, TransportConfig(timeout_s=5))
 
 
 def test_mooncake_file_gives_the_metadata_server_and_device(mooncake_file):
@@ -303,10 +302,11 @@ def test_mooncake_file_gives_the_metadata_server_and_device(mooncake_file):
         Pool("puller", 1024, HOST, TRANSPORT)
 
 
+@pytest.mark.usefixtures("no_rdma")
 def test_our_configuration_wins_over_the_mooncake_file(mooncake_file):
-    mooncake_file.write_text(json.dumps({"protocol": "tcp", "metadata_server": "P2PHANDSHAKE"}))
-    transport = TransportConfig(protocol="rdma", timeout_s=5)
-    assert Pool("puller", 1024, HOST, transport).sessions[0].route == "rdma"
+    mooncake_file.write_text(json.dumps({"protocol": "rdma", "metadata_server": "P2PHANDSHAKE"}))
+    transport = TransportConfig(protocol="tcp", timeout_s=5)
+    assert Pool("puller", 1024, HOST, transport).sessions[0].route == "tcp"
 
 
 @pytest.mark.parametrize(("text", "reason"), [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "JSON object")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -19,7 +18,7 @@ from disagg_ray.doctor.security import check_auth
 from disagg_ray.doctor.table import print_checks, to_json
 from disagg_ray.environment import ray_address, ray_auth_mode
 from disagg_ray.errors import DisaggError
-from disagg_ray.placement import Cluster
+from disagg_ray.placement import Cluster, why_unreachable
 
 __all__ = ["Check", "examine", "exit_status", "print_checks", "to_json"]
 
@@ -28,7 +27,6 @@ logger = logging.getLogger("disagg_ray")
 NO_MODEL = Config(stages={"none": StageConfig(blocks=["none"], num_cpus=0)})
 """What is looked at when no configuration is given."""
 HERE_BYTES = 16 * 2**20
-CONNECT_S = 5.0
 
 
 def examine(config: Config | None, address: str | None, *, local: bool) -> list[Check]:
@@ -69,18 +67,6 @@ def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> It
         yield check_auth(ray_auth_mode())
         yield from check_resources(config.stages)
         yield from check_cluster(config, here, pool_bytes)
-
-
-def why_unreachable(address: str | None) -> str:
-    """Return why nothing answers at a cluster's `host:port`; Ray itself would try for minutes."""
-    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
-    if not port.isdigit():
-        return ""  # none, or one of Ray's words, as auto
-    try:
-        socket.create_connection((host, int(port)), CONNECT_S).close()
-    except OSError as error:
-        return f"nothing answers at {address}: {error}"
-    return ""
 
 
 def check_pools(transport: TransportConfig) -> Iterator[Check]:

@@ -25,11 +25,11 @@ from disagg_ray.doctor.software import (
     versions,
 )
 from disagg_ray.environment import cache_folder, cuda_allocator, ray_token_path
+from disagg_ray.transfer import routes
 from disagg_ray.units import human_bytes
 
 LEAST_SHM_BYTES = 10**9
 LEAST_DISK_BYTES = 5 * 10**9
-INFINIBAND = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def survey(transport: TransportConfig, pool_bytes: int | None, *, sees_gpus: boo
     a GPU, from which Ray hides them.
     """
     gpus = see_gpus()
-    devices = rdma_devices()
+    devices = routes.rdma_devices()
     ports = listening_ports()
     checks = (
         check_python(),
@@ -79,13 +79,9 @@ def check_libibverbs(library: str = "libibverbs.so.1") -> Check:
     return ok("libibverbs", library)
 
 
-def rdma_devices(folder: Path = INFINIBAND) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in folder.glob("*")))
-
-
-def check_rdma(transport: TransportConfig, folder: Path = INFINIBAND) -> Iterator[Check]:
+def check_rdma(transport: TransportConfig) -> Iterator[Check]:
     """Look at each RDMA device's ports and GIDs, and for the devices that the configuration names."""
-    devices = rdma_devices(folder)
+    devices = routes.rdma_devices()
     named = [name.strip() for name in transport.device_name.split(",") if name.strip()]
     for name in named:
         if name not in devices:
@@ -96,13 +92,13 @@ def check_rdma(transport: TransportConfig, folder: Path = INFINIBAND) -> Iterato
     if not devices and transport.protocol == "rdma":
         yield fail(
             "rdma",
-            "transport.protocol is rdma and there is no device: Mooncake goes by tcp and does not say so",
+            "transport.protocol is rdma and there is no device: no pool can be opened here",
             "set transport.protocol=auto",
         )
     elif not devices:
         yield skipped("rdma", "no device: tensors travel by nvlink_intra and tcp")
     for device in devices:
-        yield _check_device(folder / device)
+        yield _check_device(routes.INFINIBAND / device)
 
 
 def _check_device(device: Path) -> Check:

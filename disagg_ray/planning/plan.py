@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disagg_ray.config import REPLICA_WINDOW
+from disagg_ray.config import REPLICA_WINDOW, num_rooms
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts
 from disagg_ray.planning.profile import Load, Profile, StageProfile
@@ -254,12 +254,17 @@ def seat_bytes(seat: Seat, layout: Layout, gpus: Hardware, load: Load) -> int:
     weights, work = sum(p.weights_bytes for p in profiles), [p.work_bytes(load) for p in profiles]
     context = 0 if gpus.kind == CPU else CONTEXT_BYTES
     if layout.fused:
-        in_flight = REPLICA_WINDOW * layout.replicas(seat.stages[0])
-        pool = in_flight * profiles[-1].output_bytes + max(p.cache_bytes for p in profiles)
+        replicas = layout.replicas(seat.stages[0])
+        rooms = num_rooms(REPLICA_WINDOW * replicas, replicas, last=True)
+        pool = rooms * profiles[-1].output_bytes + max(p.cache_bytes for p in profiles)
         return int(weights + max(work) + pool + context)
     every = dict.fromkeys(stage for other in layout.seats for stage in other.stages)
     in_flight = REPLICA_WINDOW * sum(layout.replicas(stage) for stage in every)
-    pools = sum(REPLICA_WINDOW * p.input_bytes + in_flight * p.output_bytes + p.cache_bytes for p in profiles)
+    last = gpus.profile.stages[-1].name
+    pools = 0
+    for p in profiles:
+        rooms = num_rooms(in_flight, layout.replicas(p.name), last=p.name == last)
+        pools += REPLICA_WINDOW * p.input_bytes + rooms * p.output_bytes + p.cache_bytes
     return int(weights + sum(work) + pools + len(profiles) * context)
 
 

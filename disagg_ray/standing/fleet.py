@@ -14,9 +14,9 @@ from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import DisaggError, ReplicaLost, StartError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import Graph
+from disagg_ray.messages import Charter, Description, Health, Leader, Recollection, ReplicaInfo
 from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Post, ask
-from disagg_ray.replica import Charter, Description, Health, Leader, Recollection, ReplicaInfo
 
 logger = logging.getLogger("disagg_ray")
 

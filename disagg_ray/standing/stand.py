@@ -14,8 +14,8 @@ from ray.actor import ActorHandle
 from disagg_ray.config import Config
 from disagg_ray.connection import ANSWER_S, take_snapshot
 from disagg_ray.errors import DisaggError, InputError, StartError
+from disagg_ray.messages import Recollection
 from disagg_ray.placement import NOTICE_S, Placement, gather_ready
-from disagg_ray.replica import Recollection
 from disagg_ray.roster import (
     NAMESPACE,
     check_name,

@@ -22,8 +22,8 @@ import torch
 from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
 from disagg_ray.handle import Handle
+from disagg_ray.messages import Health
 from disagg_ray.progress import Event
-from disagg_ray.replica import Health
 from disagg_ray.result import Result
 from disagg_ray.roster import release_groups
 from disagg_ray.service import Asked, NotHere, Snapshot

@@ -134,15 +134,17 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _export(settings: TransportConfig) -> None:
-    """Hand the settings that Mooncake only takes from the environment, before it starts."""
+    """Hand the settings that Mooncake only takes from the environment, before it starts.
+
+    It reads the ports once a process: later engines there lie in the first one's range.
+    """
     environment.replace("MC_INTRANODE_NVLINK", "1" if settings.protocol == "nvlink_intra" else None)
     environment.replace("MC_TRANSFER_TIMEOUT", str(math.ceil(settings.timeout_s)))
     environment.default("MC_LOG_LEVEL", "ERROR")
-    if settings.port_range is not None:
-        first, _, last = settings.port_range.partition("-")
+    if (ports := settings.ports) is not None:
         for name in ("RPC", "PRC"):  # Mooncake releases differ in the spelling
-            environment.replace(f"MC_MIN_{name}_PORT", first)
-            environment.replace(f"MC_MAX_{name}_PORT", last)
+            environment.replace(f"MC_MIN_{name}_PORT", str(ports[0]))
+            environment.replace(f"MC_MAX_{name}_PORT", str(ports[-1]))
 
 
 def with_mooncake_file(transport: TransportConfig) -> TransportConfig:

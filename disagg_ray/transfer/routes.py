@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from disagg_ray.config import TransportConfig
-from disagg_ray.errors import TransferError
+from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.handoff import Session
 from disagg_ray.transfer.engine import Engine
 
@@ -24,7 +24,8 @@ logger = logging.getLogger("disagg_ray")
 
 ROUTES = ("nvlink_intra", "rdma", "tcp")
 """Best first."""
-
+INFINIBAND = Path("/sys/class/infiniband")
+"""Where the kernel lists RDMA devices."""
 
 HINTS = {
     "nvlink_intra": "; GPU memory is only shared by processes of one PID namespace: run containers with --pid=host"
@@ -48,8 +49,17 @@ def open_endpoints(
     """Open every way into a pool that this machine has and `transport.protocol` allows, best first.
 
     `mirror` is the copy of the pool in host memory; for a pool in host memory, the pool itself.
+
+    Raises:
+        ConfigError: `rdma` is asked for and this machine has no device for it.
+        TransferError: no way can be opened.
     """
     asked = transport.protocol
+    if asked == "rdma" and not rdma_devices():  # Mooncake would go by tcp and not say so
+        raise ConfigError(
+            f"transport.protocol: 'rdma' is not possible on {host}: it has no RDMA device in {INFINIBAND}; write auto, "
+            f"here or in the file that MOONCAKE_CONFIG_PATH names, or run driver and stages where there is one"
+        )
     wanted = [route for route in ROUTES if _is_possible(route, memory)] if asked == "auto" else [asked]
     endpoints: dict[str, Endpoint] = {}
     failures: list[TransferError] = []
@@ -80,8 +90,13 @@ def _is_possible(route: str, memory: torch.Tensor) -> bool:
     if route == "nvlink_intra":
         return memory.is_cuda and _has_cuda()
     if route == "rdma":
-        return any(Path("/sys/class/infiniband").glob("*"))
+        return bool(rdma_devices())
     return True
+
+
+def rdma_devices() -> tuple[str, ...]:
+    """Return the names of this machine's RDMA devices."""
+    return tuple(sorted(path.name for path in INFINIBAND.glob("*")))
 
 
 def _has_cuda() -> bool:

@@ -11,7 +11,8 @@ from PIL import Image
 from test_parity import CONF, GUIDED, HOST, UNGUIDED, Model, Split
 
 from disagg_ray import LocalPipeline, Pipeline, Request
-from disagg_ray.config import TransportConfig, load_config
+from disagg_ray.config import TransportConfig
+from disagg_ray.loading import load_config
 from disagg_ray.models.shapes import get_shape
 from disagg_ray.transfer.pool import Pool
 

@@ -1,0 +1,212 @@
+"""How much room pools have, and that requests go on when some are full."""
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_ray.config import REPLICA_WINDOW, num_rooms
+from disagg_ray.errors import ConfigError
+from disagg_ray.graph import build_graph
+from disagg_ray.handoff import AttemptKey
+from disagg_ray.loading import load_config
+from disagg_ray.messages import Task
+from disagg_ray.planning.layouts import CPU, Layout, Seat
+from disagg_ray.planning.plan import Hardware, seat_bytes
+from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
+from disagg_ray.replica import Replica, pool_bytes
+from disagg_ray.request import Request, resolve
+from disagg_ray.scheduler import Job, Place, StageScheduler
+from disagg_ray.stage import Stage
+
+INPUTS = {"text": (), "image": (), "denoise": ("text", "image"), "decode": ("denoise",)}
+SPENT_BY = {"text": "denoise", "image": "denoise", "denoise": "decode", "decode": "decode"}
+"""A stage's output is released when this one is done."""
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "replicas", "last", "rooms"),
+    [(6, 1, False, 6), (12, 4, False, 8), (2000, 990, False, 8), (2000, 2, False, 2000), (2000, 4, True, 4)],
+)
+def test_a_replica_has_room_for_twice_its_share(in_flight: int, replicas: int, last: bool, rooms: int) -> None:
+    assert num_rooms(in_flight, replicas, last=last) == rooms
+
+
+@given(st.integers(1, 1000), st.integers(0, 1000))
+def test_half_of_a_stage_has_room_for_all_that_is_in_flight(replicas: int, others: int) -> None:
+    in_flight = REPLICA_WINDOW * (replicas + others)
+    rooms = num_rooms(in_flight, replicas, last=False)
+    assert rooms >= 2
+    assert -(-replicas // 2) * rooms >= in_flight
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Stage]:
+    config = load_config("conf/tiny_t2v.yaml")
+    made = {name: Stage(name, config) for name in config.stages}
+    graph = build_graph([stage.ports for stage in made.values()])
+    for stage in made.values():
+        stage.connect(graph)
+    return made
+
+
+def test_a_stage_that_scales_has_room_for_when_it_is_smallest(stages: dict[str, Stage]) -> None:
+    scaled, fixed = (
+        load_config("conf/tiny_t2v.yaml", "stages.transformer.replicas=9", f"stages.encoder.replicas={replicas}")
+        for replicas in ("{min: 2, max: 9}", "9")
+    )
+    assert pool_bytes(scaled, stages["encoder"]) > pool_bytes(fixed, stages["encoder"])
+
+
+def test_a_plan_counts_the_pools_that_stages_make(stages: dict[str, Stage]) -> None:
+    counts = {"encoder": 3, "transformer": 9, "decoder": 4}
+    config = load_config("conf/tiny_t2v.yaml", *(f"stages.{name}.replicas={count}" for name, count in counts.items()))
+    layout = Layout("apart", tuple(Seat(CPU, count, (name,)) for name, count in counts.items()))
+    load = Load(64, 64, 9, 8)
+    needs = {name: stage.needs() for name, stage in stages.items()}
+    profiles = [
+        StageProfile(name, False, 0.0, 0, needs[name].input_bytes, needs[name].output_bytes, stage.cache_bytes,
+                     (Point(load, 0.0, 0.0, 0, 0),))
+        for name, stage in stages.items()
+    ]  # fmt: skip
+    cores = Hardware(CPU, 16, 0, Profile(VERSION, CPU, "", 0, "", "mp4", 1.0, tuple(profiles)))
+    for seat in layout.seats:
+        assert seat_bytes(seat, layout, cores, load) == pool_bytes(config, stages[seat.stages[0]])
+
+
+def test_room_for_one_request_alone_is_too_little(stages: dict[str, Stage]) -> None:
+    needed = 2 * stages["decoder"].needs().minimum
+    config = load_config("conf/tiny_t2v.yaml", f"transport.pool_bytes={needed}")
+    assert pool_bytes(config, stages["decoder"]) == needed
+    config = load_config("conf/tiny_t2v.yaml", f"transport.pool_bytes={needed - 1}")
+    with pytest.raises(ConfigError, match=rf"transport\.pool_bytes: {needed - 1} is too small: .* {needed} bytes"):
+        pool_bytes(config, stages["decoder"])
+
+
+def test_a_replica_without_room_waits_until_an_output_is_released(stages: dict[str, Stage]) -> None:
+    room = 2 * stages["encoder"].needs().minimum
+    config = load_config("conf/tiny_t2v.yaml", "stages.encoder.cache_bytes=0", f"transport.pool_bytes={room}")
+    replica = Replica("encoder", 0, config)
+    replica.load(build_graph([stage.ports for stage in stages.values()]), host="127.0.0.1")
+    request, _ = resolve(Request(prompt="a red circle"), config)
+    tasks = [Task(AttemptKey("full", number), request, ()) for number in range(3)]
+    with ThreadPoolExecutor(1) as thread, closing(replica):
+        for task in tasks[:2]:
+            replica.run(task)
+        waiting = thread.submit(replica.run, tasks[2])
+        assert not wait([waiting], timeout=0.5).done
+        assert replica.health().stalled_s == 0
+        replica.release(tasks[0].key)
+        assert waiting.result(timeout=60).handoff.tensors
+
+
+class Factory:
+    """Real schedulers over replicas whose pools have so many rooms, with a clock of its own."""
+
+    def __init__(self, num_replicas: int, rooms: Callable[[int], int], seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.now, self.ended, self.waits = 0.0, 0, 0
+        self.in_flight = REPLICA_WINDOW * num_replicas * len(INPUTS)
+        self.rooms = {stage: rooms(self.in_flight) for stage in INPUTS}
+        self.schedulers = {stage: StageScheduler() for stage in INPUTS}
+        self.speeds: dict[str, float] = {}
+        for stage, index in itertools.product(INPUTS, range(num_replicas)):
+            name = f"{stage}-{index}"
+            self.speeds[name] = self.dice.choice([0.1, 1.0, 3.0])
+            self.schedulers[stage].add(name, f"{self.speeds[name]}", 0.0)
+        self.used: Counter[str] = Counter()
+        self.queues: dict[str, list[Job]] = {name: [] for name in self.speeds}
+        """Jobs at a replica without room yet, in order."""
+        self.inside: dict[str, str] = {}
+        """Job or output, and in whose pool it has a room."""
+        self.made: set[str] = set()
+        self.events: list[tuple[float, int, float, Job]] = []
+        """When a job is done, and the seconds it was computed."""
+        self.serial = itertools.count()
+
+    def run(self, num_requests: int) -> int:
+        """Return how many requests end."""
+        self.left = num_requests
+        for _ in range(self.in_flight):
+            self.admit()
+        while self.events:
+            self.now, _, seconds, job = heapq.heappop(self.events)
+            self.finish(job, seconds)
+        return self.ended
+
+    def admit(self) -> None:
+        if self.left:
+            self.left -= 1
+            for stage in ("text", "image"):
+                self.push(f"{self.left:04}", stage)
+
+    def push(self, request: str, stage: str) -> None:
+        sequence = 10_000 - int(request)
+        job = Job(f"{request} {stage}", 1.0, 1.0, 0, sequence, lambda place: self.move(job, place))
+        self.schedulers[stage].push(job, self.now)
+
+    def move(self, job: Job, place: Place | None) -> None:
+        here = self.inside.get(job.request_id) or next((n for n, q in self.queues.items() if job in q), None)
+        if here is not None and (place is None or here != place.replica):
+            self.leave(job, here)
+            here = None
+        if place is not None and here is None:
+            self.queues[place.replica].append(job)
+            self.let_in(place.replica)
+        elif place is not None and place.run and job.request_id in self.inside:
+            self.compute(job)
+
+    def leave(self, job: Job, replica: str) -> None:
+        if job in self.queues[replica]:
+            self.queues[replica].remove(job)
+        else:
+            self.release(job.request_id)
+        self.let_in(replica)
+
+    def let_in(self, replica: str) -> None:
+        queue, stage = self.queues[replica], replica.partition("-")[0]
+        while queue and self.used[replica] < self.rooms[stage]:
+            job = queue.pop(0)
+            self.used[replica] += 1
+            self.inside[job.request_id] = replica
+            if job.place is not None and job.place.run:
+                self.compute(job)
+        self.waits += bool(queue)
+
+    def compute(self, job: Job) -> None:
+        assert job.place is not None
+        seconds = self.speeds[job.place.replica] * self.dice.uniform(0.5, 1.5)
+        heapq.heappush(self.events, (self.now + seconds, next(self.serial), seconds, job))
+
+    def release(self, name: str) -> None:
+        replica = self.inside.pop(name)
+        self.used[replica] -= 1
+        self.let_in(replica)
+
+    def finish(self, job: Job, seconds: float) -> None:
+        request, _, stage = job.request_id.partition(" ")
+        self.made.add(job.request_id)
+        self.schedulers[stage].finish(job, self.now, seconds)
+        for spent in [name for name, by in SPENT_BY.items() if by == stage]:
+            self.release(f"{request} {spent}")
+        for following, inputs in INPUTS.items():
+            if stage in inputs and all(f"{request} {name}" in self.made for name in inputs):
+                self.push(request, following)
+        if stage == "decode":
+            self.ended += 1
+            self.admit()
+
+
+@pytest.mark.parametrize("rooms", [lambda _: 2, lambda in_flight: num_rooms(in_flight, 4, last=False)])
+def test_full_pools_hold_no_request_back_for_good(rooms: Callable[[int], int]) -> None:
+    factories = [Factory(4, rooms, seed) for seed in range(20)]
+    assert [factory.run(300) for factory in factories] == [300] * 20
+    assert sum(factory.waits for factory in factories) > 0
+    assert not any(factory.used.total() for factory in factories)
