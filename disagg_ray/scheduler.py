@@ -6,6 +6,7 @@ clock that never runs backwards), and hears through `Job.on_place` where each jo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -94,7 +95,7 @@ class StageScheduler:
         """Those of them that stand in no group's offers, or stand there wrongly, since nobody has looked."""
         self._waiting: PriorityQueue[Job] = PriorityQueue()
         self._waiting_work = 0.0
-        self._changed: dict[Job, Place | None] = {}
+        self._changed: OrderedDict[Job, Place | None] = OrderedDict()
         """Jobs whose place has changed, and the place that they were last told."""
         self._telling = False
 
@@ -259,6 +260,8 @@ class StageScheduler:
 
     def _best_move(self, now: float) -> tuple[_Replica, _Replica] | None:
         """Return from which to which replica a prefetched job would gain most by starting now, if any gains."""
+        if not self._prefetched or len(self._busy) == len(self._replicas):
+            return None
         targets = [(group, replica) for group in self._groups.values() if (replica := group.idle.peek())]
         if targets:
             self._offer()
@@ -354,8 +357,7 @@ class StageScheduler:
         self._telling = True
         try:
             while self._changed:
-                job = next(iter(self._changed))
-                told = self._changed.pop(job)
+                job, told = self._changed.popitem(last=False)
                 if job.place is not told:
                     job.on_place(job.place)
         finally:
