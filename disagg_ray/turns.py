@@ -3,6 +3,7 @@
 Left to the driver's time slices, a denoise and a decode on one GPU take longer than one after the other
 (docs/performance.md). A turn is a model's whole call: one forward of a transformer, one decode of a VAE. What a
 process does beside its models, as bringing frames to the host, needs no turn, and so runs beside the other's turn.
+Who has another temporary folder, as in another container, takes no part.
 """
 
 from __future__ import annotations
