@@ -28,6 +28,8 @@ from disagg_ray.options import (
     DenoiserConfig,
     VaeConfig,
     denoiser_checks,
+    parse_part,
+    part_checks,
     size_checks,
 )
 
@@ -134,7 +136,8 @@ class GroupConfig:
 @dataclass(frozen=True)
 class StageConfig:
     blocks: list[str] = field(default_factory=list)
-    """Top-level blocks of the checkpoint's diffusers modular pipeline, in order."""
+    """Top-level blocks of the checkpoint's diffusers modular pipeline, in order. In place of `decode` several stages
+    may share its tiles, as `decode.1of2` and `decode.2of2`, and one more makes the video of them, `blend`."""
     replicas: int = 1
     """Actors of this stage; of a standing pipeline's, {min: A, max: B} lets the load decide."""
     min_replicas: int | None = None
@@ -309,6 +312,11 @@ class Config:
         """Most requests the driver admits at once: what all replicas together can hold."""
         return sum(REPLICA_WINDOW * stage.most_replicas for stage in self.stages.values())
 
+    @property
+    def num_parts(self) -> int:
+        """How many blocks share the tiles of a decode; 0: one decodes the whole."""
+        return sum(parse_part(block) is not None for stage in self.stages.values() for block in stage.blocks)
+
     def for_group(self, stage: str, group: str) -> Config:
         """Return the configuration as a replica of a stage's group sees it."""
         settings = replace(self.stages[stage].replica_groups[group], groups=self.stages[stage].groups)
@@ -378,6 +386,7 @@ def _default_checks(defaults: DefaultsConfig, limits: LimitsConfig) -> Iterator[
 
 def _stage_checks(stages: Mapping[str, StageConfig], limits: LimitsConfig) -> Iterator[Check]:
     yield "stages", sorted(stages), bool(stages), "name at least one stage"
+    yield from part_checks([(f"stages.{name}", stage.blocks, stage.vae) for name, stage in stages.items()])
     for name, stage in stages.items():
         key = f"stages.{name}"
         yield key, name, name.isidentifier() and name.islower(), "name it in lower-case letters, digits and _"
