@@ -192,6 +192,13 @@ def test_parts_that_make_no_whole_are_refused_before_anything_starts(overrides: 
         load_config(CONF / "tiny_t2v.yaml", *overrides)
 
 
+def test_the_example_puts_five_stages_on_three_gpus() -> None:
+    config = load_config(CONF / "wan21_t2v_1_3b_tiles.yaml")
+    assert set(config.stages) == {"encoder", "transformer", "decoder_1", "decoder_2", "join"}
+    assert sum(stage.num_gpus for stage in config.stages.values()) == 3
+    assert config.num_parts == 2
+
+
 def test_parts_cannot_be_profiled(configure: Callable[..., Config]) -> None:
     with pytest.raises(PlanError, match="write decode in place of its parts"):
         measure_profile(configure(*parts(2)), [])
