@@ -175,17 +175,19 @@ def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> bench_
 
 def measure(options: argparse.Namespace, whats: tuple[str, ...]) -> Any:
     config, overrides, repeats = options.config, options.overrides, options.repeats
-    own: dict[str, Callable[[], Any]] = {
+    works: dict[str, Callable[[], Any]] = {
         "overhead": lambda: overhead(repeats or 20),
         "pipelined": lambda: pipelined(repeats or 20),
         "split": lambda: split(config, overrides, repeats or 3),
         "tiles": lambda: bench_tiles.measure(config, overrides, options.parts, repeats or 3),
         "soak": lambda: bench_soak.run(options.requests, options.kill_every, options.seed),
         "plan": lambda: bench_plan.measure(options.profile, options.tables),
+        "transfer": bench_transfer.measure,
+        "scheduler": bench_scheduler.measure,
     }
     if whats[0] in bench_tables.WHATS:
         return bench_tables.measure(table_options(options, whats))
-    return own.get(options.what, lambda: PLOTTED[options.what].measure())()
+    return works[options.what]()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """One tiled decode shared out: each block `decode.KofN` decodes some of the tiles, `blend` makes the video of them all.
 
 Both run diffusers' whole decode step; only the calls of the VAE's decoder, one a tile and latent frame, are ours. So
-whatever diffusers does before, between and after them is done as it does it: no tiling of small videos included.
+whatever diffusers does before, between and after them is done as it does it; a small video, which it does not tile, is
+the first part's.
 """
 
 from __future__ import annotations
