@@ -8,7 +8,7 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from disagg_ray.options import OFFLOADS, SCHEDULERS, Check, denoiser_checks, size_checks
+from disagg_ray.options import OFFLOADS, SCHEDULERS, Check, denoiser_checks, part_checks, size_checks
 
 if TYPE_CHECKING:
     from disagg_ray.config import (
@@ -84,6 +84,7 @@ def _default_checks(defaults: DefaultsConfig, limits: LimitsConfig) -> Iterator[
 
 def _stage_checks(stages: Mapping[str, StageConfig], limits: LimitsConfig) -> Iterator[Check]:
     yield "stages", sorted(stages), bool(stages), "name at least one stage"
+    yield from part_checks([(f"stages.{name}", stage.blocks, stage.vae) for name, stage in stages.items()])
     for name, stage in stages.items():
         key = f"stages.{name}"
         yield key, name, name.isidentifier() and name.islower(), "name it in lower-case letters, digits and _"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from disagg_ray.checks import config_checks
 from disagg_ray.errors import ConfigError
-from disagg_ray.options import DenoiserConfig, VaeConfig
+from disagg_ray.options import DenoiserConfig, VaeConfig, parse_part
 
 REPLICA_WINDOW = 2
 """A replica takes one request to compute and one to prefetch."""
@@ -115,7 +115,8 @@ class GroupConfig:
 @dataclass(frozen=True)
 class StageConfig:
     blocks: list[str] = field(default_factory=list)
-    """Top-level blocks of the checkpoint's diffusers modular pipeline, in order."""
+    """Top-level blocks of the checkpoint's diffusers modular pipeline, in order. In place of `decode` several stages
+    may share its tiles, as `decode.1of2` and `decode.2of2`, and one more makes the video of them, `blend`."""
     replicas: int = 1
     """Actors of this stage; of a standing pipeline's, {min: A, max: B} lets the load decide."""
     min_replicas: int | None = None
@@ -305,6 +306,11 @@ class Config:
     def max_in_flight(self) -> int:
         """Most requests the driver admits at once: what all replicas together can hold."""
         return sum(REPLICA_WINDOW * stage.most_replicas for stage in self.stages.values())
+
+    @property
+    def num_parts(self) -> int:
+        """How many blocks share the tiles of a decode; 0: one decodes the whole."""
+        return sum(parse_part(block) is not None for stage in self.stages.values() for block in stage.blocks)
 
     def for_group(self, stage: str, group: str) -> Config:
         """Return the configuration as a replica of a stage's group sees it."""

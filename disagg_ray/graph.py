@@ -17,6 +17,9 @@ REQUEST_FIELDS = IMAGES | {
 }  # fmt: skip
 """Block inputs that a request supplies."""
 
+LATENTS = "latents"
+"""The finished denoise: the driver keeps a copy, so that nothing that dies later costs it."""
+
 FRAMES = "videos"
 """The output that makes a stage the last one: frames, float32 (num_frames, height, width, 3) in [0, 1]."""
 
@@ -67,6 +70,11 @@ class Graph:
     def outputs(self, stage: str) -> tuple[str, ...]:
         """Return the tensors a stage publishes: those that some other stage reads."""
         return tuple(sorted({name for edge in self.edges if edge.producer == stage for name in edge.tensors}))
+
+    @property
+    def kept(self) -> str | None:
+        """The stage whose output the driver keeps a copy of until the video is there; None: latents do not travel."""
+        return next((edge.producer for edge in self.edges if LATENTS in edge.tensors), None)
 
     def image_inputs(self, stage: str) -> tuple[str, ...]:
         return dict(self.images).get(stage, ())

@@ -125,12 +125,12 @@ def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
     limits = config.limits
     sizes = geometry.tensor_bytes(limits.max_pixels, limits.max_frames, limits.max_image_pixels)
     images = sum(slot_bytes(sizes[name]) for name in {name for _, names in graph.images for name in names})
-    held = sum(slot_bytes(sizes[name]) for name in graph.inputs(graph.last))
+    after = graph.order[graph.order.index(graph.kept) :] if graph.kept is not None else ()
+    held = sum(slot_bytes(sizes[name]) for name in graph.outputs(after[0])) if after else 0
     pieces = REPLICA_WINDOW * slot_bytes(most_piece_bytes(limits))
     asked, minimum = config.transport.driver_pool_bytes, images + held + pieces
     if asked == "auto":
-        holders = {graph.last, *graph.producers(graph.last)}
-        num_held = REPLICA_WINDOW * sum(config.stages[stage].num_replicas for stage in holders)
+        num_held = REPLICA_WINDOW * sum(config.stages[stage].num_replicas for stage in after)
         return config.max_in_flight * images + num_held * held + pieces
     if int(asked) < minimum:
         raise ConfigError(f"transport.driver_pool_bytes: {asked} is too small: one request may take {minimum} bytes")

@@ -182,7 +182,7 @@ class Journey:
         if output.holder is not None and not self._fleet.is_serving(output.holder):
             return  # it died right after its answer
         self._outputs[stage] = output
-        if stage in self._graph.producers(self._graph.last):
+        if stage == self._graph.kept:
             self._holding[stage] = asyncio.ensure_future(self._hold(stage, output))
 
     def _drop(self, stage: str) -> None:
@@ -195,13 +195,13 @@ class Journey:
             self._running.pop(consumer).cancel()
 
     def _release_spent(self) -> None:
-        """Free what all its consumers have made safe use of; latents stay until the end, and so does what they were
-        made from as long as the driver has no copy of them."""
-        last = self._graph.last
+        """Free what all its consumers have made safe use of; latents and what the last stage reads stay until the
+        end, and what the latents were made from as long as the driver has no copy of them."""
+        last, kept = self._graph.last, self._graph.kept
         for stage in list(self._outputs):
             consumers = self._graph.consumers(stage)
-            safe = (c in (self._held if c in self._graph.producers(last) else self._outputs) for c in consumers)
-            if consumers and last not in consumers and all(safe):
+            safe = (c in (self._held if c == kept else self._outputs) for c in consumers)
+            if consumers and stage != kept and last not in consumers and all(safe):
                 self._release(self._outputs.pop(stage))
 
     async def _attempt(self, stage: str) -> _Output | None:
@@ -315,27 +315,22 @@ class Journey:
             return
         self._held[stage] = _Output(key, handoff, None)
         self._outputs.setdefault(stage, self._held[stage])
-        if self._latents_file is not None and self._is_only_input(stage):
+        if self._latents_file is not None:
             about = describe(self.request, self._config)
             self._saving = asyncio.ensure_future(asyncio.to_thread(write_latents, self._latents_file, tensors, about))
             await asyncio.shield(self._saving)
 
     async def _resume(self) -> None:
         """Take up an earlier run's latents, if they are this request's."""
-        producers = self._graph.producers(self._graph.last)
-        if self._latents_file is None or len(producers) != 1:
+        stage = self._graph.kept
+        if self._latents_file is None or stage is None:
             return
         tensors = await asyncio.to_thread(read_latents, self._latents_file, describe(self.request, self._config))
-        if tensors is None or set(tensors) != set(self._graph.inputs(self._graph.last)):
+        if tensors is None or set(tensors) != set(self._graph.outputs(stage)):
             return
-        (stage,) = producers
         key = self._new_key()
         self._held[stage] = self._outputs[stage] = _Output(key, await self._holdings.publish(key, tensors), None)
         self._log(logging.INFO, "goes on from %s", self._latents_file)
-
-    def _is_only_input(self, stage: str) -> bool:
-        """Whether the last stage needs nothing but this stage's output."""
-        return self._graph.producers(self._graph.last) == (stage,)
 
     async def _bring(self) -> tuple[bytes | None, Frames | None] | None:
         """Return the file and no frames, or no file and the raw frames; None: they were lost on the way."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 Check = tuple[str, object, bool, str]
@@ -15,6 +16,12 @@ QUANTIZATIONS = ("none", "fp8_storage", "fp8")
 OFFLOADS = ("none", "group", "model")
 SCHEDULERS = ("unipc", "euler")
 TRANSFORMERS = ("transformer", "transformer_2")
+
+BLEND = "blend"
+PART = re.compile(r"decode\.(\d+)of(\d+)")
+"""Of the block `decode`: some of the tiles of a tiled decode, of which `blend` makes the video."""
+TILES = "tiles_"
+"""What the names of their outputs begin with; a number from 1 follows."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,38 @@ class VaeConfig:
     autotune: bool = False
     """Let cuDNN time its convolutions at each new size (`torch.backends.cudnn.benchmark`, for the whole process)."""
     tile_pixels: int | None = None
-    """Height x width from which it works in overlapping tiles, in less memory; null: never."""
+    """Height x width from which it works in overlapping tiles, in less memory; null: never. A decode in parts always
+    does."""
     slicing: bool = False
     """One video of a batch at a time, in less memory."""
+
+
+def parse_part(block: str) -> tuple[int, int] | None:
+    """Return which of how many parts of a decode a block is, counted from 1; None: it is none."""
+    found = PART.fullmatch(block)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def tile_tensors(num_parts: int) -> tuple[str, ...]:
+    """Return the names of what the parts of a decode make."""
+    return tuple(f"{TILES}{number}" for number in range(1, num_parts + 1))
+
+
+def part_checks(stages: Iterable[tuple[str, Sequence[str], VaeConfig]]) -> Iterator[Check]:
+    """Yield what is wrong with a decode in parts; a stage is given by its key, its blocks and its VAE's options."""
+    found = sorted(block for _, blocks, _ in stages for block in blocks if block.split(".")[0] in ("decode", BLEND))
+    if found in ([], ["decode"]):
+        return
+    num_parts = max([2, *(part[1] for block in found if (part := parse_part(block)))])
+    parts = [f"decode.{number}of{num_parts}" for number in range(1, num_parts + 1)]
+    remedy = f"write decode alone, or {', '.join(parts)} and {BLEND}, each once"
+    yield "stages", found, found == sorted([*parts, BLEND]), remedy
+    for key, blocks, vae in stages:
+        own = len(set(parts) & set(blocks))
+        apart = BLEND not in blocks or own in (0, num_parts)
+        yield f"{key}.blocks", blocks, apart, f"{BLEND} waits for all parts; give it a stage of its own"
+        ok = vae.tile_pixels is None or not own or "vae_encoder" in blocks
+        yield f"{key}.vae.tile_pixels", vae.tile_pixels, ok, "a decode in parts always works in tiles; leave it out"
 
 
 def denoiser_checks(key: str, denoiser: DenoiserConfig, offload: str, warm_up: list[list[int]]) -> Iterator[Check]:

@@ -63,7 +63,7 @@ class Stage:
         self._checkpoint = open_checkpoint(config.model)
         self.geometry = self._checkpoint.geometry
         _check_guidance(config, self.geometry)
-        self._cut = Cut(self._checkpoint, name, self._settings.blocks)
+        self._cut = Cut(self._checkpoint, name, self._settings.blocks, config.num_parts)
         self.weights: dict[str, int] = {}
         """Bytes of each loaded component."""
         self._stream: torch.cuda.Stream | None = None
@@ -163,7 +163,7 @@ class Stage:
     def _sizes(
         self, names: Iterable[str], pixels: int, num_frames: int, image_pixels: int, raw: bool
     ) -> dict[str, int]:
-        known = self.geometry.tensor_bytes(pixels, num_frames, image_pixels)
+        known = self.geometry.tensor_bytes(pixels, num_frames, image_pixels, self.config.num_parts)
         unknown = sorted(set(names) - set(known))
         if unknown:
             raise ConfigError(f"stages.{self.name}.blocks: the size of {unknown[0]!r} between stages is not known")

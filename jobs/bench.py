@@ -4,6 +4,7 @@ python jobs/bench.py overhead            # the tiny model split over actors agai
 python jobs/bench.py transfer            # pools' pulls by route and size against bare Mooncake reads; also plots
 python jobs/bench.py scheduler           # microseconds a dispatch, and waits on simulated replicas; also plots
 python jobs/bench.py pipelined           # one request at a time against pipelined; one transformer against two
+python jobs/bench.py tiles --config C --parts 2     # a decode whole, in tiles, and shared out among decoders
 python jobs/bench.py soak                # requests while replicas are killed, and what processes hold; also plots
 python jobs/bench.py latency,throughput,start --config C --gpus 2 --steps 4,20 --guidance 5,1    # stock, fused, splits
 python jobs/bench.py memory --config C --gpus 2 --caps 48        # stock with offload against splits, under a cap
@@ -19,7 +20,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import bench_plan
 import bench_scheduler
 import bench_soak
 import bench_tables
+import bench_tiles
 import bench_transfer
 import psutil
 import torch
@@ -39,6 +41,7 @@ from disagg_ray.result import Result, StageTiming
 PLOTTED: dict[str, Any] = {
     "transfer": bench_transfer, "scheduler": bench_scheduler, "soak": bench_soak, "plan": bench_plan,
 }  # fmt: skip
+OWN = ("overhead", "pipelined", "split", "tiles")
 
 
 def overhead(repeats: int) -> dict[str, Any]:
@@ -170,17 +173,35 @@ def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> bench_
     )  # fmt: skip
 
 
+def measure(options: argparse.Namespace, whats: tuple[str, ...]) -> Any:
+    config, overrides, repeats = options.config, options.overrides, options.repeats
+    works: dict[str, Callable[[], Any]] = {
+        "overhead": lambda: overhead(repeats or 20),
+        "pipelined": lambda: pipelined(repeats or 20),
+        "split": lambda: split(config, overrides, repeats or 3),
+        "tiles": lambda: bench_tiles.measure(config, overrides, options.parts, repeats or 3),
+        "soak": lambda: bench_soak.run(options.requests, options.kill_every, options.seed),
+        "plan": lambda: bench_plan.measure(options.profile, options.tables),
+        "transfer": bench_transfer.measure,
+        "scheduler": bench_scheduler.measure,
+    }
+    if whats[0] in bench_tables.WHATS:
+        return bench_tables.measure(table_options(options, whats))
+    return works[options.what]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
-        help="overhead, pipelined, transfer, scheduler, soak, plan, split, or of latency,throughput,memory,start some",
+        help=f"{', '.join((*OWN, *PLOTTED))}, or of latency,throughput,memory,start some",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split and tables"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, for split, tiles and tables"
     )
-    parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split and tables")
-    parser.add_argument("--repeats", type=int, help="by default 20 for overhead and pipelined, 3 for split")
+    parser.add_argument("--config", default="conf/tiny_t2v.yaml", help="for split, tiles and tables")
+    parser.add_argument("--repeats", type=int, help="by default 20 for overhead and pipelined, 3 for split and tiles")
+    parser.add_argument("--parts", type=int, default=2, help="for tiles: decoders")
     parser.add_argument("--requests", type=int, default=1000, help="for soak")
     parser.add_argument("--kill-every", type=float, default=8.0, metavar="SECONDS", help="for soak")
     parser.add_argument("--seed", type=int, default=0, help="for soak")
@@ -201,24 +222,11 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="plan: the JSON of a throughput run")
     options = parser.parse_intermixed_args()
     whats = tuple(options.what.split(","))
-    if not set(whats) <= set(bench_tables.WHATS) and options.what not in ("overhead", "pipelined", "split", *PLOTTED):
+    if not set(whats) <= set(bench_tables.WHATS) and options.what not in (*OWN, *PLOTTED):
         parser.error(f"{options.what!r}: see --help")
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.what == "overhead":
-        result = overhead(options.repeats or 20)
-    elif options.what == "pipelined":
-        result = pipelined(options.repeats or 20)
-    elif options.what == "soak":
-        result = bench_soak.run(options.requests, options.kill_every, options.seed)
-    elif options.what == "split":
-        result = split(options.config, options.overrides, options.repeats or 3)
-    elif whats[0] in bench_tables.WHATS:
-        result = bench_tables.measure(table_options(options, whats))
-    elif options.what == "plan":
-        result = bench_plan.measure(options.profile, options.tables)
-    else:
-        result = PLOTTED[options.what].measure()
+    result = measure(options, whats)
     name = "_".join(whats)
     text = json.dumps({"machine": machine(), name: result, "command": sys.argv[1:]}, indent=2)
     (options.output / f"bench_{name}.json").write_text(text + "\n")

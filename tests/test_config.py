@@ -18,7 +18,9 @@ from disagg_ray.loading import known_keys, to_yaml
 CONF = Path(__file__).parent.parent / "conf"
 T2V = CONF / "tiny_t2v.yaml"
 BASES = {"base.yaml", "tiny.yaml", "wan.yaml"}
-MODELS = sorted(path.name for path in CONF.glob("*.yaml") if path.name not in BASES)
+LAYOUTS = {"wan21_t2v_1_3b_tiles.yaml"}
+"""Models that have a file already, cut otherwise."""
+MODELS = sorted({path.name for path in CONF.glob("*.yaml")} - BASES - LAYOUTS)
 PUBLISHED = [name for name in MODELS if name.startswith("wan")]
 
 

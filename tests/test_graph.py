@@ -40,6 +40,13 @@ def test_a_stage_pulls_and_publishes_only_what_travels() -> None:
     assert graph.outputs("decoder") == ()
 
 
+def test_latents_are_kept_and_not_what_is_made_of_them() -> None:
+    parts = [ports(f"decoder_{k}", "latents", f"tiles_{k}") for k in (1, 2)]
+    graph = build_graph([*CHAIN[:2], *parts, ports("join", "tiles_1 tiles_2", "videos")])
+    assert graph.kept == build_graph(CHAIN).kept == "transformer"
+    assert set(graph.consumers("transformer")) == set(graph.producers("join")) == {"decoder_1", "decoder_2"}
+
+
 def test_encoders_apart_feed_the_transformer_each() -> None:
     graph = build_graph([ENCODER, EYE, CONDITION, IMAGE_TRANSFORMER, DECODER])
     assert set(graph.producers("transformer")) == {"encoder", "eye", "condition"}
@@ -63,7 +70,7 @@ def test_one_tensor_may_have_several_readers() -> None:
 def test_a_fused_stage_needs_no_edge() -> None:
     fused = ports("all", "prompt", "prompt_embeds latents videos", "negative_prompt latents prompt_embeds")
     graph = build_graph([fused])
-    assert (graph.order, graph.edges, graph.last) == (("all",), (), "all")
+    assert (graph.order, graph.edges, graph.last, graph.kept) == (("all",), (), "all", None)
 
 
 def test_an_optional_input_without_a_producer_is_left_out() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from disagg_ray.config import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
+from disagg_ray.options import tile_tensors
 
 logger = logging.getLogger("disagg_ray")
 
@@ -44,10 +45,11 @@ class Geometry:
     two_transformers: bool
     boundary_ratio: float | None
 
-    def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int) -> dict[str, int]:
+    def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
         """Return an upper bound (4 bytes an element, images 1) of every tensor that may travel between stages.
 
-        `pixels` is height x width of the video; `image_pixels` that of the larger conditioning image as given.
+        `pixels` is height x width of the video; `image_pixels` that of the larger conditioning image as given;
+        `num_parts` share the tiles of a decode.
         """
         latents = pixels // self.spatial_factor**2 * ((num_frames - 1) // self.temporal_factor + 1)
         prompt = 4 * self.max_sequence_length * self.text_dim
@@ -61,7 +63,17 @@ class Geometry:
             "latents": 4 * self.latent_channels * latents,
             "image": 3 * image_pixels,
             "last_image": 3 * image_pixels,
+            **{name: 4 * 3 * num_frames * _part_pixels(pixels, num_parts) for name in tile_tensors(num_parts)},
         }
+
+
+def _part_pixels(pixels: int, num_parts: int) -> int:
+    """Return an upper bound of the pixels of one part's tiles.
+
+    Tiles of 256 x 256 begin every 192 pixels: together they are at most 4/3 as high and as wide as the video. Each is
+    dealt to the part with the least, which therefore gets at most its share and one tile more.
+    """
+    return -(-16 * pixels // (9 * num_parts)) + min(pixels, 256 * 256)
 
 
 @dataclass(frozen=True)

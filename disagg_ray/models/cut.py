@@ -19,6 +19,7 @@ from disagg_ray.errors import CheckpointError, ConfigError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
+from disagg_ray.models.tiles import Blend, DecodePart
 from disagg_ray.models.tuning import (
     choose_scheduler,
     offload_groups,
@@ -28,7 +29,7 @@ from disagg_ray.models.tuning import (
     tune_vae,
 )
 from disagg_ray.models.warm_up import example_tensors
-from disagg_ray.options import TRANSFORMERS, DenoiserConfig, VaeConfig
+from disagg_ray.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeConfig, parse_part
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.turns import Turns
 
@@ -43,13 +44,14 @@ class Cut:
     the stock pipelines.
     """
 
-    def __init__(self, checkpoint: Checkpoint, stage: str, blocks: Sequence[str]) -> None:
+    def __init__(self, checkpoint: Checkpoint, stage: str, blocks: Sequence[str], num_parts: int = 0) -> None:
+        """Take names of blocks; `num_parts` of them, of this and other stages, share the tiles of a decode."""
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         self._checkpoint = checkpoint
         self._stage = stage
         self._offloaded: list[Any] = []
-        leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks))
+        leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks, num_parts))
         self._text_encoders = [block for block in leaves.values() if isinstance(block, TextEncoder)]
         self.ports = _ports(stage, leaves)
         self._blocks = SequentialPipelineBlocks.from_blocks_dict(leaves)
@@ -200,18 +202,21 @@ class Cut:
             self._pipeline.vae.use_tiling = tile is not None and request.height * request.width >= tile
 
 
-def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str]) -> dict[str, Any]:
+def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str], num_parts: int) -> dict[str, Any]:
     """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
     task = checkpoint.model.task
     model = _model_blocks(task, checkpoint.geometry)
     leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
+    parts = {name: DecodePart(*part) for name in names if (part := parse_part(name))}
+    if BLEND in names:
+        parts[BLEND] = Blend(num_parts, checkpoint.folder / "vae")
     known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
     for name in names:
-        if name not in known:
+        if name not in (*known, *parts):
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}; {hint}")
-    return {name: block for name, block in leaves.items() if name.split(".")[0] in names}
+    return {name: block for name, block in leaves.items() if name.split(".")[0] in names} | parts
 
 
 def _model_blocks(task: str, geometry: Geometry) -> SequentialPipelineBlocks:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from disagg_ray.graph import IMAGES
 from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.options import TILES
 from disagg_ray.request import ResolvedRequest
 
 
@@ -33,10 +34,12 @@ def example_request(checkpoint: Checkpoint, size: Sequence[int]) -> ResolvedRequ
     )
 
 
-def example_tensors(checkpoint: Checkpoint, names: Iterable[str], size: Sequence[int]) -> dict[str, torch.Tensor]:
+def example_tensors(checkpoint: Checkpoint, names: Sequence[str], size: Sequence[int]) -> dict[str, torch.Tensor]:
     """Return tensors of zeros in place of other stages' outputs and of the request's images, on the CPU."""
     height, width, num_frames = size
-    shapes = _shapes(checkpoint, height, width, num_frames)
+    tiles = [name for name in names if name.startswith(TILES)]
+    most = checkpoint.geometry.tensor_bytes(height * width, num_frames, 0, len(tiles))
+    shapes = _shapes(checkpoint, height, width, num_frames) | {name: (most[name] // 4,) for name in tiles}
     return {
         name: torch.zeros(height, width, 3, dtype=torch.uint8) if name in IMAGES else torch.zeros(shapes[name])
         for name in names

@@ -51,10 +51,12 @@ def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 
     """Measure every stage with every request, the first time unmeasured.
 
     Raises:
-        PlanError: the configuration is fused, has groups, or makes a video from images.
+        PlanError: the configuration is fused, has groups or a decode in parts, or makes a video from images.
     """
     if config.fused or any(stage.groups for stage in config.stages.values()):
         raise PlanError("profile: it measures stages apart and makes its own groups; leave fused and groups out")
+    if config.num_parts:
+        raise PlanError("profile: it takes stages to work one after the other; write decode in place of its parts")
     if config.model.task != "t2v":
         raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v can be measured yet")
     cases = [_Case(resolve(request, config)[0], {}) for request in requests]
