@@ -235,7 +235,9 @@ class FailuresConfig:
     max_attempts: int = 3
     """Times a stage is computed for a request before the request fails; a lost node does not count."""
     stall_s: float = 600.0
-    """A replica that finishes no denoising step, encode or decode and gives no answer for so long is replaced."""
+    """A replica that finishes no denoising step, encode or decode for so long is replaced."""
+    answer_s: float = 60.0
+    """So is one that does not say how it is for so long, or for `stall_s`; computing, it does so within a second."""
     timeout_s: float | None = None
     """Limit of a request from admission to its last byte; null: none."""
     shutdown_grace_s: float = 30.0
@@ -439,6 +441,7 @@ def _failure_checks(failures: FailuresConfig) -> Iterator[Check]:
     yield "failures.max_attempts", failures.max_attempts, failures.max_attempts >= 1, "write 1 or more"
     stall, limit, grace = failures.stall_s, failures.timeout_s, failures.shutdown_grace_s
     yield "failures.stall_s", stall, 1 <= stall < math.inf, "write 1 second or more"
+    yield "failures.answer_s", failures.answer_s, 1 <= failures.answer_s < math.inf, "write 1 second or more"
     yield "failures.timeout_s", limit, limit is None or 0 < limit < math.inf, "write a positive number, or null"
     yield "failures.shutdown_grace_s", grace, 0 <= grace < math.inf, "write 0 or more"
 

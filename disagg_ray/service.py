@@ -47,7 +47,7 @@ class Snapshot:
 
     name: str
     state: str
-    """ready, starting, restarting, gathering (stages are missing), or why it failed."""
+    """ready, starting, or why it failed."""
     config: Config
     began: float
     """When its supervisor started, in seconds since the epoch."""

@@ -25,7 +25,6 @@ from disagg_ray.handle import Handle
 from disagg_ray.progress import Event
 from disagg_ray.replica import Health
 from disagg_ray.result import Result
-from disagg_ray.roster import release_groups
 from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.standing.keep import Keep
 from disagg_ray.standing.pipeline import Standing
@@ -257,5 +256,4 @@ class Supervisor:
             pipeline = await self._standing()
             await asyncio.to_thread(pipeline.drain, grace_s)
             await asyncio.to_thread(pipeline.close)
-        release_groups(self._name)
         self._keep.clear()
