@@ -192,6 +192,8 @@ class Connection(Driver):
         self._closed = True
         handles = list(self._handles.values())
         concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
+        if self._listening is not None:
+            self._listening.cancel()  # what is cancelled from here on is not told as finished: its latents stay
         for handle in handles:
             handle.cancel()
 
@@ -200,8 +202,6 @@ class Connection(Driver):
         if self._loop.is_closed():
             return
         self.drain(0)
-        if self._listening is not None:
-            self._listening.cancel()
         self._call(self._end())
         self._end_loop()
         if self._listener is not None:
