@@ -1,4 +1,4 @@
-"""Standing pipelines on chosen nodes and shared GPUs: up, ls, scale, down on three nodes with GPUs that are numbers only.
+"""Standing pipelines on chosen nodes and shared GPUs: up, ls, scale, down on three nodes; their GPUs are numbers only.
 
 python tests/places.py    # ends with 0 if all was where it was asked for, and nothing was left
 """
@@ -25,10 +25,11 @@ from disagg_ray.roster import NAMESPACE, find_replicas, standing
 
 T2V = "conf/tiny_t2v.yaml"
 SMALL = Request(prompt="a red circle", seed=1, num_frames=9, num_inference_steps=2)
+HALF = "{replicas: 2, num_gpus: 0.5, device: cpu}"
+GROUPS = "{near: {label_selector: {zone: b}}, far: {resources: {disk: 1}}}"
 SHARED = (
-    "stages.encoder={replicas: 2, num_gpus: 0.5, device: cpu}", "stages.decoder={replicas: 2, num_gpus: 0.5, device: cpu}",
-    "share_gpu=[encoder, decoder]",
-    "stages.transformer={num_gpus: 1, device: cpu, groups: {near: {label_selector: {zone: b}}, far: {resources: {disk: 1}}}}",
+    f"stages.encoder={HALF}", f"stages.decoder={HALF}", "share_gpu=[encoder, decoder]",
+    f"stages.transformer={{num_gpus: 1, device: cpu, groups: {GROUPS}}}",
 )  # fmt: skip
 APART = ("stages.encoder.label_selector={zone: b}", "stages.decoder.resources={disk: 1}")
 DEADLINE_S = 90.0
