@@ -2,6 +2,7 @@
 
 python jobs/bench_standing.py bursts outputs/standing.png   # first video after connect; replicas, queue, waits
 python jobs/bench_standing.py deaths                        # three drivers share one while its processes are killed
+python jobs/bench_standing.py answers                       # how soon replicas say how they are while they compute
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import ray
 
-from disagg_ray import Connection, Handle, LocalPipeline, Pipeline, Request, load_config, roster, stand
+from disagg_ray import Connection, Handle, LocalPipeline, Pipeline, Request, load_config, roster
+from disagg_ray.placement import living
+from disagg_ray.standing import stand
+from disagg_ray.video import blank
 
 NAME = "bench"
 CONFIG = "conf/tiny_t2v.yaml"
+IMAGE_CONFIG = "conf/tiny_i2v.yaml"
+"""Its encoder computes long enough to be asked meanwhile."""
 OVERRIDES = (
     "stages.transformer.replicas={min: 1, max: 3}", "stages.decoder.replicas={min: 1, max: 2}",
     "standing.target_wait_s=8", "standing.patience_s=2", "standing.idle_s=12",
@@ -38,6 +44,11 @@ DEATHS = (
     "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
     "standing.driver_timeout_s=5",
 )  # fmt: skip
+NUM_ASKS, ASK_EVERY_S = 50, 0.05
+"""Of each stage, while it computes."""
+NUM_ASKED = 40
+"""Requests that keep the stages computing; what is left of them is cancelled."""
+
 NUM_EACH = 12
 NUM_DEATHS, DEATH_EVERY_S = 6, 6.0
 SUPERVISOR_DIES, DRIVER_DIES = (1, 4), 2
@@ -77,14 +88,12 @@ def make_request(seed: int) -> Request:
 def main() -> None:
     what, *arguments = sys.argv[1:]
     ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    configs = {"deaths": (CONFIG, *DEATHS), "answers": (IMAGE_CONFIG,), "bursts": (CONFIG, *OVERRIDES)}
     began = time.monotonic()
-    snapshot = stand.up(NAME, load_config(CONFIG, *(DEATHS if what == "deaths" else OVERRIDES)))
+    snapshot = stand.up(NAME, load_config(*configs[what]))
     print(f"{len(snapshot.replicas)} replicas up in {time.monotonic() - began:.1f} s", flush=True)
     try:
-        if what == "deaths":
-            measure_deaths()
-        else:
-            measure_bursts(*arguments)
+        {"deaths": measure_deaths, "answers": measure_answers, "bursts": measure_bursts}[what](*arguments)
     finally:
         stand.down(NAME, 0.0)
         print(f"left when down: {roster.standing()}, {list(roster.find_replicas(NAME))}")
@@ -100,6 +109,29 @@ def measure_bursts(output: str) -> None:
         waits = [one.seconds for one in served if one.came == came]
         print(f"burst at {came:.0f} s of {number}: mean {np.mean(waits):.1f} s, longest {max(waits):.1f} s")
     plot(samples, served, output)
+
+
+def measure_answers() -> None:
+    """Ask each replica how it is until it has answered often enough while it computed."""
+    asked = dict.fromkeys((actor.name for actor in living(NAME)), 0)
+    waits: dict[str, list[float]] = {name: [] for name in asked}
+    size = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 20}
+    with Pipeline.connect(NAME) as connection:
+        for seed in range(NUM_ASKED):
+            connection.submit(Request(prompt="a red circle", image=blank(128, 128), seed=seed, **size))
+        while min(map(len, waits.values())) < NUM_ASKS:
+            for actor in living(NAME):
+                began = time.monotonic()
+                health = ray.get(actor.call("health"))
+                asked[actor.name] += 1
+                if health.stalled_s:
+                    waits[actor.name].append(time.monotonic() - began)
+            time.sleep(ASK_EVERY_S)
+    for name, seconds in waits.items():
+        median, longest = 1000 * np.median(seconds), 1000 * max(seconds)
+        print(
+            f"{name}: {len(seconds)} of {asked[name]} asks while it computed: {median:.0f} ms, longest {longest:.0f} ms"
+        )
 
 
 def measure_deaths() -> None:
