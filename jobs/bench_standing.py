@@ -33,12 +33,14 @@ OVERRIDES = (
     "stages.transformer.replicas={min: 1, max: 3}", "stages.decoder.replicas={min: 1, max: 2}",
     "standing.target_wait_s=8", "standing.patience_s=2", "standing.idle_s=12",
 )  # fmt: skip
-BURSTS = ((0.0, 2), (10.0, 14))
+BURSTS = ((0.0, 2), (10.0, 24))
 """(seconds, requests that come at once)."""
 QUIET_S = 30.0
 """After the last video."""
 SAMPLE_S = 0.5
 NUM_CONNECTIONS = 7
+LINE_SHIFT = 0.04
+"""Keeps equal numbers of replicas apart in the plot."""
 
 DEATHS = (
     "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
@@ -221,11 +223,12 @@ def run_bursts(connection: Connection) -> tuple[list[Sample], list[Served]]:
 def plot(samples: list[Sample], served: list[Served], output: str) -> None:
     figure, (replicas, queue, waits) = plt.subplots(3, sharex=True, figsize=(9, 7))
     times = [sample.seconds for sample in samples]
-    for colour, stage in zip(("C0", "C1", "C2"), samples[0].ready, strict=True):
-        replicas.step(times, [s.ready[stage] for s in samples], colour, where="post", label=stage)
-        replicas.step(times, [s.wanted[stage] for s in samples], colour, where="post", linestyle=":")
+    for place, stage in enumerate(samples[0].ready):
+        colour, shift = f"C{place}", LINE_SHIFT * (1 - place)
+        replicas.step(times, [s.ready[stage] + shift for s in samples], colour, where="post", label=stage)
+        replicas.step(times, [s.wanted[stage] + shift for s in samples], colour, where="post", linestyle=":")
     replicas.set_ylabel("replicas (dotted: wanted)")
-    replicas.legend(loc="upper right")
+    replicas.legend(loc="lower right", ncols=3)
     queue.fill_between(times, [sample.queued for sample in samples], step="post")
     queue.set_ylabel("requests waiting")
     waits.scatter([one.came + one.seconds for one in served], [one.seconds for one in served], s=12)
