@@ -62,8 +62,8 @@ class Connection(Driver):
         self.name = name
         self._keep = run_id is not None
         self._handles: dict[str, Handle] = {}
-        self._finished: list[str] = []
-        """Requests whose answer is here, which the supervisor has not been told yet."""
+        self._finished: list[tuple[str, str]] = []
+        """Ids and tickets of requests whose answer is here, which the supervisor has not been told yet."""
         self._closed = False
         self._listening: concurrent.futures.Future[None] | None = None
         try:
@@ -123,7 +123,7 @@ class Connection(Driver):
             self._actor.cancel.remote(self.id, request_id)
             raise
         finally:
-            self._finished.append(request_id)
+            self._finished.append((request_id, asked.ticket))
 
     def _note_done(self, handle: Handle) -> None:
         if self._handles.get(handle.request.id) is handle:

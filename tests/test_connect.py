@@ -141,6 +141,12 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     assert {record.status for record in records(out).values()} == {"done"}
 
 
+def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> None:
+    request = Request(prompt="a cat", seed=1, num_frames=5, num_inference_steps=2, id="again")
+    with Pipeline.connect(pipeline) as connection:
+        assert len({connection.generate(request).data for _ in range(12)}) == 1
+
+
 REFUSED = [
     (["--connect", "us"], "no pipeline 'us' stands here; there are: used"),
     (["--connect", NAME, "--config", T2V], "--config: give it, or the NAME of a standing pipeline as --connect"),
