@@ -146,6 +146,7 @@ def _failure_checks(failures: FailuresConfig) -> Iterator[Check]:
     yield "failures.max_attempts", failures.max_attempts, failures.max_attempts >= 1, "write 1 or more"
     stall, limit, grace = failures.stall_s, failures.timeout_s, failures.shutdown_grace_s
     yield "failures.stall_s", stall, 1 <= stall < math.inf, "write 1 second or more"
+    yield "failures.answer_s", failures.answer_s, 1 <= failures.answer_s < math.inf, "write 1 second or more"
     yield "failures.timeout_s", limit, limit is None or 0 < limit < math.inf, "write a positive number, or null"
     yield "failures.shutdown_grace_s", grace, 0 <= grace < math.inf, "write 0 or more"
 

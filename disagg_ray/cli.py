@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -87,9 +87,10 @@ def generate(argv: Sequence[str]) -> int:
     single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
     if options.requests is not None:
         _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
-        return _generate_many(options)
-    _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
-    return _generate_one(options)
+    else:
+        _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
+    with joined(None) if options.connect is not None else nullcontext():
+        return _generate_one(options) if options.requests is None else _generate_many(options)
 
 
 def _generate_one(options: argparse.Namespace) -> int:
@@ -99,9 +100,7 @@ def _generate_one(options: argparse.Namespace) -> int:
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
-    if options.config is not None:
-        config = load_config(options.config, *options.overrides)
-        resolve(request, config)  # what is wrong with it should show before anything starts
+    resolve(request, config)  # what is wrong with it should show before anything starts
 
     from disagg_ray.report.tables import print_result
 
@@ -176,8 +175,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         return load_config(options.config, *options.overrides)
     from disagg_ray.connection import fetch_config
 
-    with joined(None):
-        return fetch_config(options.connect)
+    return fetch_config(options.connect)
 
 
 @contextmanager
@@ -201,7 +199,6 @@ def _start_split(config: Config, options: argparse.Namespace, total: int) -> Ite
         run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
         with (
             _display(options, total) as display,
-            joined(None),
             Connection(options.connect, run_id=run_id, on_event=display.on_event) as connection,
         ):
             yield connection
@@ -255,19 +252,25 @@ def make_checkpoint(argv: Sequence[str]) -> int:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Check this machine, the cluster's nodes and every way between them."""
+    """Check this machine, the cluster's nodes and every way between them, or a pipeline that stands."""
     parser = config_parser("doctor", doctor)
     parser.add_argument("--config", help="YAML file of the model and its deployment, to check against it")
+    parser.add_argument("--connect", metavar="NAME", help="check this standing pipeline instead, with a small video")
     parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
     parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     options = parser.parse_intermixed_args(argv)
     if options.overrides and not options.config:
         raise InputError(f"--config: not given, so {options.overrides[0]!r} has nothing to override; give a YAML file")
+    if options.connect and (options.config or options.local):
+        raise InputError("--connect: it goes without --config and --local: what stands is checked as it stands")
     config = load_config(options.config, *options.overrides) if options.config else None
-    from disagg_ray.doctor import examine, exit_status, print_checks, to_json
+    from disagg_ray.doctor import examine, examine_standing, exit_status, print_checks, to_json
 
-    checks = examine(config, options.address, local=options.local)
+    if options.connect:
+        checks = examine_standing(options.connect, options.address)
+    else:
+        checks = examine(config, options.address, local=options.local)
     print(to_json(checks)) if options.json else print_checks(checks)
     return exit_status(checks)
 

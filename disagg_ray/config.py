@@ -231,7 +231,9 @@ class FailuresConfig:
     max_attempts: int = 3
     """Times a stage is computed for a request before the request fails; a lost node does not count."""
     stall_s: float = 600.0
-    """A replica that finishes no denoising step, encode or decode and gives no answer for so long is replaced."""
+    """A replica that finishes no denoising step, encode or decode for so long is replaced."""
+    answer_s: float = 60.0
+    """So is one that does not say how it is for so long, or for `stall_s`; computing, it does so within a second."""
     timeout_s: float | None = None
     """Limit of a request from admission to its last byte; null: none."""
     shutdown_grace_s: float = 30.0

@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
 from disagg_ray.config import Config
+from disagg_ray.driver import Driver
 from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError, StartError
-from disagg_ray.handle import Handle, gather
+from disagg_ray.handle import Handle
 from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.placement import join
-from disagg_ray.progress import Event, Listener
+from disagg_ray.progress import Event
 from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor
@@ -28,8 +27,6 @@ from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
-
-T = TypeVar("T")
 
 RETURN_S = 120.0
 """How long a supervisor that died may take to be back."""
@@ -39,7 +36,7 @@ ANSWER_S = 10.0
 LEAVE_S = 5.0
 
 
-class Connection:
+class Connection(Driver):
     """Has `Pipeline`'s methods; the work is done by a pipeline that stands in the cluster.
 
     What was asked under a run id can be asked again under it, by another process too: what is finished or on its way
@@ -61,42 +58,22 @@ class Connection:
         """
         join(address)
         self._actor = find_supervisor(name)
+        super().__init__(run_id or uuid.uuid4().hex[:8], on_event)
         self.name = name
-        self.id = run_id or uuid.uuid4().hex[:8]
         self._keep = run_id is not None
         self._handles: dict[str, Handle] = {}
-        self._finished: list[str] = []
-        """Requests whose answer is here, which the supervisor has not been told yet."""
+        self._finished: list[tuple[str, str]] = []
+        """Ids and tickets of requests whose answer is here, which the supervisor has not been told yet."""
         self._closed = False
-        self._listener = Listener(on_event) if on_event is not None else None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{self.id}", daemon=True)
-        self._thread.start()
         self._listening: concurrent.futures.Future[None] | None = None
         try:
             if (error := self._call(self._ask("ready"))) is not None:
                 raise error
-            self.config: Config = self.snapshot().config
+            self.config = self.snapshot().config
         except BaseException:
             self.close()
             raise
         self._listening = asyncio.run_coroutine_threadsafe(self._listen(), self._loop)
-
-    def __enter__(self) -> Connection:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def generate(self, request: Request) -> Result:
-        """Generate one video and wait for it; see `Pipeline.generate`."""
-        return self.submit(request).result()
-
-    def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Generate many videos, yielding each as it finishes; see `Pipeline.generate_all`."""
-        return gather(self.submit, requests, 2 * self.config.max_in_flight)
 
     def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
         """Check a request and queue it at the pipeline; see `Pipeline.submit`.
@@ -146,7 +123,7 @@ class Connection:
             self._actor.cancel.remote(self.id, request_id)
             raise
         finally:
-            self._finished.append(request_id)
+            self._finished.append((request_id, asked.ticket))
 
     def _note_done(self, handle: Handle) -> None:
         if self._handles.get(handle.request.id) is handle:
@@ -210,21 +187,13 @@ class Connection:
         """How often a replica was replaced since the supervisor started, by stage."""
         return self.snapshot().num_restarts
 
-    @property
-    def pools(self) -> dict[str, int]:
-        """Bytes of each replica's pool, by replica."""
-        return {replica.name: replica.pool_bytes for replica in self.replicas}
-
-    @property
-    def weights(self) -> dict[str, dict[str, int]]:
-        """Bytes of each component, by replica."""
-        return {replica.name: replica.weights for replica in self.replicas}
-
     def drain(self, grace_s: float) -> None:
         """Submit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
         self._closed = True
         handles = list(self._handles.values())
         concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
+        if self._listening is not None:
+            self._listening.cancel()  # what is cancelled from here on is not told as finished: its latents stay
         for handle in handles:
             handle.cancel()
 
@@ -233,12 +202,8 @@ class Connection:
         if self._loop.is_closed():
             return
         self.drain(0)
-        if self._listening is not None:
-            self._listening.cancel()
         self._call(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._end_loop()
         if self._listener is not None:
             self._listener.close()
 
@@ -250,15 +215,6 @@ class Connection:
                 await self._actor.leave.remote(self.id)
         except (TimeoutError, ray.exceptions.RayError):
             logger.info("pipeline %s did not hear that this driver left; it will notice", self.name)
-
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the connection's loop and wait for it here."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
 
 
 def fetch_config(name: str) -> Config:

@@ -144,15 +144,16 @@ class Fleet:
         return request_id in self._named
 
     async def _watch(self, actor: Actor) -> None:
-        """Ask a replica how it is until it is gone: dead, without an answer, or without a step for `stall_s`."""
-        stall_s = self.config.failures.stall_s
+        """Ask a replica how it is until it is gone: dead, or without an answer or a step for as long as may be."""
         while self.is_serving(actor):
+            stall_s = self.config.failures.stall_s
+            answer_s = min(self.config.failures.answer_s, stall_s)
             try:
-                async with asyncio.timeout(stall_s):
+                async with asyncio.timeout(answer_s):
                     health: Health = await ask(actor, "health")
             except TimeoutError:
                 self._stalled.add(actor.id)
-                self.lose(actor, f"{actor.name}: no answer for failures.stall_s={stall_s:g} s")
+                self.lose(actor, f"{actor.name}: no answer for {answer_s:g} s (failures.answer_s)")
                 break
             except DisaggError as error:
                 self.lose(actor, str(error))
@@ -162,7 +163,7 @@ class Fleet:
             if health.stalled_s > stall_s:
                 self._stalled.add(actor.id)
                 self.lose(actor, f"{actor.name}: no step for failures.stall_s={stall_s:g} s")
-            await asyncio.sleep(min(LOOK_S, stall_s / 4))
+            await asyncio.sleep(min(LOOK_S, answer_s / 4))
 
     def lose(self, actor: Actor, reason: str) -> None:
         """Take a replica out of service for good, and have another take its post. Idempotent."""

@@ -19,6 +19,8 @@ Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
 Cause = Literal["ok", "died", "stalled", "transfer", "error", "cancelled", "drained"]
 CAUSES: tuple[Cause, ...] = ("ok", "died", "stalled", "transfer", "error", "cancelled", "drained")
+Reason = Literal["wait", "idle", "asked", "config"]
+"""Why a stage gets another number of replicas: new work would wait, some had nothing to do, somebody said so."""
 
 DRIVER = "driver"
 """The stage and replica of what the driver does itself."""
@@ -32,7 +34,7 @@ COUNTERS = {
     "requests_total": ("Requests that ended, by outcome.", ("outcome",)),
     "attempts_total": ("Attempts of a stage, by what ended them.", ("stage", "cause")),
     "replica_restarts_total": ("Replicas that were replaced.", ("stage",)),
-    "replica_changes_total": ("Changes of how many replicas a stage is to have.", ("stage", "direction")),
+    "replica_changes_total": ("Changes of how many replicas a stage is to have.", ("stage", "direction", "reason")),
     "phase_seconds_total": ("Exact seconds of finished stages, by phase.", ("stage", "replica", "phase")),
     "denoise_steps_total": ("Denoising steps, those of failed attempts included.", ("stage", "replica")),
     "transfer_bytes_total": ("Bytes pulled from other pools.", ("stage", "replica", "route")),
@@ -170,9 +172,10 @@ class Metrics:
     def attempt(self, stage: str, cause: Cause) -> None:
         self._count("attempts_total", 1, stage=stage, cause=cause)
 
-    def scaled(self, stage: str, before: int, after: int) -> None:
+    def scaled(self, stage: str, before: int, after: int, reason: Reason) -> None:
         """Count a change of how many replicas a stage is to have."""
-        self._count("replica_changes_total", 1, stage=stage, direction="out" if after > before else "in")
+        direction = "out" if after > before else "in"
+        self._count("replica_changes_total", 1, stage=stage, direction=direction, reason=reason)
 
     def replica_restarted(self, stage: str) -> None:
         self._count("replica_restarts_total", 1, stage=stage)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
 
 import ray
 import torch
@@ -19,30 +16,29 @@ import torch
 from disagg_ray.admission import Admission
 from disagg_ray.config import Config
 from disagg_ray.connection import Connection
+from disagg_ray.driver import Driver
 from disagg_ray.errors import DisaggError, StageError, StartError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import build_graph
-from disagg_ray.handle import Handle, gather
+from disagg_ray.handle import Handle
 from disagg_ray.holdings import Holdings
 from disagg_ray.journey import Crew, Journey, measure
 from disagg_ray.loading import load_config
 from disagg_ray.messages import Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
-from disagg_ray.progress import Event, Listener, Receiver
+from disagg_ray.progress import Event, Receiver
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
 
-T = TypeVar("T")
-
 COUNT_S = 5.0
 """How often the metrics' gauges are set; Ray forgets one after 20 s."""
 
 
-class Pipeline:
+class Pipeline(Driver):
     """Stages on a Ray cluster, driven by an event loop in a thread of its own.
 
     Joins the Ray that is there, or starts one and shuts only that down again. Installs no signal handler.
@@ -52,8 +48,8 @@ class Pipeline:
         self, config: Config, on_event: Callable[[Event], None] | None = None, pipeline_id: str | None = None
     ) -> None:
         """Start the pipeline; `on_event` hears of every request's progress, on a thread of its own."""
+        super().__init__(pipeline_id or uuid.uuid4().hex[:8], on_event)
         self.config = config
-        self.id = pipeline_id or uuid.uuid4().hex[:8]
         self.life = uuid.uuid4().hex[:8]
         """Tells the pipelines apart that one after the other drive the same replicas."""
         self._journeys: dict[asyncio.Task[Result], Journey] = {}
@@ -70,10 +66,6 @@ class Pipeline:
         self._holdings: Holdings | None = None
         self._receiver: Receiver | None = None
         self._counting: asyncio.Task[None] | None = None
-        self._listener = Listener(on_event) if on_event is not None else None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{self.id}", daemon=True)
-        self._thread.start()
         try:
             self._cluster = Cluster(config)
             self._call(self._start())
@@ -103,14 +95,6 @@ class Pipeline:
     ) -> Connection:
         """Use a pipeline that stands in the cluster (`disagg-ray up NAME`); see `Connection`."""
         return Connection(name, address, run_id, on_event)
-
-    def __enter__(self) -> Pipeline:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     async def _start(self) -> None:
         began = time.monotonic()
@@ -142,32 +126,6 @@ class Pipeline:
     def num_restarts(self) -> dict[str, int]:
         """How often a replica was replaced, by stage."""
         return dict(self._fleet.num_restarts) if self._fleet is not None else {}
-
-    @property
-    def pools(self) -> dict[str, int]:
-        """Bytes of each replica's pool, by replica."""
-        return {replica.name: replica.pool_bytes for replica in self.replicas}
-
-    @property
-    def weights(self) -> dict[str, dict[str, int]]:
-        """Bytes of each component, by replica."""
-        return {replica.name: replica.weights for replica in self.replicas}
-
-    def generate(self, request: Request) -> Result:
-        """Generate one video and wait for it.
-
-        Raises:
-            RequestError: the request cannot be served by this model and configuration.
-            DisaggError: what failed it.
-        """
-        return self.submit(request).result()
-
-    def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Generate many videos, yielding each as it finishes; requests are drawn as there is room.
-
-        A request that fails does not stop the others: the first failure is raised once all others are done.
-        """
-        return gather(self.submit, requests, 2 * self.config.max_in_flight)
 
     def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
         """Check a request and queue it.
@@ -344,9 +302,7 @@ class Pipeline:
         self._call(self._stop())
         if self._receiver is not None:
             self._receiver.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._end_loop()
         if self._holdings is not None:
             self._holdings.close()
         if self._listener is not None:
@@ -363,12 +319,3 @@ class Pipeline:
             self._counting.cancel()
         if self._fleet is not None:
             await self._fleet.close()
-
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the pipeline's loop and wait for it here."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise

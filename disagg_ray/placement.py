@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,19 +215,15 @@ class Placement:
     def __init__(self, config: Config, pipeline_id: str, *, standing: bool = False) -> None:
         self.config = config
         self._pipeline_id, self._standing = pipeline_id, standing
-        self._shared = [self._share(index) for index in range(self._num_shared)]
+        self._shared = list(self._share()) if config.share_gpu else []
 
-    def _share(self, index: int) -> PlacementGroup:
-        if not self._standing:
-            return _share(self.config)
-        found = roster.find_group(self._pipeline_id, index)
-        name = roster.group_name(self._pipeline_id, index)
-        return _share(self.config, name=name, lifetime="detached") if found is None else found
-
-    @property
-    def _num_shared(self) -> int:
-        """How many GPUs are shared by stages."""
-        return self.config.stages[self.config.share_gpu[0]].replicas if self.config.share_gpu else 0
+    def _share(self) -> Iterator[PlacementGroup]:
+        """Yield what each GPU is reserved with that stages share; a standing pipeline's may be there already."""
+        found = roster.find_groups(self._pipeline_id) if self._standing else {}
+        for index in range(self.config.stages[self.config.share_gpu[0]].replicas):
+            name = roster.group_name(self._pipeline_id, index)
+            kept = {"name": name, "lifetime": "detached"} if self._standing else {}
+            yield found.get(name) or _share(self.config, **kept)
 
     def posts(self) -> list[Post]:
         """Return the deployment's places, stage by stage."""
@@ -252,11 +248,6 @@ class Placement:
             name = f"disagg_ray-{self._pipeline_id}-{post.name}" + (f".{incarnation}" if incarnation else "")
             options = {"name": name}
         return Actor(post, incarnation, actor_class.options(**options).remote(post.stage, post.index, config))
-
-    def living(self) -> list[Actor]:
-        """Return a standing pipeline's actors, whoever launched them; their posts' groups are not known."""
-        found = roster.find_replicas(self._pipeline_id)
-        return [Actor(Post(who.stage, who.index, ""), who.incarnation, handle) for who, handle in found.items()]
 
     def room_for(self, stage: str) -> int:
         """Return how many more replicas of a stage the cluster can take now; nodes are taken for one."""
@@ -289,6 +280,12 @@ class Placement:
         for group in self._shared:
             remove_placement_group(group)
         self._shared = []
+
+
+def living(name: str) -> list[Actor]:
+    """Return a standing pipeline's actors, whoever launched them; their posts' groups are not known."""
+    found = roster.find_replicas(name)
+    return [Actor(Post(who.stage, who.index, ""), who.incarnation, handle) for who, handle in found.items()]
 
 
 def _share(config: Config, **options: str) -> PlacementGroup:

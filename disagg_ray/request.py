@@ -23,6 +23,8 @@ FORMATS = ("mp4", "gif", "png", "npy")
 MAX_SEED = 2**63 - 1
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_PRIORITY = 1000
+IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
+"""Images that a model of a task needs."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _check_types(request: Request) -> None:
 
 def _given_images(request: Request, config: Config) -> dict[str, Image | str | Path]:
     task = config.model.task
-    wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[task]
+    wanted = IMAGES_OF[task]
     images = {}
     for name in ("image", "last_image"):
         given = getattr(request, name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from disagg_ray.errors import InputError
 
@@ -52,25 +51,36 @@ def group_name(name: str, index: int) -> str:
     return f"{PREFIX}{name}/{index}"
 
 
-def find_group(name: str, index: int) -> PlacementGroup | None:
-    try:
-        group: PlacementGroup = ray.util.get_placement_group(group_name(name, index))
-    except ValueError:
-        return None
-    return group
+def find_groups(name: str) -> dict[str, PlacementGroup]:
+    """Return the placement groups of a standing pipeline by name, whoever made them: Ray's own search sees those of
+    its caller's namespace only."""
+    found: dict[str, Any] = placement_group_table()
+    return {
+        group["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(id)))
+        for id, group in found.items()
+        if group["name"].startswith(f"{PREFIX}{name}/") and group["state"] != "REMOVED"
+    }
 
 
 def release_groups(name: str) -> None:
-    """Give back the GPUs that a standing pipeline's stages share; they are known to its supervisor only."""
-    for index in itertools.count():
-        if (group := find_group(name, index)) is None:
-            return
+    """Give back the GPUs that a standing pipeline's stages share."""
+    for group in find_groups(name).values():
         remove_placement_group(group)
 
 
 def standing() -> list[str]:
     """Return the names of the pipelines that stand, those whose supervisor is being restarted included."""
     return sorted(name.removeprefix(PREFIX) for name in _actors() if "/" not in name)
+
+
+def gathering() -> dict[str, list[str]]:
+    """Return which stages are there of pipelines that were started one by one and lack some, by name."""
+    stood, found = set(standing()), dict[str, list[str]]()
+    for actor in _actors():
+        name, _, post = actor.removeprefix(PREFIX).partition("/")
+        if post and name not in stood:
+            found.setdefault(name, []).append(post.partition(".")[0])
+    return {name: sorted(posts) for name, posts in sorted(found.items())}
 
 
 def find_supervisor(name: str) -> ActorHandle[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ class Asked:
     """Shape (height, width, 3), by name."""
     keep: bool
     """Whether its finished latents are kept for a driver that comes back."""
+    ticket: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells it from the same request that was submitted before: word that that one is finished may come late."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Snapshot:
 
     name: str
     state: str
-    """ready, starting, restarting, gathering (stages are missing), or why it failed."""
+    """ready, starting, or why it failed."""
     config: Config
     began: float
     """When its supervisor started, in seconds since the epoch."""

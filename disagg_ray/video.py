@@ -58,6 +58,11 @@ def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) ->
         raise RequestError(f"{field}: {shown} cannot be read as an image: {error}") from error
 
 
+def blank(width: int, height: int) -> Image.Image:
+    """Return an image of one grey, where any will do."""
+    return Image.new("RGB", (width, height), (128, 128, 128))
+
+
 def check_image_file(source: Image.Image | str | Path, field: str) -> None:
     """Check that an image is a file that can be read, without opening it.
 

@@ -2,6 +2,7 @@
 
 python jobs/bench_standing.py bursts outputs/standing.png   # first video after connect; replicas, queue, waits
 python jobs/bench_standing.py deaths                        # three drivers share one while its processes are killed
+python jobs/bench_standing.py answers                       # how soon replicas say how they are while they compute
 """
 
 from __future__ import annotations
@@ -19,25 +20,37 @@ import matplotlib.pyplot as plt
 import numpy as np
 import ray
 
-from disagg_ray import Connection, Handle, LocalPipeline, Pipeline, Request, load_config, roster, stand
+from disagg_ray import Connection, Handle, LocalPipeline, Pipeline, Request, load_config, roster
+from disagg_ray.placement import living
+from disagg_ray.standing import stand
+from disagg_ray.video import blank
 
 NAME = "bench"
 CONFIG = "conf/tiny_t2v.yaml"
+IMAGE_CONFIG = "conf/tiny_i2v.yaml"
+"""Its encoder computes long enough to be asked meanwhile."""
 OVERRIDES = (
     "stages.transformer.replicas={min: 1, max: 3}", "stages.decoder.replicas={min: 1, max: 2}",
     "standing.target_wait_s=8", "standing.patience_s=2", "standing.idle_s=12",
 )  # fmt: skip
-BURSTS = ((0.0, 2), (10.0, 14))
+BURSTS = ((0.0, 2), (10.0, 24))
 """(seconds, requests that come at once)."""
 QUIET_S = 30.0
 """After the last video."""
 SAMPLE_S = 0.5
 NUM_CONNECTIONS = 7
+LINE_SHIFT = 0.04
+"""Keeps equal numbers of replicas apart in the plot."""
 
 DEATHS = (
     "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
     "standing.driver_timeout_s=5",
 )  # fmt: skip
+NUM_ASKS, ASK_EVERY_S = 50, 0.05
+"""Of each stage, while it computes."""
+NUM_ASKED = 40
+"""Requests that keep the stages computing; what is left of them is cancelled."""
+
 NUM_EACH = 12
 NUM_DEATHS, DEATH_EVERY_S = 6, 6.0
 SUPERVISOR_DIES, DRIVER_DIES = (1, 4), 2
@@ -77,14 +90,12 @@ def make_request(seed: int) -> Request:
 def main() -> None:
     what, *arguments = sys.argv[1:]
     ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    configs = {"deaths": (CONFIG, *DEATHS), "answers": (IMAGE_CONFIG,), "bursts": (CONFIG, *OVERRIDES)}
     began = time.monotonic()
-    snapshot = stand.up(NAME, load_config(CONFIG, *(DEATHS if what == "deaths" else OVERRIDES)))
+    snapshot = stand.up(NAME, load_config(*configs[what]))
     print(f"{len(snapshot.replicas)} replicas up in {time.monotonic() - began:.1f} s", flush=True)
     try:
-        if what == "deaths":
-            measure_deaths()
-        else:
-            measure_bursts(*arguments)
+        {"deaths": measure_deaths, "answers": measure_answers, "bursts": measure_bursts}[what](*arguments)
     finally:
         stand.down(NAME, 0.0)
         print(f"left when down: {roster.standing()}, {list(roster.find_replicas(NAME))}")
@@ -100,6 +111,29 @@ def measure_bursts(output: str) -> None:
         waits = [one.seconds for one in served if one.came == came]
         print(f"burst at {came:.0f} s of {number}: mean {np.mean(waits):.1f} s, longest {max(waits):.1f} s")
     plot(samples, served, output)
+
+
+def measure_answers() -> None:
+    """Ask each replica how it is until it has answered often enough while it computed."""
+    asked = dict.fromkeys((actor.name for actor in living(NAME)), 0)
+    waits: dict[str, list[float]] = {name: [] for name in asked}
+    size = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 20}
+    with Pipeline.connect(NAME) as connection:
+        for seed in range(NUM_ASKED):
+            connection.submit(Request(prompt="a red circle", image=blank(128, 128), seed=seed, **size))
+        while min(map(len, waits.values())) < NUM_ASKS:
+            for actor in living(NAME):
+                began = time.monotonic()
+                health = ray.get(actor.call("health"))
+                asked[actor.name] += 1
+                if health.stalled_s:
+                    waits[actor.name].append(time.monotonic() - began)
+            time.sleep(ASK_EVERY_S)
+    for name, seconds in waits.items():
+        median, longest = 1000 * np.median(seconds), 1000 * max(seconds)
+        print(
+            f"{name}: {len(seconds)} of {asked[name]} asks while it computed: {median:.0f} ms, longest {longest:.0f} ms"
+        )
 
 
 def measure_deaths() -> None:
@@ -189,11 +223,12 @@ def run_bursts(connection: Connection) -> tuple[list[Sample], list[Served]]:
 def plot(samples: list[Sample], served: list[Served], output: str) -> None:
     figure, (replicas, queue, waits) = plt.subplots(3, sharex=True, figsize=(9, 7))
     times = [sample.seconds for sample in samples]
-    for colour, stage in zip(("C0", "C1", "C2"), samples[0].ready, strict=True):
-        replicas.step(times, [s.ready[stage] for s in samples], colour, where="post", label=stage)
-        replicas.step(times, [s.wanted[stage] for s in samples], colour, where="post", linestyle=":")
+    for place, stage in enumerate(samples[0].ready):
+        colour, shift = f"C{place}", LINE_SHIFT * (1 - place)
+        replicas.step(times, [s.ready[stage] + shift for s in samples], colour, where="post", label=stage)
+        replicas.step(times, [s.wanted[stage] + shift for s in samples], colour, where="post", linestyle=":")
     replicas.set_ylabel("replicas (dotted: wanted)")
-    replicas.legend(loc="upper right")
+    replicas.legend(loc="lower right", ncols=3)
     queue.fill_between(times, [sample.queued for sample in samples], step="post")
     queue.set_ylabel("requests waiting")
     waits.scatter([one.came + one.seconds for one in served], [one.seconds for one in served], s=12)

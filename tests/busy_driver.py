@@ -40,7 +40,7 @@ def report(metrics: Metrics, health: Health) -> None:
         metrics.steps(stage, replica, 4)
         metrics.stage_finished(replace(TIMING, stage=stage, replica=replica))
         metrics.encoded(stage, replica, 0.2)
-        metrics.scaled(stage, 1, 2)
+        metrics.scaled(stage, 1, 2, "wait")
         metrics.queue_depth(stage, 3)
         metrics.replicas(stage, ready=1, starting=1)
         metrics.replica_health(stage, replica, health)

@@ -40,7 +40,8 @@ def test_a_cluster_that_grows_is_asked_for_more_than_it_has_room_for():
     assert scaler.decide("transformer", replace(LATE, room=0), 0) is None
     decision = scaler.decide("transformer", replace(LATE, room=0), 5)
     assert decision.replicas == 3
-    assert "a wait of 25.0 s is predicted, target_wait_s is 10" in decision.reason
+    assert decision.reason == "wait"
+    assert "a wait of 25.0 s is predicted, target_wait_s is 10" in decision.detail
 
 
 def test_replicas_that_were_to_spare_all_the_time_are_taken_away():

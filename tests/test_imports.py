@@ -25,7 +25,7 @@ LAYERS = (
     {"journey"},
     {"visit"},
     {"fleet"},
-    {"placement", "service"},
+    {"placement", "service", "driver"},
     {"roster", "replica", "scheduler"},
     {"holdings", "messages"},
     {"arguments"},

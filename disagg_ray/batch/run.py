@@ -16,7 +16,7 @@ from disagg_ray.batch.resume import Options, Plan, make_plan, setup_of
 from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config import Config
 from disagg_ray.connection import Connection
-from disagg_ray.errors import Cancelled, DisaggError, OutputError, RequestError, StartError
+from disagg_ray.errors import Cancelled, DisaggError, OutputError, ReplicaLost, RequestError, StartError
 from disagg_ray.handle import Handle
 from disagg_ray.pipeline import Pipeline
 
@@ -24,6 +24,8 @@ logger = logging.getLogger("disagg_ray")
 
 NUM_WRITERS = 4
 """Threads that write, hash and record while others are generated."""
+GONE = (StartError, ReplicaLost, Cancelled)
+"""A stage has no replica left, a standing pipeline's supervisor did not come back, or it was taken down."""
 SETTLE_S = 10.0
 """How long a stopped run waits for its last files to be written."""
 
@@ -111,7 +113,7 @@ class Batch:
             try:
                 line = self._source.line(int(index))
                 self._submit(pipeline, line)
-            except (RequestError, StartError) as error:  # the file was changed, or a stage has no replica left
+            except (RequestError, *GONE) as error:  # the file was changed, or nobody is left to ask
                 self._fatal = error
 
     def _submit(self, pipeline: Pipeline | Connection, line: Line) -> None:
@@ -169,7 +171,7 @@ class Batch:
             return None
         except DisaggError as error:
             disk = isinstance(error, OutputError) and isinstance(error.__cause__, OSError)
-            if disk or isinstance(error, StartError):  # not this request's fault
+            if disk or isinstance(error, GONE):  # not this request's fault
                 raise
             return record("failed", error=str(error))
         written = stat_of(path)

@@ -15,12 +15,13 @@ from disagg_ray.doctor.machine import Survey, survey
 from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model
 from disagg_ray.doctor.probe import Probe, check_link
 from disagg_ray.doctor.security import check_auth
+from disagg_ray.doctor.standing import examine_standing
 from disagg_ray.doctor.table import print_checks, to_json
 from disagg_ray.environment import ray_address, ray_auth_mode
 from disagg_ray.errors import DisaggError
 from disagg_ray.placement import Cluster, why_unreachable
 
-__all__ = ["Check", "examine", "exit_status", "print_checks", "to_json"]
+__all__ = ["Check", "examine", "examine_standing", "exit_status", "print_checks", "to_json"]
 
 logger = logging.getLogger("disagg_ray")
 

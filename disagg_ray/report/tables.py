@@ -104,14 +104,14 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
     _print(table)
 
 
-def print_standing(snapshots: Mapping[str, Snapshot | None]) -> None:
-    """Print how standing pipelines are; None: the supervisor does not answer."""
+def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
+    """Print how standing pipelines are; a word or two say so where no supervisor answers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
         table.add_column(column)
     for name, shown in snapshots.items():
-        if shown is None:
-            table.add_row(name, "-", "restarting")
+        if isinstance(shown, str):
+            table.add_row(name, "-", shown)
             continue
         stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}" for s in shown.stages)
         waiting = shown.queued + sum(s.waiting for s in shown.stages)
@@ -122,12 +122,12 @@ def print_standing(snapshots: Mapping[str, Snapshot | None]) -> None:
     _print(table)
 
 
-def standing_to_json(snapshots: Mapping[str, Snapshot | None]) -> str:
-    """Return how standing pipelines are, as a JSON list; a supervisor that does not answer is `restarting`."""
+def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
+    """Return how standing pipelines are, as a JSON list."""
 
-    def describe(name: str, shown: Snapshot | None) -> dict[str, object]:
-        if shown is None:
-            return {"name": name, "state": "restarting"}
+    def describe(name: str, shown: Snapshot | str) -> dict[str, object]:
+        if isinstance(shown, str):
+            return {"name": name, "state": shown}
         fields = {key: value for key, value in asdict(shown).items() if key != "config"}
         return fields | {"model": shown.config.model.path, "age_s": time.time() - shown.began}
 

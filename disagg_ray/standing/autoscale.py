@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from disagg_ray.config import StandingConfig
+
+if TYPE_CHECKING:
+    from disagg_ray.metrics import Reason
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Load:
 class Decision:
     stage: str
     replicas: int
-    reason: str
+    reason: Reason
+    detail: str
 
 
 @dataclass(eq=False)
@@ -69,7 +74,7 @@ class Scaler:
         number = min(math.ceil(load.outstanding_s / target), load.most, load.wanted + room)
         if now - memory.late_since < self._settings.patience_s or starting > 0 or number <= load.wanted:
             return None
-        return Decision(stage, number, f"a wait of {wait:.1f} s is predicted, target_wait_s is {target:g}")
+        return Decision(stage, number, "wait", f"a wait of {wait:.1f} s is predicted, target_wait_s is {target:g}")
 
     def _fewer(self, stage: str, load: Load, memory: _Memory, now: float) -> Decision | None:
         """Take away what was not needed for a while."""
@@ -83,5 +88,5 @@ class Scaler:
         number = max(load.least, memory.most_busy)
         if now - memory.spare_since < self._settings.idle_s or number >= load.wanted:
             return None
-        idle_s = self._settings.idle_s
-        return Decision(stage, number, f"at most {memory.most_busy} of {load.wanted} were busy for idle_s={idle_s:g} s")
+        detail = f"at most {memory.most_busy} of {load.wanted} were busy for idle_s={self._settings.idle_s:g} s"
+        return Decision(stage, number, "idle", detail)

@@ -16,7 +16,7 @@ from disagg_ray.fleet import Fleet
 from disagg_ray.graph import Graph
 from disagg_ray.messages import Charter, Description, Health, Leader, Recollection, ReplicaInfo
 from disagg_ray.metrics import Metrics
-from disagg_ray.placement import Actor, Post, ask
+from disagg_ray.placement import Actor, Post, ask, living
 
 logger = logging.getLogger("disagg_ray")
 
@@ -42,6 +42,7 @@ class StandingFleet(Fleet):
         metrics: Metrics,
     ) -> None:
         super().__init__(config, name, on_lost, on_hopeless, metrics, standing=True)
+        self._name = name
         self._revision = 0
         self._adopted: dict[Actor, ReplicaInfo] = {}
         self._launched: dict[str, StageConfig] = {}
@@ -60,17 +61,17 @@ class StandingFleet(Fleet):
         return described + await self._describe()
 
     async def _adopt(self) -> list[Description]:
-        living = sorted(self._placement.living(), key=lambda actor: -actor.incarnation)  # the latest takes the post
-        recalled = await asyncio.gather(*(self._recall(actor) for actor in living))
+        there = sorted(living(self._name), key=lambda actor: -actor.incarnation)  # the latest takes the post
+        recalled = await asyncio.gather(*(self._recall(actor) for actor in there))
         charters = [told.charter for told in recalled if told is not None and told.charter is not None]
         if charters:
             charter = max(charters, key=lambda charter: charter.revision)
             self._revision, self.config, self._placement.config = charter.revision, charter.config, charter.config
         described = []
         posts = {post.name: post for post in self._placement.posts()}
-        for actor in reversed(living):
+        for actor in reversed(there):
             self._incarnations[actor.name] = actor.incarnation + 1
-        for actor, told in zip(living, recalled, strict=True):
+        for actor, told in zip(there, recalled, strict=True):
             post = posts.get(actor.name)
             if post is None or told is None or (told.info is None and not told.fresh):
                 ray.kill(actor.handle)

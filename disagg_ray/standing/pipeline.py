@@ -19,7 +19,7 @@ from disagg_ray.errors import ConfigError, DisaggError
 from disagg_ray.fleet import Fleet
 from disagg_ray.handle import Handle
 from disagg_ray.journey import measure
-from disagg_ray.metrics import Metrics
+from disagg_ray.metrics import Metrics, Reason
 from disagg_ray.pipeline import Pipeline
 from disagg_ray.progress import Event
 from disagg_ray.request import ResolvedRequest
@@ -87,7 +87,7 @@ class Standing(Pipeline):
         least, most = self.config.stages[stage].min_replicas, self.config.stages[stage].max_replicas
         if least is not None and most is not None and not least <= replicas <= most:
             raise ConfigError(f"{stage}: {replicas} is outside its bounds, {least} to {most}; `up` can change them")
-        return self._change(_resized(self.config, stage, replicas), f"{replicas} were asked for")
+        return self._change(_resized(self.config, stage, replicas), "asked", f"{replicas} were asked for")
 
     def change(self, config: Config) -> Future[None]:
         """Become what another configuration says, replica by replica, losing no request.
@@ -100,17 +100,17 @@ class Standing(Pipeline):
             if stage.max_replicas is not None:  # what the load has decided stays as far as it can
                 number = max(stage.replicas, min(self.config.stages[name].replicas, stage.max_replicas))
                 config = _resized(config, name, number)
-        return self._change(config, "a new configuration was given")
+        return self._change(config, "config", "a new configuration was given")
 
-    def _change(self, config: Config, reason: str) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(self._become(config, reason), self._loop)
+    def _change(self, config: Config, reason: Reason, detail: str) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._become(config, reason, detail), self._loop)
 
-    async def _become(self, config: Config, reason: str) -> None:
+    async def _become(self, config: Config, reason: Reason, detail: str) -> None:
         for stage, settings in config.stages.items():
             before, after = self.config.stages[stage].num_replicas, settings.num_replicas
             if before != after:
-                logger.info("%s scales from %d to %d replicas: %s", stage, before, after, reason)
-                self._metrics.scaled(stage, before, after)
+                logger.info("%s scales from %d to %d replicas: %s", stage, before, after, detail)
+                self._metrics.scaled(stage, before, after, reason)
         self.config = config
         self._crew = replace(self._crew, config=config)
         await self.fleet.change(config)
@@ -130,7 +130,8 @@ class Standing(Pipeline):
                     continue
                 decision = scaler.decide(stage, self._load_of(stage), time.monotonic())
                 if decision is not None:
-                    await self._become(_resized(self.config, stage, decision.replicas), decision.reason)
+                    resized = _resized(self.config, stage, decision.replicas)
+                    await self._become(resized, decision.reason, decision.detail)
 
     def _load_of(self, stage: str) -> Load:
         settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]

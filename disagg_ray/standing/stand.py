@@ -15,12 +15,14 @@ from disagg_ray.config import Config
 from disagg_ray.connection import ANSWER_S, take_snapshot
 from disagg_ray.errors import DisaggError, InputError, StartError
 from disagg_ray.messages import Recollection
-from disagg_ray.placement import NOTICE_S, Placement, gather_ready
+from disagg_ray.placement import NOTICE_S, Placement, gather_ready, living
 from disagg_ray.roster import (
     NAMESPACE,
     check_name,
     find_replicas,
     find_supervisor,
+    gathering,
+    release_groups,
     standing,
     supervisor_name,
 )
@@ -105,9 +107,9 @@ def up_stage(name: str, stage: str, config: Config, *, here: bool) -> Snapshot |
 async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
     """Start a stage's replicas; return with which configuration each stage was started."""
     placement = Placement(config, name, standing=True)
-    living = placement.living()
-    told: list[Recollection] = await gather_ready(config, living, "recall")
-    found = {actor.stage: recalled.config for actor, recalled in zip(living, told, strict=True)}
+    there = living(name)
+    told: list[Recollection] = await gather_ready(config, there, "recall")
+    found = {actor.stage: recalled.config for actor, recalled in zip(there, told, strict=True)}
     if stage in found:
         raise InputError(f"--only: {stage} was started already")
     for other in found.values():
@@ -118,25 +120,27 @@ async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
     except BaseException:
         for actor in actors:
             ray.kill(actor.handle)
+        if not there:
+            release_groups(name)
         raise
     return found | {stage: config}
 
 
-def list_all() -> dict[str, Snapshot | None]:
-    """Return how each pipeline is, by name; None: its supervisor is being restarted."""
+def list_all() -> dict[str, Snapshot | str]:
+    """Return how each pipeline is, by name; of one without a supervisor that answers, in a word or two."""
     asked: dict[str, Any] = {}
     for name in standing():
         try:
             asked[name] = find_supervisor(name).snapshot.remote()
         except InputError:  # taken down meanwhile
             continue
-    deadline, answers = time.monotonic() + ANSWER_S, dict[str, Snapshot | None]()
+    deadline, answers = time.monotonic() + ANSWER_S, dict[str, Snapshot | str]()
     for name, answer in asked.items():
         try:
             answers[name] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.RayError:
-            answers[name] = None
-    return answers
+            answers[name] = "restarting"
+    return answers | {name: f"gathering: {', '.join(posts)}" for name, posts in gathering().items()}
 
 
 def scale(name: str, stage: str, replicas: int) -> None:
@@ -176,6 +180,7 @@ def _wipe(name: str, supervisor: ActorHandle[Any] | None) -> None:
         if time.monotonic() > deadline:
             raise StartError(f"{name}: its actors did not end within {END_S:g} s")
         time.sleep(0.1)
+    release_groups(name)
     Keep(name, 0, 0).clear()
 
 

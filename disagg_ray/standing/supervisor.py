@@ -25,7 +25,6 @@ from disagg_ray.handle import Handle
 from disagg_ray.messages import Health
 from disagg_ray.progress import Event
 from disagg_ray.result import Result
-from disagg_ray.roster import release_groups
 from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.standing.keep import Keep
 from disagg_ray.standing.pipeline import Standing
@@ -43,6 +42,12 @@ MAX_EVENTS = 1_000
 class _Entry:
     asked: Asked
     handle: Handle
+
+    def answers(self, asked: Asked) -> bool:
+        """Return whether it is the same request, and neither failed nor given up."""
+        future = self.handle._future
+        lost = future.done() and (future.cancelled() or future.exception() is not None)
+        return self.asked.request == asked.request and not lost
 
 
 class _Driver:
@@ -111,7 +116,8 @@ class Supervisor:
             driver = self._driver(run_id)
             await self._make_room(driver, asked, pipeline.config, wait=wait)
             entry = driver.entries.get(asked.request.id)
-            if entry is not None and entry.asked.request == asked.request:
+            if entry is not None and entry.answers(asked):
+                entry.asked = asked
                 return None
             if entry is not None:
                 entry.handle.cancel()
@@ -162,12 +168,16 @@ class Supervisor:
         driver = self._drivers.get(run_id)
         return driver is not None and request_id in driver.entries and driver.entries[request_id].handle.cancel()
 
-    async def listen(self, run_id: str, finished: list[str]) -> list[Event]:
+    async def listen(self, run_id: str, finished: list[tuple[str, str]]) -> list[Event]:
         """Hear that a driver lives and has these answers; return what became of its requests, after a while at most."""
         pipeline = await self._standing()
         driver = self._driver(run_id)
-        for request_id in finished:
-            if (entry := driver.entries.pop(request_id, None)) is not None:
+        for request_id, ticket in finished:
+            entry = driver.entries.get(request_id)
+            if entry is not None and entry.asked.ticket != ticket:
+                continue  # it was submitted again since
+            if entry is not None:
+                del driver.entries[request_id]
                 entry.handle.cancel()  # it may have been given up before it was taken on
             self._keep.drop(run_id, request_id)
         try:
@@ -257,5 +267,4 @@ class Supervisor:
             pipeline = await self._standing()
             await asyncio.to_thread(pipeline.drain, grace_s)
             await asyncio.to_thread(pipeline.close)
-        release_groups(self._name)
         self._keep.clear()

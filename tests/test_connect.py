@@ -1,0 +1,211 @@
+"""What a user does with a pipeline that stands: batches, signals, the doctor, metrics. One serves every test here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from disagg_ray import Connection, Pipeline, Request, cli
+from disagg_ray.batch.manifest import Record, read_manifest
+from disagg_ray.progress import Event
+from disagg_ray.standing import stand
+
+pytestmark = pytest.mark.proof
+
+T2V = "conf/tiny_t2v.yaml"
+NAME = "used"
+SETTINGS = ["failures.answer_s=5", "failures.shutdown_grace_s=1"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(cluster: None) -> Iterator[str]:
+    assert cli.main(["up", NAME, "--config", T2V, *SETTINGS]) == 0
+    yield NAME
+    assert cli.main(["down", NAME]) == 0
+
+
+def write_requests(folder: Path, number: int, **more: object) -> Path:
+    path = folder / "requests.jsonl"
+    small = {"prompt": "a red circle", "num_frames": 9, "num_inference_steps": 2, **more}
+    path.write_text("".join(json.dumps(small | {"id": f"clip-{n}"}) + "\n" for n in range(number)))
+    return path
+
+
+def generate(name: str, requests: Path, *more: str) -> list[str]:
+    return [
+        "generate", "--connect", name, "--requests", str(requests), "--output-dir", str(requests.parent / "out"), *more
+    ]  # fmt: skip
+
+
+def records(out: Path) -> dict[str, Record]:
+    return {record.id: record for record in read_manifest(out)}
+
+
+def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.2)
+
+
+def test_a_batch_is_that_of_a_pipeline_of_ones_own_and_its_second_run_makes_nothing(
+    pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, out, own = write_requests(tmp_path, 4), tmp_path / "out", tmp_path / "own"
+    assert cli.main(generate(pipeline, requests, "--trace", str(tmp_path / "trace.json"))) == 0
+    arguments = ["--config", T2V, "--requests", str(requests), "--output-dir", str(own), "fused=true"]
+    assert cli.main(["generate", *arguments]) == 0
+    for name, record in records(out).items():
+        assert (record.sha256, record.content, record.setup) == (
+            records(own)[name].sha256, records(own)[name].content, records(own)[name].setup,
+        )  # fmt: skip
+        assert [timing.stage for timing in record.stages] == ["encoder", "transformer", "decoder"]
+    names = {span.get("name") for span in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert any("clip-3" in str(name) for name in names)
+    capsys.readouterr()
+    assert cli.main(generate(pipeline, requests, "--verify")) == 0
+    assert "0 done, 4 done before" in capsys.readouterr().out
+    assert cli.main(["report", str(out)]) == 0
+
+
+def test_sigterm_ends_a_batch_and_the_next_run_goes_on(
+    pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, out = write_requests(tmp_path, 12, num_frames=17), tmp_path / "out"
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-m", "disagg_ray.cli", *generate(pipeline, requests)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        shown = []
+        for line in child.stderr:
+            shown.append(line)
+            if " of 12 videos done" in line:
+                break
+        child.send_signal(signal.SIGTERM)
+        shown += list(child.stderr)
+        assert child.wait(60) == 143, shown
+    assert any("stopping: told to stop; what runs gets 1 s" in line for line in shown)
+    made = len(records(out))
+    assert 1 <= made < 12
+    assert cli.main(generate(pipeline, requests)) == 0
+    assert f"{12 - made} done, {made} done before, 0 failed" in capsys.readouterr().out
+    assert {path.stem for path in out.glob("*.mp4")} == set(records(out))
+
+
+def test_what_was_denoised_when_a_driver_stopped_is_only_decoded_by_the_next(pipeline: str) -> None:
+    decoding = threading.Event()
+
+    def watch(event: Event) -> None:
+        if (event.stage, event.state) == ("decoder", "running"):
+            decoding.set()
+
+    request = Request(prompt="a cat", seed=1, height=128, width=128, num_frames=17, num_inference_steps=2, id="cut")
+    with Pipeline.connect(pipeline, run_id="stopped", on_event=watch) as first:
+        handle = first.submit(request)
+        assert decoding.wait(60)
+        first.drain(0)
+        assert handle.done()
+    with Pipeline.connect(pipeline, run_id="stopped") as second:
+        assert [timing.stage for timing in second.generate(request).stages] == ["decoder"]
+
+
+def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, out = write_requests(tmp_path, 40), tmp_path / "out"
+    assert cli.main(["up", "brief", "--config", T2V, "fused=true"]) == 0
+
+    def end() -> None:
+        wait_until((out / "clip-0.mp4").exists, "nothing was made")
+        stand.down("brief", 0.0)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    status = cli.main(generate("brief", requests))
+    thread.join()
+    shown = capsys.readouterr().out
+    assert status == 1
+    assert "stopped: " in shown
+    assert "run it again to go on" in shown
+    assert {record.status for record in records(out).values()} == {"done"}
+
+
+def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> None:
+    request = Request(prompt="a cat", seed=1, num_frames=5, num_inference_steps=2, id="again")
+    with Pipeline.connect(pipeline) as connection:
+        assert len({connection.generate(request).data for _ in range(12)}) == 1
+
+
+REFUSED = [
+    (["--connect", "us"], "no pipeline 'us' stands here; there are: used"),
+    (["--connect", NAME, "--config", T2V], "--config: give it, or the NAME of a standing pipeline as --connect"),
+    (["--connect", NAME, "stages.transformer.replicas=2"], "stages.transformer.replicas=2 has no effect"),
+    (["--connect", NAME], "1 lines of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
+def test_a_batch_that_cannot_be_is_refused_before_any_work(
+    pipeline: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = write_requests(tmp_path, 1, height=1024, width=1024)
+    given = ["--requests", str(requests), "--output-dir", str(tmp_path / "out")]
+    assert cli.main(["generate", *arguments, *given]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown.splitlines()[-1]
+    assert ("1024x1024 is over limits.max_pixels=65536" in shown) == (message == "1 lines of")
+
+
+def diagnose(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Return the status of each of the doctor's checks."""
+    capsys.readouterr()
+    status = cli.main(["doctor", "--connect", NAME, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["status"] == status
+    return {check["name"]: check["status"] for check in told["checks"]}
+
+
+def test_the_doctor_asks_every_replica_and_a_silent_one_is_replaced(
+    pipeline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["supervisor", "encoder", "transformer", "decoder", "decoder-0", "encoder-0", "transformer-0", "video"]
+    found = diagnose(capsys)
+    assert list(found) == names
+    assert "fail" not in found.values()
+    with Connection(pipeline) as connection:
+        (silent,) = (replica.pid for replica in connection.replicas if replica.stage == "decoder")
+        os.kill(silent, signal.SIGSTOP)
+        found = diagnose(capsys)
+        assert (found["decoder-0"], found["video"]) == ("fail", "ok")
+        assert connection.num_restarts["decoder"] == 1
+    assert diagnose(capsys)["decoder-0"] != "fail"
+    assert cli.main(["doctor", "--connect", NAME, "--config", T2V]) == 2
+    assert cli.main(["doctor", "--connect", "nobody"]) == 2
+
+
+def test_metrics_are_those_of_the_supervisor(pipeline: str) -> None:
+    with Connection(pipeline) as connection:
+        connection.generate(Request(prompt="a cat", num_frames=9, num_inference_steps=2))
+        node = next(node for node in ray.nodes() if node["NodeManagerAddress"] == connection.snapshot().address)
+
+    def scraped() -> str:
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def is_counted() -> bool:
+        lines = [line for line in scraped().splitlines() if line.startswith("ray_disagg_ray_requests_total{")]
+        return any('outcome="done"' in line and float(line.split()[-1]) >= 1 for line in lines)
+
+    wait_until(is_counted, "no request is counted")
