@@ -24,6 +24,7 @@ from disagg_ray.handle import Handle
 from disagg_ray.holdings import Holdings
 from disagg_ray.journey import Crew, Journey, measure
 from disagg_ray.loading import load_config
+from disagg_ray.memory import trim
 from disagg_ray.messages import Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics, Outcome
 from disagg_ray.placement import Actor, Cluster
@@ -35,7 +36,7 @@ from disagg_ray.video import to_array
 logger = logging.getLogger("disagg_ray")
 
 COUNT_S = 5.0
-"""How often the metrics' gauges are set; Ray forgets one after 20 s."""
+"""How often the metrics' gauges are set, which Ray forgets after 20 s, and free memory is given back."""
 
 
 class Pipeline(Driver):
@@ -242,6 +243,7 @@ class Pipeline(Driver):
         while True:
             self._fleet.count()
             self._metrics.refresh()
+            await asyncio.to_thread(trim)
             await asyncio.sleep(COUNT_S)
 
     def note_written(self, seconds: float) -> None:
