@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 Check = tuple[str, object, bool, str]
@@ -99,11 +99,11 @@ def tile_tensors(num_parts: int) -> tuple[str, ...]:
     return tuple(f"{TILES}{number}" for number in range(1, num_parts + 1))
 
 
-def part_checks(stages: Iterable[tuple[str, Sequence[str], VaeConfig]]) -> Iterator[Check]:
+def part_checks(stages: Sequence[tuple[str, Sequence[str], VaeConfig]]) -> Iterator[Check]:
     """Yield what is wrong with a decode in parts; a stage is given by its key, its blocks and its VAE's options."""
     found = sorted(block for _, blocks, _ in stages for block in blocks if block.split(".")[0] in ("decode", BLEND))
-    if found in ([], ["decode"]):
-        return
+    if set(found) <= {"decode"}:
+        return  # how many there must be is the graph's affair
     num_parts = max([2, *(part[1] for block in found if (part := parse_part(block)))])
     parts = [f"decode.{number}of{num_parts}" for number in range(1, num_parts + 1)]
     remedy = f"write decode alone, or {', '.join(parts)} and {BLEND}, each once"
