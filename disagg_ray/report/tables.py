@@ -38,30 +38,25 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
     replica.
     """
     request = result.request
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=(
+    title = (
         f"request {request.id}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"{request.num_inference_steps} steps, seed {request.seed}, {result.seconds:.2f} s"
-    ))  # fmt: skip
-    table.add_column("replica")
-    for column in ("queue s", "pull s", "compute s", "publish s", "encode s", "pulled"):
-        table.add_column(column, justify="right")
-    table.add_column("route")
-    table.add_column("pool", justify="right")
-    table.add_column("GPU peak", justify="right")
-    table.add_column("weights")
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("seconds", no_wrap=True)
+    for column in ("queue", "pull", "compute", "publish", "encode", "pulled"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("route", no_wrap=True)
+    held = []
     for timing in result.stages:
+        name = timing.replica if timing.replica != "local" else timing.stage
         seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s, timing.encode_s)
-        held = weights.get(timing.replica) or weights.get(timing.stage) or {}
-        table.add_row(
-            timing.replica if timing.replica != "local" else timing.stage,
-            *(f"{value:.3f}" for value in seconds),
-            human_bytes(timing.pulled_bytes),
-            timing.route,
-            human_bytes(pools[timing.replica]) if timing.replica in pools else "-",
-            human_bytes(timing.peak_bytes) if timing.peak_bytes else "-",
-            ", ".join(f"{name} {human_bytes(nbytes)}" for name, nbytes in held.items()),
-        )
-    _print(table)
+        table.add_row(name, *(f"{value:.3f}" for value in seconds), human_bytes(timing.pulled_bytes), timing.route)
+        parts = dict(weights.get(timing.replica) or weights.get(timing.stage) or {})
+        parts |= {"pool": pools[timing.replica]} if timing.replica in pools else {}
+        parts |= {"GPU peak": timing.peak_bytes} if timing.peak_bytes else {}
+        held.append(f"{name} holds " + ", ".join(f"{part} {human_bytes(nbytes)}" for part, nbytes in parts.items()))
+    _print(title, table, *held)
 
 
 def print_profile(profile: Profile) -> None:
@@ -134,11 +129,12 @@ def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
     return json.dumps([describe(name, shown) for name, shown in snapshots.items()], indent=2)
 
 
-def _print(table: Table) -> None:
+def _print(*shown: Table | str) -> None:
     console = Console(markup=False)  # an id may hold brackets
     if not console.is_terminal:
         console.width = 160  # a log has no width of its own
-    console.print(table)
+    for each in shown:
+        console.print(each)
 
 
 def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
