@@ -8,7 +8,7 @@ demo:
 test: check
 	.venv/bin/python -m pytest
 
-proof: # replicas, drivers and nodes that die, stages that stay up, two hosts: some ten minutes more
+proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some twenty minutes
 	@.ci/setup test
 	.venv/bin/python -m pytest -m proof
 

@@ -134,7 +134,7 @@ def is_numbers(values: list[float]) -> bool:
     return bool(values) and all(map(math.isfinite, values))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_every_expression_of_dashboard_and_rules_gives_numbers_from_a_live_run(query: Query) -> None:
     recorded = [rule[key] for rule in rules() for key in ("record", "expr") if "record" in rule]
     alerts = [bounded(rule) for rule in rules() if "alert" in rule]
@@ -143,14 +143,14 @@ def test_every_expression_of_dashboard_and_rules_gives_numbers_from_a_live_run(q
     assert query("ALERTS") == []
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_every_metric_arrives_under_the_name_it_is_declared_with(query: Query) -> None:
     suffixed = [f"{name}_{suffix}" for name in metrics.HISTOGRAMS for suffix in ("bucket", "sum", "count")]
     names = [*metrics.COUNTERS, *metrics.GAUGES, *suffixed]
     assert without_numbers(query, [f"ray_disagg_ray_{name}" for name in names]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_seconds_are_exact(query: Query) -> None:
     """In one scrape they all stand at the same number of reports; Ray may cut one report in two, so look again."""
     once = {"wait": 1.5, "pull": 0.75, "compute": 2.1, "publish": 0.375, "encode": 0.6, "write": 0.03}
@@ -164,7 +164,7 @@ def test_seconds_are_exact(query: Query) -> None:
         time.sleep(1)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_real_run_is_counted(query: Query) -> None:
     """Three videos of four guided steps; the negative prompt is encoded once."""
     one_each = {"encoder": 1.0, "transformer": 1.0, "decoder": 1.0}
@@ -193,7 +193,7 @@ def by_stage(query: Query, expression: str) -> dict[str, float]:
     return {labels.get("stage", ""): value for labels, value in found}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_events_that_have_not_happened_read_zero(query: Query) -> None:
     never = 'sum by (stage, cause) (round(ray_disagg_ray_attempts_total{cause="died"}))'
     assert without_numbers(query, [never]) == []
