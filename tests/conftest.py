@@ -29,6 +29,17 @@ def image() -> Callable[..., Image.Image]:
     return make_image
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Frames are equal only for equal thread counts, and tensors this small lose by waiting for a second thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Give one local Ray for the whole session, with CPUs enough that no pipeline waits for another.

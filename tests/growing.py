@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import helpers
 import psutil
 import ray
+from helpers import free_port
 
 from disagg_ray import Connection, Pipeline, Request, cli
+from disagg_ray.placement import why_unreachable
 from disagg_ray.roster import find_replicas, standing
 from disagg_ray.standing import stand
 
@@ -52,12 +55,6 @@ def cluster_config(address: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def growing_cluster(folder: Path) -> Iterator[str]:
     """Start a head with an autoscaler, as a process of its own; give its address."""
@@ -73,7 +70,7 @@ def growing_cluster(folder: Path) -> Iterator[str]:
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen([RAY, "start", "--head", "--block", *options], env=environment, stdout=log, stderr=log)
         try:
-            wait_until(lambda: answers(address) or head.poll() is not None, "the head did not come up")
+            wait_until(lambda: not why_unreachable(address) or head.poll() is not None, "the head did not come up")
             assert head.poll() is None, (folder / "head.log").read_text()
             yield address
         finally:
@@ -85,20 +82,7 @@ def growing_cluster(folder: Path) -> Iterator[str]:
                     process.kill()
 
 
-def answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), 1).close()
-    except OSError:
-        return False
-    return True
-
-
-def wait_until(condition: Callable[[], bool], failure: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.5)
+wait_until = partial(helpers.wait_until, timeout_s=DEADLINE_S)
 
 
 def num_nodes() -> int:

@@ -3,10 +3,9 @@
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -91,16 +90,3 @@ class Peer(AbstractContextManager["Peer"]):
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-
-def free_ports(count: int) -> str:
-    """Return a range of ports that nobody listens on."""
-    for first in range(21000, 30000, count):
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind((HOST, port))
-            except OSError:
-                continue
-        return f"{first}-{first + count - 1}"
-    raise AssertionError("every port is taken")

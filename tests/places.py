@@ -11,10 +11,10 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import helpers
 import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
@@ -44,11 +44,7 @@ def disagg_ray(*arguments: str, status: int = 0) -> str:
     return out.getvalue() + err.getvalue()
 
 
-def wait_until(condition: Callable[[], bool], failure: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.2)
+wait_until = partial(helpers.wait_until, timeout_s=DEADLINE_S)
 
 
 def nodes_of(name: str) -> dict[str, str]:

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import helpers
 import pytest
 import ray
 
@@ -52,11 +53,7 @@ def records(out: Path) -> dict[str, Record]:
     return {record.id: record for record in read_manifest(out)}
 
 
-def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.2)
+wait_until = partial(helpers.wait_until, timeout_s=60.0)
 
 
 def test_a_batch_is_that_of_a_pipeline_of_ones_own_and_its_second_run_makes_nothing(

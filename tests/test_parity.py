@@ -181,13 +181,7 @@ class Split:
         return {name: nbytes for name, nbytes in (used | {"driver": self.pool.bytes_in_use}).items() if nbytes}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Frames are equal only for equal thread counts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

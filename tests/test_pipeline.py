@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import ray
 import torch
+from helpers import free_ports
 from hypothesis import given
 from hypothesis import strategies as st
-from peer import free_ports
 from PIL import Image
 from tiny_world import judge
 

@@ -9,14 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import helpers
 import psutil
 import pytest
 import ray
@@ -67,11 +67,7 @@ def video() -> Callable[[int], bytes | None]:
     return cache(lambda steps=6: local.generate(ask("local", steps=steps)).data)
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + SURE
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
+wait_until = partial(helpers.wait_until, timeout_s=SURE)
 
 
 def pid_of(pipeline: Pipeline, name: str) -> int:

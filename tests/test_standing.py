@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import helpers
 import numpy as np
 import psutil
 import pytest
@@ -52,11 +52,7 @@ def local() -> Callable[[Request], bytes]:
     return cache(lambda request: alone.generate(request).data)
 
 
-def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.1)
+wait_until = partial(helpers.wait_until, timeout_s=30.0)
 
 
 def is_empty(connection: Connection) -> bool:
@@ -170,7 +166,7 @@ def test_replicas_are_added_and_retired_while_requests_run(pipeline: str, local:
         assert [handle.result(60).data for handle in handles] == [local(small(seed)) for seed in range(4)]
         wait_until(lambda: count(connection, "transformer") == 1, "no replica retired")
         assert cli.main(["scale", pipeline, "transformer=2"]) == 0
-        wait_until(lambda: count(connection, "transformer") == 2, "no replica was added", 90)
+        wait_until(lambda: count(connection, "transformer") == 2, "no replica was added", timeout_s=90)
         assert connection.num_restarts == {"encoder": 0, "transformer": 0, "decoder": 0}
 
 
@@ -183,7 +179,7 @@ def test_a_new_configuration_replaces_replicas_without_losing_requests(
         assert cli.main(["up", pipeline, "--config", T2V, *SETTINGS, "stages.encoder.cache_bytes=1000000"]) == 0
         assert [handle.result(120).data for handle in handles] == [local(small(seed)) for seed in range(4)]
         old = before["encoder-0"]
-        wait_until(lambda: pids(connection).get("encoder-0", old) != old, "the encoder is not replaced", 90)
+        wait_until(lambda: pids(connection).get("encoder-0", old) != old, "the encoder is not replaced", timeout_s=90)
         assert connection.generate(small(9)).data == local(small(9))
         after = pids(connection)
     assert {name for name in before if after[name] != before[name]} == {"encoder-0"}

@@ -40,13 +40,7 @@ def parts(number: int) -> tuple[str, ...]:
     return ("stages.decoder=null", *shares, "stages.join.blocks=[blend]")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Frames are equal only for equal thread counts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

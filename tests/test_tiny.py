@@ -1,7 +1,6 @@
 """The world of the tiny models: its judge, its training script, its VAE pass."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,7 @@ from tiny_world import HELD_OUT, TRAINING, agreement, held_out_prompts, judge, r
 
 from disagg_ray.models import tiny
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more by waiting for a second thread than they gain."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_judge_reads_the_truth_and_shuffled_captions_score_as_chance() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peer import HOST, TRANSPORT, Peer, flip_bit, free_ports, make_tensors, publish
+from helpers import free_ports
+from peer import HOST, TRANSPORT, Peer, flip_bit, make_tensors, publish
 
 from disagg_ray.config import TransportConfig
 from disagg_ray.errors import ConfigError, PoolError, TransferError

@@ -1,0 +1,36 @@
+"""What tests, and the scripts that they run, share beside fixtures: waiting with a deadline, free ports."""
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+HOST = "127.0.0.1"
+
+
+def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float) -> None:
+    """Look until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, failure
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def free_ports(count: int) -> str:
+    """Return a range of ports that nobody listens on."""
+    for first in range(21000, 30000, count):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind((HOST, port))
+            except OSError:
+                continue
+        return f"{first}-{first + count - 1}"
+    raise AssertionError("every port is taken")
