@@ -6,8 +6,10 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -37,7 +39,15 @@ from disagg_ray.doctor.machine import (
 from disagg_ray.doctor.memory import Need, Needs, check_gpu_memory, check_host_memory, check_model, measure
 from disagg_ray.doctor.probe import Link, Measured, Opened, Probe, check_link
 from disagg_ray.doctor.probe import measure as measure_pull
-from disagg_ray.doctor.security import Port, check_auth, check_dashboard, check_mooncake_ports, check_ports, check_token
+from disagg_ray.doctor.security import (
+    Port,
+    check_auth,
+    check_dashboard,
+    check_metrics_ports,
+    check_mooncake_ports,
+    check_ports,
+    check_token,
+)
 from disagg_ray.doctor.software import (
     Gpu,
     Gpus,
@@ -201,6 +211,26 @@ def test_open_ports_without_a_token_are_listed() -> None:
     assert check_ports([mine, guarded]).status == "ok"
     assert check_ports([mine, guarded, free]).detail.endswith("from other machines: gcs_server [::]:1003")
     assert check_ports([]).status == "skipped"
+
+
+def test_ports_that_tell_metrics_to_anybody_are_a_warning() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == "/metrics"
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("0.0.0.0", 0), Handler) as server, socket.create_server(("0.0.0.0", 0)) as silent:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told, kept = (Port("agent", "0.0.0.0", number) for number in (server.server_port, silent.getsockname()[1]))
+        check = check_metrics_ports([told, kept, replace(told, owner="worker"), replace(told, address="127.0.0.1")])
+        server.shutdown()
+    assert (check.status, check.detail.endswith(f"token or not: agent 0.0.0.0:{told.number}")) == ("warn", True)
+    assert check_metrics_ports([kept]).status == "skipped"
 
 
 def test_a_dashboard_off_loopback_is_a_warning() -> None:
@@ -373,6 +403,7 @@ def test_a_cluster_is_surveyed_and_its_probes_are_gone_afterwards(cluster: None)
     assert [check.status for check in links] == ["ok", "ok"]
     assert all("GB/s; auto takes tcp" in check.detail for check in links)
     assert {checks[name].status for name in ("nodes", "versions", "clock", "libibverbs", "ray ports")} == {"ok"}
+    assert (checks["ray metrics"].status, "agent " in checks["ray metrics"].detail) == ("warn", True)
     assert len([each for each in found if isinstance(each, Survey)]) == 1
 
 

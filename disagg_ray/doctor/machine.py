@@ -13,7 +13,7 @@ import psutil
 
 from disagg_ray.config import TransportConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
-from disagg_ray.doctor.security import check_dashboard, check_ports, check_token, listening_ports
+from disagg_ray.doctor.security import check_dashboard, check_metrics_ports, check_ports, check_token, listening_ports
 from disagg_ray.doctor.software import (
     Gpu,
     check_gpus,
@@ -65,6 +65,7 @@ def survey(transport: TransportConfig, pool_bytes: int | None, *, sees_gpus: boo
         check_disk(),
         check_token(ray_token_path()),
         check_ports(ports),
+        check_metrics_ports(ports),
         check_dashboard(ports),
     )
     return Survey(checks, versions(), gpus.devices, psutil.virtual_memory().total)

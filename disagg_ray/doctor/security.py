@@ -6,6 +6,8 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -17,8 +19,11 @@ OWNERS = {
     "gcs_server": "gcs_server",
     "raylet/raylet": "raylet",
     "dashboard/dashboard.py": "dashboard",
+    "autoscaler/_private/monitor.py": "autoscaler",
     "dashboard/agent.py": "agent",
+    "ray::DashboardAgent": "agent",
     "runtime_env/agent": "runtime env agent",
+    "ray::RuntimeEnvAgent": "runtime env agent",
     "ray.util.client.server": "client server",
     "ray::": "worker",
 }
@@ -26,6 +31,10 @@ OWNERS = {
 
 PORT_RETRIES = 50
 """How far from the port it is given the dashboard goes for a free one."""
+
+METRICS_OWNERS = ("agent", "autoscaler", "dashboard metrics")
+METRICS_S = 2.0
+"""How long a port may take to tell metrics."""
 
 MOST_LISTED = 4
 
@@ -113,6 +122,31 @@ def check_ports(ports: Sequence[Port]) -> Check:
         "ray ports", f"without a token, and reachable from other machines: {_listed(reachable)}",
         "RAY_AUTH_MODE=token ray start ..., on every node; else close these ports to other networks",
     )  # fmt: skip
+
+
+def check_metrics_ports(ports: Iterable[Port]) -> Check:
+    """Say which ports tell Ray's metrics: they answer without the token that the process asks for elsewhere."""
+    found = [port for port in ports if port.owner in METRICS_OWNERS and port.is_open and _tells_metrics(port)]
+    if not found:
+        return skipped("ray metrics", "no port tells them here")
+    return warn(
+        "ray metrics", f"whoever connects reads names of models, replicas and requests, token or not: {_listed(found)}",
+        "let the firewall admit only Prometheus and the nodes to these ports",
+    )  # fmt: skip
+
+
+def _tells_metrics(port: Port) -> bool:
+    address = ip_address(port.address.partition("%")[0].removeprefix("::ffff:"))
+    own = {4: "127.0.0.1", 6: "::1"}[address.version]
+    connection = HTTPConnection(own if address.is_unspecified else str(address), port.number, timeout=METRICS_S)
+    try:
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        return answer.status == HTTPStatus.OK and answer.getheader("Content-Type", "").startswith("text/plain")
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def check_dashboard(ports: Iterable[Port]) -> Check:
