@@ -187,6 +187,11 @@ class Connection(Driver):
         """How often a replica was replaced since the supervisor started, by stage."""
         return self.snapshot().num_restarts
 
+    @property
+    def driver_bytes_in_use(self) -> int:
+        """Bytes of the supervisor's own pool that requests take, of all drivers."""
+        return self.snapshot().driver_bytes_in_use
+
     def drain(self, grace_s: float) -> None:
         """Submit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
         self._closed = True

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from disagg_ray.config import Config
 from disagg_ray.handle import Handle, gather
-from disagg_ray.messages import ReplicaInfo
+from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.progress import Event, Listener
 from disagg_ray.request import Request
 from disagg_ray.result import Result
@@ -52,6 +52,15 @@ class Driver(ABC):
     @abstractmethod
     def replicas(self) -> tuple[ReplicaInfo, ...]:
         """Those that serve now."""
+
+    @abstractmethod
+    def health(self) -> dict[str, Health]:
+        """Ask every replica how it is, by name; those that turn out to be lost are left out."""
+
+    @property
+    @abstractmethod
+    def driver_bytes_in_use(self) -> int:
+        """Bytes that requests take of the pool where the driver of the replicas holds tensors."""
 
     @property
     def pools(self) -> dict[str, int]:

@@ -89,7 +89,7 @@ class Journey:
         self._outputs: dict[str, _Output] = {}
         self._held: dict[str, _Output] = {}
         """Copies of latents in the driver's pool, by the stage that made them."""
-        self._running: dict[str, asyncio.Task[_Output | None]] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
         self._queued: set[str] = set()
         """Running stages that no replica has taken yet."""
         self._holding: dict[str, asyncio.Task[None]] = {}
@@ -161,8 +161,7 @@ class Journey:
             for stage in [stage for stage, hold in self._holding.items() if hold.done()]:
                 self._holding.pop(stage).result()
             for stage in [stage for stage, attempt in self._running.items() if attempt.done()]:
-                if (output := self._running.pop(stage).result()) is not None:
-                    self._arrive(stage, output)
+                self._running.pop(stage).result()
             self._release_spent()
 
     def _missing(self, last: str) -> list[str]:
@@ -204,8 +203,8 @@ class Journey:
             if consumers and stage != kept and last not in consumers and all(safe):
                 self._release(self._outputs.pop(stage))
 
-    async def _attempt(self, stage: str) -> _Output | None:
-        """Have a stage computed on the replica that the scheduler says; None: it did not come about this time."""
+    async def _attempt(self, stage: str) -> None:
+        """Have a stage computed on the replica that the scheduler says; it may not come about this time."""
         began, turn, visit = time.monotonic(), Turn(), None
         work, shape = measure(self.request, self._config.stages[stage].blocks)
         job = Job(self.request.id, work, shape, self.request.priority, self._sequence, turn.move)
@@ -222,13 +221,12 @@ class Journey:
         except (TransferError, ReplicaLost, StageError, PoolError, Cancelled) as error:
             scheduler.withdraw(job, time.monotonic())  # the replica need not pause
             await self._note_failure(stage, visit, error)
-            return None
         except asyncio.CancelledError:
             self._end(stage, "cancelled", "cancelled")
             raise
         else:
             self._note_success(stage, reply.timing, time.monotonic() - began)
-            return output
+            self._arrive(stage, output)  # at once: a request that is cancelled now has to release it
         finally:
             self._queued.discard(stage)
             scheduler.withdraw(job, time.monotonic())
@@ -374,14 +372,22 @@ class Journey:
 
     async def _leave(self) -> None:
         """Leave nothing behind, here or at any replica."""
-        tasks = [*self._running.values(), *self._holding.values()]
+        tasks: list[asyncio.Future[None]] = [*self._running.values(), *self._holding.values()]
         for task in tasks:
             task.cancel()
         for output in self._outputs.values():
-            self._release(output)
+            if output.holder is not None:
+                self._release(output)
+        if self._saving is None:
+            self._release_held()
+        else:
+            self._saving.add_done_callback(self._release_held)  # what is being written must stay as it is
+            tasks.append(asyncio.shield(self._saving))
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _release_held(self, _: object = None) -> None:
         for key in self._keys:
             self._holdings.release(key)
-        await asyncio.gather(*tasks, *([self._saving] if self._saving else []), return_exceptions=True)
 
 
 def measure(request: ResolvedRequest, blocks: list[str]) -> tuple[float, tuple[int, ...]]:

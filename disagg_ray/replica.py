@@ -204,6 +204,8 @@ class Replica:
         if outputs.frames is not None:
             with self._changed:
                 self._frames[task.key] = outputs.frames
+        if self._pool.is_released(task.key):  # since it was published: nobody will fetch it
+            raise Cancelled(f"request {request.id} was given up when it was done")
         timing = StageTiming(
             stage=self._stage.name,
             replica=self.name,

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from disagg_ray.driver import Driver
+
 HOST = "127.0.0.1"
 
 
@@ -13,6 +15,21 @@ def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float) ->
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, failure
+        time.sleep(0.05)
+
+
+def bytes_in_use(driver: Driver) -> dict[str, int]:
+    """Return what requests take of the pools, by replica, those of nothing left out."""
+    used = {name: health.bytes_in_use for name, health in driver.health().items()}
+    used["driver"] = driver.driver_bytes_in_use
+    return {name: count for name, count in used.items() if count}
+
+
+def wait_until_empty(driver: Driver, timeout_s: float) -> None:
+    """Releases are sent without waiting for their answer; a leak never goes away."""
+    deadline = time.monotonic() + timeout_s
+    while used := bytes_in_use(driver):
+        assert time.monotonic() < deadline, f"slots leaked: {used}"
         time.sleep(0.05)
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import helpers
 import numpy as np
 import pytest
 import ray
@@ -18,8 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_world import judge
 
-from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
+from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError, journey
 from disagg_ray.config import LimitsConfig
+from disagg_ray.journey import Journey
+from disagg_ray.latents import write_latents
+from disagg_ray.result import StageTiming
 from disagg_ray.stage import frame_bytes, frames_in_piece, most_piece_bytes
 from disagg_ray.video import quantise
 
@@ -38,7 +46,7 @@ LONG = Request(prompt=PROMPT, height=128, width=128, num_frames=17, num_inferenc
 
 @pytest.fixture(scope="module")
 def pipeline(cluster: None) -> Iterator[Pipeline]:
-    with Pipeline.from_config(T2V, f"transport.port_range={free_ports(40)}") as started:
+    with Pipeline.from_config(T2V, f"transport.port_range={free_ports(400)}") as started:
         yield started
 
 
@@ -47,13 +55,7 @@ def local() -> LocalPipeline:
     return LocalPipeline.from_config(T2V)
 
 
-def wait_until_empty(pipeline: Pipeline, timeout_s: float = 20.0) -> None:
-    """Releases are sent without waiting for their answer; a leak never goes away."""
-    deadline = time.monotonic() + timeout_s
-    while used := {name: h.bytes_in_use for name, h in pipeline.health().items() if h.bytes_in_use}:
-        assert time.monotonic() < deadline, f"slots leaked: {used}"
-        time.sleep(0.05)
-    assert pipeline.driver_bytes_in_use == 0
+wait_until_empty = partial(helpers.wait_until_empty, timeout_s=20.0)
 
 
 def test_split_frames_equal_local_frames(pipeline: Pipeline, local: LocalPipeline) -> None:
@@ -163,6 +165,48 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
     pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
     assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
     wait_until_empty(pipeline)
+
+
+@pytest.mark.parametrize("stage", ["encoder", "transformer", "decoder"])
+def test_cancel_at_the_moment_a_stage_is_done_frees_its_slots(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    note_success = Journey._note_success
+
+    def cancel(self: Journey, done: str, timing: StageTiming, elapsed: float) -> None:
+        note_success(self, done, timing, elapsed)
+        if done == stage:
+            next(task for task, other in pipeline._journeys.items() if other is self).cancel()
+
+    monkeypatch.setattr(Journey, "_note_success", cancel)
+    with pytest.raises(Cancelled):
+        pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
+    wait_until_empty(pipeline)
+
+
+def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    began, go = threading.Event(), threading.Event()
+
+    def write(*arguments: Any) -> None:
+        began.set()
+        assert go.wait(60)
+        write_latents(*arguments)
+
+    monkeypatch.setattr(journey, "write_latents", write)
+    handle = pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=1), latents_file=tmp_path / "latents")
+    assert began.wait(60)
+    running = next(iter(pipeline._journeys))
+    for _ in range(2):  # as by a caller that does not wait, and then by the end of the pipeline
+        pipeline._loop.call_soon_threadsafe(running.cancel)
+        time.sleep(0.2)
+    with pytest.raises(Cancelled):
+        handle.result(10)
+    assert pipeline.driver_bytes_in_use > 0
+    go.set()
+    wait_until_empty(pipeline)
+    assert (tmp_path / "latents").exists()
 
 
 def test_cancel_of_a_waiting_request_leaves_the_others(pipeline: Pipeline) -> None:

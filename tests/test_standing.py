@@ -53,12 +53,7 @@ def local() -> Callable[[Request], bytes]:
 
 
 wait_until = partial(helpers.wait_until, timeout_s=30.0)
-
-
-def is_empty(connection: Connection) -> bool:
-    return not any(health.bytes_in_use for health in connection.health().values()) and not (
-        connection.snapshot().driver_bytes_in_use
-    )
+wait_until_empty = partial(helpers.wait_until_empty, timeout_s=30.0)
 
 
 def pids(connection: Connection) -> dict[str, int]:
@@ -80,7 +75,7 @@ def test_results_equal_those_of_one_process(pipeline: str, local: Callable[[Requ
         assert results == {request.seed: local(request) for request in requests}
         raw = connection.generate(small(1, format="npy")).frames
         assert np.array_equal(raw, LocalPipeline.from_config(T2V).generate(small(1, format="npy")).frames)
-        wait_until(lambda: is_empty(connection), "slots leaked")
+        wait_until_empty(connection)
 
 
 def test_a_dead_supervisor_comes_back_to_its_replicas_and_loses_no_request(
@@ -94,7 +89,7 @@ def test_a_dead_supervisor_comes_back_to_its_replicas_and_loses_no_request(
         after = connection.snapshot()
         assert after.pid != before.pid
         assert {replica.pid for replica in after.replicas} == {replica.pid for replica in before.replicas}
-        wait_until(lambda: is_empty(connection), "slots leaked")
+        wait_until_empty(connection)
 
 
 DRIVER = """
@@ -119,7 +114,7 @@ def test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept(pipeline
     assert child.returncode == -signal.SIGKILL
     with Pipeline.connect(pipeline) as connection:
         wait_until(lambda: "child" not in connection.snapshot().drivers, "the dead driver is still known")
-        wait_until(lambda: is_empty(connection), "slots leaked")
+        wait_until_empty(connection)
     with Pipeline.connect(pipeline, run_id="child") as again:
         result = again.generate(Request(prompt="a cat", seed=1, height=64, width=64, **SMALL, id="short"))
     assert [timing.stage for timing in result.stages] == ["decoder"]
@@ -144,7 +139,7 @@ def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -
             handles[0].result(10)
         with pytest.raises(RequestError, match="prompt: it is empty"):
             connection.submit(Request(prompt=""))
-        wait_until(lambda: is_empty(connection), "slots leaked")
+        wait_until_empty(connection)
 
 
 def test_a_late_modest_driver_is_not_starved_by_an_early_greedy_one(pipeline: str) -> None:
@@ -197,7 +192,7 @@ def test_requests_survive_deaths_of_supervisor_and_replicas_together(
     assert [handle.result(120).data for handle in handles] == [
         local(small(seed)) for seed in range(6) for _ in range(3)
     ]
-    wait_until(lambda: is_empty(connections[0]), "slots leaked")
+    wait_until_empty(connections[0])
     for connection in connections:
         connection.close()
 
