@@ -326,6 +326,11 @@ class Config:
         return self.stages[stage].dtype or by_component.get(name, "float32")
 
 
+def slots_bytes(inputs: int, outputs: int, in_flight: int, replicas: int, *, last: bool) -> int:
+    """Return what the slots of each of a stage's replicas take: a request's inputs and outputs are given in bytes."""
+    return REPLICA_WINDOW * inputs + num_rooms(in_flight, replicas, last=last) * outputs
+
+
 def num_rooms(in_flight: int, replicas: int, *, last: bool) -> int:
     """Return for how many requests' outputs each of a stage's replicas needs room.
 

@@ -94,6 +94,11 @@ def parse_part(block: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def name_parts(num_parts: int) -> list[str]:
+    """Return the blocks of a decode in so many parts."""
+    return [f"decode.{number}of{num_parts}" for number in range(1, num_parts + 1)]
+
+
 def tile_tensors(num_parts: int) -> tuple[str, ...]:
     """Return the names of what the parts of a decode make."""
     return tuple(f"{TILES}{number}" for number in range(1, num_parts + 1))
@@ -105,7 +110,7 @@ def part_checks(stages: Sequence[tuple[str, Sequence[str], VaeConfig]]) -> Itera
     if set(found) <= {"decode"}:
         return  # how many there must be is the graph's affair
     num_parts = max([2, *(part[1] for block in found if (part := parse_part(block)))])
-    parts = [f"decode.{number}of{num_parts}" for number in range(1, num_parts + 1)]
+    parts = name_parts(num_parts)
     remedy = f"write decode alone, or {', '.join(parts)} and {BLEND}, each once"
     yield "stages", found, found == sorted([*parts, BLEND]), remedy
     for key, blocks, vae in stages:

@@ -18,7 +18,7 @@ import psutil
 import ray
 import torch
 
-from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, num_rooms
+from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, slots_bytes
 from disagg_ray.errors import Cancelled, ConfigError, DisaggError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
@@ -287,8 +287,8 @@ def pool_bytes(config: Config, stage: Stage) -> int:
     needs, asked = stage.needs(), config.transport.pool_bytes
     if asked == "auto":
         replicas, last = config.stages[stage.name].least_replicas, FRAMES in stage.ports.outputs
-        rooms = num_rooms(config.max_in_flight, replicas, last=last)
-        return REPLICA_WINDOW * needs.input_bytes + rooms * needs.output_bytes + stage.cache_bytes
+        slots = slots_bytes(needs.input_bytes, needs.output_bytes, config.max_in_flight, replicas, last=last)
+        return slots + stage.cache_bytes
     least = REPLICA_WINDOW * needs.minimum  # with room for one, requests of several producers may wait for each other
     if int(asked) < least:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from disagg_ray import Config, Pipeline, Request, load_config
-from disagg_ray.options import BLEND, VaeConfig
+from disagg_ray.options import BLEND, VaeConfig, name_parts
 from disagg_ray.result import Result
 
 
@@ -39,8 +39,8 @@ def _cut(config: Config, decoder: str, num_parts: int) -> Config:
     stages = dict(config.stages)
     stage = stages.pop(decoder)
     stage = replace(stage, vae=replace(stage.vae, tile_pixels=None))
-    for number in range(1, num_parts + 1):
-        stages[f"{decoder}_{number}"] = replace(stage, blocks=[f"decode.{number}of{num_parts}"])
+    for number, part in enumerate(name_parts(num_parts), 1):
+        stages[f"{decoder}_{number}"] = replace(stage, blocks=[part])
     stages["join"] = replace(stage, blocks=[BLEND], vae=VaeConfig())
     return replace(config, stages=stages, share_gpu=[])
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disagg_ray.config import REPLICA_WINDOW, num_rooms
+from disagg_ray.config import REPLICA_WINDOW, slots_bytes
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts
 from disagg_ray.planning.profile import Load, Profile, StageProfile
@@ -255,16 +255,15 @@ def seat_bytes(seat: Seat, layout: Layout, gpus: Hardware, load: Load) -> int:
     context = 0 if gpus.kind == CPU else CONTEXT_BYTES
     if layout.fused:
         replicas = layout.replicas(seat.stages[0])
-        rooms = num_rooms(REPLICA_WINDOW * replicas, replicas, last=True)
-        pool = rooms * profiles[-1].output_bytes + max(p.cache_bytes for p in profiles)
-        return int(weights + max(work) + pool + context)
+        slots = slots_bytes(0, profiles[-1].output_bytes, REPLICA_WINDOW * replicas, replicas, last=True)
+        return int(weights + max(work) + slots + max(p.cache_bytes for p in profiles) + context)
     every = dict.fromkeys(stage for other in layout.seats for stage in other.stages)
     in_flight = REPLICA_WINDOW * sum(layout.replicas(stage) for stage in every)
     last = gpus.profile.stages[-1].name
     pools = 0
     for p in profiles:
-        rooms = num_rooms(in_flight, layout.replicas(p.name), last=p.name == last)
-        pools += REPLICA_WINDOW * p.input_bytes + rooms * p.output_bytes + p.cache_bytes
+        replicas = layout.replicas(p.name)
+        pools += slots_bytes(p.input_bytes, p.output_bytes, in_flight, replicas, last=p.name == last) + p.cache_bytes
     return int(weights + sum(work) + pools + len(profiles) * context)
 
 
