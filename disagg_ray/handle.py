@@ -33,10 +33,22 @@ class Handle:
         try:
             return self._future.result(timeout_s)
         except concurrent.futures.CancelledError:
-            raise Cancelled(f"request {self.request.id} was cancelled") from None
+            raise self._cancelled() from None
 
     def __await__(self) -> Generator[Any, None, Result]:
-        return asyncio.wrap_future(self._future).__await__()
+        """Wait as `result` does; whoever is cancelled while waiting cancels the request."""
+        return self._wait().__await__()
+
+    async def _wait(self) -> Result:
+        try:
+            return await asyncio.wrap_future(self._future)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise self._cancelled() from None
+
+    def _cancelled(self) -> Cancelled:
+        return Cancelled(f"request {self.request.id} was cancelled")
 
     def done(self) -> bool:
         return self._future.done()
@@ -55,28 +67,30 @@ def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], win
 
     A request that fails does not stop the others: the first failure is raised once all others are done.
     """
-    pending: set[concurrent.futures.Future[Result]] = set()
+    pending: dict[concurrent.futures.Future[Result], Handle] = {}
     failures: list[DisaggError] = []
     left = iter(requests)
     try:
         while True:
             while len(pending) < window and (request := next(left, None)) is not None:
                 try:
-                    pending.add(submit(request)._future)
+                    handle = submit(request)
                 except DisaggError as error:
                     failures.append(error)
+                else:
+                    pending[handle._future] = handle
             if not pending:
                 break
-            done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                failure = future.exception()
-                if isinstance(failure, DisaggError):
-                    failures.append(failure)
+            for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                try:
+                    result = pending.pop(future).result()
+                except DisaggError as error:
+                    failures.append(error)
                 else:
-                    yield future.result()
+                    yield result
     finally:
-        for future in pending:
-            future.cancel()
+        for handle in pending.values():
+            handle.cancel()
     if failures:
         for other in failures[1:]:
             failures[0].add_note(f"another request failed too: {other}")
