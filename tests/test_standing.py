@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -139,6 +140,21 @@ def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -
             handles[0].result(10)
         with pytest.raises(RequestError, match="prompt: it is empty"):
             connection.submit(Request(prompt=""))
+        wait_until_empty(connection)
+
+
+def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed(pipeline: str) -> None:
+    with Pipeline.connect(pipeline) as connection:
+        handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(connection.submit, replace(LONG, id="17"))
+            assert connection._listening is not None
+            connection._listening.cancel()
+            with pytest.raises(Cancelled, match="not heard of"):
+                waiting.result(30)
+        for handle in handles:
+            with pytest.raises(Cancelled):
+                handle.result(10)
         wait_until_empty(connection)
 
 

@@ -115,6 +115,9 @@ class Supervisor:
             pipeline = await self._standing()
             driver = self._driver(run_id)
             await self._make_room(driver, asked, pipeline.config, wait=wait)
+            if run_id not in self._drivers:
+                return Cancelled(f"request {asked.request.id}: its driver {run_id} left, or was not heard of")
+            driver = self._driver(run_id)  # it may have been away meanwhile
             entry = driver.entries.get(asked.request.id)
             if entry is not None and entry.answers(asked):
                 entry.asked = asked
