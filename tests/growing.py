@@ -21,7 +21,7 @@ from typing import Any
 import helpers
 import psutil
 import ray
-from helpers import free_port
+from helpers import free_port, ray_folder
 
 from disagg_ray import Connection, Pipeline, Request, cli
 from disagg_ray.placement import why_unreachable
@@ -67,7 +67,8 @@ def growing_cluster(folder: Path) -> Iterator[str]:
     ]
     options += ["--include-dashboard=false", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"]
     environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    with (folder / "head.log").open("w") as log:
+    with ray_folder() as own, (folder / "head.log").open("w") as log:
+        options.append(f"--temp-dir={own}")
         head = subprocess.Popen([RAY, "start", "--head", "--block", *options], env=environment, stdout=log, stderr=log)
         try:
             wait_until(lambda: not why_unreachable(address) or head.poll() is not None, "the head did not come up")

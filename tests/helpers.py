@@ -1,9 +1,11 @@
-"""What tests, and the scripts that they run, share beside fixtures: waiting with a deadline, free ports."""
+"""What tests, and the scripts that they run, share beside fixtures: waiting with a deadline, free ports and folders."""
 
 import socket
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from disagg_ray.driver import Driver
 
@@ -31,6 +33,16 @@ def wait_until_empty(driver: Driver, timeout_s: float) -> None:
     while used := bytes_in_use(driver):
         assert time.monotonic() < deadline, f"slots leaked: {used}"
         time.sleep(0.05)
+
+
+@contextmanager
+def ray_folder() -> Iterator[Path]:
+    """Give a head node a folder of its own, or whoever starts a Ray later would try to join what is gone.
+
+    Paths of sockets below it are limited to 107 bytes.
+    """
+    with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def free_port() -> int:

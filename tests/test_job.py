@@ -12,7 +12,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
-from helpers import free_port
+from helpers import free_port, ray_folder
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +26,12 @@ def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    folder = Path("/tmp") / f"ray-{secrets.token_hex(3)}"  # socket paths below it are limited to 107 bytes
-    options = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
+    options = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
     options += ["--num-cpus=8", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     options += [f"--dashboard-agent-listen-port={free_port()}"]  # the session's own Ray has the default one
-    with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
-        head = subprocess.Popen([RAY, "start", *options], env=environment, stdout=log, stderr=log)
+    with ray_folder() as folder, (tmp_path_factory.mktemp("head") / "log").open("w") as log:
+        command = [RAY, "start", *options, f"--temp-dir={folder}"]
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             client = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
             wait_for_head(client)

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from helpers import ray_folder
 
 from disagg_ray import LocalPipeline, Request
 
@@ -72,21 +73,16 @@ def ray_node(namespace: str, environment: dict[str, str], log: Path, *options: s
 def test_video_is_the_same_when_the_transformer_is_on_another_host(name: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    folder = Path("/tmp") / f"ray-{secrets.token_hex(3)}"  # socket paths below it are limited to 107 bytes
     head = ["--head", f"--port={PORT}", f"--node-ip-address={HEAD}", "--include-dashboard=false"]
     far = [f"--address={HEAD}:{PORT}", f"--node-ip-address={FAR}", '--resources={"far": 1}']
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(
-                ray_node(f"{name}-a", environment, tmp_path / "head.log", *head, f"--temp-dir={folder}")
-            )
-            stack.enter_context(ray_node(f"{name}-b", environment, tmp_path / "far.log", *far))
-            done = subprocess.run(
-                ["ip", "netns", "exec", f"{name}-a", sys.executable, "-c", DRIVER],
-                env=environment, capture_output=True, text=True, timeout=400, check=False,
-            )  # fmt: skip
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_folder() as folder, ExitStack() as stack:
+        nodes = (f"{name}-a", "head.log", [*head, f"--temp-dir={folder}"]), (f"{name}-b", "far.log", far)
+        for namespace, log, options in nodes:
+            stack.enter_context(ray_node(namespace, environment, tmp_path / log, *options))
+        done = subprocess.run(
+            ["ip", "netns", "exec", f"{name}-a", sys.executable, "-c", DRIVER],
+            env=environment, capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     digest, hosts, sessions, routes = json.loads(done.stdout.splitlines()[-1])
     assert hosts == {"encoder": HEAD, "transformer": FAR, "decoder": HEAD}
