@@ -91,12 +91,17 @@ class Connection(Driver):
             raise Cancelled("the connection is closed")
         keep = self._keep or latents_file is not None
         asked = Asked(resolved, {name: to_array(image) for name, image in images.items()}, keep)
-        handle = self._handles[resolved.id] = Handle(resolved)
+        handle = Handle(resolved)
         taken: concurrent.futures.Future[None] = concurrent.futures.Future()
         handle._future = asyncio.run_coroutine_threadsafe(self._run(asked, taken, wait=wait), self._loop)
+        self._handles[resolved.id] = handle
         handle.add_done_callback(self._note_done)
         either: list[concurrent.futures.Future[Any]] = [taken, handle._future]
-        concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        try:
+            concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        except BaseException:  # as KeyboardInterrupt: nobody will have the handle
+            handle.cancel()
+            raise
         if not taken.done():
             handle.result()
         return handle

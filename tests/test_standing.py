@@ -158,6 +158,20 @@ def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed
         wait_until_empty(connection)
 
 
+def test_what_is_given_up_while_it_waits_to_be_submitted_is_not_computed(pipeline: str) -> None:
+    with Pipeline.connect(pipeline) as connection, ThreadPoolExecutor(1) as thread:
+        handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
+        waiting = thread.submit(connection.submit, replace(LONG, id="17"))
+        wait_until(lambda: "17" in connection._handles, "it was not submitted")
+        connection._handles["17"].cancel()
+        with pytest.raises(Cancelled):
+            waiting.result(30)
+        wait_until(lambda: not connection._finished, "the pipeline was not told")
+        assert all(handle.cancel() for handle in handles)
+        wait_until_empty(connection)
+        assert connection.snapshot().drivers[connection.id] == 0
+
+
 def test_a_late_modest_driver_is_not_starved_by_an_early_greedy_one(pipeline: str) -> None:
     order: list[str] = []
     with Pipeline.connect(pipeline) as greedy, Pipeline.connect(pipeline) as modest:

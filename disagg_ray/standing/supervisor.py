@@ -36,6 +36,8 @@ T = TypeVar("T")
 MAX_STARTS = 3
 MAX_EVENTS = 1_000
 """Of a driver that does not listen; older ones are dropped."""
+MAX_GIVEN_UP = 1_000
+"""Tickets that are remembered; nobody has more calls under way."""
 
 
 @dataclass(eq=False)
@@ -59,6 +61,8 @@ class _Driver:
         """Tells its requests apart from others' of the same name."""
         self.entries: dict[str, _Entry] = {}
         """By request id, until the driver says that it has the answer."""
+        self.given_up: deque[str] = deque(maxlen=MAX_GIVEN_UP)
+        """Tickets of requests that were not here when the driver was done with them: they may be on their way."""
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self.told = asyncio.Event()
         self.changed = asyncio.Condition()
@@ -118,6 +122,8 @@ class Supervisor:
             if run_id not in self._drivers:
                 return Cancelled(f"request {asked.request.id}: its driver {run_id} left, or was not heard of")
             driver = self._driver(run_id)  # it may have been away meanwhile
+            if asked.ticket in driver.given_up:
+                return Cancelled(f"request {asked.request.id} was given up before there was room for it")
             entry = driver.entries.get(asked.request.id)
             if entry is not None and entry.answers(asked):
                 entry.asked = asked
@@ -179,7 +185,9 @@ class Supervisor:
             entry = driver.entries.get(request_id)
             if entry is not None and entry.asked.ticket != ticket:
                 continue  # it was submitted again since
-            if entry is not None:
+            if entry is None:
+                driver.given_up.append(ticket)
+            else:
                 del driver.entries[request_id]
                 entry.handle.cancel()  # it may have been given up before it was taken on
             self._keep.drop(run_id, request_id)
