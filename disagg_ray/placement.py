@@ -36,6 +36,8 @@ GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 """Ray's names: its default fills nodes that are in use first, up to half."""
 MANY = 1_000
+DIGITS = 4
+"""After the point, in Ray's numbers of resources: 7 x 0.1 + 7 x 0.8 + 7 x 0.1 GPUs are 7."""
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
 ANSWER_S = 5.0
@@ -138,7 +140,7 @@ class Cluster:
     def _start(self, config: Config) -> None:
         """Start one on this machine, reachable with a token only."""
         _make_token()
-        asked = _asked(config)
+        asked = total_resources(config.stages)
         ray.init(
             address="local",
             num_cpus=max(psutil.cpu_count() or 1, int(asked["CPU"]) + 1),  # bookkeeping: let the stages share cores
@@ -168,14 +170,14 @@ def _metadata(config: Config) -> dict[str, str]:
     return {"disagg_ray": VERSION, "model": config.model.path, "stages": stages}
 
 
-def _asked(config: Config) -> dict[str, float]:
+def total_resources(stages: Mapping[str, StageConfig]) -> dict[str, float]:
     """Return what all replicas together ask of a cluster, by Ray's names."""
     asked: dict[str, float] = {"CPU": 0, "GPU": 0}
-    for stage in config.stages.values():
+    for stage in stages.values():
         for group in stage.replica_groups.values():
             for name, number in _resources(group).items():
                 asked[name] = asked.get(name, 0) + group.replicas * number
-    return asked
+    return {name: round(number, DIGITS) for name, number in asked.items()}
 
 
 def _resources(settings: StageConfig) -> dict[str, float]:
@@ -185,7 +187,7 @@ def _resources(settings: StageConfig) -> dict[str, float]:
 
 
 def _check_gpus(config: Config, available: float) -> None:
-    asked = _asked(config)["GPU"]
+    asked = total_resources(config.stages)["GPU"]
     if asked > available:
         by_stage = ", ".join(
             f"{name} {group.replicas} x {group.num_gpus:g}"
@@ -253,7 +255,7 @@ class Placement:
         """Return how many more replicas of a stage the cluster can take now; nodes are taken for one."""
         free = ray.available_resources()
         asked = {name: number for name, number in _resources(self.config.stages[stage]).items() if number}
-        return min((int(free.get(name, 0) // number) for name, number in asked.items()), default=MANY)
+        return min((int(round(free.get(name, 0) / number, DIGITS)) for name, number in asked.items()), default=MANY)
 
     def _options(self, post: Post, settings: StageConfig) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -298,7 +300,7 @@ def _share(config: Config, **options: str) -> PlacementGroup:
             bundle[name] = bundle.get(name, 0) + number
         if stage.accelerator_type is not None:
             labels["ray.io/accelerator-type"] = stage.accelerator_type
-    bundle = {name: number for name, number in bundle.items() if number}
+    bundle = {name: round(number, DIGITS) for name, number in bundle.items() if number}
     selector = [labels] if labels else None
     group: PlacementGroup = placement_group([bundle], bundle_label_selector=selector, **options)
     return group
@@ -367,6 +369,8 @@ def _reason(error: ray.exceptions.RayError) -> str:
 def _waiting_for(config: Config, missing: Sequence[str]) -> str:
     free: Mapping[str, float] = ray.available_resources()
     shares = ", ".join(
-        f"{kind} {number:g} (free now {free.get(kind, 0):g})" for kind, number in _asked(config).items() if number
+        f"{kind} {number:g} (free now {free.get(kind, 0):g})"
+        for kind, number in total_resources(config.stages).items()
+        if number
     )
     return f"waiting for {', '.join(missing)}; the pipeline asks for {shares}"

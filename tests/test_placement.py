@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from disagg_ray import Config, StartError, load_config, placement
-from disagg_ray.placement import Actor, Placement, gather_ready
+from disagg_ray.placement import Actor, Placement, gather_ready, total_resources
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +25,14 @@ class Where:
     def describe(self) -> tuple[str | None, dict[str, float], int]:
         assigned, group = ray.get_runtime_context().get_assigned_resources(), ray.util.get_current_placement_group()
         return None if group is None else group.id.hex(), assigned, self.settings.torch_threads
+
+
+@pytest.mark.parametrize("replicas", range(1, 65))
+def test_shares_of_a_gpu_add_up_to_no_more_than_they_are(replicas: int) -> None:
+    shares = {"encoder": 0.1, "transformer": 0.8, "decoder": 0.1}
+    overrides = [f"stages.{stage}.{key}" for stage, share in shares.items()
+                 for key in (f"num_gpus={share}", f"replicas={replicas}")]  # fmt: skip
+    assert total_resources(load_config("conf/tiny_t2v.yaml", *overrides).stages)["GPU"] == replicas
 
 
 Launch = Callable[..., tuple[Config, list[Actor]]]

@@ -56,7 +56,8 @@ def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> It
     if silence:
         yield fail("ray", silence, "ray status, on the head node; or leave --address and RAY_ADDRESS out")
         return
-    without_gpus = {name: replace(stage, num_gpus=0) for name, stage in config.stages.items()}  # checked below
+    stages = config.stages
+    without_gpus = {name: replace(stage, num_gpus=0, groups={}) for name, stage in stages.items()}  # checked below
     try:
         cluster = Cluster(replace(config, stages=without_gpus))
     except DisaggError as error:
@@ -66,7 +67,7 @@ def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> It
         return
     with closing(cluster):
         yield check_auth(ray_auth_mode())
-        yield from check_resources(config.stages)
+        yield from check_resources(stages)
         yield from check_cluster(config, here, pool_bytes)
 
 

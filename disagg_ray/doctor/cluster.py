@@ -20,6 +20,7 @@ from disagg_ray.doctor.machine import Survey
 from disagg_ray.doctor.probe import Opened, Probe, check_link
 from disagg_ray.doctor.security import check_mooncake_ports
 from disagg_ray.errors import DisaggError
+from disagg_ray.placement import total_resources
 
 logger = logging.getLogger("disagg_ray")
 
@@ -70,11 +71,8 @@ def find_nodes() -> list[Node]:
 def check_resources(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
     """Compare what the stages ask Ray for with what the cluster has, and has free."""
     have, free = ray.cluster_resources(), ray.available_resources()
-    asked = {
-        "CPU": sum(stage.num_cpus * stage.replicas for stage in stages.values()),
-        "GPU": sum(stage.num_gpus * stage.replicas for stage in stages.values()),
-    }
-    for kind, number in ((kind, number) for kind, number in asked.items() if number):
+    asked = total_resources(stages)
+    for kind, number in ((kind, asked[kind]) for kind in ("CPU", "GPU") if asked[kind]):
         detail = f"{number:g} {kind}s asked for, {have.get(kind, 0):g} there, {free.get(kind, 0):g} free"
         if number > have.get(kind, 0):
             key = f"stages.*.num_{kind.lower()}s"
