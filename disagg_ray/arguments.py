@@ -1,11 +1,9 @@
-"""What the commands share: reading arguments, and leaving when told to."""
+"""What the commands share: reading arguments."""
 
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from disagg_ray.errors import InputError
@@ -28,17 +26,3 @@ def config_parser(name: str, command: Callable[..., int]) -> Parser:
     parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
     return parser
-
-
-@contextmanager
-def terminated() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that every `with` closes what it holds."""
-
-    def leave(signum: int, _frame: object) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_ray import logs
-from disagg_ray.arguments import Parser, config_parser, terminated
+from disagg_ray.arguments import Parser, config_parser
 from disagg_ray.cli_plan import plan, profile
 from disagg_ray.cli_standing import down, joined, ls, scale, up
 from disagg_ray.config import Config
@@ -28,6 +28,7 @@ from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.loading import load_config, to_yaml
 from disagg_ray.output import check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.request import TYPES, Request, resolve
+from disagg_ray.signals import terminated
 from disagg_ray.version import VERSION
 
 if TYPE_CHECKING:

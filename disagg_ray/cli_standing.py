@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from disagg_ray.arguments import EPILOG, Parser, terminated
+from disagg_ray.arguments import EPILOG, Parser
 from disagg_ray.errors import InputError
 from disagg_ray.loading import load_config
+from disagg_ray.signals import terminated
 
 
 def up(argv: Sequence[str]) -> int:

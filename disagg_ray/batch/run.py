@@ -19,6 +19,7 @@ from disagg_ray.connection import Connection
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, ReplicaLost, RequestError, StartError
 from disagg_ray.handle import Handle
 from disagg_ray.pipeline import Pipeline
+from disagg_ray.signals import wait_for
 
 logger = logging.getLogger("disagg_ray")
 
@@ -198,9 +199,13 @@ class Batch:
 
     def _drain(self, pipeline: Pipeline | Connection, reason: str) -> None:
         grace_s = pipeline.config.failures.shutdown_grace_s
-        logger.warning("stopping: %s; what runs gets %g s", reason, grace_s)
-        pipeline.drain(grace_s)
-        self._settle(SETTLE_S)
+
+        def drain() -> None:
+            logger.warning("stopping: %s; what runs gets %g s", reason, grace_s)
+            pipeline.drain(grace_s)
+            self._settle(SETTLE_S)
+
+        wait_for(drain)
 
     def _settle(self, timeout_s: float | None) -> None:
         """Wait until all that was submitted is recorded, or something ends the run."""
