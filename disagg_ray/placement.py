@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,17 @@ def _metadata(config: Config) -> dict[str, str]:
 
 def total_resources(stages: Mapping[str, StageConfig]) -> dict[str, float]:
     """Return what all replicas together ask of a cluster, by Ray's names."""
-    asked: dict[str, float] = {"CPU": 0, "GPU": 0}
-    for stage in stages.values():
-        for group in stage.replica_groups.values():
-            for name, number in _resources(group).items():
-                asked[name] = asked.get(name, 0) + group.replicas * number
-    return {name: round(number, DIGITS) for name, number in asked.items()}
+    groups = [group for stage in stages.values() for group in stage.replica_groups.values()]
+    return {"CPU": 0, "GPU": 0} | _add_up((group.replicas, _resources(group)) for group in groups)
+
+
+def _add_up(asked: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the sum of resources, each taken so many times."""
+    total: dict[str, float] = {}
+    for count, resources in asked:
+        for name, number in resources.items():
+            total[name] = total.get(name, 0) + count * number
+    return {name: round(number, DIGITS) for name, number in total.items()}
 
 
 def _resources(settings: StageConfig) -> dict[str, float]:
@@ -292,15 +297,14 @@ def living(name: str) -> list[Actor]:
 
 def _share(config: Config, **options: str) -> PlacementGroup:
     """Reserve one bundle for a replica of each stage that shares a GPU."""
-    bundle: dict[str, float] = {}
+    sharing = [config.stages[name] for name in config.share_gpu]
     labels: dict[str, str] = {}
-    for stage in (config.stages[name] for name in config.share_gpu):
+    for stage in sharing:
         labels |= stage.label_selector
-        for name, number in _resources(stage).items():
-            bundle[name] = bundle.get(name, 0) + number
         if stage.accelerator_type is not None:
             labels["ray.io/accelerator-type"] = stage.accelerator_type
-    bundle = {name: round(number, DIGITS) for name, number in bundle.items() if number}
+    asked = _add_up((1, _resources(stage)) for stage in sharing)
+    bundle = {name: number for name, number in asked.items() if number}
     selector = [labels] if labels else None
     group: PlacementGroup = placement_group([bundle], bundle_label_selector=selector, **options)
     return group

@@ -200,7 +200,7 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
     running = next(iter(pipeline._journeys))
     for _ in range(2):  # as by a caller that does not wait, and then by the end of the pipeline
         pipeline._loop.call_soon_threadsafe(running.cancel)
-        time.sleep(0.2)
+        time.sleep(0.2)  # the second finds it leaving
     with pytest.raises(Cancelled):
         handle.result(10)
     assert pipeline.driver_bytes_in_use > 0

@@ -27,14 +27,6 @@ class Where:
         return None if group is None else group.id.hex(), assigned, self.settings.torch_threads
 
 
-@pytest.mark.parametrize("replicas", range(1, 65))
-def test_shares_of_a_gpu_add_up_to_no_more_than_they_are(replicas: int) -> None:
-    shares = {"encoder": 0.1, "transformer": 0.8, "decoder": 0.1}
-    overrides = [f"stages.{stage}.{key}" for stage, share in shares.items()
-                 for key in (f"num_gpus={share}", f"replicas={replicas}")]  # fmt: skip
-    assert total_resources(load_config("conf/tiny_t2v.yaml", *overrides).stages)["GPU"] == replicas
-
-
 Launch = Callable[..., tuple[Config, list[Actor]]]
 
 
@@ -99,3 +91,11 @@ def test_a_replica_that_fits_nowhere_is_waited_for_visibly_until_the_deadline(
 def test_memory_is_reserved(launch: Launch) -> None:
     config, actors = launch("stages.decoder={memory: 1048576, placement: spread}")
     assert ask_all(config, actors)["decoder-0"][1]["memory"] == 1048576
+
+
+@pytest.mark.parametrize("replicas", range(1, 65))
+def test_shares_of_a_gpu_add_up_to_no_more_than_they_are(replicas: int) -> None:
+    shares = {"encoder": 0.1, "transformer": 0.8, "decoder": 0.1}
+    overrides = [f"stages.{stage}.{key}" for stage, share in shares.items()
+                 for key in (f"num_gpus={share}", f"replicas={replicas}")]  # fmt: skip
+    assert total_resources(load_config("conf/tiny_t2v.yaml", *overrides).stages)["GPU"] == replicas

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from disagg_ray.errors import StageError
-from disagg_ray.signals import wait_for
+from disagg_ray.signals import LOOK_S, wait_for
 
 
 def handlers() -> list[object]:
@@ -23,7 +23,12 @@ def kill_soon(signum: int, after_s: float) -> None:
 
 def test_it_waits_until_the_work_is_done() -> None:
     before, done = handlers(), threading.Event()
-    wait_for(lambda: time.sleep(0.3) or done.set())
+
+    def work() -> None:
+        time.sleep(3 * LOOK_S)  # it looks several times
+        done.set()
+
+    wait_for(work)
     assert done.is_set()
     assert handlers() == before
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import psutil
@@ -50,10 +50,14 @@ class Port:
     """Whether its process asks for Ray's token."""
 
     @property
+    def ip(self) -> IPv4Address | IPv6Address:
+        """The address without a zone, and as IPv4 where it is that in IPv6's clothes."""
+        return ip_address(self.address.partition("%")[0].removeprefix("::ffff:"))
+
+    @property
     def is_open(self) -> bool:
         """Whether other machines may reach it."""
-        address = ip_address(self.address.partition("%")[0].removeprefix("::ffff:"))
-        return not address.is_loopback
+        return not self.ip.is_loopback
 
 
 def check_token(path: Path) -> Check:
@@ -136,9 +140,9 @@ def check_metrics_ports(ports: Iterable[Port]) -> Check:
 
 
 def _tells_metrics(port: Port) -> bool:
-    address = ip_address(port.address.partition("%")[0].removeprefix("::ffff:"))
-    own = {4: "127.0.0.1", 6: "::1"}[address.version]
-    connection = HTTPConnection(own if address.is_unspecified else str(address), port.number, timeout=METRICS_S)
+    own = {4: "127.0.0.1", 6: "::1"}[port.ip.version]
+    host = own if port.ip.is_unspecified else str(port.ip)
+    connection = HTTPConnection(host, port.number, timeout=METRICS_S)
     try:
         connection.request("GET", "/metrics")
         answer = connection.getresponse()
