@@ -168,7 +168,7 @@ def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> bench_
         options.config, tuple(options.overrides), whats, options.gpus,
         tuple(Cell(n, scale) for n in steps for scale in guidance), tuple(n for n in rounds for _ in guidance),
         options.repeats or 2, options.format, tuple(filter(None, options.only.split("/"))),
-        tuple(float(cap) for cap in options.caps.split(",") if cap), options.offload,
+        tuple(float(cap) for cap in options.caps.split(",") if cap), tuple(options.offload.split(",")),
         options.output / f"bench_{'_'.join(whats)}.jsonl", time.monotonic() + options.seconds,
     )  # fmt: skip
 
@@ -215,13 +215,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="tables: words of the ways' names, separated by /")
     parser.add_argument("--caps", default="", help="tables: GiB of a GPU, comma separated")
     parser.add_argument(
-        "--offload", default="model", choices=("model", "group", "sequential"), help="of stock under a cap"
+        "--offload", default="model,group", help="tables: of stock under a cap; of model, group and sequential some"
     )
     parser.add_argument("--seconds", type=float, default=500.0, help="tables: after which nothing more is begun")
     parser.add_argument("--profile", type=Path, help="plan: of the hardware that --tables were measured on")
     parser.add_argument("--tables", type=Path, help="plan: the JSON of a throughput run")
     options = parser.parse_intermixed_args()
     whats = tuple(options.what.split(","))
+    if not set(options.offload.split(",")) <= {"model", "group", "sequential"}:
+        parser.error(f"--offload {options.offload!r}: write some of model,group,sequential")
     if not set(whats) <= set(bench_tables.WHATS) and options.what not in (*OWN, *PLOTTED):
         parser.error(f"{options.what!r}: see --help")
     torch.set_num_threads(1)

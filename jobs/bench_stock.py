@@ -118,9 +118,12 @@ class StockPipelines:
             child.join()
 
 
-def per_minute(videos: Sequence[Sequence[Video]]) -> float:
-    """Return what the pipelines do together in steady state: each by its own time from first to last written."""
-    return sum(60 * (len(mine) - 1) / (mine[-1].written - mine[0].written) for mine in videos)
+def per_minute(written: Sequence[Sequence[float]]) -> float:
+    """Return the videos a minute of GPUs together in steady state: each by its own from its first to its last.
+
+    `written` has, for each, the seconds at which its videos were there; one alone tells nothing.
+    """
+    return sum(60 * (len(mine) - 1) / (max(mine) - min(mine)) for mine in written if len(mine) > 1)
 
 
 def _serve(connection: Connection, stock: Stock, index: int) -> None:

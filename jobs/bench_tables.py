@@ -5,6 +5,7 @@ Each way is started once, and everything that is asked for is measured on it; wh
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import statistics
@@ -30,6 +31,8 @@ WHATS = ("latency", "throughput", "memory", "start")
 STOCK = "stock diffusers"
 VIDEO_S = 600.0
 """Until a video must be finished."""
+TAKES = itertools.count()
+"""Makes every prompt a new one: no encoder's cache helps."""
 Row = dict[str, Any]
 
 
@@ -51,8 +54,8 @@ class Options:
     """Words of the ways' names; none: all."""
     caps: tuple[float, ...]
     """GiB of a GPU, for memory."""
-    offload: str
-    """Of stock under a cap."""
+    offloads: tuple[str, ...]
+    """Of stock under a cap: each is measured."""
     log: Path
     """Gets each row as it comes, should the run be cut off."""
     ends: float
@@ -142,16 +145,17 @@ def measure_stock(bench: Bench, stock: Stock) -> Iterator[Row]:
                 (alone,) = pipelines.run(cell, options.repeats, most=1)
                 row["latency_s"] = statistics.median(video.computed - video.began for video in alone)
             if bench.saturates and rounds:
-                row["per_minute"] = per_minute(pipelines.run(cell, rounds + 1))
+                written = [[video.written for video in videos] for videos in pipelines.run(cell, rounds + 1)]
+                row |= {"per_minute": per_minute(written), "written_s": since_first(written)}
             yield row
         yield {"peak_bytes": {"all": max(pipelines.peak_bytes())}}
 
 
-def measure_way(bench: Bench, way: Layout, gpu_bytes: Mapping[str, int] | None = None) -> Iterator[Row]:
+def measure_way(bench: Bench, way: Layout, *overrides: str) -> Iterator[Row]:
     """Start a pipeline laid out so, and measure it."""
     options = bench.options
     began, began_at = time.monotonic(), time.time()
-    with Pipeline(load_way(bench, way, gpu_bytes or {})) as pipeline:
+    with Pipeline(load_way(bench, way, *overrides)) as pipeline:
         infos = pipeline.replicas
         ready = {name: max(i.ready for i in infos if i.stage == name) - began_at for name in {i.stage for i in infos}}
         loads = {name: max(i.load_s for i in infos if i.stage == name) for name in ready}
@@ -172,17 +176,17 @@ def measure_way(bench: Bench, way: Layout, gpu_bytes: Mapping[str, int] | None =
         }
 
 
-def load_way(bench: Bench, way: Layout, gpu_bytes: Mapping[str, int]) -> Config:
-    """Return the configuration as `disagg-ray plan` prints it, with limits on memory."""
+def load_way(bench: Bench, way: Layout, *overrides: str) -> Config:
+    """Return the configuration as `disagg-ray plan` prints it, with some changes."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(f"base: {Path(bench.options.config).absolute()}\n{to_yaml(to_settings(way, bench.stages))}")
         file.flush()
-        limits = [f"stages.{stage}.gpu_bytes={most}" for stage, most in gpu_bytes.items()]
-        return load_config(file.name, *bench.options.overrides, *limits)
+        return load_config(file.name, *bench.options.overrides, *overrides)
 
 
 def make_request(cell: Cell, seed: int, file_format: str) -> Request:
-    return Request(PROMPT, num_inference_steps=cell.steps, guidance_scale=cell.guidance, seed=seed, format=file_format)
+    prompt = f"{PROMPT}, take {next(TAKES)}"
+    return Request(prompt, num_inference_steps=cell.steps, guidance_scale=cell.guidance, seed=seed, format=file_format)
 
 
 def warm_up(pipeline: Pipeline, way: Layout, cell: Cell, file_format: str) -> None:
@@ -199,9 +203,9 @@ def measure_alone(pipeline: Pipeline, cell: Cell, options: Options) -> Row:
 
 
 def saturate(pipeline: Pipeline, way: Layout, bench: Bench, cell: Cell, rounds: int) -> Row:
-    """Keep all replicas busy, and time videos from those of the first round on; what is left over is cancelled."""
+    """Keep all replicas busy until each transformer made its rounds and one more; what is left over is cancelled."""
     abreast = way.replicas(bench.stages.denoiser)
-    count = abreast * (1 + rounds)
+    count = abreast * (2 + rounds) + pipeline.config.max_in_flight
     finished: queue.SimpleQueue[tuple[float, Result] | DisaggError] = queue.SimpleQueue()
     with ThreadPoolExecutor(bench.options.num_gpus) as writers, tempfile.TemporaryDirectory() as folder:
 
@@ -218,20 +222,34 @@ def saturate(pipeline: Pipeline, way: Layout, bench: Bench, cell: Cell, rounds: 
                 finished.put(error)
 
         handles = []
-        for place in range(count + pipeline.config.max_in_flight):
+        for place in range(count):
             handle = pipeline.submit(make_request(cell, place, bench.options.format))
             handle.add_done_callback(lambda done, place=place: writers.submit(save, done, place))
             handles.append(handle)
+        made: list[tuple[float, Result]] = []
+        written: dict[str, list[float]] = {}
         try:
-            made = [answer(finished) for _ in range(count)]
+            while len(made) < count and not (len(written) == abreast and min(map(len, written.values())) > rounds):
+                made.append(answer(finished))
+                moment, result = made[-1]
+                written.setdefault(denoised_by(result, bench.stages.denoiser), []).append(moment)
         finally:
             for handle in handles:
                 handle.cancel()
-    times = sorted(moment for moment, _ in made)
-    seconds = times[-1] - times[abreast - 1]
     results = [result for _, result in made]
-    return {"per_minute": 60 * (count - abreast) / seconds, "busy": busy_share(results, bench.stages.denoiser),
-            "num_videos": count - abreast}  # fmt: skip
+    return {"per_minute": per_minute(list(written.values())), "busy": busy_share(results, bench.stages.denoiser),
+            "written_s": since_first(list(written.values()))}  # fmt: skip
+
+
+def denoised_by(result: Result, denoiser: str) -> str:
+    """Return the replica that denoised a video; fused, that is the only one."""
+    return next((timing.replica for timing in result.stages if timing.stage == denoiser), result.stages[0].replica)
+
+
+def since_first(written: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return when each transformer's videos were written, from the first of all on."""
+    first = min(min(mine) for mine in written)
+    return [[round(moment - first, 3) for moment in mine] for mine in written]
 
 
 def answer(finished: queue.SimpleQueue[tuple[float, Result] | DisaggError]) -> tuple[float, Result]:
@@ -270,37 +288,54 @@ def measure_caps(bench: Bench) -> None:
     first = Bench(alone, bench.config, bench.stages)
     first.row(together.name, None, lambda: measure_way(first, together))
     bench.rows += first.rows
-    peaks = next((row["peak_bytes"] for row in first.rows if "peak_bytes" in row), None)
-    for cap_gib in options.caps if peaks else ():
-        cap = int(cap_gib * 2**30)
-        whole = sum(next(row["weights_bytes"] for row in first.rows if "weights_bytes" in row).values())
-        for offload in ("", options.offload):
-            name = f"{STOCK}, {offload} offload" if offload else f"{STOCK}, all on the GPU"
-            if not offload and whole > cap:
-                bench.add({"way": name, "cap_gib": cap_gib, "error": f"the weights alone take {whole / 1e9:.1f} GB"})
-            elif bench.wants(name):
-                stock = Stock(bench.config, options.format, offload, cap)
-                bench.row(name, cap_gib, lambda stock=stock: measure_stock(bench, stock))
+    found = next((row for row in first.rows if "peak_bytes" in row), None)
+    for cap_gib in options.caps if found else ():
+        measure_capped_stock(bench, sum(found["weights_bytes"].values()), cap_gib)
         for way in bench.ways():
-            measure_capped(bench, way, peaks, cap_gib)
+            measure_capped(bench, way, found["peak_bytes"], found["weights_bytes"], cap_gib)
 
 
-def measure_capped(bench: Bench, way: Layout, peaks: Mapping[str, int], cap_gib: float) -> None:
-    """Measure a way under a cap for each GPU: processes that share one share the cap, each by its peak."""
+def measure_capped_stock(bench: Bench, weights: int, cap_gib: float) -> None:
+    """Measure stock under a cap, all on the GPU where its weights fit, and by each way to offload them."""
     cap = int(cap_gib * 2**30)
-    needed = {seat: sum(peaks[stage] for stage in seat.stages) for seat in way.seats}
+    for offload in ("", *bench.options.offloads):
+        name = f"{STOCK}, {offload} offload" if offload else f"{STOCK}, all on the GPU"
+        if not offload and weights > cap:
+            bench.add({"way": name, "cap_gib": cap_gib, "error": f"the weights alone take {weights / 1e9:.1f} GB"})
+        elif bench.wants(name):
+            stock = Stock(bench.config, bench.options.format, offload, cap)
+            bench.row(name, cap_gib, lambda stock=stock: measure_stock(bench, stock))
+
+
+def measure_capped(
+    bench: Bench, way: Layout, peaks: Mapping[str, int], weights: Mapping[str, int], cap_gib: float
+) -> None:
+    """Measure a way under a cap for each GPU: processes that share one share the cap, each by its peak.
+
+    Where that is too little, the transformer keeps its weights on the host.
+    """
+    cap = int(cap_gib * 2**30)
+    name, overrides, denoiser = way.name, [], bench.stages.denoiser
+    needed = add_up(peaks, way)
+    if max(needed.values()) > cap and not way.fused:
+        name, overrides = f"{name}, {denoiser} offloaded", [f"stages.{denoiser}.offload=group"]
+        visiting = weights[denoiser] // 10  # some of its blocks at a time
+        peaks = {**peaks, denoiser: peaks[denoiser] - weights[denoiser] + visiting}
+        needed = add_up(peaks, way)
     fullest = max(needed, key=needed.__getitem__)
     if way.fused or needed[fullest] > cap:
         taken = f"{' and '.join(fullest.stages)} take {needed[fullest] / 1e9:.1f} GB"
         said = "as stock, all on the GPU" if way.fused else taken
-        bench.add({"way": way.name, "cap_gib": cap_gib, "error": f"no room: {said}"})
+        bench.add({"way": name, "cap_gib": cap_gib, "error": f"no room: {said}"})
         return
-    limits = {
-        stage: min(int(peaks[stage] * cap / max(1, needed[seat])) for seat in way.seats if stage in seat.stages)
-        for stage in bench.stages.order
-    }
-    gpu_bytes = limits if bench.on_gpu else {}
-    bench.row(way.name, cap_gib, lambda: measure_way(bench, way, gpu_bytes))
+    for stage in bench.stages.order if bench.on_gpu else ():
+        most = min(int(peaks[stage] * cap / needed[seat]) for seat in way.seats if stage in seat.stages)
+        overrides.append(f"stages.{stage}.gpu_bytes={most}")
+    bench.row(name, cap_gib, lambda: measure_way(bench, way, *overrides))
+
+
+def add_up(peaks: Mapping[str, int], way: Layout) -> dict[Seat, int]:
+    return {seat: sum(peaks[stage] for stage in seat.stages) for seat in way.seats}
 
 
 def line(row: Row) -> str:
@@ -331,10 +366,13 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def ratio(row: Row, rows: Sequence[Row], key: str) -> float | None:
-    """Return a row's value over stock's of the same cell and cap."""
-    base = next((other.get(key) for other in rows if other["way"].startswith(STOCK) and other.get("cell") == row["cell"]
-                 and other.get("cap_gib") == row.get("cap_gib")), None)  # fmt: skip
-    return row[key] / base if base and row.get(key) else None
+    """Return a row's value over the best that stock does in the same cell and under the same cap."""
+    bases = [other[key] for other in rows if other["way"].startswith(STOCK) and other.get(key)
+             and (other.get("cell"), other.get("cap_gib")) == (row["cell"], row.get("cap_gib"))]  # fmt: skip
+    if not bases or not row.get(key):
+        return None
+    best = min(bases) if key == "latency_s" else max(bases)
+    return float(row[key] / best)
 
 
 def show(value: float | None) -> str:

@@ -46,7 +46,10 @@ def _cut(config: Config, decoder: str, num_parts: int) -> Config:
 
 
 def _run(config: Config, repeats: int) -> dict[str, Any]:
-    requests = [Request("a red circle moving left", seed=seed, num_inference_steps=1) for seed in range(repeats + 1)]
+    requests = [
+        Request("a red circle moving left", seed=seed, num_inference_steps=1, format="npy")
+        for seed in range(repeats + 1)
+    ]
     load = psutil.getloadavg()[0]
     denoiser = next(name for name, stage in config.stages.items() if "denoise" in stage.blocks)
     with Pipeline(config) as pipeline:

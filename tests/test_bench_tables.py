@@ -5,7 +5,7 @@ from pathlib import Path
 import bench_plan
 import bench_tables as bench
 import pytest
-from bench_stock import Video, per_minute
+from bench_stock import per_minute
 
 from disagg_ray.planning.plan import equip, make_plan, parse_gpus
 from disagg_ray.request import ResolvedRequest
@@ -31,14 +31,25 @@ def test_every_way_stands_beside_stock_and_what_lost_stays() -> None:
     assert "| split under 24 GiB | no room |" in text
 
 
+def test_under_a_cap_the_best_stock_is_the_baseline() -> None:
+    cell = {"cell": "4 steps, guided", "cap_gib": 40.0}
+    rows = [
+        cell | {"way": f"{bench.STOCK}, {name}", "per_minute": n, "latency_s": n} for name, n in (("a", 4), ("b", 5))
+    ]
+    assert bench.ratio(cell | {"per_minute": 10.0}, rows, "per_minute") == 2
+    assert bench.ratio(cell | {"latency_s": 8.0}, rows, "latency_s") == 2
+    assert bench.ratio(cell | {"per_minute": 10.0, "cap_gib": 24.0}, rows, "per_minute") is None
+
+
 def test_a_busy_share_counts_the_gaps_between_requests() -> None:
     results = [make_result("a", 10, 9), make_result("a", 20, 10), make_result("b", 0, 5), make_result("b", 10, 1)]
     assert bench.busy_share(results, "transformer") == pytest.approx((0.9 + 0.5) / 2)
     assert bench.busy_share(results[:1], "transformer") is None
 
 
-def test_stock_pipelines_add_up_in_steady_state() -> None:
-    assert per_minute([[Video(0, 9, 10), Video(9, 19, 20)], [Video(0, 4, 5), Video(4, 24, 25)]]) == 6 + 3
+def test_gpus_add_up_each_by_its_own_time() -> None:
+    assert per_minute([[10, 20], [5, 25], [7]]) == 6 + 3
+    assert bench.since_first([[10, 20], [5.5, 25]]) == [[4.5, 14.5], [0, 19.5]]
 
 
 def test_the_plot_has_a_panel_for_what_is_there(tmp_path: Path) -> None:
