@@ -95,6 +95,11 @@ class Stage:
         return time.monotonic() if self._turns.waiting else self._turns.began
 
     @property
+    def turns_s(self) -> float | None:
+        """Seconds of all turns that it had on a GPU it shares; None: it takes none."""
+        return None if self._turns is None else self._turns.held_s
+
+    @property
     def cache_bytes(self) -> int:
         """Most bytes of prompt embeddings to keep; 0 where no text is encoded."""
         return self._settings.cache_bytes if self._cut.encodes_text else 0

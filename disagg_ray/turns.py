@@ -44,6 +44,8 @@ class Turns:
         """Whether this process waits for its turn."""
         self.began = 0.0
         """When its last turn began, by the monotonic clock."""
+        self.held_s = 0.0
+        """Seconds of all turns it had."""
 
     @contextmanager
     def take(self) -> Iterator[None]:
@@ -57,6 +59,7 @@ class Turns:
             yield
         finally:
             fcntl.flock(self._turn, fcntl.LOCK_UN)
+            self.held_s += time.monotonic() - self.began
 
     def apply(self, model: Any, finish: Callable[[], None]) -> None:
         """Have every call of a model take a turn, which ends when `finish` has waited for the device to be done."""

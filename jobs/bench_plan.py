@@ -27,8 +27,8 @@ CLUSTERS = {"2xH200": {}, "4xH200": {}, "8xH200,4xL40S": {"L40S": 0.35}, "700xH2
 LOAD = Load(480, 832, 81, 8)
 PASSES = (8, 40)
 """Of the loads that are simulated: 4 and 20 guided steps."""
-SECONDS = {"encoder": 0.08, "transformer": 5.0, "decoder": 3.17}
-"""Of Wan 1.3B at four guided steps on an H200 (docs/performance.md), where no profile is given."""
+SECONDS = {"encoder": (0.08, 0.08), "transformer": (5.0, 5.0), "decoder": (3.17, 2.77)}
+"""Of Wan 1.3B at four guided steps on an H200, and of them the turns (docs/performance.md): of the simulated."""
 NOISE = 0.05
 """Standard deviation of the logarithm of the seconds."""
 TINY_S = 1e-9
@@ -102,8 +102,10 @@ class Simulation:
                         self._schedulers[place].add(name, seat.kind, 0.0)
         self._began: dict[Job, tuple[int, int, float]] = {}
         """Request, part and start of what runs."""
-        self._ends: list[tuple[float, int, Gpu]] = []
-        """Of turns."""
+        self._ends: list[tuple[float, int, Gpu | Job]] = []
+        """Of turns, and of jobs that need none any more."""
+        self._tails: dict[Job, float] = {}
+        """Seconds of each job after its last turn."""
         self._numbers = itertools.count()
         self._admitted = 0
         self.finished: list[float] = []
@@ -112,10 +114,13 @@ class Simulation:
         for _ in range(REPLICA_WINDOW * len(self._homes)):
             self._admit()
         while self._ends:
-            self._now, _, gpu = heapq.heappop(self._ends)
-            if (job := gpu.end_turn()) is not None:
-                self._end(job)
-            self._begin_turn(gpu)
+            self._now, _, ended = heapq.heappop(self._ends)
+            if isinstance(ended, Job):
+                self._end(ended)
+                continue
+            if (job := ended.end_turn()) is not None:
+                self._schedule(self._tails.pop(job), job)
+            self._begin_turn(ended)
 
     def per_minute(self) -> float:
         first, last = int(0.3 * len(self.finished)), int(0.8 * len(self.finished))
@@ -137,15 +142,21 @@ class Simulation:
         kind, gpu = self._homes[at.replica]
         hardware, part = self._kinds[kind], self._parts[place]
         seconds = sum(hardware.compute_s(stage, self._load) for stage in part)
+        turns = hardware.turn_s(part[0], self._load) if len(part) == 1 else seconds
         denoises = len(part) == 1 and hardware.stage(part[0]).denoises
-        most = seconds / self._load.passes if denoises else math.inf
-        gpu.waiting.append((job, seconds * self._random.lognormal(-(NOISE**2) / 2, NOISE), most))
+        most = turns / self._load.passes if denoises else math.inf
+        noise = self._random.lognormal(-(NOISE**2) / 2, NOISE)
+        gpu.waiting.append((job, turns * noise, most))
+        self._tails[job] = (seconds - turns) * noise
         self._began[job] = request, place, self._now
         self._begin_turn(gpu)
 
     def _begin_turn(self, gpu: Gpu) -> None:
         if (seconds := gpu.begin_turn()) is not None:
-            heapq.heappush(self._ends, (self._now + seconds, next(self._numbers), gpu))
+            self._schedule(seconds, gpu)
+
+    def _schedule(self, seconds: float, what: Gpu | Job) -> None:
+        heapq.heappush(self._ends, (self._now + seconds, next(self._numbers), what))
 
     def _end(self, job: Job) -> None:
         request, place, began = self._began.pop(job)
@@ -160,7 +171,7 @@ class Simulation:
 def published_profile() -> Profile:
     """Return a profile of the numbers that docs/performance.md states."""
     stages = tuple(
-        StageProfile(name, name == "transformer", 10, weights, inputs, outputs, 0, (Point(LOAD, s, 0, work, 0),))
+        StageProfile(name, name == "transformer", 10, weights, inputs, outputs, 0, (Point(LOAD, *s, 0, work, 0),))
         for (name, s), weights, inputs, outputs, work in zip(
             SECONDS.items(), (11_400_000_000, 2_800_000_000, 250_000_000), (0, 16_800_000, 28_600_000),
             (16_800_000, 28_600_000, 16_800_000), (400_000_000, 2_000_000_000, 9_000_000_000), strict=True,

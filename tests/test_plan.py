@@ -20,16 +20,18 @@ STAGES = Stages(("encoder", "transformer", "decoder"), "transformer")
 GB = 1_000_000_000
 
 
-def make_stage(name: str, seconds: float, weights_gb: float, work_gb: float = 0, finish_s: float = 0) -> StageProfile:
-    point = Point(LOAD, seconds, finish_s, int(work_gb * GB), 0)
+def make_stage(
+    name: str, seconds: float, weights_gb: float, work_gb: float = 0, finish_s: float = 0, host_s: float = 0
+) -> StageProfile:
+    point = Point(LOAD, seconds, seconds - host_s, finish_s, int(work_gb * GB), 0)
     return StageProfile(name, name == "transformer", 1.0, int(weights_gb * GB), 0, 0, 0, (point,))
 
 
-def make_profile(kind: str = "H200", finish_s: float = 0, transformer_gb: float = 3) -> Profile:
-    """Encoder 1 s, transformer 6 s, decoder 3 s, on a GPU of 100 GB."""
+def make_profile(kind: str = "H200", finish_s: float = 0, transformer_gb: float = 3, host_s: float = 0) -> Profile:
+    """Encoder 1 s, transformer 6 s, decoder 3 s of which `host_s` need no GPU, on a GPU of 100 GB."""
     stages = (
         make_stage("encoder", 1, 11), make_stage("transformer", 6, transformer_gb, 2),
-        make_stage("decoder", 3, 1, 9, finish_s),
+        make_stage("decoder", 3, 1, 9, finish_s, host_s),
     )  # fmt: skip
     return Profile(VERSION, kind, kind, 100 * GB, "wan", "npy", 1e9, stages)
 
@@ -85,11 +87,24 @@ def test_equal_throughput_prefers_fused() -> None:
     assert plan(2).best.layout.fused
 
 
-def test_encoding_files_beside_a_transformer_costs_no_gpu_time() -> None:
+def test_files_are_encoded_beside_the_next_video() -> None:
     made = plan(2, finish_s=2)
+    assert made.fused is not None and made.fused.per_minute == pytest.approx(12)
+    slow = plan(2, finish_s=15)
+    assert slow.fused is not None and slow.fused.per_minute == pytest.approx(8)
+
+
+def test_work_on_the_host_beside_a_transformer_costs_no_gpu_time() -> None:
+    made = plan(2, host_s=1)
     assert made.best.layout.name == "all stages on every GPU"
-    assert made.best.per_minute == pytest.approx(12)
-    assert made.fused is not None and made.fused.per_minute == pytest.approx(10)
+    assert made.best.per_minute == pytest.approx(2 * 60 / 9)
+    assert made.fused is not None and made.fused.per_minute == pytest.approx(12)
+
+
+def test_helpers_that_never_call_a_model_take_nothing_of_a_gpu() -> None:
+    without = replace(make_profile(), stages=(make_profile().stages[1], make_stage("decoder", 3, 1, host_s=3)))
+    made = make_plan([Hardware("H200", 1, 100 * GB, without)], LOAD)
+    assert find(made, "all stages on every GPU") == pytest.approx(10)
 
 
 def test_where_the_whole_does_not_fit_a_split_is_best() -> None:
@@ -141,11 +156,13 @@ def test_every_layout_s_yaml_is_a_configuration_with_its_replicas(layout: Layout
 
 def test_seconds_grow_with_passes_in_a_line_and_with_size_by_a_power() -> None:
     small, large = Load(480, 832, 41, 4), Load(480, 832, 81, 4)
-    points = [Point(load, seconds, 0, 0, 0) for load, seconds in ((small, 2.0), (replace(small, passes=8), 3.0))]
+    measured = ((small, 2.0), (replace(small, passes=8), 3.0))
+    points = [Point(load, seconds, seconds / 2, 0, 0, 0) for load, seconds in measured]
     ratio = large.volume / small.volume
     points += [replace(p, load=replace(p.load, num_frames=81), compute_s=p.compute_s * ratio**2) for p in points]
     stage = replace(make_stage("transformer", 1, 1), points=tuple(points))
     assert stage.compute_s(replace(small, passes=16)) == pytest.approx(5)
+    assert stage.turn_s(replace(small, passes=16)) == pytest.approx(2.5)
     middle = replace(small, num_frames=61)
     assert stage.compute_s(middle) == pytest.approx(2 * (middle.volume / small.volume) ** 2)
 
@@ -157,7 +174,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 1}', "not whole")],
+    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 2}', "not whole")],
 )
 def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "profile.json"
@@ -194,7 +211,7 @@ def test_a_profile_of_the_tiny_model_is_measured_and_planned_with(
     assert main(["profile", "--config", config, "--output", str(profile), "--sizes", "64x64x9", "--repeats", "1"]) == 0
     measured = json.loads(profile.read_text())
     assert [stage["name"] for stage in measured["stages"]] == ["encoder", "transformer", "decoder"]
-    assert all(point["compute_s"] > 0 for stage in measured["stages"] for point in stage["points"])
+    assert all(point["compute_s"] == point["turn_s"] > 0 for stage in measured["stages"] for point in stage["points"])
     asked = ["--config", config, "--profile", str(profile), "--gpus", "3xCPU", "--output", str(yaml)]
     assert main(["plan", *asked]) == 0
     assert "Best: " in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_a_plan_counts_the_pools_that_stages_make(stages: dict[str, Stage]) -> N
     needs = {name: stage.needs() for name, stage in stages.items()}
     profiles = [
         StageProfile(name, False, 0.0, 0, needs[name].input_bytes, needs[name].output_bytes, stage.cache_bytes,
-                     (Point(load, 0.0, 0.0, 0, 0),))
+                     (Point(load, 0.0, 0.0, 0.0, 0, 0),))
         for name, stage in stages.items()
     ]  # fmt: skip
     cores = Hardware(CPU, 16, 0, Profile(VERSION, CPU, "", 0, "", "mp4", 1.0, tuple(profiles)))

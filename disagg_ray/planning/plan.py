@@ -6,6 +6,7 @@ share a GPU compute by turns. A request alone takes the sum of its stages and ha
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ class Hardware:
 
     def compute_s(self, name: str, load: Load) -> float:
         return self.stage(name).compute_s(load) / self.speed
+
+    def turn_s(self, name: str, load: Load) -> float:
+        return self.stage(name).turn_s(load) / self.speed
 
     def finish_s(self, name: str, load: Load) -> float:
         return self.stage(name).finish_s(load)
@@ -201,7 +205,7 @@ def _rates(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: St
     helpers, rate = denoise - sum of rate / helpers x beside.
     """
     if layout.fused:
-        return {"fused": sum(seat.count / _busy_s(seat.stages, kinds[seat.kind], load) for seat in layout.seats)}
+        return {"fused": sum(seat.count / _pace_s(seat.stages, kinds[seat.kind], load) for seat in layout.seats)}
     rates: dict[str, float] = {}
     beside: dict[str, float] = {}
     undisturbed: dict[str, float] = {}
@@ -214,21 +218,32 @@ def _rates(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: St
             denoise += rate
             beside[name] = beside.get(name, 0.0) + rate
         if helpers:
-            seconds = _busy_s(helpers, gpus, load, overlaps=shared)
             forward = gpus.compute_s(stages.denoiser, load) / load.passes if shared else 0.0
-            rates[name] = rates.get(name, 0.0) + seat.count / (seconds + forward)
-            undisturbed[name] = undisturbed.get(name, 0.0) + seat.count / seconds
+            rates[name] = rates.get(name, 0.0) + seat.count / _pace_s(helpers, gpus, load, waiting_s=forward)
+            turns = _turns_s(helpers, gpus, load)
+            undisturbed[name] = undisturbed.get(name, 0.0) + (seat.count / turns if turns else math.inf)
     taken = sum(rate / undisturbed[name] for name, rate in beside.items() if name in undisturbed)
     return rates | {stages.denoiser: denoise / (1 + taken)}
 
 
-def _busy_s(stages: Sequence[str], gpus: Hardware, load: Load, *, overlaps: bool = False) -> float:
-    """Return the seconds that one video keeps a GPU from other work.
+def _pace_s(stages: Sequence[str], gpus: Hardware, load: Load, waiting_s: float = 0.0) -> float:
+    """Return the seconds after which processes that do these stages in turn can begin with the next video.
 
-    A file is encoded by a CPU: meanwhile a replica alone computes nothing, and another on the same GPU can.
+    A file is encoded beside the next video's computing, but for a core that does both. While a process works on the
+    host, another may have its turn: so much of `waiting_s`, which is for that turn, is no loss.
     """
-    seconds = sum(gpus.compute_s(stage, load) for stage in stages)
-    return seconds if overlaps and gpus.kind != CPU else seconds + sum(gpus.finish_s(stage, load) for stage in stages)
+    computing = sum(gpus.compute_s(stage, load) for stage in stages)
+    host = computing - _turns_s(stages, gpus, load) if waiting_s and gpus.kind != CPU else 0.0
+    computing += max(0.0, waiting_s - host)
+    finishing = sum(gpus.finish_s(stage, load) for stage in stages)
+    return computing + finishing if gpus.kind == CPU else max(computing, finishing)
+
+
+def _turns_s(stages: Sequence[str], gpus: Hardware, load: Load) -> float:
+    """Return the seconds for which one video's stages keep a GPU, or a core, from other processes' work."""
+    if gpus.kind == CPU:
+        return _pace_s(stages, gpus, load)
+    return sum(gpus.turn_s(stage, load) for stage in stages)
 
 
 def latency_s(layout: Layout, kinds: Mapping[str, Hardware], load: Load) -> float:

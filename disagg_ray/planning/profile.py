@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from disagg_ray.errors import PlanError
 
-VERSION = 1
+VERSION = 2
 """Of the file's schema."""
 
 
@@ -37,6 +37,8 @@ class Point:
 
     load: Load
     compute_s: float
+    turn_s: float
+    """Of it what keeps others off the GPU: its models' calls (`disagg_ray.turns`)."""
     finish_s: float
     """Encoding the file, for the last stage."""
     work_bytes: int
@@ -62,7 +64,11 @@ class StageProfile:
 
     def compute_s(self, load: Load) -> float:
         """Return the seconds of the blocks, from what was measured at the sizes next to this one."""
-        return self._between({volume: self._at(points, load.passes) for volume, points in self._sizes().items()}, load)
+        return self._seconds(load, lambda point: point.compute_s)
+
+    def turn_s(self, load: Load) -> float:
+        """Return the seconds of them in which no other process computes on the GPU."""
+        return self._seconds(load, lambda point: point.turn_s)
 
     def finish_s(self, load: Load) -> float:
         return self._between({v: _median([p.finish_s for p in ps]) for v, ps in self._sizes().items()}, load)
@@ -79,10 +85,15 @@ class StageProfile:
             sizes.setdefault(point.load.volume, []).append(point)
         return sizes
 
-    def _at(self, points: Sequence[Point], passes: int) -> float:
+    def _seconds(self, load: Load, seconds_of: Callable[[Point], float]) -> float:
+        sizes = self._sizes().items()
+        return self._between(
+            {v: self._at(points, list(map(seconds_of, points)), load.passes) for v, points in sizes}, load
+        )
+
+    def _at(self, points: Sequence[Point], seconds: Sequence[float], passes: int) -> float:
         """Return the seconds of one size: only a transformer's grow with the passes, in a straight line."""
         counts = [float(point.load.passes) for point in points]
-        seconds = [point.compute_s for point in points]
         if not self.denoises:
             return _median(seconds)
         if len(set(counts)) == 1:

@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -60,7 +60,8 @@ def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 
     if config.model.task != "t2v":
         raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v can be measured yet")
     cases = [_Case(resolve(request, config)[0], {}) for request in requests]
-    stages = {name: Stage(name, config) for name in config.stages}
+    sharing = _share(config)
+    stages = {name: Stage(name, sharing) for name in config.stages}
     graph = build_graph([stage.ports for stage in stages.values()])
     profiles = tuple(_measure_stage(stages.pop(name), graph, cases, repeats) for name in graph.order)
     device = "cuda" if any(stage.torch_device == "cuda" for stage in config.stages.values()) else "cpu"
@@ -68,6 +69,15 @@ def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 
     largest = max((p.handoff_bytes for stage in profiles for p in stage.points), default=0)
     path, made = config.model.path, cases[0].request.format
     return Profile(VERSION, kind, hardware, memory, path, made, _handoff_rate(largest, device), profiles)
+
+
+def _share(config: Config) -> Config:
+    """Return a configuration whose stages take turns on their GPUs, so that the turns can be measured."""
+    stages = {
+        name: replace(stage, num_gpus=0.5) if stage.torch_device == "cuda" else stage
+        for name, stage in config.stages.items()
+    }
+    return replace(config, gpu_turns=True, stages=stages)
 
 
 def describe_device(device: str) -> tuple[str, str, int]:
@@ -108,14 +118,15 @@ def _measure_point(stage: Stage, case: _Case) -> Point:
     before = stage.allocated_bytes
     if before:
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+    turns_before, began = stage.turns_s, time.perf_counter()
     outputs = stage.compute(case.request, case.tensors, None)
-    computed = time.perf_counter()
+    computed, turns_after = time.perf_counter(), stage.turns_s
+    turn_s = computed - began if turns_before is None or turns_after is None else turns_after - turns_before
     _finish(stage, case.request, outputs)
     finished = time.perf_counter()
     handoff = sum(tensor.nbytes for tensor in outputs.tensors.values())
     work = max(0, stage.peak_bytes - before)
-    return Point(case.load, computed - began, finished - computed, work, handoff)
+    return Point(case.load, computed - began, turn_s, finished - computed, work, handoff)
 
 
 def _finish(stage: Stage, request: ResolvedRequest, outputs: Outputs) -> None:

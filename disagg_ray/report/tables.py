@@ -64,14 +64,15 @@ def print_profile(profile: Profile) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=(
         f"{profile.model} on {profile.hardware}, handoffs {human_bytes(profile.handoff_bytes_per_s)} a second"
     ))  # fmt: skip
-    for column in ("stage", "size", "passes", "compute s", "file s", "weights", "work", "handoff", "load s"):
+    for column in ("stage", "size", "passes", "compute s", "turn s", "file s", "weights", "work", "handoff", "load s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in profile.stages:
         for point in stage.points:
             load = point.load
             table.add_row(
                 stage.name, f"{load.width}x{load.height}x{load.num_frames}", str(load.passes),
-                f"{point.compute_s:.3f}", f"{point.finish_s:.3f}", human_bytes(stage.weights_bytes),
+                f"{point.compute_s:.3f}", f"{point.turn_s:.3f}", f"{point.finish_s:.3f}",
+                human_bytes(stage.weights_bytes),
                 human_bytes(point.work_bytes), human_bytes(point.handoff_bytes), f"{stage.load_s:.1f}",
             )  # fmt: skip
     _print(table)
