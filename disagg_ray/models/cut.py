@@ -33,6 +33,8 @@ from disagg_ray.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeConfig, p
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.turns import Turns
 
+SPARE_BYTES = 2**21
+"""More than is lost when torch rounds tensors up."""
 TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
 """Inputs by which diffusers picks the blocks of a task."""
 
@@ -153,6 +155,7 @@ class Cut:
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True} if is_model else {}
         if is_model and device != "cpu":
             options["device_map"] = {"": device}  # file to device, with no copy on the host
+            _reserve((self._checkpoint.count_parameters(name) or 0) * options["dtype"].itemsize, device)
         try:
             component = spec.load(local_files_only=True, **options)
         except (OSError, ValueError) as error:
@@ -251,6 +254,15 @@ def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[st
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
     }
+
+
+def _reserve(nbytes: int, device: str) -> None:
+    """Have torch keep one free piece of GPU memory that all of a model's weights fit into.
+
+    Transformers does so too, but takes whatever else is free for a part of it: then the largest tensor (2 GB of a text
+    encoder's) finds no room in the piece, and a hole as large stays in it for ever.
+    """
+    torch.empty(nbytes + SPARE_BYTES, dtype=torch.uint8, device=device)
 
 
 def _weight_bytes(module: torch.nn.Module) -> int:
