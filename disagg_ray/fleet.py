@@ -72,9 +72,9 @@ class Fleet:
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
-        """Those that serve, by stage and index."""
-        posts = {post: place for place, post in enumerate(self._placement.posts())}
-        serving = sorted(self._actors.values(), key=lambda actor: posts[actor.post])
+        """Those that serve, by stage and index, with those that only finish what they began."""
+        stages = list(self.config.stages)
+        serving = sorted(self._actors.values(), key=lambda actor: (stages.index(actor.stage), actor.post.index))
         return tuple(self._infos[actor.id] for actor in serving)
 
     @property

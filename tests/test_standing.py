@@ -195,6 +195,19 @@ def test_replicas_are_added_and_retired_while_requests_run(pipeline: str, local:
         assert connection.num_restarts == {"encoder": 0, "transformer": 0, "decoder": 0}
 
 
+def test_a_replica_that_retires_is_listed_until_it_is_done(pipeline: str) -> None:
+    with Pipeline.connect(pipeline) as connection:
+        handles = [connection.submit(replace(LONG, id=f"last-{number}")) for number in range(2)]
+        wait_until(lambda: all(h.progress and h.progress.step for h in handles), "not both compute")
+        assert cli.main(["scale", pipeline, "transformer=1"]) == 0
+        assert count(connection, "transformer") == 2
+        assert cli.main(["ls"]) == 0
+        assert all(handle.cancel() for handle in handles)
+        wait_until(lambda: count(connection, "transformer") == 1, "no replica retired")
+        assert cli.main(["scale", pipeline, "transformer=2"]) == 0
+        wait_until(lambda: count(connection, "transformer") == 2, "no replica was added", timeout_s=90)
+
+
 def test_a_new_configuration_replaces_replicas_without_losing_requests(
     pipeline: str, local: Callable[[Request], bytes]
 ) -> None:
