@@ -1,11 +1,14 @@
 """Fixtures that several test files share."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, its children too
 
 
 @pytest.fixture(scope="session")
