@@ -33,7 +33,7 @@ import bench_tiles
 import bench_transfer
 import psutil
 import torch
-from bench_stock import Cell
+from bench_stock import OFFLOADS, Cell
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.result import Result, StageTiming
@@ -215,15 +215,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="tables: words of the ways' names, separated by /")
     parser.add_argument("--caps", default="", help="tables: GiB of a GPU, comma separated")
     parser.add_argument(
-        "--offload", default="model,group", help="tables: of stock under a cap; of model, group and sequential some"
+        "--offload", default="model,group", help=f"tables: of stock under a cap; some of {','.join(OFFLOADS)}"
     )
     parser.add_argument("--seconds", type=float, default=500.0, help="tables: after which nothing more is begun")
     parser.add_argument("--profile", type=Path, help="plan: of the hardware that --tables were measured on")
     parser.add_argument("--tables", type=Path, help="plan: the JSON of a throughput run")
     options = parser.parse_intermixed_args()
     whats = tuple(options.what.split(","))
-    if not set(options.offload.split(",")) <= {"model", "group", "sequential"}:
-        parser.error(f"--offload {options.offload!r}: write some of model,group,sequential")
+    if not set(options.offload.split(",")) <= set(OFFLOADS):
+        parser.error(f"--offload {options.offload!r}: write some of {','.join(OFFLOADS)}")
     if not set(whats) <= set(bench_tables.WHATS) and options.what not in (*OWN, *PLOTTED):
         parser.error(f"{options.what!r}: see --help")
     torch.set_num_threads(1)

@@ -23,6 +23,8 @@ from disagg_ray.video import Frames, encode
 
 START_S = 600.0
 """Until a pipeline must have loaded."""
+OFFLOADS = ("model", "group", "sequential")
+"""diffusers' ways to keep weights in host memory."""
 PROMPT = "a red circle moving left"
 
 
@@ -54,7 +56,7 @@ class Stock:
     config: Config
     format: str
     offload: str = ""
-    """Nothing, or diffusers' way to keep weights in host memory: model, group or sequential."""
+    """Nothing, or one of OFFLOADS."""
     gpu_bytes: int | None = None
     """Most memory of the GPU that torch may take."""
 

@@ -146,7 +146,7 @@ def measure_stock(bench: Bench, stock: Stock) -> Iterator[Row]:
                 row["latency_s"] = statistics.median(video.computed - video.began for video in alone)
             if bench.saturates and rounds:
                 written = [[video.written for video in videos] for videos in pipelines.run(cell, rounds + 1)]
-                row |= {"per_minute": per_minute(written), "written_s": since_first(written)}
+                row |= throughput(written)
             yield row
         yield {"peak_bytes": {"all": max(pipelines.peak_bytes())}}
 
@@ -237,13 +237,16 @@ def saturate(pipeline: Pipeline, way: Layout, bench: Bench, cell: Cell, rounds: 
             for handle in handles:
                 handle.cancel()
     results = [result for _, result in made]
-    return {"per_minute": per_minute(list(written.values())), "busy": busy_share(results, bench.stages.denoiser),
-            "written_s": since_first(list(written.values()))}  # fmt: skip
+    return throughput(list(written.values())) | {"busy": busy_share(results, bench.stages.denoiser)}
 
 
 def denoised_by(result: Result, denoiser: str) -> str:
     """Return the replica that denoised a video; fused, that is the only one."""
     return next((timing.replica for timing in result.stages if timing.stage == denoiser), result.stages[0].replica)
+
+
+def throughput(written: Sequence[Sequence[float]]) -> Row:
+    return {"per_minute": per_minute(written), "written_s": since_first(written)}
 
 
 def since_first(written: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -143,11 +143,13 @@ class Cut:
         Raises:
             CheckpointError: a component is missing or unsafe.
         """
-        counts = {name: self._checkpoint.count_parameters(name) for name in self.components}
-        known = {name: count for name, count in counts.items() if count is not None}
-        if len(known) < len(counts):
-            return None
-        return sum(count * int(getattr(torch, dtypes[name]).itemsize) for name, count in known.items())
+        sizes = [self._component_bytes(name, dtypes[name]) for name in self.components]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def _component_bytes(self, name: str, dtype: str) -> int | None:
+        count = self._checkpoint.count_parameters(name)
+        return None if count is None else count * int(getattr(torch, dtype).itemsize)
 
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
         spec = self._pipeline.get_component_spec(name)
@@ -155,7 +157,7 @@ class Cut:
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True} if is_model else {}
         if is_model and device != "cpu":
             options["device_map"] = {"": device}  # file to device, with no copy on the host
-            _reserve((self._checkpoint.count_parameters(name) or 0) * options["dtype"].itemsize, device)
+            _reserve(self._component_bytes(name, dtype) or 0, device)
         try:
             component = spec.load(local_files_only=True, **options)
         except (OSError, ValueError) as error:

@@ -232,17 +232,18 @@ def _pace_s(stages: Sequence[str], gpus: Hardware, load: Load, waiting_s: float 
     A file is encoded beside the next video's computing, but for a core that does both. While a process works on the
     host, another may have its turn: so much of `waiting_s`, which is for that turn, is no loss.
     """
+    if gpus.kind == CPU:
+        return waiting_s + _turns_s(stages, gpus, load)
     computing = sum(gpus.compute_s(stage, load) for stage in stages)
-    host = computing - _turns_s(stages, gpus, load) if waiting_s and gpus.kind != CPU else 0.0
-    computing += max(0.0, waiting_s - host)
+    host = computing - _turns_s(stages, gpus, load)
     finishing = sum(gpus.finish_s(stage, load) for stage in stages)
-    return computing + finishing if gpus.kind == CPU else max(computing, finishing)
+    return max(computing + max(0.0, waiting_s - host), finishing)
 
 
 def _turns_s(stages: Sequence[str], gpus: Hardware, load: Load) -> float:
     """Return the seconds for which one video's stages keep a GPU, or a core, from other processes' work."""
     if gpus.kind == CPU:
-        return _pace_s(stages, gpus, load)
+        return sum(_alone_s(gpus, stage, load) for stage in stages)
     return sum(gpus.turn_s(stage, load) for stage in stages)
 
 
