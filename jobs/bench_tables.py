@@ -315,22 +315,25 @@ def measure_capped(
 ) -> None:
     """Measure a way under a cap for each GPU: processes that share one share the cap, each by its peak.
 
-    Where that is too little, the transformer keeps its weights on the host.
+    Where that is too little, the largest stages keep their weights on the host, as many as it takes.
     """
     cap = int(cap_gib * 2**30)
-    name, overrides, denoiser = way.name, [], bench.stages.denoiser
+    offloaded: list[str] = []
+    largest = sorted(peaks, key=weights.__getitem__, reverse=True)
     needed = add_up(peaks, way)
-    if max(needed.values()) > cap and not way.fused:
-        name, overrides = f"{name}, {denoiser} offloaded", [f"stages.{denoiser}.offload=group"]
-        visiting = weights[denoiser] // 10  # some of its blocks at a time
-        peaks = {**peaks, denoiser: peaks[denoiser] - weights[denoiser] + visiting}
+    while max(needed.values()) > cap and not way.fused and len(offloaded) < len(largest):
+        stage = largest[len(offloaded)]
+        offloaded.append(stage)
+        peaks = {**peaks, stage: peaks[stage] - weights[stage] * 4 // 5}  # some of its layers visit at a time
         needed = add_up(peaks, way)
+    name = f"{way.name}, {' and '.join(offloaded)} offloaded" if offloaded else way.name
     fullest = max(needed, key=needed.__getitem__)
     if way.fused or needed[fullest] > cap:
         taken = f"{' and '.join(fullest.stages)} take {needed[fullest] / 1e9:.1f} GB"
         said = "as stock, all on the GPU" if way.fused else taken
         bench.add({"way": name, "cap_gib": cap_gib, "error": f"no room: {said}"})
         return
+    overrides = [f"stages.{stage}.offload=group" for stage in offloaded]
     for stage in bench.stages.order if bench.on_gpu else ():
         most = min(int(peaks[stage] * cap / needed[seat]) for seat in way.seats if stage in seat.stages)
         overrides.append(f"stages.{stage}.gpu_bytes={most}")

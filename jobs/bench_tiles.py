@@ -41,7 +41,7 @@ def _cut(config: Config, decoder: str, num_parts: int) -> Config:
     stage = replace(stage, vae=replace(stage.vae, tile_pixels=None))
     for number, part in enumerate(name_parts(num_parts), 1):
         stages[f"{decoder}_{number}"] = replace(stage, blocks=[part])
-    stages["join"] = replace(stage, blocks=[BLEND], vae=VaeConfig())
+    stages["join"] = replace(stage, blocks=[BLEND], vae=VaeConfig(), num_gpus=stage.num_gpus / 4)  # no weights
     return replace(config, stages=stages, share_gpu=[])
 
 

@@ -1,6 +1,7 @@
 """What the tables make of measurements, and the simulation that the plan is checked with."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_plan
 import bench_tables as bench
@@ -39,6 +40,33 @@ def test_under_a_cap_the_best_stock_is_the_baseline() -> None:
     assert bench.ratio(cell | {"per_minute": 10.0}, rows, "per_minute") == 2
     assert bench.ratio(cell | {"latency_s": 8.0}, rows, "latency_s") == 2
     assert bench.ratio(cell | {"per_minute": 10.0, "cap_gib": 24.0}, rows, "per_minute") is None
+
+
+@pytest.mark.parametrize(
+    ("cap_gib", "offloaded"), [(60, []), (40, ["transformer"]), (24, ["transformer", "encoder"]), (8, None)]
+)
+def test_under_a_cap_the_largest_stages_are_offloaded_as_far_as_needed(
+    cap_gib: float, offloaded: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wan 14B's bytes; where even that is too little, the way is a row that says so."""
+    peaks = {"encoder": 11_840_000_000, "transformer": 32_550_000_000, "decoder": 10_000_000_000}
+    weights = {"encoder": 11_360_000_000, "transformer": 28_640_000_000, "decoder": 510_000_000}
+    stages = bench.Stages(tuple(peaks), "transformer")
+    way = bench.Layout("all", (bench.Seat("GPU", 2, stages.order),))
+    rows: list[bench.Row] = []
+    asked: list[str] = []
+    monkeypatch.setattr(bench, "measure_way", lambda _bench, _way, *overrides: asked.extend(overrides))
+    fake = SimpleNamespace(stages=stages, on_gpu=True, add=rows.append, row=lambda *row: (rows.append(row), row[2]()))
+    bench.measure_capped(fake, way, peaks, weights, cap_gib)  # type: ignore[arg-type]
+    (row,) = rows
+    if offloaded is None:
+        assert "no room: encoder and transformer and decoder take 22.0 GB" in row["error"]
+        return
+    given = dict(override.split("=") for override in asked)
+    assert [name.split(".")[1] for name, value in given.items() if value == "group"] == offloaded
+    shares = [int(value) for name, value in given.items() if name.endswith("gpu_bytes")]
+    assert 0.99 * cap_gib * 2**30 < sum(shares) <= cap_gib * 2**30
+    assert row[0] == "all" + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
 
 
 def test_a_busy_share_counts_the_gaps_between_requests() -> None:
