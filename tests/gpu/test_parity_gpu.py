@@ -13,7 +13,10 @@ from test_parity import CONF, GUIDED, HOST, UNGUIDED, Model, Split
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.config import TransportConfig
 from disagg_ray.loading import load_config
+from disagg_ray.models.blocks import OnStep
 from disagg_ray.models.shapes import get_shape
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.stage import Outputs, Stage
 from disagg_ray.transfer.pool import Pool
 
 CUDA = "cuda"
@@ -127,8 +130,16 @@ def test_requests_in_turn_equal_each_alone(cluster: None) -> None:
 def test_replicas_compute_beside_the_default_stream(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pull by nvlink_intra waits for the default stream: a stage that computed there would hold up its prefetch."""
     pool = Pool("driver", 2**20, HOST, TransportConfig())
-    split, streams = Split(model.config, pool), []
-    monkeypatch.setattr(Pool, "is_released", lambda *_: bool(streams.append(torch.cuda.current_stream())))
+    split, streams, compute = Split(model.config, pool), [], Stage.compute
+
+    def watch(stage: Stage, request: ResolvedRequest, tensors: dict[str, torch.Tensor], on_step: OnStep) -> Outputs:
+        def note_stream(step: int, steps: int) -> None:
+            streams.append(torch.cuda.current_stream())
+            on_step(step, steps)
+
+        return compute(stage, request, tensors, note_stream)
+
+    monkeypatch.setattr(Stage, "compute", watch)
     split.generate(model.request(UNGUIDED))
     for part in (*split.replicas.values(), pool):
         part.close()
