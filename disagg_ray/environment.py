@@ -33,8 +33,8 @@ def mooncake_config_path() -> Path | None:
 
 
 def cuda_allocator() -> str:
-    """Return the settings of torch's CUDA allocator, under its old name and its new one."""
-    return ",".join(os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    """Return the settings of torch's CUDA allocator, by the name that torch looks for first."""
+    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))
 
 
 def cache_folder() -> Path:

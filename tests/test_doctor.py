@@ -29,7 +29,6 @@ from disagg_ray.doctor.cluster import (
 )
 from disagg_ray.doctor.machine import (
     Survey,
-    check_allocator,
     check_disk,
     check_libibverbs,
     check_rdma,
@@ -58,7 +57,6 @@ from disagg_ray.doctor.software import (
     installed_wheels,
     versions,
 )
-from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import TransferError
 from disagg_ray.handoff import AttemptKey
 from disagg_ray.loading import load_config
@@ -174,14 +172,6 @@ def test_each_rdma_device_is_looked_at(infiniband: Path) -> None:
 def test_rdma_without_a_device_fails_only_when_it_was_asked_for() -> None:
     assert [check.status for check in check_rdma(TRANSPORT)] == ["skipped"]
     assert [check.status for check in check_rdma(replace(TRANSPORT, protocol="rdma"))] == ["fail"]
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_expandable_segments_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_allocator(cuda_allocator(), on_cuda=True).status == "ok"
-    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
-    assert check_allocator(cuda_allocator(), on_cuda=True).status == "fail"
-    assert "unset PYTORCH_CUDA_ALLOC_CONF" in check_allocator(cuda_allocator(), on_cuda=False).remedy
 
 
 def test_little_room_is_a_warning(tmp_path: Path) -> None:

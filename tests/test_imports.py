@@ -32,7 +32,7 @@ LAYERS = (
     {"handle"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
     {"models", "transfer", "output", "board", "queues"},
-    {"request", "progress", "turns"},
+    {"request", "progress", "turns", "segments"},
     {"video", "loading"},
     {"config", "graph"},
     {"checks"},

@@ -1,4 +1,4 @@
-"""What a machine lets a process do: libraries, RDMA, locked memory, allocator, shared memory, disk."""
+"""What a machine lets a process do: libraries, RDMA, locked memory, shared memory, disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from disagg_ray.doctor.software import (
     see_gpus,
     versions,
 )
-from disagg_ray.environment import cache_folder, cuda_allocator, ray_token_path
+from disagg_ray.environment import cache_folder, ray_token_path
 from disagg_ray.transfer import routes
 from disagg_ray.units import human_bytes
 
@@ -60,7 +60,6 @@ def survey(transport: TransportConfig, pool_bytes: int | None, *, sees_gpus: boo
         check_libibverbs(),
         *check_rdma(transport),
         check_memlock(devices, pool_bytes),
-        check_allocator(cuda_allocator(), on_cuda=gpus.build is not None),
         check_shm(),
         check_disk(),
         check_token(ray_token_path()),
@@ -134,15 +133,6 @@ def check_memlock(devices: Sequence[str], pool_bytes: int | None) -> Check:
     if limit < pool_bytes:
         return fail("memlock", f"{human_bytes(limit)}, and RDMA locks a pool of {human_bytes(pool_bytes)}", remedy)
     return ok("memlock", f"{human_bytes(limit)} for a pool of {human_bytes(pool_bytes)}")
-
-
-def check_allocator(settings: str, *, on_cuda: bool) -> Check:
-    """Look for the allocator setting whose memory Mooncake cannot register."""
-    if "expandable_segments:true" not in settings.lower():
-        return ok("allocator", "no expandable segments")
-    detail = "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, memory that Mooncake cannot register"
-    remedy = "unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF, before `ray start` too"
-    return fail("allocator", detail, remedy) if on_cuda else warn("allocator", detail, remedy)
 
 
 def check_shm(path: str = "/dev/shm", least: int = LEAST_SHM_BYTES) -> Check:

@@ -22,9 +22,9 @@ from itertools import zip_longest
 import torch
 
 from disagg_ray.config import TransportConfig
-from disagg_ray.environment import cuda_allocator
 from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
+from disagg_ray.segments import plain_segments
 from disagg_ray.transfer.cache import TensorCache
 from disagg_ray.transfer.checksum import NAME, checksum
 from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file
@@ -389,16 +389,13 @@ def _allocate(nbytes: int, device: str) -> torch.Tensor:
     """Return zeroed memory that can be registered; on a GPU, an allocation that nothing else lies in.
 
     Raises:
-        ConfigError: torch's allocator is set so that its memory cannot be shared, or the GPU is too full.
+        ConfigError: the GPU is too full.
     """
     if device == "cpu":
         return torch.zeros(nbytes, dtype=torch.uint8)
-    if "expandable_segments:true" in cuda_allocator().lower():
-        raise ConfigError(
-            "PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True makes memory that Mooncake cannot register; unset it"
-        )
     try:
-        return torch.zeros(max(nbytes, _OWN_SEGMENT_BYTES), dtype=torch.uint8, device=device)
+        with plain_segments():
+            return torch.zeros(max(nbytes, _OWN_SEGMENT_BYTES), dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(

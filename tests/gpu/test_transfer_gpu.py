@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 from peer import HOST, TRANSPORT
-from worker import MIB, Worker, make_tensors, publish, pull, usage
+from worker import MIB, Worker, growing, make_tensors, publish, pull, usage
 
 from disagg_ray.errors import ConfigError, PoolError, TransferError
 from disagg_ray.handoff import AttemptKey, Handoff
@@ -231,10 +231,13 @@ def test_pool_larger_than_the_gpu_names_the_setting():
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_expandable_segments_are_refused(monkeypatch, name):
+def test_a_pool_is_shared_where_other_segments_grow(workers, monkeypatch, name):
     monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
-    with pytest.raises(ConfigError, match="expandable_segments"):
-        Pool("expandable", MIB, HOST, TRANSPORT, FIRST)
+    with Worker(FIRST) as other:
+        assert other.ask(growing) == {False, True}
+        handoff = other.ask(publish, FIRST)
+        assert workers(FIRST, again=True).ask(pull, handoff) == NVLINK
+        assert other.ask(pull, workers(FIRST, again=True).ask(publish, FIRST)) == NVLINK
 
 
 @pytest.fixture

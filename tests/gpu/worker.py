@@ -43,6 +43,14 @@ def publish(pool: Pool, device: str, nbytes: int = 8 * MIB) -> Handoff:
     return pool.publish(PUBLISHED, tensors)
 
 
+def growing(pool: Pool) -> set[bool]:
+    """Return whether the segments that tensors of this process lie in grow: the pool's, and a new one's."""
+    taken = torch.empty(64 * MIB, dtype=torch.uint8, device=pool._memory.device)
+    grow = {segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}
+    del taken
+    return grow
+
+
 def pull(pool: Pool, handoff: Handoff) -> str:
     """Pull all of a handoff, check that it arrived whole, and return the route it took."""
     key = AttemptKey("pulled", next(_attempts))
