@@ -123,6 +123,6 @@ class Health:
     """Texts that had to be encoded."""
     gpu_allocated_bytes: int
     gpu_peak_bytes: int
-    """Most GPU memory ever taken."""
+    """Most GPU memory ever held, what lay free in it included."""
     num_videos: int
     """Decoded and not yet fetched."""

@@ -51,7 +51,10 @@ GAUGES = {
     "pool_used_bytes": ("Bytes of a replica's pool that are taken.", ("stage", "replica")),
     "pool_capacity_bytes": ("Bytes of a replica's pool.", ("stage", "replica")),
     "gpu_allocated_bytes": ("GPU memory that a replica has taken.", ("stage", "replica")),
-    "gpu_peak_bytes": ("Most GPU memory that a replica has ever taken.", ("stage", "replica")),
+    "gpu_peak_bytes": (
+        "Most GPU memory that a replica has ever held, what lay free in it included.",
+        ("stage", "replica"),
+    ),
 }
 HISTOGRAMS = {
     "request_duration_seconds": ("Seconds from admission to the end, by outcome.", ("outcome",)),

@@ -29,7 +29,7 @@ class StageTiming:
     route: str
     """How the tensors came: Mooncake's protocol, or `local`."""
     peak_bytes: int
-    """Most GPU memory the replica has ever taken, weights and pool included; 0 on a CPU."""
+    """Most GPU memory the replica has ever held, weights, pool and what lay free in it included; 0 on a CPU."""
     encode_s: float = 0.0
     """Encoding the file, after which it is on its way; the replica may compute the next request meanwhile."""
     attempts: int = 1

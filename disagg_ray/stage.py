@@ -75,8 +75,11 @@ class Stage:
 
     @property
     def peak_bytes(self) -> int:
-        """Most GPU memory that tensors of this process ever took, pool and weights included; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+        """Most GPU memory that torch ever held for this process, what lay free in it included; 0 on a CPU.
+
+        No other process on that GPU could have had it.
+        """
+        return torch.cuda.max_memory_reserved() if self.device == "cuda" else 0
 
     @property
     def allocated_bytes(self) -> int:

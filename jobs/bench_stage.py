@@ -204,7 +204,7 @@ class Bench:
         torch._dynamo.reset()
         row |= {"kind": kind, "case": name, "took_s": time.perf_counter() - started}
         if self.device == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
             torch.cuda.empty_cache()
         self.rows.append(row)
         print(line(row), flush=True)

@@ -137,7 +137,7 @@ def _serve(connection: Connection, stock: Stock, index: int) -> None:
         while True:
             asked = connection.recv()
             if asked is None:
-                connection.send(torch.cuda.max_memory_allocated() if device != "cpu" else 0)
+                connection.send(torch.cuda.max_memory_reserved() if device != "cpu" else 0)
             else:
                 connection.send(_make(pipeline, stock, index, *asked))
     except EOFError:

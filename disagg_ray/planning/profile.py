@@ -42,7 +42,7 @@ class Point:
     finish_s: float
     """Encoding the file, for the last stage."""
     work_bytes: int
-    """GPU memory above the weights at the peak; 0 on a CPU."""
+    """GPU memory that torch held above the weights, what lay free in it included; 0 on a CPU."""
     handoff_bytes: int
     """Of the tensors that other stages read."""
 

@@ -99,6 +99,7 @@ def _measure_stage(stage: Stage, graph: Graph, cases: Sequence[_Case], repeats: 
     logger.info("profile: %s loaded in %.1f s", stage.name, load_s)
     points = []
     for case in cases:
+        torch.cuda.empty_cache()  # what a larger case needed is not this one's
         outputs = stage.compute(case.request, case.tensors, None)  # the first time chooses kernels, and allocates
         points += [_measure_point(stage, case) for _ in range(repeats)]
         case.tensors.update({name: tensor.cpu() for name, tensor in outputs.tensors.items()})
