@@ -10,7 +10,7 @@ import torch
 
 from disagg_ray.environment import cuda_allocator
 
-_GROWING = re.compile(r"(expandable_segments\s*:\s*)true", re.IGNORECASE)
+_GROWING = re.compile(r"(expandable_segments\s*:\s*)True")
 
 
 @contextmanager

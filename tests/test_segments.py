@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(read is None, reason="this torch does not tell i
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
 def test_segments_are_plain_for_a_while_and_other_settings_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read()
-    settings = "roundup_power2_divisions:[256:1,512:2],Expandable_Segments: True,max_split_size_mb:64"
+    settings = "roundup_power2_divisions:[256:1,512:2],expandable_segments: True,max_split_size_mb:64"
     monkeypatch.setenv(name, settings)
     try:
         with pytest.raises(ZeroDivisionError), plain_segments():
