@@ -68,6 +68,8 @@ class Stage:
         """Bytes of each loaded component."""
         self._stream: torch.cuda.Stream | None = None
         self._turns: Turns | None = None
+        self._short = False
+        """Of GPU memory, at least once."""
 
     @property
     def ports(self) -> StagePorts:
@@ -185,14 +187,24 @@ class Stage:
 
         `tensors` are other stages' outputs and the request's images (uint8, (height, width, 3)). Whatever `on_step`
         raises ends the work.
+
+        Raises:
+            torch.OutOfMemoryError: the GPU is too small, or torch's free memory lies in pieces that are too small. From
+                then on nothing is kept from one call to the next, so a second attempt has all of it in one piece.
         """
         torch.set_num_threads(self._settings.torch_threads)  # of this thread: torch keeps it a thread
         inputs: dict[str, Any] = {
             name: to_image(tensor.cpu().numpy()) if name in IMAGES else tensor.to(self.device)
             for name, tensor in tensors.items()
         }
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            made = self._cut.run(request, inputs, on_step)
+        if self._short:
+            torch.cuda.empty_cache()
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                made = self._cut.run(request, inputs, on_step)
+        except torch.OutOfMemoryError:
+            self._short = True
+            raise
         if self._stream is not None:
             self._stream.synchronize()  # so that whoever times this, times the work
         videos = made.get(FRAMES)

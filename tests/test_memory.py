@@ -3,6 +3,15 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from disagg_ray.graph import build_graph
+from disagg_ray.loading import load_config
+from disagg_ray.models.cut import Cut
+from disagg_ray.request import Request, resolve
+from disagg_ray.stage import Stage
+
 CODE = """
 import threading, psutil
 from disagg_ray.memory import trim
@@ -27,3 +36,28 @@ print(before - rss())
 def test_what_threads_freed_goes_back_to_the_system() -> None:
     output = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout
     assert int(output) > 50 * 2**20
+
+
+def test_after_running_out_of_gpu_memory_a_stage_begins_with_none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies free in pieces may be what a second attempt needs in one."""
+    config = load_config("conf/tiny_t2v.yaml")
+    stages = {name: Stage(name, config) for name in config.stages}
+    stage = stages["encoder"]
+    stage.connect(build_graph([other.ports for other in stages.values()]))
+    stage.load()
+    request, _ = resolve(Request(prompt="a red circle"), config)
+    expected = stage.compute(request, {}, None).tensors
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as full, pytest.raises(torch.OutOfMemoryError):
+        full.setattr(Cut, "run", fail)
+        stage.compute(request, {}, None)
+    assert not emptied
+    for count in (1, 2):
+        made = stage.compute(request, {}, None).tensors
+        assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+        assert len(emptied) == count
