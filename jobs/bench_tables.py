@@ -324,7 +324,8 @@ def measure_capped(
     while max(needed.values()) > cap and not way.fused and len(offloaded) < len(largest):
         stage = largest[len(offloaded)]
         offloaded.append(stage)
-        peaks = {**peaks, stage: peaks[stage] - weights[stage] * 4 // 5}  # some of its layers visit at a time
+        visiting = weights[stage] // (10 if stage == bench.stages.denoiser else 4)  # word embeddings are one layer
+        peaks = {**peaks, stage: peaks[stage] - weights[stage] + visiting}
         needed = add_up(peaks, way)
     name = f"{way.name}, {' and '.join(offloaded)} offloaded" if offloaded else way.name
     fullest = max(needed, key=needed.__getitem__)

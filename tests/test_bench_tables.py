@@ -60,7 +60,7 @@ def test_under_a_cap_the_largest_stages_are_offloaded_as_far_as_needed(
     bench.measure_capped(fake, way, peaks, weights, cap_gib)  # type: ignore[arg-type]
     (row,) = rows
     if offloaded is None:
-        assert "no room: encoder and transformer and decoder take 22.0 GB" in row["error"]
+        assert "no room: encoder and transformer and decoder take 19.7 GB" in row["error"]
         return
     given = dict(override.split("=") for override in asked)
     assert [name.split(".")[1] for name, value in given.items() if value == "group"] == offloaded
