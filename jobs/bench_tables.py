@@ -319,14 +319,13 @@ def measure_capped(
     """
     cap = int(cap_gib * 2**30)
     offloaded: list[str] = []
-    largest = sorted(peaks, key=weights.__getitem__, reverse=True)
-    needed = add_up(peaks, way)
-    while max(needed.values()) > cap and not way.fused and len(offloaded) < len(largest):
-        stage = largest[len(offloaded)]
+    for stage in sorted(peaks, key=weights.__getitem__, reverse=True):
+        if way.fused or max(add_up(peaks, way).values()) <= cap:
+            break
         offloaded.append(stage)
         visiting = weights[stage] // (10 if stage == bench.stages.denoiser else 4)  # word embeddings are one layer
         peaks = {**peaks, stage: peaks[stage] - weights[stage] + visiting}
-        needed = add_up(peaks, way)
+    needed = add_up(peaks, way)
     name = f"{way.name}, {' and '.join(offloaded)} offloaded" if offloaded else way.name
     fullest = max(needed, key=needed.__getitem__)
     if way.fused or needed[fullest] > cap:

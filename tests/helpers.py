@@ -1,4 +1,4 @@
-"""What tests, and the scripts that they run, share beside fixtures: waiting with a deadline, free ports and folders."""
+"""What tests and the scripts they run share beside fixtures: waiting with a deadline, stages, ports and folders."""
 
 import socket
 import time
@@ -7,7 +7,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from disagg_ray.config import Config
 from disagg_ray.driver import Driver
+from disagg_ray.graph import build_graph
+from disagg_ray.stage import Stage
 
 HOST = "127.0.0.1"
 
@@ -33,6 +36,15 @@ def wait_until_empty(driver: Driver, timeout_s: float) -> None:
     while used := bytes_in_use(driver):
         assert time.monotonic() < deadline, f"slots leaked: {used}"
         time.sleep(0.05)
+
+
+def connect_stages(config: Config) -> dict[str, Stage]:
+    """Return a configuration's stages, which know of each other and hold no weights yet."""
+    stages = {name: Stage(name, config) for name in config.stages}
+    graph = build_graph([stage.ports for stage in stages.values()])
+    for stage in stages.values():
+        stage.connect(graph)
+    return stages
 
 
 @contextmanager

@@ -5,12 +5,11 @@ import sys
 
 import pytest
 import torch
+from helpers import connect_stages
 
-from disagg_ray.graph import build_graph
 from disagg_ray.loading import load_config
 from disagg_ray.models.cut import Cut
 from disagg_ray.request import Request, resolve
-from disagg_ray.stage import Stage
 
 CODE = """
 import threading, psutil
@@ -41,9 +40,7 @@ def test_what_threads_freed_goes_back_to_the_system() -> None:
 def test_after_running_out_of_gpu_memory_a_stage_begins_with_none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies free in pieces may be what a second attempt needs in one."""
     config = load_config("conf/tiny_t2v.yaml")
-    stages = {name: Stage(name, config) for name in config.stages}
-    stage = stages["encoder"]
-    stage.connect(build_graph([other.ports for other in stages.values()]))
+    stage = connect_stages(config)["encoder"]
     stage.load()
     request, _ = resolve(Request(prompt="a red circle"), config)
     expected = stage.compute(request, {}, None).tensors

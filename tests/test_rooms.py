@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 
 import pytest
+from helpers import connect_stages
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,12 +50,7 @@ def test_half_of_a_stage_has_room_for_all_that_is_in_flight(replicas: int, other
 
 @pytest.fixture(scope="module")
 def stages() -> dict[str, Stage]:
-    config = load_config("conf/tiny_t2v.yaml")
-    made = {name: Stage(name, config) for name in config.stages}
-    graph = build_graph([stage.ports for stage in made.values()])
-    for stage in made.values():
-        stage.connect(graph)
-    return made
+    return connect_stages(load_config("conf/tiny_t2v.yaml"))
 
 
 def test_a_stage_that_scales_has_room_for_when_it_is_smallest(stages: dict[str, Stage]) -> None:

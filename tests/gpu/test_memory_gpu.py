@@ -5,16 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parity import CONF
+from helpers import connect_stages
+from test_parity_gpu import ON_GPU, T2V
+from worker import MIB
 
-from disagg_ray.graph import build_graph
 from disagg_ray.loading import load_config
 from disagg_ray.models import shapes
 from disagg_ray.models.maker import make_checkpoint
-from disagg_ray.stage import Stage
-
-MIB = 2**20
-STAGES = ("encoder", "transformer", "decoder")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,13 +25,12 @@ def test_the_largest_tensor_leaves_no_hole(monkeypatch: pytest.MonkeyPatch, tmp_
     words = replace(tiny, name="many-words", text_encoder=replace(tiny.text_encoder, vocab_size=2**21))
     monkeypatch.setitem(shapes.SHAPES, words.name, words)
     folder = make_checkpoint(words.name, tmp_path / "checkpoint")
-    config = load_config(CONF / "tiny_t2v.yaml", f"model.path={folder}", *(f"stages.{s}.device=cuda" for s in STAGES))
-    stages = {name: Stage(name, config) for name in STAGES}
-    stages["encoder"].connect(build_graph([stage.ports for stage in stages.values()]))
+    config = load_config(T2V, f"model.path={folder}", *ON_GPU)
+    encoder = connect_stages(config)["encoder"]
     torch.cuda.empty_cache()
     pool = torch.empty(3 * MIB, dtype=torch.uint8, device="cuda")  # torch takes 20 MB for it
     free = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    stages["encoder"].load()
-    assert stages["encoder"].weights["text_encoder"] > 256 * MIB
+    encoder.load()
+    assert encoder.weights["text_encoder"] > 256 * MIB
     assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - free < 64 * MIB
     del pool
