@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
 from disagg_ray.queues import FairQueue
+from disagg_ray.signals import until
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Admission:
             full = len(self._queued) >= self._max_queued
             if full and not wait and self._closed is None:
                 raise Overloaded(f"limits.max_queued: {self._max_queued} requests wait already; try later, or wait")
-            self._changed.wait_for(lambda: self._closed is not None or len(self._queued) < self._max_queued)
+            until(self._changed, lambda: self._closed is not None or len(self._queued) < self._max_queued)
             if self._closed is not None:
                 raise self._closed
             self._queued.add(ticket)

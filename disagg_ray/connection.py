@@ -24,6 +24,7 @@ from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor
 from disagg_ray.service import Asked, NotHere, Snapshot
+from disagg_ray.signals import first_done
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
@@ -96,9 +97,8 @@ class Connection(Driver):
         handle._future = asyncio.run_coroutine_threadsafe(self._run(asked, taken, wait=wait), self._loop)
         self._handles[resolved.id] = handle
         handle.add_done_callback(self._note_done)
-        either: list[concurrent.futures.Future[Any]] = [taken, handle._future]
         try:
-            concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+            first_done(taken, handle._future)
         except BaseException:  # as KeyboardInterrupt: nobody will have the handle
             handle.cancel()
             raise

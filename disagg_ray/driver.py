@@ -16,6 +16,7 @@ from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.progress import Event, Listener
 from disagg_ray.request import Request
 from disagg_ray.result import Result
+from disagg_ray.signals import result_of
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ class Driver(ABC):
         """Run a coroutine on the loop and wait for it here."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result()
+            return result_of(future)
         except BaseException:
             future.cancel()
             raise

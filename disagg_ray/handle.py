@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import Callable, Generator, Iterable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 from disagg_ray.errors import Cancelled, DisaggError
 from disagg_ray.progress import Event
 from disagg_ray.request import Request, ResolvedRequest
 from disagg_ray.result import Result
+from disagg_ray.signals import result_of, take
 
 
 class Handle:
@@ -31,7 +33,7 @@ class Handle:
             DisaggError: what failed it.
         """
         try:
-            return self._future.result(timeout_s)
+            return result_of(self._future, timeout_s)
         except concurrent.futures.CancelledError:
             raise self._cancelled() from None
 
@@ -68,6 +70,7 @@ def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], win
     A request that fails does not stop the others: the first failure is raised once all others are done.
     """
     pending: dict[concurrent.futures.Future[Result], Handle] = {}
+    done: SimpleQueue[concurrent.futures.Future[Result]] = SimpleQueue()
     failures: list[DisaggError] = []
     left = iter(requests)
     try:
@@ -79,15 +82,15 @@ def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], win
                     failures.append(error)
                 else:
                     pending[handle._future] = handle
+                    handle._future.add_done_callback(done.put)
             if not pending:
                 break
-            for future in concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                try:
-                    result = pending.pop(future).result()
-                except DisaggError as error:
-                    failures.append(error)
-                else:
-                    yield result
+            try:
+                result = pending.pop(take(done)).result()
+            except DisaggError as error:
+                failures.append(error)
+            else:
+                yield result
     finally:
         for handle in pending.values():
             handle.cancel()

@@ -1,4 +1,9 @@
-"""Leaving when told to by SIGTERM or Ctrl-C."""
+"""Leaving when told to by SIGTERM or Ctrl-C.
+
+Python runs a signal's handler between two instructions of the main thread. A signal that comes just before that thread
+begins to wait, or at another thread, does not wake it: a wait without a deadline would go on, and the handler never
+run. So the waits here look around every LOOK_S.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import NoReturn
+from queue import Empty, SimpleQueue
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 LOOK_S = 0.1
 
@@ -26,6 +34,36 @@ def _leave(signum: int, _frame: object) -> NoReturn:
     if signum == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + signum)
+
+
+def take(queue: SimpleQueue[T]) -> T:
+    """Wait for the next item. Its lock is this queue's own: a handler that raises meanwhile leaves none taken."""
+    while True:
+        try:
+            return queue.get(timeout=LOOK_S)
+        except Empty:
+            continue
+
+
+def first_done(*futures: Future[Any]) -> Future[Any]:
+    """Wait until one of these is done."""
+    done: SimpleQueue[Future[Any]] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(done.put)
+    return take(done)
+
+
+def result_of(future: Future[T], timeout_s: float | None = None) -> T:
+    """Wait for a future's result; a wait that ends by itself hears of a signal no later than then."""
+    if timeout_s is None:
+        first_done(future)
+    return future.result(timeout_s)
+
+
+def until(changed: threading.Condition, is_so: Callable[[], object]) -> None:
+    """Wait, with the condition's lock, until something is so."""
+    while not changed.wait_for(is_so, LOOK_S):
+        pass
 
 
 def wait_for(work: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +208,18 @@ def test_a_signal_leaves_no_process_and_no_shared_memory(
     output = tmp_path / "out.mp4"
     arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(output)]
     arguments += ["--num-inference-steps", "100", "--height", "256", "--width", "256", "--num-frames", "33"]
-    child = subprocess.Popen(
-        [*COMMAND, *arguments], env=NO_CLUSTER, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    env = NO_CLUSTER | {"PYTHONFAULTHANDLER": "1"}
+    child = subprocess.Popen([*COMMAND, *arguments], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stderr is not None
         log = next(line for line in child.stderr if any(moment in line for moment in moments))
         started = psutil.Process(child.pid).children(recursive=True)
         assert len(started) > 3, log
         child.send_signal(sent)
-        assert child.wait(60) == status, child.stderr.read()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(60)
+        child.send_signal(signal.SIGABRT)  # if it hangs, it says where
+        assert child.wait(10) == status, (log, child.stderr.read())
     finally:
         child.kill()
     deadline = time.monotonic() + 15

@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import pytest
 
 from disagg_ray.errors import StageError
-from disagg_ray.signals import LOOK_S, wait_for
+from disagg_ray.signals import LOOK_S, first_done, result_of, take, until, wait_for
 
 
 def handlers() -> list[object]:
@@ -58,3 +61,65 @@ def test_on_another_thread_it_just_works() -> None:
     thread.start()
     thread.join(10)
     assert done.is_set()
+
+
+class Told(Exception):
+    """What a handler raises."""
+
+
+@pytest.fixture
+def told_elsewhere() -> Iterator[None]:
+    """Have another thread get a signal soon whose handler raises; only the main thread ever runs it."""
+    heard, woken = threading.Event(), []
+
+    def tell(*_: object) -> None:
+        heard.set()
+        raise Told
+
+    def get_told() -> None:
+        time.sleep(2 * LOOK_S)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        if not heard.wait(50 * LOOK_S):
+            woken.append("by a signal of its own")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, tell)
+    threading.Thread(target=get_told).start()
+    yield
+    signal.signal(signal.SIGUSR1, before)
+    assert not woken
+
+
+FUTURE: Future[None] = Future()
+CHANGED = threading.Condition()
+
+
+def wait_until_changed() -> None:
+    with CHANGED:
+        until(CHANGED, lambda: False)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda: take(SimpleQueue()), lambda: first_done(Future(), FUTURE), lambda: result_of(FUTURE), wait_until_changed],
+    ids=["take", "first_done", "result_of", "until"],
+)
+@pytest.mark.usefixtures("told_elsewhere")
+def test_a_signal_that_another_thread_gets_ends_a_wait(wait: Callable[[], object]) -> None:
+    with pytest.raises(Told):
+        wait()
+    assert CHANGED.acquire(blocking=False)
+    CHANGED.release()
+
+
+def test_a_wait_ends_with_what_it_waits_for() -> None:
+    slow: Future[int] = Future()
+    threading.Timer(2 * LOOK_S, slow.set_result, (3,)).start()
+    assert first_done(Future(), slow) is slow
+    assert result_of(slow) == 3
+    failed: Future[int] = Future()
+    failed.set_exception(TimeoutError("its own"))
+    with pytest.raises(TimeoutError, match="its own"):
+        result_of(failed)
+    with pytest.raises(TimeoutError):
+        result_of(Future(), 0.01)

@@ -19,7 +19,7 @@ from disagg_ray.connection import Connection
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, ReplicaLost, RequestError, StartError
 from disagg_ray.handle import Handle
 from disagg_ray.pipeline import Pipeline
-from disagg_ray.signals import wait_for
+from disagg_ray.signals import until, wait_for
 
 logger = logging.getLogger("disagg_ray")
 
@@ -91,7 +91,8 @@ class Batch:
         self._replicas = {name: stage.num_replicas for name, stage in pipeline.config.stages.items()}
         try:
             self._dispatch(pipeline)
-            self._settle(None)
+            with self._changed:
+                until(self._changed, lambda: self._fatal or not self._in_flight)
             if self._fatal is not None:
                 self._drain(pipeline, str(self._fatal))
         except (KeyboardInterrupt, SystemExit):
@@ -108,7 +109,7 @@ class Batch:
         """Submit what is pending, somewhat ahead of what runs, until all is or something ends the run."""
         for index in self.plan.pending:
             with self._changed:
-                self._changed.wait_for(lambda: self._in_flight < self._limit or self._fatal)
+                until(self._changed, lambda: self._fatal or self._in_flight < self._limit)
             if self._fatal is not None:
                 return
             try:
@@ -203,11 +204,7 @@ class Batch:
         def drain() -> None:
             logger.warning("stopping: %s; what runs gets %g s", reason, grace_s)
             pipeline.drain(grace_s)
-            self._settle(SETTLE_S)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._in_flight, SETTLE_S)
 
         wait_for(drain)
-
-    def _settle(self, timeout_s: float | None) -> None:
-        """Wait until all that was submitted is recorded, or something ends the run."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._in_flight or (self._fatal and timeout_s is None), timeout_s)
