@@ -74,13 +74,18 @@ class Driver(ABC):
         return {replica.name: replica.weights for replica in self.replicas}
 
     def generate(self, request: Request) -> Result:
-        """Generate one video and wait for it.
+        """Generate one video and wait for it; whoever is interrupted meanwhile, as by Ctrl-C, gives it up.
 
         Raises:
             RequestError: the request cannot be served by this model and configuration.
             DisaggError: what failed it.
         """
-        return self.submit(request).result()
+        handle = self.submit(request)
+        try:
+            return handle.result()
+        except BaseException:  # as KeyboardInterrupt: nobody will have the handle
+            handle.cancel()
+            raise
 
     def generate_all(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Generate many videos, yielding each as it finishes; requests are drawn as there is room.

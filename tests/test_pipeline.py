@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,14 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
     started = time.monotonic()
     pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
     assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
+    wait_until_empty(pipeline)
+
+
+def test_who_is_interrupted_leaves_nothing_that_runs(pipeline: Pipeline) -> None:
+    """As by Ctrl-C in a notebook, whose next cell uses the same pipeline."""
+    threading.Timer(1, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.generate(replace(LONG, height=256, width=256, num_frames=33))
     wait_until_empty(pipeline)
 
 
