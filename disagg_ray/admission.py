@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from disagg_ray.errors import Cancelled, DisaggError, Overloaded
 from disagg_ray.queues import FairQueue
-from disagg_ray.signals import until
 
 
 @dataclass(frozen=True)
@@ -30,47 +27,44 @@ class _Turn:
 
 
 class Admission:
-    """A request takes a place in the queue from any thread, then enters through the gate on the event loop.
+    """A request takes a place in the queue, then enters through the gate; all on the event loop.
 
     `max_queued` requests may wait; `room` may be inside.
     """
 
     def __init__(self, max_queued: int, room: int) -> None:
         self._max_queued, self._size, self._room = max_queued, room, room
-        self._changed = threading.Condition()
+        self._changed = asyncio.Event()
+        """Something about the queue is."""
         self._queued: set[object] = set()
         self._closed: DisaggError | None = None
         self._waiting: FairQueue[_Turn] = FairQueue()
 
-    @contextmanager
-    def queue(self, ticket: object, *, wait: bool) -> Iterator[None]:
-        """Take a place in the queue; wait until there is one, or raise. What is done inside comes before `close`.
+    async def queue(self, ticket: object, *, wait: bool) -> None:
+        """Take a place in the queue; wait until there is one, or raise.
 
         Raises:
             Overloaded: there is none, and `wait` is False.
             DisaggError: what admission was closed with.
         """
-        with self._changed:
-            full = len(self._queued) >= self._max_queued
-            if full and not wait and self._closed is None:
+        while self._closed is None and len(self._queued) >= self._max_queued:
+            if not wait:
                 raise Overloaded(f"limits.max_queued: {self._max_queued} requests wait already; try later, or wait")
-            until(self._changed, lambda: self._closed is not None or len(self._queued) < self._max_queued)
-            if self._closed is not None:
-                raise self._closed
-            self._queued.add(ticket)
-            yield
+            self._changed.clear()
+            await self._changed.wait()
+        if self._closed is not None:
+            raise self._closed
+        self._queued.add(ticket)
 
     def leave_queue(self, ticket: object) -> None:
         """Give a place in the queue back. Idempotent."""
-        with self._changed:
-            self._queued.discard(ticket)
-            self._changed.notify()
+        self._queued.discard(ticket)
+        self._changed.set()
 
     def close(self, reason: DisaggError | None = None) -> None:
         """Let nobody into the queue any more; whoever tries or waits gets the reason; the first counts."""
-        with self._changed:
-            self._closed = self._closed or reason or Cancelled("the pipeline is closed")
-            self._changed.notify_all()
+        self._closed = self._closed or reason or Cancelled("the pipeline is closed")
+        self._changed.set()
 
     async def enter(
         self, priority: int, sequence: int, driver: str = "", seconds: Callable[[], float] = lambda: 0.0

@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor
 from disagg_ray.service import Asked, NotHere, Snapshot
-from disagg_ray.signals import first_done
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
@@ -92,33 +92,23 @@ class Connection(Driver):
             raise Cancelled("the connection is closed")
         keep = self._keep or latents_file is not None
         asked = Asked(resolved, {name: to_array(image) for name, image in images.items()}, keep)
-        handle = Handle(resolved)
-        taken: concurrent.futures.Future[None] = concurrent.futures.Future()
-        handle._future = asyncio.run_coroutine_threadsafe(self._run(asked, taken, wait=wait), self._loop)
-        self._handles[resolved.id] = handle
+        handle = self._handles[resolved.id] = Handle(resolved)
         handle.add_done_callback(self._note_done)
-        try:
-            first_done(taken, handle._future)
-        except BaseException:  # as KeyboardInterrupt: nobody will have the handle
-            handle.cancel()
-            raise
-        if not taken.done():
-            handle.result()
-        return handle
+        return self._launch(handle, partial(self._run, asked, wait=wait))
 
     def note_written(self, seconds: float) -> None:
         """Nothing: the metrics are the pipeline's, and what a driver writes is not."""
 
-    async def _run(self, asked: Asked, taken: concurrent.futures.Future[None], *, wait: bool) -> Result:
+    async def _run(self, asked: Asked, taken: Callable[[], None], *, wait: bool) -> Result:
         """Have a request computed; submit it again whenever the supervisor has forgotten it."""
         request_id = asked.request.id
         try:
             while True:
-                error = await self._ask("submit", self.id, asked, wait=wait or taken.done())
+                error = await self._ask("submit", self.id, asked, wait=wait)
                 if error is not None:
                     raise error
-                if not taken.done():
-                    taken.set_result(None)
+                taken()
+                wait = True
                 answer: Result | DisaggError = await self._ask("result", self.id, request_id)
                 if isinstance(answer, Result):
                     return answer

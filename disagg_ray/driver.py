@@ -6,17 +6,21 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from disagg_ray.config import Config
+from disagg_ray.errors import Cancelled
 from disagg_ray.handle import Handle, gather
 from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.progress import Event, Listener
 from disagg_ray.request import Request
 from disagg_ray.result import Result
-from disagg_ray.signals import result_of
+from disagg_ray.signals import Latch, take
 
 T = TypeVar("T")
 
@@ -31,6 +35,10 @@ class Driver(ABC):
         self._listener = Listener(on_event) if on_event is not None else None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{id}", daemon=True)
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._unbegun: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
+        """What the loop has not taken up yet, by where the answer goes."""
+        self._ending = False
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -96,14 +104,83 @@ class Driver(ABC):
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it here."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        answer, done = Future[T](), Latch()
+        answer.add_done_callback(done.set)
+        self._run_into(answer, coroutine)
         try:
-            return result_of(future)
+            done.wait()
+            return answer.result()
+        except CancelledError:
+            raise Cancelled(f"{self.id} was closed meanwhile") from None
         except BaseException:
-            future.cancel()
+            answer.cancel()
             raise
 
+    def _launch(self, handle: Handle, run: Callable[[Callable[[], None]], Coroutine[Any, Any, Result]]) -> Handle:
+        """Run a request on the loop and wait until it is taken on, which `run` is to tell; raise what kept it out."""
+        told: SimpleQueue[object] = SimpleQueue()
+        handle._future.add_done_callback(told.put)
+        try:
+            self._run_into(handle._future, run(lambda: told.put(None)))
+            if take(told) is not None:
+                handle.result()
+        except BaseException:  # as KeyboardInterrupt: nobody will have the handle
+            handle.cancel()
+            raise
+        return handle
+
+    def _run_into(self, answer: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
+        """Run a coroutine on the loop; what comes of it goes to `answer`, and who cancels that cancels it.
+
+        As `asyncio.run_coroutine_threadsafe`, but for a future that is made, and watched, before the loop knows it:
+        from then on the caller need not take its lock (`signals` says why).
+
+        Raises:
+            Cancelled: the loop has ended; one that ends before the coroutine cancels `answer`.
+        """
+
+        def start() -> None:
+            if self._ending:
+                return
+            task = self._loop.create_task(self._unbegun.pop(answer))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+            task.add_done_callback(partial(_settle, answer))
+            answer.add_done_callback(lambda _: self._loop.call_soon_threadsafe(task.cancel))
+
+        self._unbegun[answer] = coroutine
+        try:
+            self._loop.call_soon_threadsafe(start)
+        except RuntimeError:
+            self._unbegun.pop(answer).close()
+            raise Cancelled(f"{self.id} is closed") from None
+
     def _end_loop(self) -> None:
+        """End the loop; whoever still waits for an answer gets `Cancelled`."""
+
+        async def cancel_others() -> None:
+            self._ending = True
+            others = [task for task in self._calls if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self._call(cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        for answer, coroutine in list(self._unbegun.items()):
+            coroutine.close()
+            answer.cancel()
+
+
+def _settle(answer: Future[T], task: asyncio.Task[T]) -> None:
+    """Have a future say what came of a task."""
+    if task.cancelled():
+        answer.cancel()
+    if not answer.set_running_or_notify_cancel():
+        return
+    if (error := task.exception()) is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(task.result())

@@ -12,7 +12,7 @@ from disagg_ray.errors import Cancelled, DisaggError
 from disagg_ray.progress import Event
 from disagg_ray.request import Request, ResolvedRequest
 from disagg_ray.result import Result
-from disagg_ray.signals import result_of, take
+from disagg_ray.signals import Latch, take
 
 
 class Handle:
@@ -23,6 +23,8 @@ class Handle:
         self.progress: Event | None = None
         """The latest word of how far it is."""
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self._done = Latch()
+        self._future.add_done_callback(self._done.set)
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait for the video.
@@ -32,8 +34,10 @@ class Handle:
             Cancelled: it was cancelled, or the pipeline closed.
             DisaggError: what failed it.
         """
+        if timeout_s is None:
+            self._done.wait()
         try:
-            return result_of(self._future, timeout_s)
+            return self._future.result(timeout_s)
         except concurrent.futures.CancelledError:
             raise self._cancelled() from None
 

@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -143,33 +144,25 @@ class Pipeline(Driver):
         """
         resolved, images = resolve(request, self.config)
         pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
-        return self._enqueue(resolved, pixels, wait=wait, latents_file=latents_file)
-
-    def _enqueue(
-        self,
-        request: ResolvedRequest,
-        images: dict[str, torch.Tensor],
-        *,
-        wait: bool,
-        latents_file: Path | None,
-        driver: str = "",
-    ) -> Handle:
-        handle = Handle(request)
-        with self._admission.queue(handle, wait=wait):
-            running = self._run(handle, images, latents_file, driver)
-            handle._future = asyncio.run_coroutine_threadsafe(running, self._loop)
-        handle.add_done_callback(self._admission.leave_queue)  # it may be cancelled before it begins
-        return handle
+        handle = Handle(resolved)
+        return self._launch(handle, partial(self._run, handle, pixels, latents_file, wait=wait))
 
     async def _run(
-        self, handle: Handle, images: dict[str, torch.Tensor], latents_file: Path | None, driver: str
+        self,
+        handle: Handle,
+        images: dict[str, torch.Tensor],
+        latents_file: Path | None,
+        taken: Callable[[], None],
+        *,
+        wait: bool,
+        driver: str = "",
     ) -> Result:
         request, sequence, task = handle.request, next(self._sequence), asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
         try:
-            if self._failure is not None:  # since it was queued
-                raise self._failure
+            await self._admission.queue(handle, wait=wait)
+            taken()
             given = await self._admission.enter(request.priority, sequence, driver, lambda: self._predict(request))
         except asyncio.CancelledError:
             if self._failure is not None:
@@ -286,6 +279,7 @@ class Pipeline(Driver):
         """Admit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
 
         async def drain() -> None:
+            self._admission.close()
             for task in self._waiting:
                 task.cancel()
             if self._journeys:
@@ -293,14 +287,12 @@ class Pipeline(Driver):
                 for task in late:
                     task.cancel()
 
-        self._admission.close()
         self._call(drain())
 
     def close(self) -> None:
         """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent."""
         if self._loop.is_closed():
             return
-        self._admission.close()
         self._call(self._stop())
         if self._receiver is not None:
             self._receiver.close()
@@ -313,6 +305,7 @@ class Pipeline(Driver):
             self._cluster.close()
 
     async def _stop(self) -> None:
+        self._admission.close()
         requests = [*self._waiting, *self._journeys]
         for task in requests:
             task.cancel()

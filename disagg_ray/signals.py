@@ -2,18 +2,22 @@
 
 Python runs a signal's handler between two instructions of the main thread. A signal that comes just before that thread
 begins to wait, or at another thread, does not wake it: a wait without a deadline would go on, and the handler never
-run. So the waits here look around every LOOK_S.
+run. So the waits here look around every LOOK_S. And a handler that raises between two instructions may leave a lock
+taken for good, and with it whoever shares it: the main thread should share none with the event loop.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -22,12 +26,27 @@ LOOK_S = 0.1
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Let SIGTERM unwind the program, so that every `with` closes what it holds."""
-    before = signal.signal(signal.SIGTERM, _leave)
+    """Let SIGTERM and Ctrl-C unwind the program, so that every `with` closes what it holds.
+
+    What a handler raises while an object is being freed goes no further; the signal is then sent again.
+    """
+    before, hook = signal.signal(signal.SIGTERM, _leave), sys.unraisablehook
+    sys.unraisablehook = partial(_send_again, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
+
+
+def _send_again(hook: Callable[[sys.UnraisableHookArgs], object], swallowed: sys.UnraisableHookArgs) -> None:
+    signum = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(swallowed.exc_type)
+    if signum is None:
+        hook(swallowed)
+        return
+    again = threading.Timer(LOOK_S, os.kill, (os.getpid(), signum))
+    again.daemon = True
+    again.start()
 
 
 def _leave(signum: int, _frame: object) -> NoReturn:
@@ -37,7 +56,7 @@ def _leave(signum: int, _frame: object) -> NoReturn:
 
 
 def take(queue: SimpleQueue[T]) -> T:
-    """Wait for the next item. Its lock is this queue's own: a handler that raises meanwhile leaves none taken."""
+    """Wait for the next item; a handler that raises meanwhile leaves the queue as it was."""
     while True:
         try:
             return queue.get(timeout=LOOK_S)
@@ -45,19 +64,23 @@ def take(queue: SimpleQueue[T]) -> T:
             continue
 
 
-def first_done(*futures: Future[Any]) -> Future[Any]:
-    """Wait until one of these is done."""
-    done: SimpleQueue[Future[Any]] = SimpleQueue()
-    for future in futures:
-        future.add_done_callback(done.put)
-    return take(done)
+class Latch:
+    """Set once, for good. No thread ever needs a lock for it that another could leave taken."""
 
+    def __init__(self) -> None:
+        self._is_set = False
+        self._woken: SimpleQueue[None] = SimpleQueue()
 
-def result_of(future: Future[T], timeout_s: float | None = None) -> T:
-    """Wait for a future's result; a wait that ends by itself hears of a signal no later than then."""
-    if timeout_s is None:
-        first_done(future)
-    return future.result(timeout_s)
+    def set(self, _: object = None) -> None:
+        """Let everybody go on; as a future's callback too."""
+        self._is_set = True
+        self._woken.put(None)
+
+    def wait(self) -> None:
+        while not self._is_set:
+            with suppress(Empty):
+                self._woken.get(timeout=LOOK_S)
+        self._woken.put(None)  # for the next
 
 
 def until(changed: threading.Condition, is_so: Callable[[], object]) -> None:
@@ -69,8 +92,8 @@ def until(changed: threading.Condition, is_so: Callable[[], object]) -> None:
 def wait_for(work: Callable[[], None]) -> None:
     """Do work on another thread and wait for it; SIGTERM and Ctrl-C end the wait, as they would end the program.
 
-    A handler that raises may do so between any two instructions, and so may leave a lock taken for good. Here it
-    raises where none is held. On a thread that is not the main one, no signal ends the wait.
+    Whatever locks the work takes, no handler raises while it holds them. On a thread that is not the main one, no
+    signal ends the wait.
     """
     if threading.current_thread() is not threading.main_thread():
         work()

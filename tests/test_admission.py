@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import pytest
 
@@ -18,29 +17,35 @@ async def enter_in_background(admission: Admission, priority: int, sequence: int
 
 
 def test_a_full_queue_refuses_and_a_closed_one_says_why() -> None:
-    admission = Admission(max_queued=1, room=1)
-    with admission.queue("first", wait=False):
-        pass
-    with (
-        pytest.raises(Overloaded, match=r"limits\.max_queued: 1 requests wait already"),
-        admission.queue(2, wait=False),
-    ):
-        pass
-    admission.close(StartError("no decoder is left"))
-    admission.close()
-    with pytest.raises(StartError, match="no decoder is left"), admission.queue("third", wait=True):
-        pass
+    async def use() -> None:
+        admission = Admission(max_queued=1, room=1)
+        await admission.queue("first", wait=False)
+        with pytest.raises(Overloaded, match=r"limits\.max_queued: 1 requests wait already"):
+            await admission.queue("second", wait=False)
+        waiting = asyncio.create_task(admission.queue("third", wait=True))
+        await asyncio.sleep(0)
+        admission.close(StartError("no decoder is left"))
+        admission.close()
+        for refused in waiting, admission.queue("fourth", wait=True):
+            with pytest.raises(StartError, match="no decoder is left"):
+                await asyncio.wait_for(refused, 10)
+
+    asyncio.run(use())
 
 
-def test_close_waits_for_what_is_done_with_a_new_place() -> None:
-    admission, order = Admission(max_queued=1, room=1), []
-    closing = threading.Thread(target=lambda: (admission.close(), order.append("closed")))
-    with admission.queue("first", wait=True):
-        closing.start()
-        closing.join(0.2)
-        order.append("scheduled")
-    closing.join(10)
-    assert order == ["scheduled", "closed"]
+def test_a_place_that_is_left_is_taken_by_one_that_waits() -> None:
+    async def use() -> None:
+        admission = Admission(max_queued=1, room=1)
+        await admission.queue("first", wait=True)
+        waiting = [asyncio.create_task(admission.queue(ticket, wait=True)) for ticket in ("second", "third")]
+        await asyncio.sleep(0)
+        admission.leave_queue("first")
+        done, left = await asyncio.wait(waiting, timeout=0.1)
+        assert (len(done), len(left)) == (1, 1)
+        admission.leave_queue("second")
+        await asyncio.wait_for(waiting[1], 10)
+
+    asyncio.run(use())
 
 
 def test_higher_priority_enters_first() -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,54 @@ def test_who_is_interrupted_leaves_nothing_that_runs(pipeline: Pipeline) -> None
     with pytest.raises(KeyboardInterrupt):
         pipeline.generate(replace(LONG, height=256, width=256, num_frames=33))
     wait_until_empty(pipeline)
+
+
+@pytest.mark.proof
+def test_a_signal_at_any_moment_of_a_submit_leaves_the_pipeline_usable(pipeline: Pipeline) -> None:
+    """Its handler raises between two instructions: a lock that is left taken would hang the event loop, or `close`."""
+    heard: list[int] = []
+
+    def tell(signum: int, _: object) -> None:
+        heard.append(signum)
+        raise KeyboardInterrupt
+
+    moments = np.random.default_rng(0).uniform(1e-4, 4e-3, 1_500)
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        for number, moment in enumerate(moments, 1):
+            with suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, moment, 30.0)  # once more, should it hang
+                pipeline.generate(Request(prompt=PROMPT, height=32, width=32, num_frames=5, num_inference_steps=1))
+            assert len(heard) == number
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    pipeline.submit(Request(prompt=PROMPT, **SMALL)).result(60)
+    wait_until_empty(pipeline)
+
+
+@pytest.mark.proof
+def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
+    pipeline = Pipeline.from_config(T2V)
+    handle, told = pipeline.submit(LONG), []
+
+    def ask() -> None:
+        with pytest.raises(Cancelled) as caught:
+            while True:
+                pipeline.health()
+        told.append(str(caught.value))
+
+    asking = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    pipeline.close()
+    for thread in asking:
+        thread.join(10)
+    assert len(told) == len(asking)
+    with pytest.raises(Cancelled):
+        handle.result(1)
+    with pytest.raises(Cancelled, match="is closed"):
+        pipeline.submit(LONG)
 
 
 @pytest.mark.parametrize("stage", ["encoder", "transformer", "decoder"])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from queue import SimpleQueue
 
 import pytest
 
 from disagg_ray.errors import StageError
-from disagg_ray.signals import LOOK_S, first_done, result_of, take, until, wait_for
+from disagg_ray.signals import LOOK_S, Latch, take, terminated, until, wait_for
 
 
 def handlers() -> list[object]:
@@ -55,6 +55,36 @@ def test_a_signal_ends_the_wait(signum: int, raised: type[BaseException]) -> Non
     assert not isinstance(caught.value, SystemExit) or caught.value.code == 128 + signum
 
 
+@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_is_heard_though_it_comes_while_something_is_freed(signum: int, raised: type[BaseException]) -> None:
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(signum)
+            handled.append(False)  # unreachable: the handler has raised
+
+    before, handled = sys.unraisablehook, [True]
+    with terminated():
+        something = Freed()
+        del something
+        assert handled == [True]
+        with pytest.raises(raised):
+            take(SimpleQueue())
+    assert sys.unraisablehook == before
+
+
+def test_other_errors_that_cannot_be_raised_are_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Freed:
+        def __del__(self) -> None:
+            raise StageError("no")
+
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda swallowed: told.append(swallowed.exc_type))
+    with terminated():
+        something = Freed()
+        del something
+    assert told == [StageError]
+
+
 def test_on_another_thread_it_just_works() -> None:
     done = threading.Event()
     thread = threading.Thread(target=wait_for, args=(done.set,))
@@ -90,7 +120,6 @@ def told_elsewhere() -> Iterator[None]:
     assert not woken
 
 
-FUTURE: Future[None] = Future()
 CHANGED = threading.Condition()
 
 
@@ -100,9 +129,7 @@ def wait_until_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    "wait",
-    [lambda: take(SimpleQueue()), lambda: first_done(Future(), FUTURE), lambda: result_of(FUTURE), wait_until_changed],
-    ids=["take", "first_done", "result_of", "until"],
+    "wait", [lambda: take(SimpleQueue()), Latch().wait, wait_until_changed], ids=["take", "Latch", "until"]
 )
 @pytest.mark.usefixtures("told_elsewhere")
 def test_a_signal_that_another_thread_gets_ends_a_wait(wait: Callable[[], object]) -> None:
@@ -113,13 +140,17 @@ def test_a_signal_that_another_thread_gets_ends_a_wait(wait: Callable[[], object
 
 
 def test_a_wait_ends_with_what_it_waits_for() -> None:
-    slow: Future[int] = Future()
-    threading.Timer(2 * LOOK_S, slow.set_result, (3,)).start()
-    assert first_done(Future(), slow) is slow
-    assert result_of(slow) == 3
-    failed: Future[int] = Future()
-    failed.set_exception(TimeoutError("its own"))
-    with pytest.raises(TimeoutError, match="its own"):
-        result_of(failed)
-    with pytest.raises(TimeoutError):
-        result_of(Future(), 0.01)
+    items: SimpleQueue[int] = SimpleQueue()
+    threading.Timer(2 * LOOK_S, items.put, (3,)).start()
+    assert take(items) == 3
+    with CHANGED:
+        until(CHANGED, lambda: True)
+    latch = Latch()
+    threading.Timer(2 * LOOK_S, latch.set).start()
+    waiting = [threading.Thread(target=latch.wait) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    latch.wait()
+    for thread in waiting:
+        thread.join(10)
+        assert not thread.is_alive()

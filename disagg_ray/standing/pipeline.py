@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,8 +51,9 @@ class Standing(Pipeline):
         return StandingFleet(self.config, self.id, self._lose, self._fail, metrics)
 
     async def _start(self) -> None:
+        self._admission = Admission(sys.maxsize, 0)  # how much waits is bounded driver by driver
         await super()._start()
-        self._admission = Admission(sys.maxsize, _room(self.config))  # how much waits is bounded driver by driver
+        self._admission.resize(_room(self.config))
         self._scaling = asyncio.ensure_future(self._scale())
 
     @property
@@ -63,14 +65,14 @@ class Standing(Pipeline):
         self, request: ResolvedRequest, images: dict[str, torch.Tensor], latents_file: Path | None, driver: str
     ) -> Handle:
         """Queue a request of a driver; never waits."""
-        return self._enqueue(request, images, wait=False, latents_file=latents_file, driver=driver)
+        handle = Handle(request)
+        self._run_into(handle._future, self._run(handle, images, latents_file, lambda: None, wait=False, driver=driver))
+        return handle
 
-    async def _run(
-        self, handle: Handle, images: dict[str, torch.Tensor], latents_file: Path | None, driver: str
-    ) -> Result:
+    async def _run(self, handle: Handle, *args: Any, **options: Any) -> Result:
         self._unfinished[handle] = handle.request
         try:
-            return await super()._run(handle, images, latents_file, driver)
+            return await super()._run(handle, *args, **options)
         finally:
             del self._unfinished[handle]
 
