@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -99,7 +100,10 @@ class Told(Exception):
 
 @pytest.fixture
 def told_elsewhere() -> Iterator[None]:
-    """Have another thread get a signal soon whose handler raises; only the main thread ever runs it."""
+    """Have another thread get a signal soon whose handler raises; only the main thread ever runs it.
+
+    No garbage is collected meanwhile: Hypothesis is called when it is, and would swallow what the handler raises.
+    """
     heard, woken = threading.Event(), []
 
     def tell(*_: object) -> None:
@@ -114,8 +118,10 @@ def told_elsewhere() -> Iterator[None]:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, tell)
+    gc.disable()
     threading.Thread(target=get_told).start()
     yield
+    gc.enable()
     signal.signal(signal.SIGUSR1, before)
     assert not woken
 
