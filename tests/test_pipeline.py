@@ -30,6 +30,7 @@ from disagg_ray.config import LimitsConfig
 from disagg_ray.journey import Journey
 from disagg_ray.latents import write_latents
 from disagg_ray.result import StageTiming
+from disagg_ray.signals import terminated
 from disagg_ray.stage import frame_bytes, frames_in_piece, most_piece_bytes
 from disagg_ray.video import quantise
 
@@ -172,7 +173,7 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
 def test_who_is_interrupted_leaves_nothing_that_runs(pipeline: Pipeline) -> None:
     """As by Ctrl-C in a notebook, whose next cell uses the same pipeline."""
     threading.Timer(1, signal.raise_signal, (signal.SIGINT,)).start()
-    with pytest.raises(KeyboardInterrupt):
+    with terminated(), pytest.raises(KeyboardInterrupt):
         pipeline.generate(replace(LONG, height=256, width=256, num_frames=33))
     wait_until_empty(pipeline)
 
