@@ -132,11 +132,12 @@ def test_many_requests_count_filling_and_emptying() -> None:
     assert made.best.makespan_s(1) == made.best.latency_s
 
 
-def test_layouts_use_all_gpus_and_hold_all_stages() -> None:
-    found = layouts({"H200": 3, "L40S": 2}, STAGES)
-    assert len(set(found)) == len(found) > 10
+@pytest.mark.parametrize("counts", [{"H200": 3, "L40S": 2}, {"H200": 4}], ids=str)
+def test_layouts_use_all_gpus_and_hold_all_stages_each_once(counts: dict[str, int]) -> None:
+    found = layouts(counts, STAGES)
+    assert len({(layout.fused, frozenset(layout.seats)) for layout in found}) == len(found) > 9
     for layout in found:
-        assert sum(seat.count for seat in layout.seats) == 5
+        assert sum(seat.count for seat in layout.seats) == sum(counts.values())
         assert all(layout.replicas(stage) for stage in STAGES.order)
 
 

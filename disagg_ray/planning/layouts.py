@@ -61,7 +61,11 @@ def layouts(counts: Mapping[str, int], stages: Stages) -> list[Layout]:
         ordered = {kind: counts[kind] for kind in kinds}
         for num_helpers in range(1, sum(counts.values())):
             found += _with_helpers(ordered, num_helpers, stages)
-    return list(dict.fromkeys(layout for layout in found if stages.helpers or layout.fused))
+    once: dict[object, Layout] = {}
+    for layout in found:
+        if stages.helpers or layout.fused:
+            once.setdefault((layout.fused, frozenset(layout.seats)), layout)
+    return list(once.values())
 
 
 def _one_beside_each(counts: Mapping[str, int], kinds: Sequence[str], stages: Stages) -> Iterator[Layout]:
