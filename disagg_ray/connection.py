@@ -25,6 +25,7 @@ from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor
 from disagg_ray.service import Asked, NotHere, Snapshot
+from disagg_ray.tasks import BackgroundTasks
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
@@ -66,15 +67,16 @@ class Connection(Driver):
         self._finished: list[tuple[str, str]] = []
         """Ids and tickets of requests whose answer is here, which the supervisor has not been told yet."""
         self._closed = False
-        self._listening: concurrent.futures.Future[None] | None = None
+        self._background = BackgroundTasks()
+        self._listening: asyncio.Task[None] | None = None
         try:
             if (error := self._call(self._ask("ready"))) is not None:
                 raise error
             self.config = self.snapshot().config
+            self._call(self._begin_to_listen())
         except BaseException:
             self.close()
             raise
-        self._listening = asyncio.run_coroutine_threadsafe(self._listen(), self._loop)
 
     def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
         """Check a request and queue it at the pipeline; see `Pipeline.submit`.
@@ -124,11 +126,20 @@ class Connection(Driver):
         if self._handles.get(handle.request.id) is handle:
             del self._handles[handle.request.id]
 
+    async def _begin_to_listen(self) -> None:
+        self._listening = self._background.start("listen", self._listen)
+
     async def _listen(self) -> None:
         """Tell the supervisor again and again that this driver lives, and hear what becomes of its requests."""
         while True:
-            finished, self._finished = self._finished, []
-            for event in await self._ask("listen", self.id, finished):
+            told = len(self._finished)
+            try:
+                events = await self._ask("listen", self.id, self._finished[:told])
+            except Cancelled as error:
+                logger.warning("%s", error)
+                return
+            del self._finished[:told]
+            for event in events:
                 if (handle := self._handles.get(event.request_id)) is not None:
                     handle.progress = event
                 if self._listener is not None:
@@ -192,8 +203,8 @@ class Connection(Driver):
         self._closed = True
         handles = list(self._handles.values())
         concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
-        if self._listening is not None:
-            self._listening.cancel()  # what is cancelled from here on is not told as finished: its latents stay
+        if self._listening is not None:  # what is cancelled from here on is not told as finished: its latents stay
+            self._loop.call_soon_threadsafe(self._listening.cancel)
         for handle in handles:
             handle.cancel()
 

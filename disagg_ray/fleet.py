@@ -18,6 +18,7 @@ from disagg_ray.messages import Description, Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
 from disagg_ray.scheduler import StageScheduler
+from disagg_ray.tasks import BackgroundTasks
 
 logger = logging.getLogger("disagg_ray")
 
@@ -66,7 +67,7 @@ class Fleet:
         """Ids of replicas that were given up because they hung."""
         self._named: set[str] = set()
         """Requests whose ids stand in names of tasks."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = BackgroundTasks(metrics.task_restarted)
         self._graph: Graph | None = None
         self._leader: Leader
 
@@ -127,7 +128,7 @@ class Fleet:
         self._actors[actor.id], self._infos[actor.id] = actor, info
         self._sessions |= set(info.sessions)
         self.schedulers[actor.stage].add(actor.id, actor.post.group, time.monotonic())
-        self._spawn(self._watch(actor))
+        self._spawn(self._watch, actor)
 
     async def ask(self, actor: Actor, method: str, *args: Any, about: str = "") -> Any:
         """Call a replica, as `placement.ask`; one that is gone is replaced."""
@@ -159,7 +160,6 @@ class Fleet:
                 self.lose(actor, str(error))
                 break
             self.healths[actor.name] = health
-            self._metrics.replica_health(actor.stage, actor.name, health)
             if health.stalled_s > stall_s:
                 self._stalled.add(actor.id)
                 self.lose(actor, f"{actor.name}: no step for failures.stall_s={stall_s:g} s")
@@ -170,8 +170,8 @@ class Fleet:
         if not self.is_serving(actor):
             return
         logger.warning("replica lost: %s; it is replaced", reason)
+        self._spawn(self._replace, actor)
         self._part(actor)
-        self._spawn(self._replace(actor))
 
     def _part(self, actor: Actor) -> None:
         """End a replica that serves; what it holds is gone."""
@@ -205,8 +205,10 @@ class Fleet:
                 failure: DisaggError = StartError(f"{actor.name}: it got a dead replica's port, {info.sessions[0]}")
             except DisaggError as error:
                 failure = error
-            del self._starting[post]
-            ray.kill(actor.handle)
+            finally:  # whatever it was: the post must not stay taken
+                if self._starting.get(post) is actor:
+                    del self._starting[post]
+                    ray.kill(actor.handle)
             logger.warning("replica %s did not start: %s", actor.name, failure)
         self._give_up(post, failure)
         return False
@@ -224,22 +226,21 @@ class Fleet:
             self._on_hopeless(StartError(f"no replica of {post.stage} is left and none starts: {failure}"))
 
     def count(self) -> None:
-        """Say in the metrics how many replicas serve and start, and how many jobs wait for one."""
+        """Say in the metrics how many replicas serve and start, how each is, and how many jobs wait for one."""
+        for actor in self.actors:
+            if (health := self.healths.get(actor.name)) is not None:
+                self._metrics.replica_health(actor.stage, actor.name, health)
         for stage, scheduler in self.schedulers.items():
             starting = sum(post.stage == stage for post in self._starting)
             self._metrics.replicas(stage, len(scheduler.replicas), starting)
             self._metrics.queue_depth(stage, scheduler.num_waiting)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        self._background.start(f"fleet{work.__name__}", work, *args)
 
     async def close(self) -> None:
         """End every replica: politely for a while, then for good."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         actors = [*self._actors.values(), *self._starting.values()]
         self._actors.clear()
         if actors and ray.is_initialized():

@@ -35,6 +35,7 @@ COUNTERS = {
     "attempts_total": ("Attempts of a stage, by what ended them.", ("stage", "cause")),
     "replica_restarts_total": ("Replicas that were replaced.", ("stage",)),
     "replica_changes_total": ("Changes of how many replicas a stage is to have.", ("stage", "direction", "reason")),
+    "task_restarts_total": ("Background tasks of the driver that failed and were started again.", ("task",)),
     "phase_seconds_total": ("Exact seconds of finished stages, by phase.", ("stage", "replica", "phase")),
     "denoise_steps_total": ("Denoising steps, those of failed attempts included.", ("stage", "replica")),
     "transfer_bytes_total": ("Bytes pulled from other pools.", ("stage", "replica", "route")),
@@ -182,6 +183,9 @@ class Metrics:
 
     def replica_restarted(self, stage: str) -> None:
         self._count("replica_restarts_total", 1, stage=stage)
+
+    def task_restarted(self, name: str) -> None:
+        self._count("task_restarts_total", 1, task=name)
 
     def replica_health(self, stage: str, replica: str, health: ReplicaHealth) -> None:
         """Show what a replica answered. Ray forgets a gauge that is not set for 20 s: ask every few seconds."""

@@ -32,6 +32,7 @@ from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Receiver
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
+from disagg_ray.tasks import BackgroundTasks
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
@@ -67,7 +68,7 @@ class Pipeline(Driver):
         self._fleet: Fleet | None = None
         self._holdings: Holdings | None = None
         self._receiver: Receiver | None = None
-        self._counting: asyncio.Task[None] | None = None
+        self._background = BackgroundTasks(self._count_restart)
         try:
             self._cluster = Cluster(config)
             self._call(self._start())
@@ -113,7 +114,7 @@ class Pipeline(Driver):
         credentials = self._receiver.credentials if self._receiver is not None else None
         await fleet.load(self.graph, Leader(self.life, self._holdings.sessions, credentials))
         self._crew = Crew(self.config, self.graph, fleet, self._holdings, metrics, self._tell, self.life)
-        self._counting = asyncio.ensure_future(self._count())
+        self._background.start("count", self._count)
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
 
     def _make_fleet(self, metrics: Metrics) -> Fleet:
@@ -230,6 +231,9 @@ class Pipeline(Driver):
         if self._listener is not None:
             self._listener.hear(event)
 
+    def _count_restart(self, task: str) -> None:
+        self._metrics.task_restarted(task)
+
     async def _count(self) -> None:
         """Keep the metrics' gauges fresh."""
         assert self._fleet is not None
@@ -305,12 +309,11 @@ class Pipeline(Driver):
             self._cluster.close()
 
     async def _stop(self) -> None:
+        await self._background.close()
         self._admission.close()
         requests = [*self._waiting, *self._journeys]
         for task in requests:
             task.cancel()
         await asyncio.gather(*requests, return_exceptions=True)
-        if self._counting is not None:
-            self._counting.cancel()
         if self._fleet is not None:
             await self._fleet.close()

@@ -138,6 +138,25 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     assert {record.status for record in records(out).values()} == {"done"}
 
 
+def test_a_connection_that_fails_to_listen_listens_again(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pipeline.connect(pipeline, on_event=(heard := []).append) as connection:
+        ask, failures = connection._ask, [RuntimeError("unforeseen")]
+
+        async def fail_once(method: str, *args: Any, **options: Any) -> Any:
+            if method == "listen" and failures:
+                raise failures.pop()
+            return await ask(method, *args, **options)
+
+        monkeypatch.setattr(connection, "_ask", fail_once)
+        for seed in range(2):  # an answer to `listen` is on its way: the failure comes with the next one
+            connection.generate(Request(prompt="a cat", seed=seed, num_frames=5, num_inference_steps=2))
+        wait_until(lambda: not connection._finished, "the pipeline was not told")
+        wait_until(lambda: any(event.state == "done" and not event.stage for event in heard), "nothing was heard")
+    assert "background task listen failed; it is started again" in caplog.text
+
+
 def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> None:
     request = Request(prompt="a cat", seed=1, num_frames=5, num_inference_steps=2, id="again")
     with Pipeline.connect(pipeline) as connection:

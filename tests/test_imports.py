@@ -37,7 +37,7 @@ LAYERS = (
     {"config", "graph"},
     {"checks"},
     {"environment", "handoff", "options", "logs"},
-    {"errors", "units", "version", "memory", "signals"},
+    {"errors", "units", "version", "memory", "signals", "tasks"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
 

@@ -149,7 +149,7 @@ def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(connection.submit, replace(LONG, id="17"))
             assert connection._listening is not None
-            connection._listening.cancel()
+            connection._loop.call_soon_threadsafe(connection._listening.cancel)
             with pytest.raises(Cancelled, match="not heard of"):
                 waiting.result(30)
         for handle in handles:

@@ -108,7 +108,7 @@ class StandingFleet(Fleet):
         self._adopted.clear()
         await super().load(graph, leader)
         self._reconcile()
-        self._spawn(self._roll())
+        self._spawn(self._roll)
 
     async def _load(self, actors: list[Actor]) -> list[ReplicaInfo]:
         infos = await super()._load(actors)
@@ -134,7 +134,7 @@ class StandingFleet(Fleet):
         following = [self._follow(actor) for actor in self._actors.values()]
         await asyncio.gather(*following, return_exceptions=True)  # one that is dead is noticed elsewhere
         self._reconcile()
-        self._spawn(self._roll())
+        self._spawn(self._roll)
 
     def room_for(self, stage: str) -> int:
         """Return how many more replicas of a stage the cluster can take now."""
@@ -145,11 +145,11 @@ class StandingFleet(Fleet):
         wanted = set(self._placement.posts())
         for post in wanted:
             if self._is_vacant(post):
-                self._spawn(self._take_up(post))
+                self._spawn(self._take_up, post)
         for actor in self.actors:
             if actor.post not in wanted and actor.id not in self._retiring:
                 self._retiring.add(actor.id)
-                self._spawn(self._retire(actor))
+                self._spawn(self._retire, actor)
         for post, actor in self._starting.items():
             if post not in wanted:
                 ray.kill(actor.handle)

@@ -44,7 +44,6 @@ class Standing(Pipeline):
 
     def __init__(self, config: Config, name: str, on_event: Callable[[Event], None]) -> None:
         self._unfinished: dict[Handle, ResolvedRequest] = {}
-        self._scaling: asyncio.Task[None] | None = None
         super().__init__(config, on_event, name)
 
     def _make_fleet(self, metrics: Metrics) -> Fleet:
@@ -54,7 +53,7 @@ class Standing(Pipeline):
         self._admission = Admission(sys.maxsize, 0)  # how much waits is bounded driver by driver
         await super()._start()
         self._admission.resize(_room(self.config))
-        self._scaling = asyncio.ensure_future(self._scale())
+        self._background.start("scale", self._scale)
 
     @property
     def fleet(self) -> StandingFleet:
@@ -169,11 +168,6 @@ class Standing(Pipeline):
         gpu_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
         numbers = settings.num_replicas, len(scheduler.replicas), scheduler.num_running, scheduler.num_waiting
         return StageState(stage, *numbers, gpu_bytes)
-
-    async def _stop(self) -> None:
-        if self._scaling is not None:
-            self._scaling.cancel()
-        await super()._stop()
 
 
 def check_change(before: Config, after: Config) -> None:
