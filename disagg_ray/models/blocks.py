@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -168,15 +169,22 @@ def _without_negative(inputs: list[InputParam]) -> list[InputParam]:
 class SchedulerStep(WanLoopAfterDenoiser):  # type: ignore[misc]
     """Steps the scheduler with the prediction in the transformer's own precision, then tells `on_step`.
 
-    Diffusers' modular block converts the prediction to float32 first, which differs from stock in bfloat16.
+    Diffusers' modular block converts the prediction to float32 first, which differs from stock in bfloat16. Schedulers
+    that draw noise draw it from the request's generator, where the first noise came from; diffusers' blocks and stock
+    pipelines leave that to torch's global one, so stock makes these frames after `torch.manual_seed(seed)`.
     """
 
     on_step: OnStep | None = None
 
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [*super().inputs, InputParam("generator")]
+
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> tuple[Any, Any]:
-        step = components.scheduler.step(block_state.noise_pred, t, block_state.latents, return_dict=False)
-        block_state.latents = step[0]
+        step = components.scheduler.step
+        draws = {"generator": block_state.generator} if "generator" in signature(step).parameters else {}
+        block_state.latents = step(block_state.noise_pred, t, block_state.latents, **draws, return_dict=False)[0]
         if self.on_step is not None:
             self.on_step(i + 1, block_state.num_inference_steps)
         return components, block_state
