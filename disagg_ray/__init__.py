@@ -10,6 +10,7 @@ from disagg_ray.errors import (
     CheckpointError,
     ConfigError,
     DisaggError,
+    EncodeError,
     GraphError,
     InputError,
     OutputError,
@@ -34,10 +35,9 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 __all__ = [
-    "Cancelled", "CheckpointError", "Config", "ConfigError", "Connection", "DisaggError", "GraphError", "Handle",
-    "InputError", "LocalPipeline", "OutputError", "Overloaded", "Pipeline", "PoolError", "Request", "RequestError",
-    "Result",
-    "StageError", "StartError", "TransferError", "load_config",
+    "Cancelled", "CheckpointError", "Config", "ConfigError", "Connection", "DisaggError", "EncodeError", "GraphError",
+    "Handle", "InputError", "LocalPipeline", "OutputError", "Overloaded", "Pipeline", "PoolError", "Request",
+    "RequestError", "Result", "StageError", "StartError", "TransferError", "load_config",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ DisaggError
 │   └── PlanError               a profile, or the GPUs to plan for
 ├── StartError                  stages did not become ready
 ├── StageError                  a stage failed one request
+├── EncodeError                 frames did not become a whole file
 ├── TransferError               tensors did not arrive whole
 ├── ReplicaLost                 a replica died, hung or cannot be reached
 ├── Overloaded                  the queue is full, and the caller would not wait
@@ -58,6 +59,10 @@ class StartError(DisaggError):
 
 class StageError(DisaggError):
     """A stage failed one request; other requests go on."""
+
+
+class EncodeError(DisaggError):
+    """Frames did not become a whole video file: the encoder is missing, failed or hangs."""
 
 
 class ReplicaLost(DisaggError):

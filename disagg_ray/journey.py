@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from disagg_ray.config import Config
-from disagg_ray.errors import Cancelled, DisaggError, PoolError, ReplicaLost, StageError, TransferError
+from disagg_ray.errors import Cancelled, DisaggError, EncodeError, PoolError, ReplicaLost, StageError, TransferError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import Graph
 from disagg_ray.handoff import AttemptKey, Handoff
@@ -339,9 +339,11 @@ class Journey:
             )
         except (ReplicaLost, TransferError) as error:
             self._note_setback(error)
-            if self._graph.last in self._outputs:
-                self._drop(self._graph.last)
-            return None
+        except EncodeError as error:
+            await self._note_failure(self._graph.last, None, error)
+        if self._graph.last in self._outputs:
+            self._drop(self._graph.last)
+        return None
 
     async def _file(self, output: _Output) -> bytes:
         """Have the file encoded where the frames are."""

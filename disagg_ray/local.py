@@ -18,7 +18,7 @@ from disagg_ray.progress import Event, State
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result, StageTiming
 from disagg_ray.stage import RAW, Stage
-from disagg_ray.video import encode, to_array
+from disagg_ray.video import check_writer, encode, to_array
 
 
 class LocalPipeline:
@@ -60,6 +60,7 @@ class LocalPipeline:
     def generate(self, request: Request) -> Result:
         """Generate one video; see `Pipeline.generate`."""
         resolved, images = resolve(request, self.config)
+        check_writer(resolved.format)
         started = time.monotonic()
         tensors: dict[str, torch.Tensor] = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
         timings, frames = [], None

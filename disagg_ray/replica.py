@@ -37,7 +37,7 @@ from disagg_ray.progress import Credentials, Event, Sender, State
 from disagg_ray.result import StageTiming
 from disagg_ray.stage import Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
-from disagg_ray.video import Frames, encode
+from disagg_ray.video import Frames, check_writer, encode
 
 T = TypeVar("T")
 
@@ -84,9 +84,12 @@ class Replica:
         Raises:
             ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
             CheckpointError: a component cannot be loaded.
+            EncodeError: no video file can be made here.
         """
         began = time.monotonic()
         self._loading = True
+        if FRAMES in self._stage.ports.outputs:
+            check_writer("mp4")
         host = host or ray.util.get_node_ip_address()
         self._sender = Sender(credentials)
         self._stage.connect(graph)

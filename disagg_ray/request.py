@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from disagg_ray.checks import MULTIPLE
 from disagg_ray.config import Config
 from disagg_ray.errors import RequestError
-from disagg_ray.video import MAX_GIF_FPS, check_image_file, load_image
+from disagg_ray.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -246,6 +246,14 @@ def _check(request: ResolvedRequest, config: Config) -> None:
     _check_numbers(request, config)
     if request.format not in FORMATS:
         raise RequestError(f"format: {request.format!r} is unknown; give one of {', '.join(FORMATS)}")
+    most, scale = MAX_SIDES.get(request.format), config.output.scale
+    for name in ("height", "width"):
+        if most is not None and (side := getattr(request, name) * scale) > most:
+            scaled = f" (times output.scale={scale}: {side})" * (scale > 1)
+            raise RequestError(
+                f"{name}: {side // scale}{scaled} is over the {most} pixels that {request.format} can hold; ask for a "
+                f"smaller size, or for png or npy"
+            )
     if abs(request.priority) > MAX_PRIORITY:
         raise RequestError(f"priority: {request.priority} is not from {-MAX_PRIORITY} to {MAX_PRIORITY}")
     if not 1 <= len(request.id) <= 200 or not request.id.isprintable():

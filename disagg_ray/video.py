@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from disagg_ray.environment import expand_home
-from disagg_ray.errors import RequestError
+from disagg_ray.errors import EncodeError, RequestError
+from disagg_ray.mp4 import MAX_SIDE, encode_mp4
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+"""Shape (height, width, 3)."""
 
 Frames = np.ndarray[Any, np.dtype[np.float32]]
 """Shape (num_frames, height, width, 3), in [0, 1]."""
@@ -26,12 +31,17 @@ MAX_IMAGE_BYTES = 256 * 2**20
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow knows others, some of which start programs to decode."""
 
+TRY_S = 60.0
+"""For one small frame, on a machine that is busy."""
+
 MAX_GIF_FPS = 50
 """Browsers slow a gif down whose frames last less than its two smallest units, 10 ms each."""
 
-H264 = ("-crf", "17", "-threads", "1", "-bitexact", "-fflags", "+bitexact", "-flags:v", "+bitexact",
-        "-vf", "scale=out_color_matrix=bt709", "-colorspace", "bt709", "-movflags", "+faststart")  # fmt: skip
-"""One encoder thread and bit-exact flags: equal frames give equal bytes. Players take untagged HD for BT.709."""
+MAX_SIDES = {"mp4": MAX_SIDE, "gif": 65_535}
+"""The most pixels that a file of a format has of either side."""
+
+ENCODE_S = 600.0
+"""The most seconds that a video file may come no further."""
 
 
 def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) -> Image.Image:
@@ -111,21 +121,56 @@ def to_image(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def encode(frames: Frames, fps: int, format: str, scale: int = 1) -> bytes:
-    """Return frames as an mp4 (H.264, yuv420p) or gif file, enlarged by a whole number."""
-    pixels = quantise(frames).repeat(scale, axis=1).repeat(scale, axis=2)
+def encode(
+    frames: Frames,
+    fps: int,
+    format: str,
+    scale: int = 1,
+    *,
+    timeout_s: float = ENCODE_S,
+    on_frame: Callable[[], None] = lambda: None,
+) -> bytes:
+    """Return frames as an mp4 (H.264, yuv420p) or gif file, enlarged by a whole number.
+
+    One frame after the other is made 8 bits wide, and `on_frame` is called when it was taken. Nothing is waited for
+    longer than `timeout_s` without coming further.
+
+    Raises:
+        EncodeError: the file could not be made whole.
+    """
+    height, width = (side * scale for side in frames.shape[1:3])
+    if max(height, width) > MAX_SIDES[format] or (format == "mp4" and (height % 2 or width % 2)):
+        raise EncodeError(f"{format}: it holds no frames of {width}x{height}")
+    pixels = (quantise(frame).repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames)
     if format == "gif":
-        ends = [round(100 * (index + 1) / fps) for index in range(len(pixels))]  # a gif counts in 10 ms
-        lasts = [10 * (end - start) for start, end in pairwise([0, *ends])]
-        duration = lasts if len(lasts) > 1 else lasts[0]  # Pillow takes no list of one
-        return bytes(iio.imwrite("<bytes>", pixels, extension=".gif", duration=duration, loop=0))
-    with tempfile.TemporaryDirectory(prefix="disagg_ray_") as folder:
-        path = Path(folder) / "video.mp4"
-        iio.imwrite(
-            path, pixels, plugin="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=1,
-            quality=None, output_params=list(H264), ffmpeg_log_level="error",
-        )  # fmt: skip
-        return path.read_bytes()
+        return _encode_gif(pixels, fps, len(frames), on_frame)
+    return encode_mp4(pixels, fps, timeout_s, on_frame)
+
+
+@cache
+def check_writer(format: str) -> None:
+    """Encode a small frame, once in this process, so that what is missing shows before any work.
+
+    Raises:
+        EncodeError: no file of this format can be made here.
+    """
+    if format in MAX_SIDES:
+        encode(np.zeros((1, 16, 16, 3), np.float32), 1, format, timeout_s=TRY_S)
+
+
+def _encode_gif(pixels: Iterator[Pixels], fps: int, num_frames: int, on_frame: Callable[[], None]) -> bytes:
+    ends = [round(100 * (index + 1) / fps) for index in range(num_frames)]  # a gif counts in 10 ms
+    lasts = [10 * (end - start) for start, end in pairwise([0, *ends])]
+
+    def images() -> Iterator[Image.Image]:
+        for frame in pixels:
+            yield Image.fromarray(frame)
+            on_frame()
+
+    others, file = images(), io.BytesIO()
+    durations = lasts if num_frames > 1 else lasts[0]  # Pillow takes no list of one
+    next(others).save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    return file.getvalue()
 
 
 def load_video(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:

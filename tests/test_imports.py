@@ -34,7 +34,7 @@ LAYERS = (
     {"models", "transfer", "output", "board", "queues"},
     {"request", "progress", "turns", "segments"},
     {"video", "loading"},
-    {"config", "graph"},
+    {"config", "graph", "mp4"},
     {"checks"},
     {"environment", "handoff", "options", "logs"},
     {"errors", "units", "version", "memory", "signals", "tasks"},
@@ -44,6 +44,7 @@ LAYERS = (
 IMPORTERS = {
     "mooncake": {"transfer.engine"},
     "imageio": {"video"},
+    "imageio_ffmpeg": {"mp4"},
     "PIL": {"video", "report"},
     "omegaconf": {"loading"},
     "yaml": {"loading"},

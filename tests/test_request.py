@@ -165,6 +165,22 @@ def test_a_size_over_the_limit_is_refused() -> None:
     assert "272x256 is over limits.max_pixels=65536" in refusal(replace(CAT, height=272, width=256))
 
 
+@pytest.mark.parametrize(
+    ("format", "height", "width", "scale", "name"),
+    [("mp4", 16, 16_400, 1, "width"), ("mp4", 57_600, 16, 1, "height"), ("mp4", 16, 4_112, 4, "width"),
+     ("gif", 65_536, 16, 1, "height")],
+)  # fmt: skip
+def test_a_side_that_the_format_cannot_hold_is_refused(
+    format: str, height: int, width: int, scale: int, name: str
+) -> None:
+    config = replace(T2V, limits=replace(T2V.limits, max_pixels=2**21), output=replace(T2V.output, scale=scale))
+    request = replace(CAT, height=height, width=width, format=format)
+    message = refusal(request, config)
+    assert f"{name}: {max(height, width)}" in message
+    assert f"that {format} can hold" in message
+    accept(replace(request, format="png"), config)
+
+
 def test_a_gif_faster_than_browsers_show_is_refused() -> None:
     assert "give 50 or less" in refusal(replace(CAT, format="gif", fps=51))
     assert accept(replace(CAT, format="gif", fps=50)).fps == 50
@@ -321,7 +337,7 @@ def test_the_size_follows_the_image_after_its_rotation(tmp_path: Path) -> None:
     ],
 )
 def test_the_size_follows_the_image_s_aspect_at_the_model_s_area(image: tuple[int, int], size: tuple[int, int]) -> None:
-    resolved = accept(replace(CAT, image=Image.new("L", image)), PUBLISHED)
+    resolved = accept(replace(CAT, image=Image.new("L", image), format="png"), PUBLISHED)
     assert (resolved.height, resolved.width) == size
 
 
