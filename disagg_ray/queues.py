@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, TypeVar
@@ -51,6 +51,19 @@ class Heap(Generic[T]):
     def least(self) -> float:
         """Return the first number of the key of what `peek` gives."""
         return float(self._heap[0][0])
+
+    def find(self, accepts: Callable[[T], bool]) -> tuple[float, T] | None:
+        """Return the first item that is accepted, and the first number of its key; each one before it costs a pop."""
+        passed: list[tuple[Any, ...]] = []
+        try:
+            while (item := self.peek()) is not None:
+                if accepts(item):
+                    return self.least(), item
+                passed.append(heappop(self._heap))
+            return None
+        finally:
+            for entry in passed:
+                heappush(self._heap, entry)
 
 
 class PriorityQueue(Generic[T]):

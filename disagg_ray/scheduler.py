@@ -43,6 +43,8 @@ class Job:
     on_place: Callable[[Place | None], None]
     """Called when its place has changed; with None when the replica it was prefetched on is gone and it waits again.
     May call the scheduler."""
+    avoid: frozenset[str] = frozenset()
+    """Replicas that failed it: it goes to others as long as the stage has any."""
     place: Place | None = None
     """Set by the scheduler alone."""
 
@@ -75,10 +77,11 @@ class _Replica:
 class StageScheduler:
     """Places the jobs of one stage on its replicas: one computing and one prefetched on each, the rest waiting here.
 
-    The first in the queue goes where it is predicted to finish first. That may be the prefetch place of a fast replica
-    although a slow one is idle; as long as jobs wait here, though, every replica computes. With none waiting, an idle
-    replica takes over a prefetched job that it would finish no later, where most time is gained first. A call
-    costs O(groups x log(replicas + waiting)), averaged over calls.
+    The first in the queue goes where it is predicted to finish first, of those replicas that have not failed it if
+    there are any. That may be the prefetch place of a fast replica although a slow one is idle; as long as jobs wait
+    here that may go there, though, every replica computes. With none waiting, an idle replica takes over a prefetched
+    job that it would finish no later, where most time is gained first. A call costs O(groups x log(replicas +
+    waiting)), averaged over calls, and as much for each job that waits for another replica than those with room.
     """
 
     def __init__(self) -> None:
@@ -139,6 +142,9 @@ class StageScheduler:
             self._unoffered |= dict.fromkeys(self._prefetched)
         added = self._replicas[replica] = _Replica(replica, self._groups[group])
         added.group.idle.push(added, now)
+        for unwelcome in [other for other, job in self._prefetched.items() if other.name in job.avoid]:
+            self._wait(self._take_prefetched(unwelcome))
+            unwelcome.group.open.push(unwelcome, unwelcome.end)
         self._settle(now)
 
     def remove(self, replica: str, now: float) -> None:
@@ -223,20 +229,31 @@ class StageScheduler:
     def _settle(self, now: float) -> None:
         """Give every job its place, then tell."""
         self._extend_overdue(now)
-        while self._waiting and self._has_room():
-            job = self._waiting.pop()
-            self._count_waiting(-job.work)
-            replica = self._best_replica(job, now)
-            if replica.running:
-                self._prefetch(replica, job)
-            else:
-                self._run(replica, job, now)
+        self._place_waiting(now)
         while move := self._best_move(now):
             source, target = move
             job = self._take_prefetched(source)
             source.group.open.push(source, source.end)
             self._run(target, job, now)
         self._tell()
+
+    def _place_waiting(self, now: float) -> None:
+        barred, placed_work = [], 0.0
+        while self._waiting and self._has_room():
+            job = self._waiting.pop()
+            replica = self._best_replica(job, now)
+            if replica is None:
+                barred.append(job)
+                continue
+            placed_work += job.work
+            if replica.running:
+                self._prefetch(replica, job)
+            else:
+                self._run(replica, job, now)
+        for job in barred:
+            self._waiting.push(job, job.priority, job.sequence)
+        if placed_work:
+            self._count_waiting(-placed_work)
 
     def _has_room(self) -> bool:
         return len(self._busy) + len(self._prefetched) < REPLICA_WINDOW * len(self._replicas)
@@ -248,32 +265,51 @@ class StageScheduler:
             relearned = replica.started + self.predict(replica.group.name, replica.running)
             self._expect(replica, max(relearned, now + OVERDUE_SHARE * (now - replica.started)))
 
-    def _best_replica(self, job: Job, now: float) -> _Replica:
-        """Return where a job would finish first; of equals the idle one, and of those the one idle longest."""
+    def _best_replica(self, job: Job, now: float) -> _Replica | None:
+        """Return where a job would finish first; of equals the idle one, and of those the one idle longest.
+
+        None: all that it may go to have their two.
+        """
         candidates: list[tuple[float, bool, float, str]] = []
+        welcomes = self._welcomes(job)
         for group in self._groups.values():
-            if replica := group.idle.peek():
-                candidates.append((now + self.predict(group.name, job), False, group.idle.least(), replica.name))
-            elif replica := group.open.peek():
-                candidates.append((replica.end + self.predict(group.name, job), True, replica.end, replica.name))
-        return self._replicas[min(candidates)[-1]]
+            if found := group.idle.find(welcomes):
+                since, replica = found
+                candidates.append((now + self.predict(group.name, job), False, since, replica.name))
+            elif found := group.open.find(welcomes):
+                end, replica = found
+                candidates.append((end + self.predict(group.name, job), True, end, replica.name))
+        return self._replicas[min(candidates)[-1]] if candidates else None
+
+    def _welcomes(self, job: Job) -> Callable[[_Replica], bool]:
+        """Return what says where a job may go: to any that has not failed it, or, if all have, to any."""
+        if sum(name in self._replicas for name in job.avoid) == len(self._replicas):
+            return lambda _: True
+        return lambda replica: replica.name not in job.avoid
 
     def _best_move(self, now: float) -> tuple[_Replica, _Replica] | None:
         """Return from which to which replica a prefetched job would gain most by starting now, if any gains."""
         if not self._prefetched or len(self._busy) == len(self._replicas):
             return None
-        targets = [(group, replica) for group in self._groups.values() if (replica := group.idle.peek())]
-        if targets:
+        groups = [group for group in self._groups.values() if group.idle]
+        if groups:
             self._offer()
-        moves = [
-            (group.offers.least(), source.name, target.name)
-            for group, target in targets
-            if (source := group.offers.peek()) and now + group.offers.least() <= 0
-        ]
+        moves = []
+        for group in groups:
+            offer = group.offers.find(lambda source, group=group: self._idle_for(source, group) is not None)  # type: ignore[misc]
+            if offer is not None and now + offer[0] <= 0:
+                target = self._idle_for(offer[1], group)
+                assert target is not None
+                moves.append((offer[0], offer[1].name, target.name))
         if not moves:
             return None
         _, left, taken = min(moves)
         return self._replicas[left], self._replicas[taken]
+
+    def _idle_for(self, source: _Replica, group: _Group) -> _Replica | None:
+        """Return which of a group's idle replicas may take over what another has prefetched."""
+        found = group.idle.find(self._welcomes(self._prefetched[source]))
+        return found[1] if found else None
 
     def _offer(self) -> None:
         """Let idle replicas see what is prefetched, by the predictions of now.

@@ -32,6 +32,16 @@ def test_a_heap_gives_the_least_key_however_items_are_moved_and_taken_out(steps)
     assert (heap.peek() is None) == (not keys)
 
 
+def test_a_heap_finds_the_first_that_is_accepted_and_keeps_the_others():
+    heap = Heap()
+    for key, item in enumerate("abcd"):
+        heap.push(item, key)
+    heap.remove("c")
+    assert heap.find(lambda item: item > "b") == (3, "d")
+    assert heap.find(lambda item: item > "d") is None
+    assert (len(heap), heap.peek(), heap.least()) == (3, "a", 0)
+
+
 def test_equal_keys_come_out_in_the_order_they_went_in():
     heap = Heap()
     for item in "cabc":  # c moves behind

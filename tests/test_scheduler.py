@@ -290,6 +290,38 @@ def test_a_replica_that_is_idle_retires_at_once():
     assert (gone, scheduler.replicas) == (["fast0"], ())
 
 
+def test_a_job_goes_to_a_replica_that_has_not_failed_it():
+    scheduler = start("fast fast", jobs := make_jobs(2))
+    scheduler.withdraw(jobs[0], 0.0)
+    jobs[0].avoid = frozenset({"fast0"})
+    scheduler.push(jobs[0], 0.0)
+    assert places(jobs) == "fast1 fast1!"
+    third, fourth = make_jobs(2)
+    third.avoid = jobs[0].avoid
+    scheduler.push(third, 0.0)
+    scheduler.push(fourth, 0.0)
+    assert (places([third, fourth]), counts(scheduler)) == ("- fast0!", (1, 2, 1))
+    scheduler.finish(jobs[1], 1.0, 1.0)
+    assert places([jobs[0], third, fourth]) == "fast1! fast1 fast0!"
+
+
+def test_a_job_that_every_replica_failed_may_go_to_any():
+    job, *_ = jobs = make_jobs(2)
+    job.avoid = frozenset({"fast0", "fast1", "gone"})
+    start("fast fast", jobs)
+    assert places(jobs) == "fast0! fast1!"
+
+
+def test_a_job_leaves_the_prefetch_place_of_a_replica_that_failed_it_when_another_comes():
+    scheduler = start("fast", jobs := make_jobs(1))
+    (job,) = make_jobs(1)
+    job.avoid = frozenset({"fast0"})
+    scheduler.push(job, 0.0)
+    assert places([job]) == "fast0"
+    scheduler.add("slow0", "slow", 0.0)
+    assert places([*jobs, job]) == "fast0! slow0!"
+
+
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """A driver that pushes, finishes, withdraws, adds and removes in any order, and believes what it is told."""
 
@@ -348,8 +380,14 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @rule(work=st.sampled_from([0.0, 1.0, 2.0, 50.0]), priority=st.integers(0, 2))
     def push(self, work, priority):
         number = next(self.numbers)
-        job = Job(str(number), work, work, priority, number, lambda place: self.jobs.__setitem__(job, place))
-        self.admit(job)
+        self.admit(self.make_job(number, work, priority))
+
+    def make_job(self, number: int, work: float, priority: int, avoid: frozenset[str] = frozenset()) -> Job:
+        return (job := Job(str(number), work, work, priority, number, lambda place: self.move(job, place), avoid))
+
+    def move(self, job: Job, place: Place | None) -> None:
+        assert place is None or place.replica not in job.avoid or set(self.groups) <= job.avoid
+        self.jobs[job] = place
 
     def admit(self, job: Job) -> None:
         self.jobs[job] = None
@@ -371,6 +409,19 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         del self.jobs[job]
         self.now += seconds
         self.scheduler.finish(job, self.now, seconds)
+
+    @precondition(lambda self: any(place and place.run for place in self.jobs.values()))
+    @rule(number=st.integers(0))
+    def fail(self, number):
+        running = [job for job, place in self.jobs.items() if place and place.run]
+        job = running[number % len(running)]
+        avoid = job.avoid | {job.place.replica}
+        del self.jobs[job]
+        self.scheduler.withdraw(job, self.now)
+        self.admit(self.make_job(job.sequence, job.work, job.priority, avoid))
+
+    def may_go(self, job: Job, replica: str) -> bool:
+        return replica not in job.avoid or set(self.groups) <= job.avoid
 
     @invariant()
     def every_job_is_where_the_driver_was_told(self):
@@ -395,14 +446,19 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         assert all(Place(place.replica, run=True) in taken for place in taken)
 
     @invariant()
-    def no_place_is_free_while_jobs_wait(self):
-        if None in self.jobs.values():
-            assert sum(place is not None for place in self.staying()) == 2 * len(self.groups)
+    def no_place_is_free_while_jobs_wait_that_may_go_there(self):
+        taken = Counter(place.replica for place in self.staying() if place)
+        free = [name for name in self.groups if taken[name] < 2]
+        waiting = [job for job, place in self.jobs.items() if place is None]
+        assert not any(self.may_go(job, name) for job in waiting for name in free)
 
     @invariant()
-    def none_is_prefetched_beside_an_idle_replica_of_like_hardware(self):
-        idle = {group for name, group in self.groups.items() if not self.running(name)}
-        assert not idle & {self.groups[place.replica] for place in self.staying() if place and not place.run}
+    def none_is_prefetched_beside_an_idle_replica_of_like_hardware_or_at_one_that_failed_it(self):
+        idle = {name: group for name, group in self.groups.items() if not self.running(name)}
+        for job, place in self.jobs.items():
+            if place and not place.run:
+                like = [name for name, group in idle.items() if group == self.groups[place.replica]]
+                assert self.may_go(job, place.replica) and not any(self.may_go(job, name) for name in like)
 
     @invariant()
     def nothing_is_outstanding_only_when_nothing_is_left(self):
