@@ -45,7 +45,7 @@ IMPORTERS = {
     "mooncake": {"transfer.engine"},
     "imageio": {"video"},
     "imageio_ffmpeg": {"mp4"},
-    "PIL": {"video", "report"},
+    "PIL": {"video"},
     "omegaconf": {"loading"},
     "yaml": {"loading"},
     "fsspec": {"output"},

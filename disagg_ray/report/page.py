@@ -1,6 +1,6 @@
-"""One HTML page about a folder of videos: a picture, tables, what failed, and each video beside its prompt.
+"""One HTML page about a folder of videos: a drawing, tables, what failed, and each video beside its prompt.
 
-It loads nothing but the videos: links are relative, the picture is inside, and there is no script. Whatever came from
+It loads nothing but the videos: links are relative, the drawing is inside, and there is no script. Whatever came from
 a user or an error passes `escape` or, as a link, `quote`.
 """
 
@@ -25,7 +25,7 @@ STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1.5rem; max-width: 1600px }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem } p { margin: .2rem 0 }
-p.chart img { width: 100%; border-radius: 6px; background: #fff }
+p.chart svg { width: 100%; border-radius: 6px; background: #fff }
 .sheets { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start }
 table { border-collapse: collapse } th, td { padding: .15rem .7rem; text-align: right }
 th:first-child, td:first-child { text-align: left; padding-left: 0 } thead th { border-bottom: 1px solid #8888 }
@@ -45,7 +45,7 @@ LEGEND = (
     "its way from another stage or queue; idle: no request to be seen. Failed attempts are not recorded and look idle."
 )
 POLICY = (
-    "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: 'self' file:; media-src 'self' file:; "
+    "default-src 'none'; base-uri 'none'; form-action 'none'; img-src 'self' file:; media-src 'self' file:; "
     f"style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"
 )
 
@@ -60,19 +60,18 @@ class Sheet:
 
 
 def render(
-    title: str, notes: Iterable[str], sheets: Iterable[Sheet], picture: bytes, records: Sequence[Record], videos: str
+    title: str, notes: Iterable[str], sheets: Iterable[Sheet], drawing: str, records: Sequence[Record], videos: str
 ) -> bytes:
-    """Return the page; `picture` is a PNG, `videos` the path from the page's folder to that of the records' files."""
+    """Return the page; `drawing` is an `<svg>` element, `videos` the path from the page to the records' files."""
     done = [record for record in records if record.status == "done"]
     failed = [record for record in records if record.status != "done"]
-    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
         '<meta name="referrer" content="no-referrer"><meta name="viewport" content="width=device-width">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>",
         *(f"<p>{escape(note)}</p>" for note in notes),
-        f'<p class="chart"><img alt="What each replica did when" src="{source}"></p>',
+        f'<p class="chart">{drawing}</p>',
         f'<p class="about">{escape(LEGEND)}</p>',
         '<div class="sheets">', *map(_sheet, sheets), "</div>", _failed(failed),
         '<h2>Videos</h2><div class="videos">',

@@ -20,7 +20,7 @@ from disagg_ray.errors import OutputError
 from disagg_ray.output import atomic_file
 from disagg_ray.planning.plan import Plan
 from disagg_ray.planning.profile import Profile
-from disagg_ray.report.gantt import draw
+from disagg_ray.report.drawing import draw
 from disagg_ray.report.page import Sheet, render
 from disagg_ray.report.timeline import PHASES, Timeline, is_whole, lay_out, shares
 from disagg_ray.report.trace import to_trace
@@ -139,7 +139,7 @@ def _print(*shown: Table | str) -> None:
 
 
 def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
-    """Print what a finished run came to, and write report.html, timeline.png and trace.json; return their paths.
+    """Print what a finished run came to, and write report.html, timeline.svg and trace.json; return their paths.
 
     Raises:
         OutputError: there is no manifest in the folder, it is empty, or the output cannot be written.
@@ -155,7 +155,7 @@ def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
     words = [f"{title}: {notes[0]}", *notes[1:], *_in_words(busy), *_in_words(replace(latency, rows=latency.rows[:1]))]
     videos = os.path.relpath(folder.resolve(), output.resolve())
     page = render(title, notes, (busy, latency), draw(timeline), records, videos)
-    contents = {"report.html": page, "timeline.png": draw(timeline, words), "trace.json": to_trace(timeline)}
+    contents = {"report.html": page, "timeline.svg": draw(timeline, words).encode(), "trace.json": to_trace(timeline)}
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
