@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import ray
@@ -61,8 +61,6 @@ class Fleet:
         self._starting: dict[Post, Actor] = {}
         self._incarnations: Counter[str] = Counter()
         """Of each post's next actor, by name."""
-        self._sessions: set[str] = set()
-        """Of all replicas there ever were: engines remember a dead one's and cannot reach another under its name."""
         self._stalled: set[str] = set()
         """Ids of replicas that were given up because they hung."""
         self._named: set[str] = set()
@@ -70,6 +68,7 @@ class Fleet:
         self._background = BackgroundTasks(metrics.task_restarted)
         self._graph: Graph | None = None
         self._leader: Leader
+        self._driver_met: Callable[[], frozenset[str]]
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
@@ -113,20 +112,39 @@ class Fleet:
         self._incarnations[post.name] += 1
         return actor
 
-    async def load(self, graph: Graph, leader: Leader) -> None:
-        """Load every replica and put it to work for `leader`."""
-        self._graph, self._leader = graph, leader
+    async def met(self) -> frozenset[str]:
+        """Return the names of the sessions that living replicas have read from: nobody else is reached under one."""
+        answers = await asyncio.gather(*map(self._met, self._loaded()))
+        return frozenset().union(*answers)
+
+    async def _met(self, actor: Actor) -> frozenset[str]:
+        """Return the names that a replica has met; of one that does not answer none, since it is to be replaced."""
+        try:
+            async with asyncio.timeout(self.config.failures.answer_s):
+                names: frozenset[str] = await ask(actor, "met")
+        except (TimeoutError, DisaggError):
+            return frozenset()
+        return names
+
+    def _loaded(self) -> Sequence[Actor]:
+        """Return those that have a pool and live."""
+        return self.actors
+
+    async def load(self, graph: Graph, leader: Leader, driver_met: Callable[[], frozenset[str]]) -> None:
+        """Load every replica and put it to work for `leader`; `driver_met` tells whom the driver has read from."""
+        self._graph, self._leader, self._driver_met = graph, leader, driver_met
         actors = list(self._starting.values())
         for actor, info in zip(actors, await self._load(actors), strict=True):
             self._enlist(actor, info)
 
     async def _load(self, actors: list[Actor]) -> list[ReplicaInfo]:
-        return await gather_ready(self.config, actors, "load", self._graph, self._leader.credentials)
+        await gather_ready(self.config, actors, "describe")  # they are up: what is met from here on lives
+        taken = await self.met() | self._driver_met()
+        return await gather_ready(self.config, actors, "load", self._graph, self._leader.credentials, taken)
 
     def _enlist(self, actor: Actor, info: ReplicaInfo) -> None:
         self._starting.pop(actor.post, None)
         self._actors[actor.id], self._infos[actor.id] = actor, info
-        self._sessions |= set(info.sessions)
         self.schedulers[actor.stage].add(actor.id, actor.post.group, time.monotonic())
         self._spawn(self._watch, actor)
 
@@ -198,11 +216,9 @@ class Fleet:
             actor = self._launch(post)
             try:
                 (info,) = await self._load([actor])
-                if not self._sessions & set(info.sessions):
-                    self._enlist(actor, info)
-                    logger.info("replica %s is ready after %.1f s", actor.name, time.monotonic() - began)
-                    return True
-                failure: DisaggError = StartError(f"{actor.name}: it got a dead replica's port, {info.sessions[0]}")
+                self._enlist(actor, info)
+                logger.info("replica %s is ready after %.1f s", actor.name, time.monotonic() - began)
+                return True
             except DisaggError as error:
                 failure = error
             finally:  # whatever it was: the post must not stay taken

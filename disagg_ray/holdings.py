@@ -33,8 +33,11 @@ class Holdings:
     No copy waits for another kind's room or threads: raw frames have slots of their own, and each kind its threads.
     """
 
-    def __init__(self, name: str, config: Config, graph: Graph, geometry: Geometry, host: str) -> None:
-        self._pool = Pool(name, driver_pool_bytes(config, graph, geometry), host, config.transport)
+    def __init__(
+        self, name: str, config: Config, graph: Graph, geometry: Geometry, host: str, taken: frozenset[str]
+    ) -> None:
+        nbytes = driver_pool_bytes(config, graph, geometry)
+        self._pool = Pool(name, nbytes, host, config.transport, taken=taken)
         self._threads = {kind: ThreadPoolExecutor(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
         self._piece_bytes = most_piece_bytes(config.limits)
         self._pieces: queue.SimpleQueue[AttemptKey] = queue.SimpleQueue()
@@ -52,6 +55,11 @@ class Holdings:
     def sessions(self) -> tuple[str, ...]:
         """Mooncake's names of the ways into the driver's pool."""
         return tuple(session.name for session in self._pool.sessions)
+
+    @property
+    def met(self) -> frozenset[str]:
+        """Names of the sessions that were read from here."""
+        return self._pool.met
 
     @property
     def bytes_in_use(self) -> int:

@@ -110,10 +110,11 @@ class Pipeline(Driver):
         self.config = fleet.config
         ports = {description.ports.stage: description.ports for description in described}
         self.graph = build_graph([ports[stage] for stage in self.config.stages])
-        self._holdings = Holdings(f"driver-{self.id}", self.config, self.graph, described[0].geometry, host)
+        geometry, taken = described[0].geometry, await fleet.met()
+        holdings = self._holdings = Holdings(f"driver-{self.id}", self.config, self.graph, geometry, host, taken)
         credentials = self._receiver.credentials if self._receiver is not None else None
-        await fleet.load(self.graph, Leader(self.life, self._holdings.sessions, credentials))
-        self._crew = Crew(self.config, self.graph, fleet, self._holdings, metrics, self._tell, self.life)
+        await fleet.load(self.graph, Leader(self.life, holdings.sessions, credentials), lambda: holdings.met)
+        self._crew = Crew(self.config, self.graph, fleet, holdings, metrics, self._tell, self.life)
         self._background.start("count", self._count)
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
 

@@ -78,8 +78,16 @@ class Replica:
     def describe(self) -> Description:
         return Description(self._stage.ports, self._stage.geometry)
 
-    def load(self, graph: Graph, credentials: Credentials | None = None, host: str | None = None) -> ReplicaInfo:
-        """Allocate and register the pool, then load the weights; `credentials` are for telling of progress.
+    def load(
+        self,
+        graph: Graph,
+        credentials: Credentials | None = None,
+        taken: frozenset[str] = frozenset(),
+        host: str | None = None,
+    ) -> ReplicaInfo:
+        """Allocate and register the pool, then load the weights.
+
+        `credentials` are for telling of progress; `taken` are names that no session of the pool may have.
 
         Raises:
             ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
@@ -95,7 +103,7 @@ class Replica:
         self._stage.connect(graph)
         transport, device, cache_bytes = self._config.transport, self._stage.device, self._stage.cache_bytes
         nbytes = pool_bytes(self._config, self._stage)
-        self._pool = Pool(self.name, nbytes, host, transport, device, cache_bytes)
+        self._pool = Pool(self.name, nbytes, host, transport, device, cache_bytes, taken)
         self._stage.use_cache(self._pool.cache)
         self._stage.load()
         pid = psutil.Process().pid
@@ -269,6 +277,10 @@ class Replica:
             gpu_peak_bytes=self._stage.peak_bytes,
             num_videos=len(self._frames),
         )
+
+    def met(self) -> frozenset[str]:
+        """Return the names of the sessions that were read from here."""
+        return self._pool.met
 
     def forget(self, sessions: tuple[str, ...]) -> None:
         """Hear that the process behind these sessions is dead: what it might still have written to is free again."""

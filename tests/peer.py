@@ -50,8 +50,8 @@ def flip_bit(pool: Pool, address: int) -> None:
     pool._memory[address - pool._memory.data_ptr() + HEADER_BYTES + 2] ^= 1
 
 
-def _serve(connection: Connection, transport: TransportConfig) -> None:
-    pool = Pool("peer", 1 << 20, HOST, transport)
+def _serve(connection: Connection, transport: TransportConfig, taken: frozenset[str]) -> None:
+    pool = Pool("peer", 1 << 20, HOST, transport, taken=taken)
     connection.send(publish(pool))
     while True:
         action, arguments = connection.recv()
@@ -61,9 +61,9 @@ def _serve(connection: Connection, transport: TransportConfig) -> None:
 class Peer(AbstractContextManager["Peer"]):
     """A running peer and the handoff of what it published; killed on leaving."""
 
-    def __init__(self, port_range: str | None = None) -> None:
+    def __init__(self, port_range: str | None = None, taken: frozenset[str] = frozenset()) -> None:
         self._connection, theirs = _context.Pipe()
-        arguments = (theirs, replace(TRANSPORT, port_range=port_range))
+        arguments = (theirs, replace(TRANSPORT, port_range=port_range), taken)
         self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()

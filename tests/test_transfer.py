@@ -189,6 +189,20 @@ def test_handoff_is_stale_after_a_restart_on_the_same_port_at_the_same_address(p
     raise AssertionError(f"no restart came to lie where an earlier process was: {list(dead)}")
 
 
+def test_pool_knows_the_sessions_it_has_pulled_from(peer, verified):
+    assert_whole(pull(verified, peer.handoff))
+    assert peer.session in verified.met
+
+
+def test_peer_whose_every_port_was_a_dead_ones_gets_a_name_of_its_own(verified):
+    ports = free_ports(2)
+    first, last = map(int, ports.split("-"))
+    dead = {f"{HOST}:{zeros}{port}" for port in range(first, last + 1) for zeros in ("", "0")}
+    with Peer(ports, verified.met | dead) as peer:
+        assert peer.session in {f"{HOST}:00{first}", f"{HOST}:00{last}"}
+        assert_whole(pull(verified, peer.handoff))
+
+
 def test_dead_peer_is_noticed_at_once(pool):
     with Peer() as peer:
         peer.kill()

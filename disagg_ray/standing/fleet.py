@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ray
@@ -94,8 +94,11 @@ class StandingFleet(Fleet):
             return None
         return told
 
-    async def load(self, graph: Graph, leader: Leader) -> None:
-        self._graph, self._leader = graph, leader
+    def _loaded(self) -> Sequence[Actor]:
+        return [*self._adopted, *self.actors]
+
+    async def load(self, graph: Graph, leader: Leader, driver_met: Callable[[], frozenset[str]]) -> None:
+        self._graph, self._leader, self._driver_met = graph, leader, driver_met
         for actor, info in self._adopted.items():
             try:
                 await self._follow(actor)
@@ -106,7 +109,7 @@ class StandingFleet(Fleet):
         if self._adopted:
             logger.info("%d replicas adopted", len(self._actors))
         self._adopted.clear()
-        await super().load(graph, leader)
+        await super().load(graph, leader, driver_met)
         self._reconcile()
         self._spawn(self._roll)
 

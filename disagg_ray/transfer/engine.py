@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -24,6 +25,8 @@ TIMED_OUT = -1000
 
 SILENT = "no answer within transport.timeout_s"
 GONE = "the peer is gone or refused the read"
+MAX_MET = 10_000
+"""Sessions that are remembered as met: those that were read from last."""
 
 
 class Engine:
@@ -32,7 +35,8 @@ class Engine:
     Mooncake listens on all interfaces whatever `host` says; the host is only what peers are told.
     """
 
-    def __init__(self, host: str, transport: TransportConfig) -> None:
+    def __init__(self, host: str, transport: TransportConfig, taken: frozenset[str] = frozenset()) -> None:
+        """Open an engine; its session's name is none of those that are `taken`."""
         self._timeout_s = transport.timeout_s
         _export(transport)
         self._engine = _new_engine()
@@ -41,11 +45,17 @@ class Engine:
         if code != 0:
             raise TransferError(
                 f"Mooncake could not start with transport.protocol={transport.protocol} "
-                f"device_name={transport.device_name!r} metadata_server={transport.metadata_server}",
+                f"device_name={transport.device_name!r} metadata_server={transport.metadata_server}"
+                + (f", or transport.port_range={transport.port_range} has no free port" if transport.ports else ""),
                 host, 0, code,
             )  # fmt: skip
-        self.session = Session(transport.protocol, f"{host}:{self._engine.get_rpc_port()}")
-        self._met: set[str] = set()
+        self.session = Session(transport.protocol, _name(host, self._engine.get_rpc_port(), taken))
+        self._met: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def met(self) -> frozenset[str]:
+        """Names of the sessions that Mooncake has read from here: it never forgets where their memory lay."""
+        return frozenset(self._met)
 
     def register(self, address: int, nbytes: int) -> None:
         """Make a region readable by any peer that reaches this host's ports."""
@@ -72,7 +82,10 @@ class Engine:
                 code = self._read_region(peer, region)
             if code != 0:
                 raise TransferError(GONE, peer.name, sum(lengths), code)
-        self._met.add(peer.name)
+        self._met[peer.name] = None
+        self._met.move_to_end(peer.name)
+        while len(self._met) > MAX_MET:
+            self._met.popitem(last=False)
 
     def _read_region(self, peer: Session, region: tuple[int, int, int]) -> int:
         started = time.monotonic()
@@ -98,6 +111,18 @@ class Engine:
             raise TransferError(SILENT, peer.name, nbytes, TIMED_OUT) from None
         if code != 0:
             raise TransferError(GONE, peer.name, nbytes, code)
+
+
+def _name(host: str, port: int, taken: frozenset[str]) -> str:
+    """Return a session's name that none of the taken ones equals.
+
+    An engine that has met a process under a name looks for another one's memory where that one's was. Zeros before the
+    port make a new name of the same place.
+    """
+    digits = str(port)
+    while f"{host}:{digits}" in taken:
+        digits = "0" + digits
+    return f"{host}:{digits}"
 
 
 class ReadTimeout(TransferError):

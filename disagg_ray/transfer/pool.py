@@ -28,7 +28,7 @@ from disagg_ray.segments import plain_segments
 from disagg_ray.transfer.cache import TensorCache
 from disagg_ray.transfer.checksum import NAME, checksum
 from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file
-from disagg_ray.transfer.routes import HINTS, open_endpoints, shared_sessions
+from disagg_ray.transfer.routes import HINTS, FailedRoutes, open_endpoints, shared_sessions
 from disagg_ray.transfer.slots import HEADER_BYTES, SlotAllocator, Span, align, slot_bytes
 
 logger = logging.getLogger("disagg_ray")
@@ -38,6 +38,8 @@ _OWN_SEGMENT_BYTES = 32 * 2**20
 """Torch gives an allocation of this size a segment of its own, and only whole segments can be shared."""
 _REMEMBERED_KEYS = 100_000
 """Released keys that are remembered, so that a late finish of one is refused."""
+_REMEMBERED_DEAD = 1_000
+"""Forgotten sessions that are remembered, so that what a read of one leaves behind is freed when it ends."""
 
 
 class Pool:
@@ -54,7 +56,9 @@ class Pool:
         transport: TransportConfig,
         device: str = "cpu",
         cache_bytes: int = 0,
+        taken: frozenset[str] = frozenset(),
     ) -> None:
+        """Allocate, register and open the ways in; none of the `taken` names is given to a session."""
         self.name = name
         self._verify = transport.verify
         self._memory = _allocate(align(nbytes), device)
@@ -63,8 +67,8 @@ class Pool:
         )
         self._stream = torch.cuda.Stream(self._memory.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         mirror = self._memory if self._mirror is None else self._mirror
-        self._endpoints = open_endpoints(host, with_mooncake_file(transport), self._memory, mirror)
-        self._broken: set[tuple[str, str]] = set()
+        self._endpoints = open_endpoints(host, with_mooncake_file(transport), self._memory, mirror, taken)
+        self._failed = FailedRoutes()
         self._allocator = SlotAllocator(len(self._memory))
         self._changed = threading.Condition()
         self.cache = TensorCache(self._memory, self._allocator, self._changed, self._own_stream, cache_bytes)
@@ -73,8 +77,8 @@ class Pool:
         self._copying: dict[AttemptKey, int] = {}
         self._doomed: dict[AttemptKey, list[Span]] = {}
         self._quarantine: list[tuple[str, Span]] = []
-        self._dead: set[str] = set()
-        """Sessions that are forgotten."""
+        self._dead: OrderedDict[str, None] = OrderedDict()
+        """Sessions that are forgotten, the last of them."""
         self._released: OrderedDict[AttemptKey, None] = OrderedDict()
         self._closed = False
 
@@ -87,9 +91,14 @@ class Pool:
         """The ways into this pool, best first."""
         return tuple(endpoint.session for endpoint in self._endpoints.values())
 
+    @property
+    def met(self) -> frozenset[str]:
+        """Names of the sessions that were read from: no other process can be reached under one of them."""
+        return frozenset().union(*(endpoint.engine.met for endpoint in self._endpoints.values()))
+
     def route(self, handoff: Handoff) -> str:
         """Return the route by which a handoff is pulled."""
-        shared = shared_sessions(self._endpoints, handoff.sessions, self._broken)
+        shared = shared_sessions(self._endpoints, handoff.sessions, self._failed)
         return shared[0].route if shared else "none"
 
     @property
@@ -230,11 +239,11 @@ class Pool:
     def _read(
         self, key: AttemptKey, handoff: Handoff, metas: list[TensorMeta], spans: list[Span], lengths: list[int]
     ) -> Session:
-        """Read by the best route that both ends have; one that fails is left for the next, for good.
+        """Read by the best route that both ends have; one that fails is left for the next, for a while.
 
         A peer that hangs is not tried twice.
         """
-        sessions = shared_sessions(self._endpoints, handoff.sessions, self._broken)
+        sessions = shared_sessions(self._endpoints, handoff.sessions, self._failed)
         if not sessions:
             theirs, ours = ([s.route for s in side] for side in (handoff.sessions, self.sessions))
             raise TransferError(
@@ -252,10 +261,13 @@ class Pool:
                 self._forget_cuda_error()
                 if following is None or error.code == TIMED_OUT:
                     raise
-                self._broken.add((session.route, session.name))
-                logger.warning("%s: pulls from %s go by %s from now on, not by %s: %s%s", self.name, handoff.producer,
-                               following.route, session.route, error, HINTS.get(session.route, ""))  # fmt: skip
+                pause_s = self._failed.fail(session)
+                hint = HINTS.get(session.route, "")
+                logger.warning("%s: pulls from %s go by %s for %.0f s, not by %s: %s%s", self.name, handoff.producer,
+                               following.route, pause_s, session.route, error, hint)  # fmt: skip
                 continue
+            self._failed.succeed(session)
+            self._dead.pop(session.name, None)  # it lives: the name is another's now
             if endpoint.memory is self._mirror:
                 for span, length in zip(spans, lengths, strict=True):
                     end = span.offset + length
@@ -301,8 +313,11 @@ class Pool:
 
     def forget(self, session: str) -> None:
         """Free what is quarantined, now or by a read that still runs, for a session whose process is known dead."""
+        self._failed.forget(session)
         with self._changed:
-            self._dead.add(session)
+            self._dead[session] = None
+            while len(self._dead) > _REMEMBERED_DEAD:
+                self._dead.popitem(last=False)
             freed = [span for name, span in self._quarantine if name == session]
             self._quarantine = [(name, span) for name, span in self._quarantine if name != session]
             self._free(freed)
