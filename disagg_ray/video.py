@@ -13,7 +13,7 @@ from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import EncodeError, RequestError
@@ -28,8 +28,11 @@ Frames = np.ndarray[Any, np.dtype[np.float32]]
 MAX_IMAGE_BYTES = 256 * 2**20
 """A conditioning image file larger than this is refused unread."""
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow knows others, some of which start programs to decode."""
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
+"""Pillow knows others, some of which start programs to decode; AVIF since 11.3."""
+
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError)
+"""What its readers raise, given a broken file."""
 
 TRY_S = 60.0
 """For one small frame, on a machine that is busy."""
@@ -46,6 +49,8 @@ ENCODE_S = 600.0
 
 def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) -> Image.Image:
     """Return an image upright (EXIF rotation applied) and RGB of 8 bits; its alpha, if any, is dropped.
+
+    Equal to diffusers' `load_image`, except that grey of 16 bits keeps its upper 8: there all above 255 becomes white.
 
     Raises:
         RequestError: missing, unreadable, truncated, or larger than `max_pixels` by its header, before it is decoded.
@@ -64,7 +69,11 @@ def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) ->
         raise
     except Image.DecompressionBombError as error:
         raise RequestError(f"{field}: {shown} is over limits.max_image_pixels={max_pixels}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:
+        raise RequestError(
+            f"{field}: {shown} cannot be read as an image; give a whole file of {', '.join(IMAGE_FORMATS)}"
+        ) from error
+    except PILLOW_ERRORS as error:
         raise RequestError(f"{field}: {shown} cannot be read as an image: {error}") from error
 
 

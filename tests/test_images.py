@@ -1,0 +1,104 @@
+"""Images are read as diffusers reads them, and nothing in a file breaks more than its request."""
+
+import io
+import resource
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers.utils import load_image as load_by_diffusers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from disagg_ray.errors import RequestError
+from disagg_ray.video import IMAGE_FORMATS, load_image
+
+RGBA = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 4), np.uint8))
+RGB = RGBA.convert("RGB")
+PALETTE = RGB.quantize(32)
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+
+FILES: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+    "1.png": (RGB.convert("1"), {}),
+    "L.png": (RGB.convert("L"), {}),
+    "L_transparent.png": (RGB.convert("L"), {"transparency": 100}),
+    "LA.png": (RGBA.convert("LA"), {}),
+    "P.png": (PALETTE, {}),
+    "P_transparent.png": (PALETTE, {"transparency": 3}),
+    "P_alpha.png": (PALETTE, {"transparency": bytes(range(0, 256, 8))}),
+    "P.gif": (PALETTE, {}),
+    "P_transparent.gif": (PALETTE, {"transparency": 3}),
+    "P_animated.gif": (PALETTE, {"save_all": True, "append_images": [PALETTE.rotate(180)]}),
+    "RGB.png": (RGB, {"exif": EXIF}),
+    "RGB_transparent.png": (RGB, {"transparency": (1, 2, 3)}),
+    "RGB.bmp": (RGB, {}),
+    "RGB.ppm": (RGB, {}),
+    "RGBA.png": (RGBA, {}),
+    "RGBA.webp": (RGBA, {"exif": EXIF}),
+    "RGBA.avif": (RGBA, {}),
+    "CMYK.jpg": (RGB.convert("CMYK"), {}),
+    "CMYK.tiff": (RGB.convert("CMYK"), {}),
+    "YCbCr.jpg": (RGB.convert("YCbCr"), {"exif": EXIF}),
+    "YCbCr.tiff": (RGB.convert("YCbCr"), {}),
+    "LZW.tiff": (RGB, {"compression": "tiff_lzw"}),
+}
+"""An image and how it is saved, by the file's name."""
+
+
+def content(name: str) -> bytes:
+    image, options = FILES[name]
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()[Path(name).suffix], **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_as_diffusers_reads_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content(name))
+    expected = load_by_diffusers(str(path))
+    with Image.open(path) as opened:
+        for image in (load_image(path, "image", 10**6), load_image(opened, "image", 10**6)):
+            assert image.mode == "RGB"
+            assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("head", [b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"<svg/>"])
+def test_a_file_of_another_format_is_answered_with_those_that_are_read(head: bytes, tmp_path: Path) -> None:
+    (tmp_path / "first.jp2").write_bytes(head + bytes(100))
+    with pytest.raises(RequestError, match=f"a whole file of {', '.join(IMAGE_FORMATS)}"):
+        load_image(tmp_path / "first.jp2", "image", 10**6)
+
+
+WHOLE = {name: content(name) for name in FILES}
+
+
+@pytest.mark.proof
+@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    st.sampled_from(sorted(FILES)),
+    st.lists(st.tuples(st.integers(0, 400), st.one_of(st.sampled_from([0, 1, 127, 128, 255]), st.integers(0, 255)))),
+    st.one_of(st.none(), st.integers(0, 2000)),
+)
+def test_a_mutated_file_is_an_image_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[int, int]], end: int | None
+) -> None:
+    data = bytearray(WHOLE[name])
+    for place, value in changes:
+        data[place % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "mutated"
+    path.write_bytes(data[:end])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = load_image(path, "image", 10**6)
+    except RequestError as error:
+        assert "\n" not in str(error)
+    else:
+        assert (image.mode, image.width * image.height <= 10**6) == ("RGB", True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "kilobytes"
