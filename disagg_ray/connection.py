@@ -42,7 +42,8 @@ class Connection(Driver):
     """Has `Pipeline`'s methods; the work is done by a pipeline that stands in the cluster.
 
     What was asked under a run id can be asked again under it, by another process too: what is finished or on its way
-    there is not computed again.
+    there is not computed again. While it is on its way, the same id with another prompt, image or other field is
+    refused, as a second request of one id is in one process.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Connection(Driver):
         super().__init__(run_id or uuid.uuid4().hex[:8], on_event)
         self.name = name
         self._keep = run_id is not None
-        self._handles: dict[str, Handle] = {}
+        self._client = uuid.uuid4().hex
         self._finished: list[tuple[str, str]] = []
         """Ids and tickets of requests whose answer is here, which the supervisor has not been told yet."""
         self._closed = False
@@ -85,7 +86,7 @@ class Connection(Driver):
         under the run id, and never come here: of `latents_file` counts only whether it is given.
 
         Raises:
-            RequestError: the request cannot be served by this model and configuration.
+            RequestError: the request cannot be served by this model and configuration, or its id is in flight already.
             Overloaded: there is no room, and `wait` is False.
             Cancelled: the connection is closed, or the pipeline was taken down.
         """
@@ -93,9 +94,8 @@ class Connection(Driver):
         if self._closed:
             raise Cancelled("the connection is closed")
         keep = self._keep or latents_file is not None
-        asked = Asked(resolved, {name: to_array(image) for name, image in images.items()}, keep)
-        handle = self._handles[resolved.id] = Handle(resolved)
-        handle.add_done_callback(self._note_done)
+        pixels = {name: to_array(image) for name, image in images.items()}
+        asked, handle = Asked(resolved, pixels, keep, self._client), Handle(resolved)
         return self._launch(handle, partial(self._run, asked, wait=wait))
 
     def note_written(self, seconds: float) -> None:
@@ -117,14 +117,10 @@ class Connection(Driver):
                 if not isinstance(answer, NotHere):
                     raise answer
         except asyncio.CancelledError:
-            self._actor.cancel.remote(self.id, request_id)
+            self._actor.cancel.remote(self.id, request_id, asked.ticket)
             raise
         finally:
             self._finished.append((request_id, asked.ticket))
-
-    def _note_done(self, handle: Handle) -> None:
-        if self._handles.get(handle.request.id) is handle:
-            del self._handles[handle.request.id]
 
     async def _begin_to_listen(self) -> None:
         self._listening = self._background.start("listen", self._listen)
@@ -140,7 +136,7 @@ class Connection(Driver):
                 return
             del self._finished[:told]
             for event in events:
-                if (handle := self._handles.get(event.request_id)) is not None:
+                if (handle := self._in_flight.get(event.request_id)) is not None:
                     handle.progress = event
                 if self._listener is not None:
                     self._listener.hear(event)
@@ -201,7 +197,7 @@ class Connection(Driver):
     def drain(self, grace_s: float) -> None:
         """Submit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
         self._closed = True
-        handles = list(self._handles.values())
+        handles = list(self._in_flight.values())
         concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
         if self._listening is not None:  # what is cancelled from here on is not told as finished: its latents stay
             self._loop.call_soon_threadsafe(self._listening.cancel)

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from disagg_ray.config import Config
-from disagg_ray.errors import Cancelled
+from disagg_ray.errors import Cancelled, RequestError
 from disagg_ray.handle import Handle, gather
 from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.progress import Event, Listener
@@ -23,6 +23,8 @@ from disagg_ray.result import Result
 from disagg_ray.signals import Latch, take
 
 T = TypeVar("T")
+Run: TypeAlias = Callable[[Callable[[], None]], Coroutine[Any, Any, Result]]
+"""Runs a request, and calls what it is given once that is taken on."""
 
 
 class Driver(ABC):
@@ -38,6 +40,8 @@ class Driver(ABC):
         self._calls: set[asyncio.Task[Any]] = set()
         self._unbegun: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
         """What the loop has not taken up yet, by where the answer goes."""
+        self._in_flight: dict[str, Handle] = {}
+        """By request id: an id names one request at a time."""
         self._ending = False
         self._thread.start()
 
@@ -116,18 +120,30 @@ class Driver(ABC):
             answer.cancel()
             raise
 
-    def _launch(self, handle: Handle, run: Callable[[Callable[[], None]], Coroutine[Any, Any, Result]]) -> Handle:
+    def _launch(self, handle: Handle, run: Run) -> Handle:
         """Run a request on the loop and wait until it is taken on, which `run` is to tell; raise what kept it out."""
         told: SimpleQueue[object] = SimpleQueue()
         handle._future.add_done_callback(told.put)
         try:
-            self._run_into(handle._future, run(lambda: told.put(None)))
+            self._run_into(handle._future, self._run_alone(handle, run, lambda: told.put(None)))
             if take(told) is not None:
                 handle.result()
         except BaseException:  # as KeyboardInterrupt: nobody will have the handle
             handle.cancel()
             raise
         return handle
+
+    async def _run_alone(self, handle: Handle, run: Run, taken: Callable[[], None]) -> Result:
+        """Run a request unless another of its id is in flight: files, events and latents are known by it."""
+        name = handle.request.id
+        if name in self._in_flight and not self._in_flight[name].done():
+            raise RequestError(f"id: {name!r} is in flight already; wait for it, cancel it, or give another id")
+        self._in_flight[name] = handle
+        try:
+            return await run(taken)
+        finally:
+            if self._in_flight.get(name) is handle:
+                del self._in_flight[name]
 
     def _run_into(self, answer: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
         """Run a coroutine on the loop; what comes of it goes to `answer`, and who cancels that cancels it.

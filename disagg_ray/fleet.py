@@ -77,6 +77,19 @@ class Fleet:
         serving = sorted(self._actors.values(), key=lambda actor: (stages.index(actor.stage), actor.post.index))
         return tuple(self._infos[actor.id] for actor in serving)
 
+    def blocks_of(self, actor: Actor) -> dict[str, str]:
+        """Return what a serving replica's outputs follow from, as digests by block."""
+        return self._infos[actor.id].blocks
+
+    def digests_of(self, stage: str) -> dict[str, set[str]]:
+        """Return, by block of a stage, the digests that its serving replicas have: several while it changes."""
+        found: dict[str, set[str]] = {block: set() for block in self.config.stages[stage].blocks}
+        for info in self._infos.values():
+            if info.stage == stage:
+                for block, digest in info.blocks.items():
+                    found.setdefault(block, set()).add(digest)
+        return found
+
     @property
     def actors(self) -> tuple[Actor, ...]:
         return tuple(self._actors.values())

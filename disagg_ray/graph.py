@@ -63,6 +63,14 @@ class Graph:
     def consumers(self, stage: str) -> tuple[str, ...]:
         return tuple(edge.consumer for edge in self.edges if edge.producer == stage)
 
+    def upstream(self, stage: str) -> tuple[str, ...]:
+        """Return a stage and all whose outputs it is made of, in order."""
+        found = {stage}
+        for other in reversed(self.order):
+            if found & set(self.consumers(other)):
+                found.add(other)
+        return tuple(other for other in self.order if other in found)
+
     def inputs(self, stage: str) -> tuple[str, ...]:
         """Return the tensors a stage pulls from other stages."""
         return tuple(name for edge in self.edges if edge.consumer == stage for name in edge.tensors)

@@ -16,12 +16,13 @@ import torch
 from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, DisaggError, EncodeError, PoolError, ReplicaLost, StageError, TransferError
 from disagg_ray.fleet import Fleet
-from disagg_ray.graph import Graph
+from disagg_ray.graph import LATENTS, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.holdings import Holdings
-from disagg_ray.latents import describe, read_latents, write_latents
+from disagg_ray.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.messages import Encoded, Reply, Task
 from disagg_ray.metrics import Cause, Metrics
+from disagg_ray.models.checkpoint import Geometry
 from disagg_ray.placement import Actor
 from disagg_ray.progress import Event, State
 from disagg_ray.request import ResolvedRequest
@@ -45,6 +46,7 @@ class Crew:
 
     config: Config
     graph: Graph
+    geometry: Geometry
     fleet: Fleet
     holdings: Holdings
     metrics: Metrics
@@ -80,13 +82,15 @@ class Journey:
     ) -> None:
         self.request = request
         self._config, self._graph, self._fleet, self._holdings = crew.config, crew.graph, crew.fleet, crew.holdings
-        self._metrics, self._hear, self._life = crew.metrics, crew.tell, crew.life
+        self._metrics, self._hear, self._life, self._geometry = crew.metrics, crew.tell, crew.life, crew.geometry
         self._images, self._sequence, self._latents_file = images, sequence, latents_file
         self._id = f"{request.id}.{run_id}"
         self._keys: list[AttemptKey] = []
         self._given: Handoff | None = None
         """The images."""
         self._outputs: dict[str, _Output] = {}
+        self._made_by: dict[str, dict[str, str]] = {}
+        """Digests of the blocks that made each stage's output."""
         self._held: dict[str, _Output] = {}
         """Copies of latents in the driver's pool, by the stage that made them."""
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -181,6 +185,8 @@ class Journey:
         if output.holder is not None and not self._fleet.is_serving(output.holder):
             return  # it died right after its answer
         self._outputs[stage] = output
+        if output.holder is not None:
+            self._made_by[stage] = self._fleet.blocks_of(output.holder)
         if stage == self._graph.kept:
             self._holding[stage] = asyncio.ensure_future(self._hold(stage, output))
 
@@ -313,20 +319,24 @@ class Journey:
             return
         self._held[stage] = _Output(key, handoff, None)
         self._outputs.setdefault(stage, self._held[stage])
-        if self._latents_file is not None:
-            about = describe(self.request, self._config)
-            self._saving = asyncio.ensure_future(asyncio.to_thread(write_latents, self._latents_file, tensors, about))
+        if self._latents_file is not None and set(tensors) == {LATENTS}:
+            blocks = [self._made_by[maker] for maker in self._graph.upstream(stage)]
+            about = describe(self.request, {block: digest for made in blocks for block, digest in made.items()})
+            saving = asyncio.to_thread(write_latents, self._latents_file, tensors[LATENTS], about)
+            self._saving = asyncio.ensure_future(saving)
             await asyncio.shield(self._saving)
 
     async def _resume(self) -> None:
         """Take up an earlier run's latents, if they are this request's."""
-        stage = self._graph.kept
-        if self._latents_file is None or stage is None:
+        stage, request = self._graph.kept, self.request
+        if self._latents_file is None or stage is None or self._graph.outputs(stage) != (LATENTS,):
             return
-        tensors = await asyncio.to_thread(read_latents, self._latents_file, describe(self.request, self._config))
-        if tensors is None or set(tensors) != set(self._graph.outputs(stage)):
+        blocks = {b: d for maker in self._graph.upstream(stage) for b, d in self._fleet.digests_of(maker).items()}
+        shape = self._geometry.latents_shape(request.height, request.width, request.num_frames)
+        latents = await asyncio.to_thread(read_latents, self._latents_file, Wanted(request, blocks, shape))
+        if latents is None:
             return
-        key = self._new_key()
+        key, tensors = self._new_key(), {LATENTS: latents}
         self._held[stage] = self._outputs[stage] = _Output(key, await self._holdings.publish(key, tensors), None)
         self._log(logging.INFO, "goes on from %s", self._latents_file)
 

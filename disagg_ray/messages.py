@@ -39,6 +39,8 @@ class ReplicaInfo:
     """What registering the pool and loading the weights took."""
     ready: float
     """When that was done, in seconds since the epoch, by its node's clock."""
+    blocks: dict[str, str]
+    """What its outputs follow from besides requests, as digests by block (`identity`)."""
 
 
 @dataclass(frozen=True)

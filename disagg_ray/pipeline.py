@@ -114,7 +114,7 @@ class Pipeline(Driver):
         holdings = self._holdings = Holdings(f"driver-{self.id}", self.config, self.graph, geometry, host, taken)
         credentials = self._receiver.credentials if self._receiver is not None else None
         await fleet.load(self.graph, Leader(self.life, holdings.sessions, credentials), lambda: holdings.met)
-        self._crew = Crew(self.config, self.graph, fleet, holdings, metrics, self._tell, self.life)
+        self._crew = Crew(self.config, self.graph, geometry, fleet, holdings, metrics, self._tell, self.life)
         self._background.start("count", self._count)
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
 
@@ -139,7 +139,7 @@ class Pipeline(Driver):
         another process too, goes on from there.
 
         Raises:
-            RequestError: the request cannot be served by this model and configuration.
+            RequestError: the request cannot be served by this model and configuration, or its id is in flight already.
             Overloaded: there is no room, and `wait` is False.
             Cancelled: the pipeline is closed or draining.
             StartError: a stage has no replica left.

@@ -22,6 +22,7 @@ from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, slots_bytes
 from disagg_ray.errors import Cancelled, ConfigError, DisaggError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.identity import identify_blocks
 from disagg_ray.messages import (
     Charter,
     Description,
@@ -105,6 +106,7 @@ class Replica:
         nbytes = pool_bytes(self._config, self._stage)
         self._pool = Pool(self.name, nbytes, host, transport, device, cache_bytes, taken)
         self._stage.use_cache(self._pool.cache)
+        blocks = identify_blocks(self._config, self._stage.name, self._stage.folder)  # of files as they are read now
         self._stage.load()
         pid = psutil.Process().pid
         self._info = ReplicaInfo(
@@ -118,6 +120,7 @@ class Replica:
             sessions=tuple(session.name for session in self._pool.sessions),
             load_s=time.monotonic() - began,
             ready=time.time(),
+            blocks=blocks,
         )
         return self._info
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from disagg_ray.checks import MULTIPLE
 from disagg_ray.config import Config
 from disagg_ray.errors import RequestError
-from disagg_ray.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, load_image
+from disagg_ray.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, digest_pixels, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,6 +67,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class GivenImage:
+    """A conditioning image as given: upright, RGB, not resized."""
+
+    height: int
+    width: int
+    sha256: str
+    """Of its pixels."""
+
+
+@dataclass(frozen=True)
 class ResolvedRequest:
     """A request with every default filled in and every check passed; images travel beside it."""
 
@@ -83,8 +93,8 @@ class ResolvedRequest:
     fps: int
     format: str
     priority: int
-    images: dict[str, tuple[int, int]]
-    """(height, width) of each conditioning image as given, by name."""
+    images: dict[str, GivenImage]
+    """By name."""
 
     @property
     def guided(self) -> bool:
@@ -93,7 +103,7 @@ class ResolvedRequest:
 
     @property
     def image_pixels(self) -> int:
-        return max((height * width for height, width in self.images.values()), default=0)
+        return max((image.height * image.width for image in self.images.values()), default=0)
 
 
 def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str, Image]]:
@@ -105,8 +115,8 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     _check_types(request)
     given = _given_images(request, config)
     images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
-    sizes = {name: (image.height, image.width) for name, image in images.items()}
-    resolved = _fill(request, config, _size(request, config, images.get("image")), sizes)
+    shown = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
+    resolved = _fill(request, config, _size(request, config, images.get("image")), shown)
     _check(resolved, config)
     return resolved, images
 
@@ -125,10 +135,8 @@ def check(request: Request, config: Config) -> None:
     _check(_fill(request, config, (_or(request.height, height), _or(request.width, width)), {}), config)
 
 
-def _fill(
-    request: Request, config: Config, size: tuple[int, int], images: dict[str, tuple[int, int]]
-) -> ResolvedRequest:
-    """Fill in the defaults; sizes are (height, width)."""
+def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:
+    """Fill in the defaults; the size is (height, width)."""
     defaults = config.defaults
     return ResolvedRequest(
         id=request.id,

@@ -27,6 +27,8 @@ class Asked:
     """Shape (height, width, 3), by name."""
     keep: bool
     """Whether its finished latents are kept for a driver that comes back."""
+    client: str
+    """The connection that asks; of two requests of one id at once it sends only what takes the other's place."""
     ticket: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Tells it from the same request that was submitted before: word that that one is finished may come late."""
 

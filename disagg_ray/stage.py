@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,11 @@ class Stage:
     @property
     def ports(self) -> StagePorts:
         return self._cut.ports
+
+    @property
+    def folder(self) -> Path:
+        """The model's, on this machine."""
+        return self._checkpoint.folder
 
     @property
     def peak_bytes(self) -> int:

@@ -1,3 +1,6 @@
 """The version, apart: the package's metadata is built without importing torch."""
 
 VERSION = "0.1.0"
+
+NUMERICS = 1
+"""Raised with every change to what our own blocks compute: what was made with another number is made again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -123,6 +124,11 @@ def _upright(image: Image.Image, field: str, max_pixels: int, shown: str) -> Ima
 def to_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return an image's pixels, uint8 of shape (height, width, 3)."""
     return np.array(image, dtype=np.uint8)
+
+
+def digest_pixels(image: Image.Image) -> str:
+    """Return the sha256 of an RGB image's size and pixels: equal for equal pictures, whatever file they came from."""
+    return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
 
 
 def to_image(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:

@@ -31,6 +31,7 @@ LAYERS = (
     {"arguments"},
     {"handle"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
+    {"identity"},
     {"models", "transfer", "output", "board", "queues"},
     {"request", "progress", "turns", "segments"},
     {"video", "loading"},

@@ -162,8 +162,8 @@ def test_what_is_given_up_while_it_waits_to_be_submitted_is_not_computed(pipelin
     with Pipeline.connect(pipeline) as connection, ThreadPoolExecutor(1) as thread:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
         waiting = thread.submit(connection.submit, replace(LONG, id="17"))
-        wait_until(lambda: "17" in connection._handles, "it was not submitted")
-        connection._handles["17"].cancel()
+        wait_until(lambda: "17" in connection._in_flight, "it was not submitted")
+        connection._in_flight["17"].cancel()
         with pytest.raises(Cancelled):
             waiting.result(30)
         wait_until(lambda: not connection._finished, "the pipeline was not told")

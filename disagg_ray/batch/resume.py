@@ -11,7 +11,6 @@ Of a request that the manifest knows:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -25,6 +24,7 @@ from disagg_ray.batch.manifest import INVALID, Folder, Record, read_manifest, sh
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config import Config
 from disagg_ray.errors import OutputError, RequestError
+from disagg_ray.identity import identify_setup
 
 logger = logging.getLogger("disagg_ray")
 
@@ -57,6 +57,8 @@ class Plan:
     num_done: int
     num_failed: int
     num_invalid: int
+    setup: str
+    """Digest of all that besides their requests decides the videos."""
 
 
 def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Options) -> Plan:
@@ -66,11 +68,11 @@ def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Opt
         RequestError: bad lines, without `skip_invalid`, or no good one.
         OutputError: the folder cannot be written.
     """
-    began = time.monotonic()
+    began, setup = time.monotonic(), identify_setup(config)
     try:
         with Problems(source.path, folder.path / INVALID) as problems:
             source.scan(problems.report)
-            states = _states(source, folder, setup_of(config), verify=options.verify)
+            states = _states(source, folder, setup, verify=options.verify)
             for index in np.flatnonzero(states == CHANGED):
                 name = source.line(int(index)).request.id
                 problems.report(
@@ -89,7 +91,7 @@ def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Opt
     wanted = (states == NEW) | ((states == FAILED) & options.retry_failed)
     plan = Plan(
         np.flatnonzero(wanted), int((states == DONE).sum()), int((states == FAILED).sum()) * (not options.retry_failed),
-        problems.count,
+        problems.count, setup,
     )  # fmt: skip
     logger.info(
         "%s: %d to make, %d done, %d failed before, %d invalid; checked in %.1f s",
@@ -115,7 +117,7 @@ def _states(source: RequestsFile, folder: Folder, setup: str, *, verify: bool) -
         else:
             states[index] = NEW
     if num_others := int((others & (states == DONE)).sum()):
-        logger.warning("%d videos were made with another model or other defaults; they stay", num_others)
+        logger.warning("%d videos were made with another model, weights, options or defaults; they stay", num_others)
     return states
 
 
@@ -126,11 +128,6 @@ def _is_intact(folder: Path, record: Record, *, verify: bool) -> bool:
     if found is None or found.size != record.size:
         return False
     return sha256_of(path) == record.sha256 if verify else found.mtime_ns == record.mtime_ns
-
-
-def setup_of(config: Config) -> str:
-    """Return the digest of what besides its request decides a video: model, defaults, scale."""
-    return hashlib.sha256(ascii((config.model, config.defaults, config.output)).encode()).hexdigest()[:16]
 
 
 class Problems:

@@ -12,7 +12,7 @@ from functools import partial
 
 from disagg_ray.batch.manifest import Folder, Record, sha256_of, stat_of
 from disagg_ray.batch.requests_file import Line, RequestsFile
-from disagg_ray.batch.resume import Options, Plan, make_plan, setup_of
+from disagg_ray.batch.resume import Options, Plan, make_plan
 from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config import Config
 from disagg_ray.connection import Connection
@@ -57,7 +57,7 @@ class Batch:
 
     def __init__(self, source: RequestsFile, folder: Folder, plan: Plan, config: Config) -> None:
         self.plan = plan
-        self._source, self._folder, self._setup = source, folder, setup_of(config)
+        self._source, self._folder = source, folder
         self._tally = Tally()
         self._failed = 0
         self._fatal: Exception | None = None
@@ -158,7 +158,7 @@ class Batch:
             OSError: the folder is gone.
             DisaggError: it cannot be written, or no replica is left.
         """
-        record = partial(Record, line.request.id, content=line.content, setup=self._setup, finished=time.time())
+        record = partial(Record, line.request.id, content=line.content, setup=self.plan.setup, finished=time.time())
         try:
             if isinstance(outcome, RequestError):
                 raise outcome

@@ -45,6 +45,11 @@ class Geometry:
     two_transformers: bool
     boundary_ratio: float | None
 
+    def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        """Return the shape of a video's latents, which are float32."""
+        times = (num_frames - 1) // self.temporal_factor + 1
+        return (1, self.latent_channels, times, height // self.spatial_factor, width // self.spatial_factor)
+
     def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
         """Return an upper bound (4 bytes an element, images 1) of every tensor that may travel between stages.
 

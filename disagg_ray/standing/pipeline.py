@@ -19,6 +19,7 @@ from disagg_ray.config import REPLICA_WINDOW, Config
 from disagg_ray.errors import ConfigError, DisaggError
 from disagg_ray.fleet import Fleet
 from disagg_ray.handle import Handle
+from disagg_ray.identity import identify_setup
 from disagg_ray.journey import measure
 from disagg_ray.metrics import Metrics, Reason
 from disagg_ray.pipeline import Pipeline
@@ -52,6 +53,8 @@ class Standing(Pipeline):
     async def _start(self) -> None:
         self._admission = Admission(sys.maxsize, 0)  # how much waits is bounded driver by driver
         await super()._start()
+        self.setup = await asyncio.to_thread(identify_setup, self.config)
+        """Digest of all that besides their requests decides the videos."""
         self._admission.resize(_room(self.config))
         self._background.start("scale", self._scale)
 
@@ -112,6 +115,8 @@ class Standing(Pipeline):
             if before != after:
                 logger.info("%s scales from %d to %d replicas: %s", stage, before, after, detail)
                 self._metrics.scaled(stage, before, after, reason)
+        if reason == "config":
+            self.setup = await asyncio.to_thread(identify_setup, config)
         self.config = config
         self._crew = replace(self._crew, config=config)
         await self.fleet.change(config)

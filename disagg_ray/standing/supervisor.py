@@ -20,10 +20,12 @@ import ray
 import torch
 
 from disagg_ray.config import Config
-from disagg_ray.errors import Cancelled, DisaggError, Overloaded
+from disagg_ray.errors import Cancelled, DisaggError, Overloaded, RequestError
 from disagg_ray.handle import Handle
+from disagg_ray.identity import identify_request
 from disagg_ray.messages import Health
 from disagg_ray.progress import Event
+from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.standing.keep import Keep
@@ -44,12 +46,39 @@ MAX_GIVEN_UP = 1_000
 class _Entry:
     asked: Asked
     handle: Handle
+    setup: str
+    """Of the pipeline when it was asked for (`identity.identify_setup`)."""
 
-    def answers(self, asked: Asked) -> bool:
-        """Return whether it is the same request, and neither failed nor given up."""
+    def answers(self, asked: Asked, setup: str) -> bool:
+        """Return whether it makes the same video, and neither failed nor was given up."""
         future = self.handle._future
         lost = future.done() and (future.cancelled() or future.exception() is not None)
-        return self.asked.request == asked.request and not lost
+        return not lost and setup == self.setup and _video(self.asked.request) == _video(asked.request)
+
+    def stands_in_the_way(self, asked: Asked) -> bool:
+        """Return whether another connection waits for something else of this id."""
+        return not self.handle.done() and self.asked.client != asked.client
+
+
+def _video(request: ResolvedRequest) -> tuple[str, int, str]:
+    """Return what tells a request's video from others of one setup."""
+    return identify_request(request), request.fps, request.format
+
+
+def _make_way(entry: _Entry, asked: Asked) -> None:
+    """Give up what an id named before; a request that differs takes its place.
+
+    Raises:
+        RequestError: another connection waits for that.
+    """
+    name = asked.request.id
+    if entry.stands_in_the_way(asked):
+        raise RequestError(
+            f"id: {name!r} is in flight under this run id, asked for by another client with another prompt, image or "
+            f"other field, or before the configuration changed; wait for it, or give another id"
+        )
+    logger.info("request %s: asked for anew with other inputs, or after it failed; it is made again", name)
+    entry.handle.cancel()
 
 
 class _Driver:
@@ -124,19 +153,19 @@ class Supervisor:
             driver = self._driver(run_id)  # it may have been away meanwhile
             if asked.ticket in driver.given_up:
                 return Cancelled(f"request {asked.request.id} was given up before there was room for it")
-            entry = driver.entries.get(asked.request.id)
-            if entry is not None and entry.answers(asked):
-                entry.asked = asked
-                return None
-            if entry is not None:
-                entry.handle.cancel()
+            setup = pipeline.setup
+            if (entry := driver.entries.get(asked.request.id)) is not None:
+                if entry.answers(asked, setup):
+                    entry.asked = asked
+                    return None
+                _make_way(entry, asked)
             inner = replace(asked.request, id=f"{driver.tag}/{asked.request.id}")
             images = {name: torch.from_numpy(pixels.copy()) for name, pixels in asked.images.items()}
             latents = self._keep.file(run_id, asked.request.id) if asked.keep else None
             handle = pipeline.enqueue(inner, images, latents, run_id)
         except DisaggError as error:
             return error
-        driver.entries[asked.request.id] = _Entry(asked, handle)
+        driver.entries[asked.request.id] = _Entry(asked, handle, setup)
         handle.add_done_callback(lambda _: self._soon(driver))
         return None
 
@@ -173,9 +202,11 @@ class Supervisor:
             return error
         return replace(result, request=entry.asked.request)
 
-    async def cancel(self, run_id: str, request_id: str) -> bool:
+    async def cancel(self, run_id: str, request_id: str, ticket: str) -> bool:
+        """Cancel a request, unless it was submitted again since."""
         driver = self._drivers.get(run_id)
-        return driver is not None and request_id in driver.entries and driver.entries[request_id].handle.cancel()
+        entry = driver.entries.get(request_id) if driver is not None else None
+        return entry is not None and entry.asked.ticket == ticket and entry.handle.cancel()
 
     async def listen(self, run_id: str, finished: list[tuple[str, str]]) -> list[Event]:
         """Hear that a driver lives and has these answers; return what became of its requests, after a while at most."""

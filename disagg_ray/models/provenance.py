@@ -1,0 +1,53 @@
+"""Which files a model was loaded from, as digests that do not take reading gigabytes of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from disagg_ray.config import ModelConfig
+from disagg_ray.environment import expand_home
+from disagg_ray.models.checkpoint import BUILTIN, RANDOM
+
+SMALL_BYTES = 16 * 2**20
+"""Files up to this size are known by their content, larger ones by size and time of change."""
+READ = (".json", ".model", ".safetensors", ".txt")
+"""Suffixes of the files of a model folder that are loaded."""
+SNAPSHOTS = "snapshots"
+"""Where the hub's cache keeps a folder for each commit."""
+
+
+def local_folder(model: ModelConfig) -> Path | None:
+    """Return the model's folder if this machine has it without asking the hub."""
+    if model.path.startswith(BUILTIN):
+        return Path(__file__).parent.parent / "builtin" / model.path.removeprefix(BUILTIN)
+    folder = expand_home(model.path)
+    return folder if folder.is_dir() else None
+
+
+def digest_model(model: ModelConfig, folder: Path | None) -> str:
+    """Return what tells a model's files from others: of a hub id its commit; `folder` is None where it is not known."""
+    if model.path.startswith(RANDOM):
+        return "drawn from the shape"
+    if folder is None:
+        return f"revision {model.revision}"
+    if folder.parent.name == SNAPSHOTS:
+        return f"commit {folder.name}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in READ):
+        digest.update(f"{path.relative_to(folder)}\0{_digest_weights(path)}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def digest_file(path: str) -> str:
+    """Return the digest of a file's content; a word where it cannot be read."""
+    try:
+        with expand_home(path).open("rb") as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+    except OSError as error:
+        return f"not read: {error.strerror}"
+
+
+def _digest_weights(path: Path) -> str:
+    state = path.stat()
+    return digest_file(str(path)) if state.st_size <= SMALL_BYTES else f"{state.st_size} {state.st_mtime_ns}"
