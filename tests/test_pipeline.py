@@ -125,7 +125,7 @@ def test_each_replica_holds_only_its_components(pipeline: Pipeline) -> None:
 def test_a_failing_request_does_not_disturb_the_others(pipeline: Pipeline, local: LocalPipeline) -> None:
     good = Request(prompt=PROMPT, **SMALL, seed=3, format="npy")
     long = Request(prompt="a red circle " * 100)
-    handles = [pipeline.submit(good), pipeline.submit(long), pipeline.submit(good)]
+    handles = [pipeline.submit(good), pipeline.submit(long), pipeline.submit(replace(good, id="again"))]
     with pytest.raises(RequestError, match="tokens are over the model's 32"):
         handles[1].result(60)
     expected = local.generate(good).frames
