@@ -26,6 +26,7 @@ from disagg_ray.config import Config
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.loading import load_config, to_yaml
+from disagg_ray.models.prompts import check_prompts
 from disagg_ray.output import check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.request import TYPES, Request, resolve
 from disagg_ray.signals import terminated
@@ -101,7 +102,8 @@ def _generate_one(options: argparse.Namespace) -> int:
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
-    resolve(request, config)  # what is wrong with it should show before anything starts
+    resolved, _ = resolve(request, config)  # what is wrong with it should show before anything starts
+    check_prompts(resolved, config.model)
 
     from disagg_ray.report.tables import print_result
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from disagg_ray.arguments import EPILOG, Parser
 from disagg_ray.errors import InputError
 from disagg_ray.loading import load_config
+from disagg_ray.models.checkpoint import check_here
 from disagg_ray.signals import terminated
 
 
@@ -23,6 +24,7 @@ def up(argv: Sequence[str]) -> int:
     if options.here and options.only is None:
         raise InputError("--here: it goes with --only STAGE; give both, or neither")
     config = load_config(options.config, *options.overrides)
+    check_here(config.model, whole=False)
     with joined(config.cluster.address):
         from disagg_ray.standing import stand
 

@@ -19,6 +19,7 @@ from disagg_ray.driver import Driver
 from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.handle import Handle
 from disagg_ray.messages import Health, ReplicaInfo
+from disagg_ray.models.prompts import check_prompts
 from disagg_ray.placement import join
 from disagg_ray.progress import Event
 from disagg_ray.request import Request, resolve
@@ -91,6 +92,7 @@ class Connection(Driver):
             Cancelled: the connection is closed, or the pipeline was taken down.
         """
         resolved, images = resolve(request, self.config)
+        check_prompts(resolved, self.config.model)
         if self._closed:
             raise Cancelled("the connection is closed")
         keep = self._keep or latents_file is not None

@@ -14,6 +14,7 @@ import torch
 from disagg_ray.config import Config
 from disagg_ray.graph import build_graph
 from disagg_ray.loading import load_config
+from disagg_ray.models.prompts import check_prompts
 from disagg_ray.progress import Event, State
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result, StageTiming
@@ -60,6 +61,7 @@ class LocalPipeline:
     def generate(self, request: Request) -> Result:
         """Generate one video; see `Pipeline.generate`."""
         resolved, images = resolve(request, self.config)
+        check_prompts(resolved, self.config.model)
         check_writer(resolved.format)
         started = time.monotonic()
         tensors: dict[str, torch.Tensor] = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}

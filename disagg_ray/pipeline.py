@@ -28,6 +28,7 @@ from disagg_ray.loading import load_config
 from disagg_ray.memory import trim
 from disagg_ray.messages import Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics, Outcome
+from disagg_ray.models.prompts import check_prompts
 from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Receiver
 from disagg_ray.request import Request, ResolvedRequest, resolve
@@ -145,6 +146,7 @@ class Pipeline(Driver):
             StartError: a stage has no replica left.
         """
         resolved, images = resolve(request, self.config)
+        check_prompts(resolved, self.config.model)
         pixels = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
         handle = Handle(resolved)
         return self._launch(handle, partial(self._run, handle, pixels, latents_file, wait=wait))

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from disagg_ray import environment, roster
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
+from disagg_ray.models.checkpoint import check_here
 from disagg_ray.replica import ServedReplica
 from disagg_ray.version import VERSION
 
@@ -129,9 +130,10 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         self._started = False
         self._auth_mode = environment.ray_auth_mode()
+        address = config.cluster.address or environment.ray_address()
+        check_here(config.model, whole=address is None and not ray.is_initialized())
         if ray.is_initialized():
             return
-        address = config.cluster.address or environment.ray_address()
         if address is not None:
             join(address)
         else:

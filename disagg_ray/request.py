@@ -121,8 +121,10 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     return resolved, images
 
 
-def check(request: Request, config: Config) -> None:
+def check(request: Request, config: Config) -> ResolvedRequest:
     """Check what `resolve` checks, but of an image file only that it is there and not too large: none is opened.
+
+    The size of what it returns is a stand-in where an image decides it.
 
     Raises:
         RequestError: names the field, the value and the remedy.
@@ -132,7 +134,9 @@ def check(request: Request, config: Config) -> None:
     for name, image in given.items():
         check_image_file(image, name)
     height, width = (MULTIPLE, MULTIPLE) if given else (config.defaults.height, config.defaults.width)
-    _check(_fill(request, config, (_or(request.height, height), _or(request.width, width)), {}), config)
+    resolved = _fill(request, config, (_or(request.height, height), _or(request.width, width)), {})
+    _check(resolved, config)
+    return resolved
 
 
 def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:

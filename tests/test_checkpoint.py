@@ -143,7 +143,7 @@ def test_the_hub_gives_configurations_first_and_then_safe_weights_of_the_compone
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     open_checkpoint(ModelConfig(path="org/name", revision="0123abc")).fetch(["vae"])
     assert asked[0] == ("org/name", "0123abc", ["*.json"])
-    assert asked[1][2] == ["vae/*.json", "vae/*.safetensors", "vae/*.model", "vae/*.txt"]
+    assert asked[1][2] == ["vae/*.json", "vae/*.model", "vae/*.txt", "vae/diffusion_pytorch_model.safetensors"]
 
 
 def test_a_folder_without_an_index_is_refused(broken: Path) -> None:
@@ -170,7 +170,7 @@ def test_weights_other_than_safetensors_are_refused(broken: Path) -> None:
         path.rename(path.with_suffix(".bin"))
     message = refusal(ModelConfig(path=str(broken)), ["text_encoder"])
     assert str(broken / "text_encoder") in message
-    assert "no .safetensors file" in message
+    assert "model.safetensors' is missing; only .safetensors weights are loaded" in message
 
 
 def test_ti2v_5b_is_refused_by_name(broken: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from disagg_ray.config import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
+from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import Request, check
 
 MAX_LINE_BYTES = 2**20
@@ -84,7 +85,7 @@ class RequestsFile:
         for offset, number, raw in self._lines():
             try:
                 line = parse(raw, self._folder)
-                check(line.request, self._config)
+                check_prompts(check(line.request, self._config), self._config.model)
             except RequestError as error:
                 report(number, str(error))
                 continue

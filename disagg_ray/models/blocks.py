@@ -22,9 +22,10 @@ from diffusers.modular_pipelines.wan.encoders import (
     WanImageResizeStep,
     WanTextEncoderStep,
     get_t5_prompt_embeds,
+    prompt_clean,
 )
 
-from disagg_ray.errors import RequestError
+from disagg_ray.models.prompts import check_length
 
 OnStep = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all); may raise to stop."""
@@ -89,12 +90,7 @@ class TextEncoder(WanTextEncoderStep):  # type: ignore[misc]
             {"negative_prompt": negative_prompt or ""} if prepare_unconditional_embeds else {}
         )
         for field, text in texts.items():
-            num_tokens = len(components.tokenizer(text).input_ids)
-            if num_tokens > max_sequence_length:
-                raise RequestError(
-                    f"{field}: {num_tokens} tokens are over the model's {max_sequence_length}; what is past them would "
-                    f"be cut off unseen, so shorten it"
-                )
+            check_length(field, components.tokenizer, prompt_clean(text), max_sequence_length)
         embeds = [self._encode(components, text, max_sequence_length, device) for text in texts.values()]
         return embeds[0], embeds[1] if len(embeds) > 1 else None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,18 @@ from typing import Any
 from disagg_ray.config import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
+from disagg_ray.models.components import (
+    KINDS,
+    check_component,
+    check_inside,
+    read_components,
+    read_config,
+    read_tensors,
+    weight_files,
+)
+from disagg_ray.models.files import read_json
 from disagg_ray.options import tile_tensors
+from disagg_ray.units import printable
 
 logger = logging.getLogger("disagg_ray")
 
@@ -92,16 +101,33 @@ class Checkpoint:
     geometry: Geometry
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Bring the named components' files here and check that each can be loaded safely.
+        """Bring the named components' files here and check every file that will be opened.
 
         Raises:
-            CheckpointError: a component is missing, or has weights in another format than safetensors.
+            CheckpointError: a component is missing, malformed, unsafe, or not of the class that this family expects.
         """
         names = sorted(names)
-        if _is_hub_id(self.model.path):
-            _download(self.model, [f"{name}/*" for name in names])
         for name in names:
-            _check_component(self.folder / name, self.components.get(name))
+            self._check_listed(name)
+        if _is_hub_id(self.model.path):
+            _download(self.model, [pattern for name in names for pattern in self._files(name)])
+        for name in names:
+            self.check(name)
+
+    def check(self, name: str) -> None:
+        """Check every file of a component that will be opened, all of which must be here.
+
+        Raises:
+            CheckpointError: as `fetch`.
+        """
+        self._check_listed(name)
+        check_component(self.folder, name)
+
+    def _files(self, name: str) -> list[str]:
+        """Return patterns of a component's files in its repository, of which the indexes are here already."""
+        small = [f"{name}/*{suffix}" for suffix in (".json", ".model", ".txt")]
+        weights = weight_files(self.folder, name) if KINDS[name].weights is not None else []
+        return small + [f"{name}/{path.name}" for path in weights]
 
     def count_parameters(self, name: str) -> int | None:
         """Return a component's parameters, from its files' headers; None: the hub has not been asked for it yet.
@@ -109,12 +135,17 @@ class Checkpoint:
         Raises:
             CheckpointError: the component is missing, or has weights in another format than safetensors.
         """
-        folder = self.folder / name
-        files = sorted(folder.glob("*.safetensors"))
-        if not files and _is_hub_id(self.model.path):
+        self._check_listed(name)
+        if KINDS[name].weights is None:
+            return 0
+        if _is_hub_id(self.model.path) and not all(path.is_file() for path in weight_files(self.folder, name)):
             return None
-        _check_component(folder, self.components.get(name))
-        return sum(_count_parameters(path) for path in files)
+        self.check(name)
+        return sum(tensor.num_elements for tensor in read_tensors(self.folder, name))
+
+    def _check_listed(self, name: str) -> None:
+        if name not in self.components:
+            raise CheckpointError(f"model.path: {str(self.folder)!r} does not list the component {name!r}")
 
 
 def open_checkpoint(model: ModelConfig) -> Checkpoint:
@@ -124,26 +155,58 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
         CheckpointError: no such folder, no such repository, another task than `model.task`, or an unknown model.
     """
     folder = _find(model)
-    index = _read_json(folder / "model_index.json")
-    components = {
-        name: value[1]
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and value[1] is not None
-    }
+    path = folder / "model_index.json"
+    check_inside(path, folder)
+    index = read_json(path)
     if index.get("expand_timesteps"):
         raise CheckpointError(f"model.path: {model.path!r} is a TI2V-5B model (expand_timesteps), not supported yet")
-    tasks = PIPELINES.get(index.get("_class_name", ""))
+    tasks = PIPELINES.get(str(index.get("_class_name")))
     if tasks is None:
-        known = ", ".join(PIPELINES)
-        raise CheckpointError(f"model.path: {model.path!r} holds a {index.get('_class_name')}; known are {known}")
+        kind = printable(str(index.get("_class_name")))
+        raise CheckpointError(f"model.path: {model.path!r} holds a {kind}; known are {', '.join(PIPELINES)}")
     if model.task not in tasks:
         raise CheckpointError(
             f"model.task: {model.task!r} does not fit {model.path!r}, which serves {' or '.join(tasks)}"
         )
     try:
+        components = read_components(index, path)
         return Checkpoint(model, folder, components, _geometry(model, folder, index, components))
     except KeyError as error:
         raise CheckpointError(f"model.path: {model.path!r} lacks {error} in a component's config.json") from error
+
+
+def check_here(model: ModelConfig, *, whole: bool) -> None:
+    """Check what of a model this machine has, so that a fault shows before anything starts.
+
+    `whole`: the stages run here and nowhere else, so what is missing here is a fault.
+
+    Raises:
+        CheckpointError: as `open_checkpoint` and `Checkpoint.fetch`.
+    """
+    if model.path.startswith(RANDOM):
+        return  # made where it is wanted
+    remote = _is_hub_id(model.path)
+    if not whole and (remote or find_here(model) is None):
+        return
+    checkpoint = open_checkpoint(model)
+    for name in checkpoint.components:
+        check_component(checkpoint.folder, name, partial=remote or not whole)
+
+
+def find_here(model: ModelConfig) -> Path | None:
+    """Return a model's folder if this machine has it already; nothing is made or fetched."""
+    if model.path.startswith(BUILTIN):
+        return _builtin(model.path.removeprefix(BUILTIN))
+    if model.path.startswith(RANDOM):
+        folder = cache_folder() / "random" / model.path.removeprefix(RANDOM)
+    elif _is_hub_id(model.path):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model.path, "model_index.json", revision=model.revision)
+        return Path(found).parent if isinstance(found, str) else None
+    else:
+        folder = expand_home(model.path)
+    return folder if (folder / "model_index.json").is_file() else None
 
 
 def _find(model: ModelConfig) -> Path:
@@ -187,44 +250,20 @@ def _download(model: ModelConfig, patterns: list[str]) -> Path:
         raise CheckpointError(
             f"model.revision: null, but {model.path!r} is no folder on this node, and a hub id needs a commit or a tag"
         )
-    allowed = [p for pattern in patterns for p in ([pattern] if pattern.endswith(".json") else _safe_files(pattern))]
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=allowed))
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"model.path: {model.path!r} could not be fetched from the hub: {reason}") from error
 
 
-def _safe_files(pattern: str) -> list[str]:
-    return [pattern + suffix for suffix in (".json", ".safetensors", ".model", ".txt")]
-
-
-def _check_component(folder: Path, class_name: str | None) -> None:
-    name = folder.name
-    if class_name is None:
-        raise CheckpointError(f"model.path: {str(folder.parent)!r} does not list the component {name!r}")
-    if not folder.is_dir():
-        raise CheckpointError(f"model.path: the component folder {str(folder)!r} is missing")
-    if not (folder / "config.json").is_file():
-        return  # tokenizers, processors and schedulers hold no weights
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"model.path: {str(folder)!r} holds no .safetensors file; other formats are not loaded")
-
-
-def _count_parameters(path: Path) -> int:
-    """Return the elements of all tensors of a safetensors file: its length-prefixed JSON header lists their shapes."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-
-
 def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], components: dict[str, str]) -> Geometry:
-    transformer = _read_json(folder / "transformer" / "config.json")
-    vae = _read_json(folder / "vae" / "config.json")
+    transformer = read_config(folder, "transformer")
+    vae = read_config(folder, "vae")
     wants_image = transformer.get("image_dim") is not None
     image_tokens = image_dim = 0
     if "image_encoder" in components and wants_image:
-        image = _read_json(folder / "image_encoder" / "config.json")
+        image = read_config(folder, "image_encoder")
         image_tokens = (image["image_size"] // image["patch_size"]) ** 2 + 1
         image_dim = image["hidden_size"]
     if transformer.get("added_kv_proj_dim") is not None and model.max_sequence_length != IMAGE_TEXT_TOKENS:
@@ -249,17 +288,3 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
         two_transformers="transformer_2" in components,
         boundary_ratio=model.boundary_ratio if model.boundary_ratio is not None else index.get("boundary_ratio"),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"model.path: {str(path)!r} is missing; is the folder a diffusers-format model?"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"model.path: {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"model.path: {str(path)!r} must hold a JSON object")
-    return loaded

@@ -15,10 +15,11 @@ from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
 from diffusers.modular_pipelines.wan import Wan22Blocks, Wan22Image2VideoBlocks, WanBlocks, WanImage2VideoAutoBlocks
 
 from disagg_ray.config import StageConfig
-from disagg_ray.errors import CheckpointError, ConfigError, GraphError
+from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
+from disagg_ray.models.load import load_component
 from disagg_ray.models.tiles import Blend, DecodePart
 from disagg_ray.models.tuning import (
     choose_scheduler,
@@ -57,7 +58,7 @@ class Cut:
         self._text_encoders = [block for block in leaves.values() if isinstance(block, TextEncoder)]
         self.ports = _ports(stage, leaves)
         self._blocks = SequentialPipelineBlocks.from_blocks_dict(leaves)
-        self._pipeline = self._blocks.init_pipeline(str(checkpoint.folder))
+        self._pipeline = self._blocks.init_pipeline()  # of no folder: its indexes could name other folders and classes
         for block in leaves.values():  # the pipeline only has copies: ours run, and call our `on_step`
             if hasattr(block, "set_progress_bar_config"):
                 block.set_progress_bar_config(disable=True)
@@ -97,7 +98,7 @@ class Cut:
             self._tune(name, model, device)
         if options.offload == "model":
             self._offloaded = offload_models(models.values(), device)
-        self._pipeline.update_components(**loaded)
+        self._pipeline.register_components(**loaded)
         return weights
 
     def take_turns(self, turns: Turns) -> None:
@@ -152,19 +153,12 @@ class Cut:
         return None if count is None else count * int(getattr(torch, dtype).itemsize)
 
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
-        spec = self._pipeline.get_component_spec(name)
-        is_model = issubclass(spec.type_hint, torch.nn.Module)
-        options = {"dtype": getattr(torch, dtype), "use_safetensors": True} if is_model else {}
-        if is_model and device != "cpu":
-            options["device_map"] = {"": device}  # file to device, with no copy on the host
-            _reserve(self._component_bytes(name, dtype) or 0, device)
-        try:
-            component = spec.load(local_files_only=True, **options)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"model.path: component {name!r} cannot be loaded: {error}") from error
-        if name == "scheduler":
-            component = choose_scheduler(component, self._checkpoint.model)
-        return component.to(device).eval() if is_model else component
+        reserved = (self._component_bytes(name, dtype) or 0) if device != "cpu" else 0
+        if reserved:
+            _reserve(reserved, device)
+        class_name = self._checkpoint.components[name]
+        component = load_component(self._checkpoint.folder, name, class_name, dtype, device)
+        return choose_scheduler(component, self._checkpoint.model) if name == "scheduler" else component
 
     def run(
         self, request: ResolvedRequest, tensors: Mapping[str, Any], on_step: OnStep | None = None

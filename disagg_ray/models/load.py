@@ -1,0 +1,54 @@
+"""One component of a checked model folder, loaded by the library it belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from disagg_ray.errors import CheckpointError
+from disagg_ray.models.components import KINDS
+from disagg_ray.models.files import one_line, quote
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+
+
+def load_component(model: Path, name: str, class_name: str, dtype: str = "float32", device: str = "cpu") -> Any:
+    """Load a component of a model folder that was checked: of the class its index names, from safetensors alone.
+
+    Raises:
+        CheckpointError: its files do not make such a component, or lack some of its tensors.
+    """
+    kind, folder = KINDS[name], model / name
+    component = getattr(LIBRARIES[kind.library], class_name, None)
+    if component is None:
+        raise CheckpointError(
+            f"model.path: {name!r} of {quote(model)} is a {class_name}, which {kind.library} does not have here"
+        )
+    try:
+        if kind.weights is None:
+            code = {"trust_remote_code": False} if kind.library == "transformers" else {}
+            loaded = component.from_pretrained(folder, local_files_only=True, **code)
+            if name == "tokenizer":
+                loaded("", padding="max_length", truncation=True, max_length=8)  # what it cannot do shows here
+            return loaded
+        place = {"device_map": {"": device}} if device != "cpu" else {}  # file to device, with no copy on the host
+        loaded, found = component.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **place,
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # these libraries raise every kind for what a folder holds, tokenizers the bare one
+        raise CheckpointError(f"model.path: {quote(folder)} cannot be loaded: {one_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # which both libraries fill with random numbers
+        raise CheckpointError(f"model.path: {quote(folder)} lacks {len(missing)} tensors, as {missing[0]!r}")
+    return loaded.to(device).eval()
