@@ -231,7 +231,8 @@ class FailuresConfig:
     max_attempts: int = 3
     """Times a stage is computed for a request before the request fails; a lost node does not count."""
     stall_s: float = 600.0
-    """A replica that finishes no denoising step, encode or decode for so long is replaced."""
+    """A replica that makes no progress for so long is replaced: no denoising step, and no end of an encode, a decode,
+    a pull (which has `transport.timeout_s` first), or of writing a file. Waiting for room or for a GPU is no hang."""
     answer_s: float = 60.0
     """So is one that does not say how it is for so long, or for `stall_s`; computing, it does so within a second."""
     timeout_s: float | None = None

@@ -198,27 +198,28 @@ class Connection(Driver):
 
     def drain(self, grace_s: float) -> None:
         """Submit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
+        self._check_thread()
         self._closed = True
         handles = list(self._in_flight.values())
         concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
         if self._listening is not None:  # what is cancelled from here on is not told as finished: its latents stay
-            self._loop.call_soon_threadsafe(self._listening.cancel)
+            self._soon(self._listening.cancel)
         for handle in handles:
             handle.cancel()
 
     def close(self) -> None:
         """Cancel what runs and leave; the pipeline stands on. Idempotent."""
-        if self._loop.is_closed():
+        if self._ended:
             return
         self.drain(0)
-        self._call(self._end())
+        self._wait_for_loop(self._end(), 2 * LEAVE_S)
         self._end_loop()
         if self._listener is not None:
             self._listener.close()
 
     async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(tasks, timeout=LEAVE_S)
         try:
             async with asyncio.timeout(LEAVE_S):
                 await self._actor.leave.remote(self.id)

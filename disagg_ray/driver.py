@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,7 +18,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, RequestError
-from disagg_ray.handle import Handle, gather
+from disagg_ray.handle import NOT_HERE, Handle, gather
 from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.progress import Event, Listener
 from disagg_ray.request import Request
@@ -25,6 +28,11 @@ from disagg_ray.signals import Latch, take
 T = TypeVar("T")
 Run: TypeAlias = Callable[[Callable[[], None]], Coroutine[Any, Any, Result]]
 """Runs a request, and calls what it is given once that is taken on."""
+
+logger = logging.getLogger("disagg_ray")
+
+CLOSE_S = 5.0
+"""How long closing waits for the event loop, again and again: for what runs there to be cancelled, and for its end."""
 
 
 class Driver(ABC):
@@ -37,12 +45,13 @@ class Driver(ABC):
         self._listener = Listener(on_event) if on_event is not None else None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{id}", daemon=True)
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._calls: dict[asyncio.Task[Any], Future[Any]] = {}
+        """What runs, and where the answer goes."""
         self._unbegun: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
         """What the loop has not taken up yet, by where the answer goes."""
         self._in_flight: dict[str, Handle] = {}
         """By request id: an id names one request at a time."""
-        self._ending = False
+        self._ending = self._ended = False
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -106,13 +115,32 @@ class Driver(ABC):
         """
         return gather(self.submit, requests, 2 * self.config.max_in_flight)
 
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait for it here."""
+    def _check_thread(self) -> None:
+        """Refuse to wait on the loop's own thread, where a done callback may run: that would never end.
+
+        Raises:
+            RuntimeError: this is that thread.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(NOT_HERE)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = math.inf) -> T:
+        """Run a coroutine on the loop and wait for it here.
+
+        Raises:
+            TimeoutError: it was not done in time; it is cancelled.
+        """
         answer, done = Future[T](), Latch()
         answer.add_done_callback(done.set)
+        try:
+            self._check_thread()
+        except RuntimeError:
+            coroutine.close()
+            raise
         self._run_into(answer, coroutine)
         try:
-            done.wait()
+            if not done.wait(timeout_s):
+                raise TimeoutError(f"{self.id}: no answer of its event loop within {timeout_s:g} s")
             return answer.result()
         except CancelledError:
             raise Cancelled(f"{self.id} was closed meanwhile") from None
@@ -124,7 +152,9 @@ class Driver(ABC):
         """Run a request on the loop and wait until it is taken on, which `run` is to tell; raise what kept it out."""
         told: SimpleQueue[object] = SimpleQueue()
         handle._future.add_done_callback(told.put)
+        handle._thread = self._thread
         try:
+            self._check_thread()
             self._run_into(handle._future, self._run_alone(handle, run, lambda: told.put(None)))
             if take(told) is not None:
                 handle.result()
@@ -159,35 +189,53 @@ class Driver(ABC):
             if self._ending:
                 return
             task = self._loop.create_task(self._unbegun.pop(answer))
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            self._calls[task] = answer
+            task.add_done_callback(self._calls.pop)
             task.add_done_callback(partial(_settle, answer))
-            answer.add_done_callback(lambda _: self._loop.call_soon_threadsafe(task.cancel))
+            answer.add_done_callback(partial(self._soon, task.cancel))
 
         self._unbegun[answer] = coroutine
         try:
+            if self._ended:  # or it hangs
+                raise RuntimeError
             self._loop.call_soon_threadsafe(start)
         except RuntimeError:
             self._unbegun.pop(answer).close()
             raise Cancelled(f"{self.id} is closed") from None
 
+    def _soon(self, call: Callable[[], object], _: object = None) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(call)
+
     def _end_loop(self) -> None:
-        """End the loop; whoever still waits for an answer gets `Cancelled`."""
+        """End the loop; whoever still waits for an answer gets `Cancelled`. A loop that hangs is left behind."""
 
         async def cancel_others() -> None:
             self._ending = True
             others = [task for task in self._calls if task is not asyncio.current_task()]
             for task in others:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            if others:
+                await asyncio.wait(others, timeout=CLOSE_S)
 
-        self._call(cancel_others())
+        self._wait_for_loop(cancel_others(), 2 * CLOSE_S)
+        self._ended = True
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join(CLOSE_S)
+        if not self._thread.is_alive():
+            self._loop.close()
         for answer, coroutine in list(self._unbegun.items()):
             coroutine.close()
             answer.cancel()
+        for answer in list(self._calls.values()):  # what would not end
+            answer.cancel()
+
+    def _wait_for_loop(self, coroutine: Coroutine[Any, Any, None], timeout_s: float) -> None:
+        """Run a coroutine that closing needs; one that hangs is left behind, which is logged."""
+        try:
+            self._call(coroutine, timeout_s)
+        except TimeoutError:
+            logger.warning("%s: its event loop has hung for %g s: left behind", self.id, timeout_s)
 
 
 def _settle(answer: Future[T], task: asyncio.Task[T]) -> None:

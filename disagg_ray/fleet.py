@@ -19,6 +19,7 @@ from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
 from disagg_ray.scheduler import StageScheduler
 from disagg_ray.tasks import BackgroundTasks
+from disagg_ray.threads import off_loop
 
 logger = logging.getLogger("disagg_ray")
 
@@ -59,6 +60,8 @@ class Fleet:
         """Those that serve, by id."""
         self._infos: dict[str, ReplicaInfo] = {}
         self._starting: dict[Post, Actor] = {}
+        self._launching: dict[Post, asyncio.Future[Actor]] = {}
+        """Actors that Ray is being asked for."""
         self._incarnations: Counter[str] = Counter()
         """Of each post's next actor, by name."""
         self._stalled: set[str] = set()
@@ -113,16 +116,24 @@ class Fleet:
 
     async def launch(self) -> list[Description]:
         """Create every replica and learn what the stages are."""
+        await off_loop(self._placement.reserve)
         for post in self._placement.posts():
-            self._launch(post)
+            await self._launch(post)
         return await self._describe()
 
     async def _describe(self) -> list[Description]:
         return await gather_ready(self.config, list(self._starting.values()), "describe")
 
-    def _launch(self, post: Post) -> Actor:
-        actor = self._starting[post] = self._placement.launch(post, self._incarnations[post.name])
+    async def _launch(self, post: Post) -> Actor:
+        incarnation = self._incarnations[post.name]
         self._incarnations[post.name] += 1
+        launching = asyncio.ensure_future(off_loop(self._placement.launch, post, incarnation))
+        self._launching[post] = launching
+        try:
+            actor = self._starting[post] = await asyncio.shield(launching)
+        finally:
+            if launching.done():  # or the fleet is being closed, which ends it
+                del self._launching[post]
         return actor
 
     async def met(self) -> frozenset[str]:
@@ -193,7 +204,8 @@ class Fleet:
             self.healths[actor.name] = health
             if health.stalled_s > stall_s:
                 self._stalled.add(actor.id)
-                self.lose(actor, f"{actor.name}: no step for failures.stall_s={stall_s:g} s")
+                what = max(health.stalled, key=health.stalled.__getitem__)
+                self.lose(actor, f"{actor.name}: no progress of its {what} for failures.stall_s={stall_s:g} s")
             await asyncio.sleep(min(LOOK_S, answer_s / 4))
 
     def lose(self, actor: Actor, reason: str) -> None:
@@ -226,7 +238,7 @@ class Fleet:
         for _ in range(MAX_STARTS):
             if not self._is_vacant(post):
                 return False
-            actor = self._launch(post)
+            actor = await self._launch(post)
             try:
                 (info,) = await self._load([actor])
                 self._enlist(actor, info)
@@ -244,8 +256,8 @@ class Fleet:
 
     def _is_vacant(self, post: Post) -> bool:
         """Return whether an actor is wanted there."""
-        taken = post in self._starting or any(actor.post == post for actor in self._actors.values())
-        return not taken and post in self._placement.posts()
+        serving = {actor.post for actor in self._actors.values()}
+        return post not in {*serving, *self._starting, *self._launching} and post in self._placement.posts()
 
     def _give_up(self, post: Post, failure: DisaggError) -> None:
         others = [actor.post for actor in self._actors.values()] + list(self._starting)
@@ -270,13 +282,20 @@ class Fleet:
     async def close(self) -> None:
         """End every replica: politely for a while, then for good."""
         await self._background.close()
-        actors = [*self._actors.values(), *self._starting.values()]
+        if self._launching:
+            await asyncio.wait(self._launching.values(), timeout=CLOSE_S)
+        launched = [call.result() for call in self._launching.values() if call.done() and call.exception() is None]
+        actors = [*self._actors.values(), *self._starting.values(), *launched]
         self._actors.clear()
         if actors and ray.is_initialized():
             closing = [asyncio.ensure_future(ask(actor, "close")) for actor in actors]
             await asyncio.wait(closing, timeout=CLOSE_S)
-            for call, actor in zip(closing, actors, strict=True):
+            for call in closing:
                 call.cancel()
-                ray.kill(actor.handle)
             await asyncio.gather(*closing, return_exceptions=True)
-            self._placement.close()
+            await asyncio.wait([asyncio.ensure_future(off_loop(self._end, actors))], timeout=CLOSE_S)
+
+    def _end(self, actors: list[Actor]) -> None:
+        for actor in actors:
+            ray.kill(actor.handle)
+        self._placement.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -14,6 +15,11 @@ from disagg_ray.request import Request, ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.signals import Latch, take
 
+NOT_HERE = (
+    "this would wait for the pipeline's own thread, on which it is called, and never return: a done callback may run "
+    "there; call submit, result, health, drain and close from another thread"
+)
+
 
 class Handle:
     """A submitted request: wait for it with `result`, `await` it, or `cancel` it."""
@@ -23,6 +29,8 @@ class Handle:
         self.progress: Event | None = None
         """The latest word of how far it is."""
         self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self._thread: threading.Thread | None = None
+        """The one that finishes it, which must not wait for that."""
         self._done = Latch()
         self._future.add_done_callback(self._done.set)
 
@@ -33,7 +41,10 @@ class Handle:
             TimeoutError: not finished within `timeout_s`; the request goes on.
             Cancelled: it was cancelled, or the pipeline closed.
             DisaggError: what failed it.
+            RuntimeError: called on the pipeline's own thread, as by another request's done callback.
         """
+        if threading.current_thread() is self._thread and not self.done():
+            raise RuntimeError(NOT_HERE)
         if timeout_s is None:
             self._done.wait()
         try:
@@ -60,7 +71,11 @@ class Handle:
         return self._future.done()
 
     def add_done_callback(self, call: Callable[[Handle], None]) -> None:
-        """Have `call` called with this handle when the request is finished, failed or cancelled, in some thread."""
+        """Have `call` called with this handle when the request is finished, failed or cancelled, in some thread.
+
+        That may be the pipeline's own: `call` must return soon, and what would wait for the pipeline, as `submit`
+        does, raises RuntimeError there.
+        """
         self._future.add_done_callback(lambda _: call(self))
 
     def cancel(self) -> bool:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
+import logging
 import queue
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 from disagg_ray.config import REPLICA_WINDOW, Config
-from disagg_ray.errors import ConfigError
+from disagg_ray.errors import ConfigError, PoolError, TransferError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.models.checkpoint import Geometry
 from disagg_ray.stage import most_piece_bytes
+from disagg_ray.threads import Workers, within
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.video import Frames
 
 T = TypeVar("T")
 
-NUM_THREADS = 4
-"""Copies of each kind at once."""
+logger = logging.getLogger("disagg_ray")
+
+NUM_THREADS = 2 * REPLICA_WINDOW
+"""Copies of each kind at once; of raw frames, as many again may wait for their slot to be free once more."""
+CLOSE_S = 5.0
+"""How long closing waits for copies that are under way."""
 
 
 class Holdings:
@@ -38,9 +42,11 @@ class Holdings:
     ) -> None:
         nbytes = driver_pool_bytes(config, graph, geometry)
         self._pool = Pool(name, nbytes, host, config.transport, taken=taken)
-        self._threads = {kind: ThreadPoolExecutor(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
+        self._threads = {kind: Workers(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
         self._piece_bytes = most_piece_bytes(config.limits)
-        self._pieces: queue.SimpleQueue[AttemptKey] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[AttemptKey | None] = queue.SimpleQueue()
+        """Slots for raw frames that are free; None: the pool is closed."""
+        self._patience_s = config.failures.stall_s
         self._serial = itertools.count()
         for _ in range(REPLICA_WINDOW):
             self._add_piece()
@@ -93,17 +99,28 @@ class Holdings:
         """Bring a piece of raw frames to the start of `into`."""
 
         def pull() -> None:
-            key = self._pieces.get()
+            key = self._take_piece(piece)
             try:
                 pulled = self._pool.pull(key, piece)[FRAMES]
                 into[: len(pulled)] = pulled.numpy()
             except BaseException:
                 self._pool.release(key)  # what a late answer may still write to is not used again
-                self._add_piece()
+                self._threads["frames"].submit(self._add_piece)  # that may wait until the peer is known to be dead
                 raise
             self._pieces.put(key)
 
         await self._run("frames", pull)
+
+    def _take_piece(self, piece: Handoff) -> AttemptKey:
+        try:
+            key = self._pieces.get(timeout=self._patience_s)
+        except queue.Empty:
+            session, waited = piece.sessions[0].name, f"within failures.stall_s={self._patience_s:g} s"
+            raise TransferError(f"no slot for raw frames became free {waited}", session, piece.nbytes, 0) from None
+        if key is None:
+            self._pieces.put(None)  # for the next
+            raise PoolError("the driver's pool is closed")
+        return key
 
     def release(self, key: AttemptKey) -> None:
         self._pool.release(key)
@@ -114,12 +131,15 @@ class Holdings:
             self._pool.forget(session)
 
     def close(self) -> None:
-        self._pool.close()
-        for threads in self._threads.values():
-            threads.shutdown()
+        """End every wait and give the memory back; a copy that hangs is left behind."""
+        self._pieces.put(None)
+        within(CLOSE_S, self._pool.close, "closing the driver's pool")
+        for kind, threads in self._threads.items():
+            if not threads.close(CLOSE_S):
+                logger.warning("a copy of the driver's (%s) has hung for %g s: left behind", kind, CLOSE_S)
 
     async def _run(self, kind: str, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads[kind], work)
+        return await self._threads[kind].run(work)
 
 
 def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:

@@ -29,6 +29,7 @@ from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, StageTiming
 from disagg_ray.scheduler import Job
 from disagg_ray.stage import RAW, frames_in_piece
+from disagg_ray.threads import off_loop
 from disagg_ray.video import Frames
 from disagg_ray.visit import Turn, Visit, follow
 
@@ -322,7 +323,7 @@ class Journey:
         if self._latents_file is not None and set(tensors) == {LATENTS}:
             blocks = [self._made_by[maker] for maker in self._graph.upstream(stage)]
             about = describe(self.request, {block: digest for made in blocks for block, digest in made.items()})
-            saving = asyncio.to_thread(write_latents, self._latents_file, tensors[LATENTS], about)
+            saving = off_loop(write_latents, self._latents_file, tensors[LATENTS], about)
             self._saving = asyncio.ensure_future(saving)
             await asyncio.shield(self._saving)
 
@@ -333,7 +334,7 @@ class Journey:
             return
         blocks = {b: d for maker in self._graph.upstream(stage) for b, d in self._fleet.digests_of(maker).items()}
         shape = self._geometry.latents_shape(request.height, request.width, request.num_frames)
-        latents = await asyncio.to_thread(read_latents, self._latents_file, Wanted(request, blocks, shape))
+        latents = await off_loop(read_latents, self._latents_file, Wanted(request, blocks, shape))
         if latents is None:
             return
         key, tensors = self._new_key(), {LATENTS: latents}

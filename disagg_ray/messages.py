@@ -115,8 +115,9 @@ class Health:
     bytes_quarantined: int
     pool_bytes: int
     rss_bytes: int
-    stalled_s: float
-    """Since the last sign of progress of what computes, or since it got its turn on the GPU; 0 when nothing does."""
+    stalled: dict[str, float]
+    """Seconds without progress of each kind of work that is being done: reserve, pull, compute, publish, encode.
+    Waiting for room that others will make, or for a turn on the GPU, does not count."""
     bytes_kept: int
     """Of the pool, for prompt embeddings that are kept while nothing else needs the room."""
     cache_hits: int
@@ -128,3 +129,8 @@ class Health:
     """Most GPU memory ever held, what lay free in it included."""
     num_videos: int
     """Decoded and not yet fetched."""
+
+    @property
+    def stalled_s(self) -> float:
+        """The longest of them; 0 when nothing is done."""
+        return max(self.stalled.values(), default=0.0)

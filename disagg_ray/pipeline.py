@@ -34,12 +34,21 @@ from disagg_ray.progress import Event, Receiver
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 from disagg_ray.tasks import BackgroundTasks
+from disagg_ray.threads import off_loop, within
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
 
 COUNT_S = 5.0
 """How often the metrics' gauges are set, which Ray forgets after 20 s, and free memory is given back."""
+
+
+CLOSE_S = 5.0
+"""How long closing waits for requests that were cancelled."""
+STOP_S = 20.0
+"""The same, for those and the replicas."""
+SHUTDOWN_S = 15.0
+"""The same, for Ray."""
 
 
 class Pipeline(Driver):
@@ -243,7 +252,7 @@ class Pipeline(Driver):
         while True:
             self._fleet.count()
             self._metrics.refresh()
-            await asyncio.to_thread(trim)
+            await off_loop(trim)
             await asyncio.sleep(COUNT_S)
 
     def note_written(self, seconds: float) -> None:
@@ -297,10 +306,14 @@ class Pipeline(Driver):
         self._call(drain())
 
     def close(self) -> None:
-        """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent."""
-        if self._loop.is_closed():
+        """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent.
+
+        Returns within a minute whatever hangs; that is left behind, which is logged, and ends with the process.
+        """
+        if self._ended:
             return
-        self._call(self._stop())
+        self._check_thread()
+        self._wait_for_loop(self._stop(), STOP_S)
         if self._receiver is not None:
             self._receiver.close()
         self._end_loop()
@@ -309,7 +322,7 @@ class Pipeline(Driver):
         if self._listener is not None:
             self._listener.close()
         if hasattr(self, "_cluster"):
-            self._cluster.close()
+            within(SHUTDOWN_S, self._cluster.close, "shutting Ray down")
 
     async def _stop(self) -> None:
         await self._background.close()
@@ -317,6 +330,7 @@ class Pipeline(Driver):
         requests = [*self._waiting, *self._journeys]
         for task in requests:
             task.cancel()
-        await asyncio.gather(*requests, return_exceptions=True)
+        if requests:
+            await asyncio.wait(requests, timeout=CLOSE_S)  # one may still write its latents
         if self._fleet is not None:
             await self._fleet.close()

@@ -26,6 +26,7 @@ from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.models.checkpoint import check_here
 from disagg_ray.replica import ServedReplica
+from disagg_ray.threads import off_loop
 from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
@@ -224,7 +225,12 @@ class Placement:
     def __init__(self, config: Config, pipeline_id: str, *, standing: bool = False) -> None:
         self.config = config
         self._pipeline_id, self._standing = pipeline_id, standing
-        self._shared = list(self._share()) if config.share_gpu else []
+        self._shared: list[PlacementGroup] = []
+
+    def reserve(self) -> None:
+        """Reserve the GPUs that stages share; before any actor is launched. As `launch`, it waits for Ray."""
+        if self.config.share_gpu:
+            self._shared.extend(self._share())
 
     def _share(self) -> Iterator[PlacementGroup]:
         """Yield what each GPU is reserved with that stages share; a standing pipeline's may be there already."""
@@ -325,13 +331,14 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
         while missing := sorted(name for name, call in calls.items() if not call.done()):
             left = deadline - time.monotonic()
             if left <= 0:
-                raise StartError(f"{_waiting_for(config, missing)}: not ready within cluster.start_timeout_s")
+                waiting = await off_loop(_waiting_for, config, missing)
+                raise StartError(f"{waiting}: not ready within cluster.start_timeout_s")
             pending = [calls[name] for name in missing]
             done, _ = await asyncio.wait(pending, timeout=min(NOTICE_S, left), return_when=asyncio.FIRST_EXCEPTION)
             for call in done:
                 call.result()
             if not done:
-                logger.info(_waiting_for(config, missing))
+                logger.info(await off_loop(_waiting_for, config, missing))
         return [calls[actor.name].result() for actor in actors]
     finally:
         for call in calls.values():

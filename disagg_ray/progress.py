@@ -218,7 +218,8 @@ class Listener:
         """Deliver what came before and end the thread; one that hangs is left behind."""
         with suppress(queue.Full):
             self._events.put(None, timeout=CLOSE_S)
-            self._thread.join(CLOSE_S)
+            if self._thread is not threading.current_thread():  # a callback may close the pipeline
+                self._thread.join(CLOSE_S)
 
 
 class Sender:

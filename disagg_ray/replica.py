@@ -18,6 +18,7 @@ import psutil
 import ray
 import torch
 
+from disagg_ray.activity import Activities
 from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, slots_bytes
 from disagg_ray.errors import Cancelled, ConfigError, DisaggError
 from disagg_ray.graph import FRAMES, Graph
@@ -41,6 +42,9 @@ from disagg_ray.transfer.pool import Pool
 from disagg_ray.video import Frames, check_writer, encode
 
 T = TypeVar("T")
+
+READS_EACH = 2
+"""Times Mooncake may be given `transport.timeout_s` for one tensor, and to reach its peer."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,7 @@ class Replica:
         self._info: ReplicaInfo | None = None
         self._loading = False
         """Or done with that."""
-        self._progressed: float | None = None
-        """When what computes last made progress."""
+        self._activities = Activities()
         self._pool: Pool
 
     def __repr__(self) -> str:  # Ray prefixes log lines and lists actors with it
@@ -163,16 +166,16 @@ class Replica:
             pulled = self._pull(task)
         try:
             self._await_room_for_frames(task.key)
-            self._progressed = time.monotonic()
             return self._compute(task, pulled)
         except BaseException:
             self.release(task.key)
             raise
-        finally:
-            self._progressed = None
 
     def _await_room_for_frames(self, key: AttemptKey) -> None:
-        """Wait while as many videos as may wait for their encoding do; they take the host's memory."""
+        """Wait while as many videos as may wait for their encoding do; they take the host's memory.
+
+        An encode that hangs ends with the replica; so does this wait.
+        """
         with self._changed:
             self._changed.wait_for(lambda: len(self._frames) < MAX_VIDEOS or self._pool.is_released(key))
 
@@ -190,30 +193,43 @@ class Replica:
         wanted = {h: [t for t in h.tensors if t.name in self._stage.ports.inputs] for h in task.handoffs}
         sizes = {t.name: t.spec.nbytes for metas in wanted.values() for t in metas}
         try:
-            self._pool.reserve(task.key, sizes | self._stage.output_bytes(task.request))
+            self._reserve(task.key, sizes | self._stage.output_bytes(task.request))
             tensors: dict[str, torch.Tensor] = {}
             for handoff, metas in wanted.items():
-                tensors |= self._pool.pull(task.key, handoff, [meta.name for meta in metas])
+                tensors |= self._read(task.key, handoff, [meta.name for meta in metas])
         except BaseException:
             self.release(task.key)
             raise
         return _Pulled(tensors, time.monotonic() - started)
 
+    def _reserve(self, key: AttemptKey, sizes: dict[str, int]) -> None:
+        """Wait for room, which others make; it is a hang only if they no longer could."""
+        pool = self._pool
+        with self._activities.working("reserve", lambda: time.monotonic() if pool.can_hold(sizes) else 0.0):
+            pool.reserve(key, sizes)
+
+    def _read(self, key: AttemptKey, handoff: Handoff, names: list[str]) -> dict[str, torch.Tensor]:
+        """Pull tensors; a peer that hangs is no hang of this replica, until every deadline of the read is past."""
+        ends = time.monotonic() + READS_EACH * (1 + len(names)) * self._config.transport.timeout_s
+        with self._activities.working("pull", lambda: ends):
+            return self._pool.pull(key, handoff, names)
+
     def _compute(self, task: Task, pulled: _Pulled) -> Reply:
         request = task.request
 
         def stop_when_released(step: int, steps: int) -> None:
-            self._progressed = time.monotonic()
+            activity.progress()
             self._tell(task, "running", step, steps)
             if self._pool.is_released(task.key):
                 raise Cancelled(f"request {request.id} was given up at step {step} of {steps}")
 
         began, started = time.time(), time.monotonic()
         self._tell(task, "running")
-        outputs = self._stage.compute(request, pulled.tensors, stop_when_released)
+        with self._activities.working("compute", lambda: self._stage.excused_until) as activity:
+            outputs = self._stage.compute(request, pulled.tensors, stop_when_released)
         computed = time.monotonic()
         self._tell(task, "publishing")
-        handoff = self._pool.publish(task.key, outputs.tensors)
+        handoff = self._publish(task.key, outputs.tensors)
         self._pool.release(task.key, pulled.tensors)
         if outputs.frames is not None:
             with self._changed:
@@ -234,12 +250,18 @@ class Replica:
         )
         return Reply(handoff, 0 if outputs.frames is None else len(outputs.frames), timing)
 
+    def _publish(self, key: AttemptKey, tensors: dict[str, torch.Tensor]) -> Handoff:
+        with self._activities.working("publish"):
+            return self._pool.publish(key, tensors)
+
     def encode(self, key: AttemptKey, fps: int, format: str) -> Encoded:
         """Return the video file of a finished task's frames; the replica may compute the next one meanwhile."""
         began = time.monotonic()
         with self._changed:
             frames = self._frames[key]
-        data = encode(frames, fps, format, self._config.output.scale)
+        scale, stall_s = self._config.output.scale, self._config.failures.stall_s
+        with self._activities.working("encode") as activity:
+            data = encode(frames, fps, format, scale, timeout_s=stall_s, on_frame=activity.progress)
         self._drop_frames(key)
         return Encoded(data, time.monotonic() - began)
 
@@ -254,7 +276,7 @@ class Replica:
             frames = self._frames[key]
         _, height, width, _ = frames.shape
         stop = start + frames_in_piece(height * width, len(frames))
-        return self._pool.publish(key, {FRAMES: torch.from_numpy(frames[start:stop])})
+        return self._publish(key, {FRAMES: torch.from_numpy(frames[start:stop])})
 
     def release(self, key: AttemptKey) -> None:
         """Give a task up or forget its outputs: frees its slots, stops it if it runs. Idempotent."""
@@ -266,13 +288,13 @@ class Replica:
 
     def health(self) -> Health:
         rss = psutil.Process().memory_info().rss
-        pool, progressed = self._pool, self._progressed
+        pool = self._pool
         return Health(
             bytes_in_use=pool.bytes_in_use,
             bytes_quarantined=pool.bytes_quarantined,
             pool_bytes=pool.capacity,
             rss_bytes=rss,
-            stalled_s=0.0 if progressed is None else time.monotonic() - max(progressed, self._stage.excused_until),
+            stalled=self._activities.stalled(),
             bytes_kept=pool.cache.bytes_kept,
             cache_hits=pool.cache.hits,
             cache_misses=pool.cache.misses,

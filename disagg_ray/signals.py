@@ -8,10 +8,12 @@ taken for good, and with it whoever shares it: the main thread should share none
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -76,11 +78,16 @@ class Latch:
         self._is_set = True
         self._woken.put(None)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float = math.inf) -> bool:
+        """Return whether it was set in time."""
+        deadline = time.monotonic() + timeout_s
         while not self._is_set:
+            if time.monotonic() > deadline:
+                return False
             with suppress(Empty):
                 self._woken.get(timeout=LOOK_S)
         self._woken.put(None)  # for the next
+        return True
 
 
 def until(changed: threading.Condition, is_so: Callable[[], object]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 logger = logging.getLogger("disagg_ray")
 
+CLOSE_S = 5.0
 FAILED = "background task %s failed; it is started again"
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
@@ -60,8 +61,9 @@ class BackgroundTasks:
             logger.exception("the restart of background task %s was not counted", name)
 
     async def close(self) -> None:
-        """Cancel every task but the one that calls this, and wait until they have ended."""
+        """Cancel every task but the one that calls this, and wait a while until they have ended."""
         tasks = self._tasks - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)

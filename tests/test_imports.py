@@ -38,7 +38,7 @@ LAYERS = (
     {"config", "graph", "mp4"},
     {"checks"},
     {"environment", "handoff", "options", "logs"},
-    {"errors", "units", "version", "memory", "signals", "tasks"},
+    {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
 

@@ -39,6 +39,7 @@ def launch(cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
     def launch(*overrides: str) -> tuple[Config, list[Actor]]:
         config = load_config("conf/tiny_t2v.yaml", *overrides)
         placed = Placement(config, f"test{len(started)}{id(started)}")
+        placed.reserve()
         actors = [placed.launch(post) for post in placed.posts()]
         started.append((placed, actors))
         return config, actors

@@ -17,6 +17,7 @@ from disagg_ray.graph import Graph
 from disagg_ray.messages import Charter, Description, Health, Leader, Recollection, ReplicaInfo
 from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Post, ask, living
+from disagg_ray.threads import off_loop
 
 logger = logging.getLogger("disagg_ray")
 
@@ -53,11 +54,12 @@ class StandingFleet(Fleet):
 
     async def launch(self) -> list[Description]:
         """Adopt what lives, and create replicas for stages that have none; learn what the stages are."""
+        await off_loop(self._placement.reserve)
         described = await self._adopt()
         there = {actor.stage for actor in [*self._adopted, *self._starting.values()]}
         for post in self._placement.posts():
             if post.stage not in there:
-                self._launch(post)
+                await self._launch(post)
         return described + await self._describe()
 
     async def _adopt(self) -> list[Description]:
@@ -125,9 +127,10 @@ class StandingFleet(Fleet):
         except TimeoutError:
             raise ReplicaLost(f"{actor.name}: no answer for {RECALL_S:g} s") from None
 
-    def _launch(self, post: Post) -> Actor:
-        actor = super()._launch(post)
-        self._launched[actor.id] = self._wanted_kind(post)
+    async def _launch(self, post: Post) -> Actor:
+        kind = self._wanted_kind(post)
+        actor = await super()._launch(post)
+        self._launched[actor.id] = kind
         return actor
 
     async def change(self, config: Config) -> None:

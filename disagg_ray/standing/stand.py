@@ -114,6 +114,7 @@ async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
         raise InputError(f"--only: {stage} was started already")
     for other in found.values():
         check_change(replace(other, stages=config.stages), config)
+    placement.reserve()
     actors = [placement.launch(post) for post in placement.posts() if post.stage == stage]
     try:
         await gather_ready(config, actors, "describe")

@@ -147,6 +147,13 @@ class Pool:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
 
+    def can_hold(self, sizes: Mapping[str, int]) -> bool:
+        """Return whether there would be room for tensors of these bytes if everybody released what they hold.
+
+        What is quarantined is not theirs to release.
+        """
+        return sum(map(slot_bytes, sizes.values())) <= self.capacity - self.bytes_quarantined
+
     def _try_reserve(self, key: AttemptKey, sizes: Mapping[str, int]) -> bool:
         self._check_open(key)
         twice = self._slots.get(key, {}).keys() & sizes.keys()

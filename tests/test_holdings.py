@@ -1,0 +1,70 @@
+"""The driver's own pool while a decoder hangs that raw frames come from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import HOST, connect_stages, wait_until
+from peer import Peer
+
+from disagg_ray import load_config
+from disagg_ray.errors import PoolError, TransferError
+from disagg_ray.graph import FRAMES, build_graph
+from disagg_ray.handoff import Handoff
+from disagg_ray.holdings import NUM_THREADS, Holdings
+
+
+@pytest.fixture
+def holdings() -> Iterator[Holdings]:
+    config = load_config("conf/tiny_t2v.yaml", "transport.timeout_s=5", "failures.stall_s=30")
+    stages = connect_stages(config)
+    graph = build_graph([stage.ports for stage in stages.values()])
+    with closing(Holdings("driver", config, graph, stages["decoder"].geometry, HOST)) as holdings:
+        yield holdings
+
+
+def frames_of(peer: Peer) -> Handoff:
+    """Return what a decoder says of a piece of raw frames; the bytes are others."""
+    (meta,) = (meta for meta in peer.handoff.tensors if meta.name == "latents")
+    return replace(peer.handoff, tensors=(replace(meta, name=FRAMES),))
+
+
+def pull(holdings: Holdings, piece: Handoff, times: int) -> list[object]:
+    """Pull as often at once; return what comes of each."""
+
+    async def all_at_once() -> list[object]:
+        into = np.empty((1, 16, 3, 8, 8), np.float32)
+        return await asyncio.gather(*(holdings.pull_frames(piece, into) for _ in range(times)), return_exceptions=True)
+
+    return asyncio.run(all_at_once())
+
+
+@pytest.mark.slow
+def test_closing_ends_more_pulls_from_a_hung_decoder_than_there_are_slots(holdings: Holdings) -> None:
+    with Peer() as peer, ThreadPoolExecutor(1) as thread:
+        piece = frames_of(peer)
+        assert pull(holdings, piece, 1) == [None]
+        peer.stop()
+        pulling = thread.submit(pull, holdings, piece, NUM_THREADS)
+        wait_until(holdings._pieces.empty, "nothing is pulled", 60)
+        holdings.close()
+        assert all(isinstance(error, TransferError | PoolError) for error in pulling.result(60))
+
+
+@pytest.mark.proof
+def test_pulls_from_a_hung_decoder_end_and_its_slots_are_used_again_once_it_is_dead(holdings: Holdings) -> None:
+    with Peer() as peer:
+        piece = frames_of(peer)
+        assert pull(holdings, piece, 1) == [None]
+        peer.stop()
+        assert all(isinstance(error, TransferError) for error in pull(holdings, piece, NUM_THREADS))
+    holdings.forget((peer.session,))
+    with Peer() as other:
+        assert pull(holdings, frames_of(other), NUM_THREADS) == [None] * NUM_THREADS
+    holdings.close()
