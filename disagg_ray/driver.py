@@ -230,12 +230,14 @@ class Driver(ABC):
         for answer in list(self._calls.values()):  # what would not end
             answer.cancel()
 
-    def _wait_for_loop(self, coroutine: Coroutine[Any, Any, None], timeout_s: float) -> None:
-        """Run a coroutine that closing needs; one that hangs is left behind, which is logged."""
+    def _wait_for_loop(self, coroutine: Coroutine[Any, Any, None], timeout_s: float) -> bool:
+        """Run a coroutine that closing needs; False: it hangs and is left behind, which is logged."""
         try:
             self._call(coroutine, timeout_s)
         except TimeoutError:
             logger.warning("%s: its event loop has hung for %g s: left behind", self.id, timeout_s)
+            return False
+        return True
 
 
 def _settle(answer: Future[T], task: asyncio.Task[T]) -> None:

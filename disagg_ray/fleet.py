@@ -293,9 +293,10 @@ class Fleet:
             for call in closing:
                 call.cancel()
             await asyncio.gather(*closing, return_exceptions=True)
-            await asyncio.wait([asyncio.ensure_future(off_loop(self._end, actors))], timeout=CLOSE_S)
+            await asyncio.wait([asyncio.ensure_future(off_loop(self.kill, actors))], timeout=CLOSE_S)
 
-    def _end(self, actors: list[Actor]) -> None:
-        for actor in actors:
+    def kill(self, actors: Sequence[Actor] = ()) -> None:
+        """End replicas at once, these and all that are left; waits for Ray."""
+        for actor in [*actors, *self._actors.values(), *self._starting.values()]:
             ray.kill(actor.handle)
         self._placement.close()

@@ -313,7 +313,8 @@ class Pipeline(Driver):
         if self._ended:
             return
         self._check_thread()
-        self._wait_for_loop(self._stop(), STOP_S)
+        if not self._wait_for_loop(self._stop(), STOP_S) and self._fleet is not None:
+            within(CLOSE_S, self._fleet.kill, "killing the replicas")
         if self._receiver is not None:
             self._receiver.close()
         self._end_loop()

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import ray
 import torch
 
-from disagg_ray import Pipeline, Request, placement
+from disagg_ray import Pipeline, Request, placement, replica
 from disagg_ray.graph import Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.messages import ReplicaInfo, Task
@@ -93,7 +93,8 @@ class Faults:
 
 
 class FaultyReplica(ServedReplica):
-    """A replica with weak points: prefetch, pull (room is reserved), compute, step, publish (it is copied), release."""
+    """A replica with weak points: prefetch, pull (room is reserved), compute, step, publish (it is copied), encode,
+    release."""
 
     faults: Faults
 
@@ -121,8 +122,17 @@ class FaultyReplica(ServedReplica):
             self.faults.trip(name, "publish", key.request_id.rpartition(".")[0])
             return handoff
 
+        def faulty_encode(*args: Any, **options: Any) -> bytes:
+            self.faults.trip(name, "encode", self._encoding)
+            return encode(*args, **options)
+
+        encode, replica.encode = replica.encode, faulty_encode
         self._stage.compute, self._pool.pull, self._pool.publish = faulty_compute, faulty_pull, faulty_publish  # type: ignore[method-assign, assignment]
         return info
+
+    def encode(self, key: AttemptKey, *args: Any) -> Any:
+        self._encoding = key.request_id.rpartition(".")[0]
+        return super().encode(key, *args)
 
     def prefetch(self, task: Task) -> Any:
         self.faults.trip(self._stage.name, "prefetch", task.request.id)
