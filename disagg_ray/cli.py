@@ -209,6 +209,7 @@ def _start_split(config: Config, options: argparse.Namespace, total: int) -> Ite
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.placement import Cluster
 
+    Pipeline.check(config)
     with (
         _display(options, total) as display,
         closing(Cluster(config)),

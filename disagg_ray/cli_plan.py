@@ -32,7 +32,7 @@ def profile(argv: Sequence[str]) -> int:
     config = load_config(options.config, *options.overrides)
     requests = _requests_to_profile(config, options.sizes, options.steps, options.format)
     if options.repeats < 1:
-        raise PlanError(f"repeats: {options.repeats} is not possible; write 1 or more")
+        raise PlanError(f"invalid --repeats={options.repeats}: must be at least 1")
     for request in requests:
         resolve(request, config)
 
@@ -96,7 +96,7 @@ def plan(argv: Sequence[str]) -> int:
         replace(config, model=replace(config.model, task="t2v")),
     )
     if options.requests is not None and options.requests < 1:
-        raise PlanError(f"requests: {options.requests} is not possible; write 1 or more")
+        raise PlanError(f"invalid --requests={options.requests}: must be at least 1")
 
     from disagg_ray.planning import plan as planning
     from disagg_ray.planning.layouts import to_settings, to_yaml

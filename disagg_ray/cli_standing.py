@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from disagg_ray.arguments import EPILOG, Parser
 from disagg_ray.errors import InputError
 from disagg_ray.loading import load_config
-from disagg_ray.models.checkpoint import check_here
+from disagg_ray.preflight import check_model
 from disagg_ray.signals import terminated
+from disagg_ray.units import shown
 
 
 def up(argv: Sequence[str]) -> int:
@@ -24,10 +25,12 @@ def up(argv: Sequence[str]) -> int:
     if options.here and options.only is None:
         raise InputError("--here: it goes with --only STAGE; give both, or neither")
     config = load_config(options.config, *options.overrides)
-    check_here(config.model, whole=False)
+    check_model(config, whole=False)
     with joined(config.cluster.address):
+        from disagg_ray.placement import check_joining
         from disagg_ray.standing import stand
 
+        check_joining(config, config.cluster.address or "this machine")
         if options.only is not None:
             snapshot = stand.up_stage(options.name, options.only, config, here=options.here)
         else:
@@ -89,7 +92,7 @@ def scale(argv: Sequence[str]) -> int:
 def _parse_scale(text: str) -> tuple[str, int]:
     stage, _, number = text.partition("=")
     if not stage or not number.isdecimal() or int(number) < 1:
-        raise InputError(f"STAGE=NUMBER: {text!r} is not possible; write a stage and 1 or more, as transformer=4")
+        raise InputError(f"invalid STAGE=NUMBER {shown(text)}: must be a stage and at least 1, as transformer=4")
     return stage, int(number)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from disagg_ray.checks import config_checks
 from disagg_ray.errors import ConfigError
 from disagg_ray.options import DenoiserConfig, VaeConfig, parse_part
+from disagg_ray.units import printable, shown
 
 REPLICA_WINDOW = 2
 """A replica takes one request to compute and one to prefetch."""
@@ -118,13 +119,13 @@ class StageConfig:
     """Top-level blocks of the checkpoint's diffusers modular pipeline, in order. In place of `decode` several stages
     may share its tiles, as `decode.1of2` and `decode.2of2`, and one more makes the video of them, `blend`."""
     replicas: int = 1
-    """Actors of this stage; of a standing pipeline's, {min: A, max: B} lets the load decide."""
+    """Actors of this stage; with `disagg-ray up`, {min: A, max: B} lets the load decide."""
     min_replicas: int | None = None
     """What {min, max} says; null: as many as `replicas`."""
     max_replicas: int | None = None
     """The same; pools are sized for as many."""
     num_gpus: float = 0.0
-    """GPUs of each replica; a fraction shares one."""
+    """GPUs of each replica, from 0 to 1; a fraction shares one."""
     num_cpus: float = 1.0
     """CPUs Ray reserves for each replica."""
     memory: int | None = None
@@ -136,7 +137,7 @@ class StageConfig:
     accelerator_type: str | None = None
     """Ray's name of the GPU each replica must have, as H200 or L40S; null: any."""
     placement: str = "pack"
-    """pack (fill nodes that are in use first) or spread (over as many nodes as there are)."""
+    """pack (fill nodes that are in use first) or spread (over as many nodes as there are; not with share_gpu)."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     """Replicas on mixed hardware, by a name of your choice; when given, they take the place of `replicas`."""
     num_threads: int | None = None
@@ -146,17 +147,18 @@ class StageConfig:
     device: str = "auto"
     """auto (cuda with num_gpus, else cpu), cpu or cuda."""
     gpu_bytes: int | None = None
-    """Most memory that torch takes of the GPU for each replica; more fails there alone. null: all there is."""
+    """Most memory that torch takes of the GPU for each replica; more fails there alone. null: all there is. For stages
+    on a GPU only."""
     cache_bytes: int = 64 * 2**20
-    """Registered memory in which a text encoder keeps prompt embeddings for the next request with the same text; they
-    give way when its outputs need the room. 0: none."""
+    """Registered memory in which a stage with the block text_encoder keeps prompt embeddings for the next request with
+    the same text; they give way when its outputs need the room. 0: none."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     """How its transformers run."""
     vae: VaeConfig = field(default_factory=VaeConfig)
     """How its VAE runs."""
     offload: str = "none"
-    """Where weights wait: none (on the device), group (on the host, but for the layers at work) or model (on the host,
-    but for the component at work)."""
+    """Where weights wait: none (on the device) or, for stages on a GPU, group (on the host, but for the layers at work)
+    or model (on the host, but for the component at work)."""
     warm_up: list[list[int]] = field(default_factory=list)
     """[height, width, num_frames] that are run once at start, so that no request of that size pays for compiling and
     measuring."""
@@ -272,9 +274,9 @@ class ClusterConfig:
     address: str | None = None
     """Ray cluster to join; null: RAY_ADDRESS if set, else one of our own on this machine."""
     num_gpus: int | None = None
-    """GPUs of a cluster of our own; null: those Ray finds."""
+    """GPUs of a cluster of our own, not of one that is joined; null: those Ray finds."""
     dashboard: bool = False
-    """Start the Ray dashboard in a cluster of our own."""
+    """Start the Ray dashboard in a cluster of our own, not in one that is joined."""
     start_timeout_s: float = 1800.0
     """Until every replica must be ready, downloads and loading included."""
 
@@ -298,12 +300,13 @@ class Config:
     """Have replicas tell of their steps, over an encrypted port that the driver opens on its node."""
     output: OutputConfig = field(default_factory=OutputConfig)
     fused: bool = False
-    """Run the blocks of all stages in one, named `fused`, with the largest of their resources."""
+    """Run the blocks of all stages in one, named `fused`: with the largest of their resources and the sum of their
+    memory; what one stage cannot have at once is refused."""
 
     def __post_init__(self) -> None:
         for key, value, ok, remedy in config_checks(self):
             if not ok:
-                raise ConfigError(f"{key}: {value!r} is not possible: {remedy}")
+                raise ConfigError(f"invalid {printable(key)}={shown(value)}: {remedy}")
 
     @property
     def max_in_flight(self) -> int:

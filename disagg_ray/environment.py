@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from disagg_ray.errors import ConfigError
+
 
 def ray_address() -> str | None:
     """Return the cluster that Ray itself would join (`ray job submit` sets it for its entrypoints)."""
@@ -23,7 +25,27 @@ def ray_auth_mode() -> str | None:
 def ray_token_path() -> Path:
     """Return the file that Ray reads its token from."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(path) if path else Path.home() / ".ray" / "auth_token"
+    return Path(path) if path else home() / ".ray" / "auth_token"
+
+
+def ray_temporary_folder() -> tuple[str, str]:
+    """Return where Ray puts its sessions on Linux, and the name of the variable that says so."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
+    return name, os.environ.get(name, "/tmp")
+
+
+def home() -> Path:
+    """Return the user's home.
+
+    Raises:
+        ConfigError: neither HOME nor the system names one.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConfigError(
+            "HOME: not set, and this user has no home; set it to a folder that can be written to"
+        ) from error
 
 
 def mooncake_config_path() -> Path | None:
@@ -40,12 +62,15 @@ def cuda_allocator() -> str:
 def cache_folder() -> Path:
     """Return where generated checkpoints are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "disagg_ray"
+    return (Path(base) if base else home() / ".cache") / "disagg_ray"
 
 
 def expand_home(path: str | Path) -> Path:
     """Return a path with a leading `~` as the user's home; one that names no user stays as it is."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError for no such user
+    try:
+        return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError for no such user
+    except ValueError:  # a NUL or a lone surrogate in the user's name
+        return Path(path)
 
 
 def replace(name: str, value: str | None) -> None:

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from disagg_ray.units import did_you_mean
+
 Check = tuple[str, object, bool, str]
-"""Key, value, whether it is possible, remedy."""
+"""Key, value, whether it may be so, and what it must be instead."""
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 CACHES = ("none", "first_block", "mag", "sea", "taylorseer")
@@ -17,6 +19,8 @@ OFFLOADS = ("none", "group", "model")
 SCHEDULERS = ("unipc", "euler")
 TRANSFORMERS = ("transformer", "transformer_2")
 
+TEXT_ENCODER = "text_encoder"
+"""The block that encodes prompts."""
 BLEND = "blend"
 PART = re.compile(r"decode\.(\d+)of(\d+)")
 """Of the block `decode`: some of the tiles of a tiled decode, of which `blend` makes the video."""
@@ -104,6 +108,13 @@ def tile_tensors(num_parts: int) -> tuple[str, ...]:
     return tuple(f"{TILES}{number}" for number in range(1, num_parts + 1))
 
 
+def one_of(key: str, value: str | None, words: Sequence[str], *, null: bool = False) -> Check:
+    """Return the check of a key that takes one of some words; `null`: or none."""
+    remedy = f"must be one of {', '.join(words)}{' or null' if null else ''}"
+    ok = value in words or (null and value is None)
+    return key, value, ok, remedy + did_you_mean(value or "", words)
+
+
 def part_checks(stages: Sequence[tuple[str, Sequence[str], VaeConfig]]) -> Iterator[Check]:
     """Yield what is wrong with a decode in parts; a stage is given by its key, its blocks and its VAE's options."""
     found = sorted(block for _, blocks, _ in stages for block in blocks if block.split(".")[0] in ("decode", BLEND))
@@ -111,55 +122,53 @@ def part_checks(stages: Sequence[tuple[str, Sequence[str], VaeConfig]]) -> Itera
         return  # how many there must be is the graph's affair
     num_parts = max([2, *(part[1] for block in found if (part := parse_part(block)))])
     parts = name_parts(num_parts)
-    remedy = f"write decode alone, or {', '.join(parts)} and {BLEND}, each once"
+    remedy = f"must be decode alone, or {', '.join(parts)} and {BLEND}, each once"
     yield "stages", found, found == sorted([*parts, BLEND]), remedy
     for key, blocks, vae in stages:
         own = len(set(parts) & set(blocks))
         apart = BLEND not in blocks or own in (0, num_parts)
-        yield f"{key}.blocks", blocks, apart, f"{BLEND} waits for all parts; give it a stage of its own"
+        yield f"{key}.blocks", blocks, apart, f"{BLEND} waits for all parts and must have a stage of its own"
         ok = vae.tile_pixels is None or not own or "vae_encoder" in blocks
-        yield f"{key}.vae.tile_pixels", vae.tile_pixels, ok, "a decode in parts always works in tiles; leave it out"
+        yield f"{key}.vae.tile_pixels", vae.tile_pixels, ok, "must be left out: a decode in parts always works in tiles"
 
 
 def denoiser_checks(key: str, denoiser: DenoiserConfig, offload: str, warm_up: list[list[int]]) -> Iterator[Check]:
     """Yield what is wrong with a transformer's options, and which of them exclude each other."""
     attention, mode, cache = denoiser.attention, denoiser.compile, denoiser.step_cache
     named = attention != "auto" or bool(warm_up)
-    yield f"{key}.attention", attention, named, "auto is measured at the sizes of the stage's warm_up; name one there"
-    yield f"{key}.compile", mode, mode in (None, *MODES), f"write one of {', '.join(MODES)}, or null"
+    yield f"{key}.attention", attention, named, "is measured at the sizes of the stage's warm_up; name one there"
+    yield one_of(f"{key}.compile", mode, MODES, null=True)
     quantization = denoiser.quantization
-    ok = quantization in QUANTIZATIONS
-    yield f"{key}.quantization", quantization, ok, f"write one of {', '.join(QUANTIZATIONS)}"
+    yield one_of(f"{key}.quantization", quantization, QUANTIZATIONS)
     ok = quantization != "fp8" or (offload == "none" and not denoiser.loras)
-    yield f"{key}.quantization", quantization, ok, "fp8 goes with neither offload nor loras; write fp8_storage"
+    yield f"{key}.quantization", quantization, ok, "goes with neither offload nor loras; write fp8_storage"
     ok = quantization != "fp8_storage" or mode is None
-    yield f"{key}.quantization", quantization, ok, "fp8_storage cannot be compiled; write compile: null, or fp8"
+    yield f"{key}.quantization", quantization, ok, "cannot be compiled; write compile: null, or fp8"
     yield from _cache_checks(f"{key}.step_cache", cache)
     for number, lora in enumerate(denoiser.loras):
         place = f"{key}.loras[{number}]"
-        yield f"{place}.path", lora.path, lora.path.endswith(".safetensors"), "give a .safetensors file"
-        yield f"{place}.strength", lora.strength, math.isfinite(lora.strength), "write a finite number"
-        ok = lora.transformer in TRANSFORMERS
-        yield f"{place}.transformer", lora.transformer, ok, f"write {' or '.join(TRANSFORMERS)}"
+        yield f"{place}.path", lora.path, lora.path.endswith(".safetensors"), "must be a .safetensors file"
+        yield f"{place}.strength", lora.strength, math.isfinite(lora.strength), "must be a finite number"
+        yield one_of(f"{place}.transformer", lora.transformer, TRANSFORMERS)
 
 
 def _cache_checks(key: str, cache: StepCacheConfig) -> Iterator[Check]:
     method, threshold, interval = cache.method, cache.threshold, cache.interval
-    yield f"{key}.method", method, method in CACHES, f"write one of {', '.join(CACHES)}"
+    yield one_of(f"{key}.method", method, CACHES)
     ok = threshold is None or (method in ("first_block", "mag", "sea") and 0 <= threshold < math.inf)
-    yield f"{key}.threshold", threshold, ok, "write 0 or more, for first_block, mag or sea"
+    yield f"{key}.threshold", threshold, ok, "must be at least 0, and only for first_block, mag or sea"
     ok = interval is None or (method == "taylorseer" and interval >= 1)
-    yield f"{key}.interval", interval, ok, "write 1 or more, for taylorseer"
+    yield f"{key}.interval", interval, ok, "must be at least 1, and only for taylorseer"
     ok = bool(cache.ratios) == (method == "mag") and all(0 < ratio < math.inf for ratio in cache.ratios)
-    yield f"{key}.ratios", cache.ratios, ok, "mag needs its model's positive ratios, and only mag takes them"
+    yield f"{key}.ratios", cache.ratios, ok, "must be the model's positive ratios for mag, and [] for any other method"
 
 
 def size_checks(key: str, warm_up: list[list[int]], multiple: int, max_pixels: int, max_frames: int) -> Iterator[Check]:
     """Yield which sizes of a stage's warm-up no request could have."""
     for size in warm_up:
         ok = len(size) == 3 and all(number > 0 for number in size)
-        yield key, size, ok, "write [height, width, num_frames]"
+        yield key, size, ok, "must be [height, width, num_frames]"
         height, width, num_frames = size
         ok = height % multiple == width % multiple == 0 and height * width <= max_pixels
-        yield key, size, ok, f"write multiples of {multiple} within limits.max_pixels"
-        yield key, size, num_frames % 4 == 1 and num_frames <= max_frames, "write 4k + 1 within limits.max_frames"
+        yield key, size, ok, f"must be multiples of {multiple} within limits.max_pixels"
+        yield key, size, num_frames % 4 == 1 and num_frames <= max_frames, "must be 4k + 1 within limits.max_frames"

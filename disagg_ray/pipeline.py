@@ -18,7 +18,7 @@ from disagg_ray.admission import Admission
 from disagg_ray.config import Config
 from disagg_ray.connection import Connection
 from disagg_ray.driver import Driver
-from disagg_ray.errors import DisaggError, StageError, StartError
+from disagg_ray.errors import ConfigError, DisaggError, StageError, StartError
 from disagg_ray.fleet import Fleet
 from disagg_ray.graph import build_graph
 from disagg_ray.handle import Handle
@@ -61,6 +61,7 @@ class Pipeline(Driver):
         self, config: Config, on_event: Callable[[Event], None] | None = None, pipeline_id: str | None = None
     ) -> None:
         """Start the pipeline; `on_event` hears of every request's progress, on a thread of its own."""
+        self.check(config)
         super().__init__(pipeline_id or uuid.uuid4().hex[:8], on_event)
         self.config = config
         self.life = uuid.uuid4().hex[:8]
@@ -98,6 +99,20 @@ class Pipeline(Driver):
             StartError: the stages did not become ready.
         """
         return cls(load_config(path, *overrides), on_event)
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Check that this kind of pipeline can do all that a configuration asks for.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        for name, stage in config.stages.items():
+            if stage.max_replicas is not None:
+                raise ConfigError(
+                    f"invalid stages.{name}.replicas={{min: {stage.min_replicas}, max: {stage.max_replicas}}}: must be "
+                    f"a number here; only a pipeline that `disagg-ray up` puts up follows the load"
+                )
 
     @staticmethod
     def connect(

@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,11 +21,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from disagg_ray import environment, roster
+from disagg_ray.checks import joining_checks
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
-from disagg_ray.models.checkpoint import check_here
+from disagg_ray.preflight import check_model, check_temporary_folder
 from disagg_ray.replica import ServedReplica
 from disagg_ray.threads import off_loop
+from disagg_ray.units import mask, shown
 from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
@@ -132,27 +133,21 @@ class Cluster:
         self._started = False
         self._auth_mode = environment.ray_auth_mode()
         address = config.cluster.address or environment.ray_address()
-        check_here(config.model, whole=address is None and not ray.is_initialized())
+        check_model(config, whole=address is None and not ray.is_initialized())
         if ray.is_initialized():
+            check_joining(config, "this process")
             return
         if address is not None:
+            check_joining(config, address)
             join(address)
         else:
             self._start(config)
 
     def _start(self, config: Config) -> None:
         """Start one on this machine, reachable with a token only."""
+        check_temporary_folder()
         _make_token()
-        asked = total_resources(config.stages)
-        ray.init(
-            address="local",
-            num_cpus=max(psutil.cpu_count() or 1, int(asked["CPU"]) + 1),  # bookkeeping: let the stages share cores
-            num_gpus=config.cluster.num_gpus,
-            resources={name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
-            include_dashboard=config.cluster.dashboard,
-            job_config=JobConfig(metadata=_metadata(config)),
-            logging_level=logging.ERROR,
-        )
+        ray.init(address="local", logging_level=logging.ERROR, **own_cluster(config))
         self._started = True
         try:
             _check_gpus(config, ray.cluster_resources().get("GPU", 0))
@@ -167,10 +162,33 @@ class Cluster:
             self._started = False
 
 
+def own_cluster(config: Config) -> dict[str, Any]:
+    """Return what a cluster of our own is started with."""
+    asked = total_resources(config.stages)
+    return {
+        "num_cpus": max(psutil.cpu_count() or 1, int(asked["CPU"]) + 1),  # bookkeeping: let the stages share cores
+        "num_gpus": config.cluster.num_gpus,
+        "resources": {name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
+        "include_dashboard": config.cluster.dashboard,
+        "job_config": JobConfig(metadata=_metadata(config)),
+    }
+
+
+def check_joining(config: Config, address: str) -> None:
+    """Check that nothing is asked of a cluster that is there already.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, value, ok, remedy in joining_checks(config.cluster, address):
+        if not ok:
+            raise ConfigError(f"invalid {key}={shown(value)}: {remedy}")
+
+
 def _metadata(config: Config) -> dict[str, str]:
     """Return what a stranger should see of the job in Ray's dashboard."""
     stages = ", ".join(f"{name} x {stage.num_replicas}" for name, stage in config.stages.items())
-    return {"disagg_ray": VERSION, "model": config.model.path, "stages": stages}
+    return {"disagg_ray": VERSION, "model": mask(config.model.path), "stages": stages}
 
 
 def total_resources(stages: Mapping[str, StageConfig]) -> dict[str, float]:
@@ -210,13 +228,20 @@ def _check_gpus(config: Config, available: float) -> None:
 
 def _make_token() -> None:
     """Write Ray's token so that only its owner can read it; Ray itself would leave it open to all users."""
-    path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-    path.chmod(0o600)
+    path = environment.ray_token_path()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"HOME: Ray's token {shown(str(path))} cannot be written: {error.strerror}; set HOME to a folder that can "
+            f"be written to, or RAY_AUTH_TOKEN_PATH to a file of your own"
+        ) from error
 
 
 class Placement:

@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from disagg_ray.errors import InputError
+from disagg_ray.units import shown
 
 NAMESPACE = "disagg_ray"
 """Ray's namespace of all that stands."""
@@ -34,7 +35,7 @@ def check_name(name: str) -> str:
         InputError: it is none.
     """
     if not NAME.fullmatch(name):
-        raise InputError(f"NAME: {name[:80]!r} is not possible: write 1 to 40 of a-z, 0-9, - and _, as wan-480p")
+        raise InputError(f"invalid NAME={shown(name)}: must be 1 to 40 of a-z, 0-9, - and _, as wan-480p")
     return name
 
 

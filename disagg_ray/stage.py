@@ -13,8 +13,9 @@ import torch
 from disagg_ray.config import Config, LimitsConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
-from disagg_ray.models.checkpoint import Geometry, open_checkpoint
+from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.warm_up import example_request, example_tensors
+from disagg_ray.preflight import check_fit
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
 from disagg_ray.turns import Turns
@@ -63,7 +64,7 @@ class Stage:
         self._settings = config.stages[name]
         self._checkpoint = open_checkpoint(config.model)
         self.geometry = self._checkpoint.geometry
-        _check_guidance(config, self.geometry)
+        check_fit(config, self.geometry)
         self._cut = Cut(self._checkpoint, name, self._settings.blocks, config.num_parts)
         self.weights: dict[str, int] = {}
         """Bytes of each loaded component."""
@@ -233,13 +234,3 @@ def most_piece_bytes(limits: LimitsConfig) -> int:
     """Return the most bytes that a piece of raw frames takes, whatever is asked for within limits."""
     frame = frame_bytes(limits.max_pixels)
     return min(limits.max_frames * frame, max(PIECE_BYTES, frame))
-
-
-def _check_guidance(config: Config, geometry: Geometry) -> None:
-    scale = config.defaults.guidance_scale_2
-    if geometry.two_transformers and scale is None:
-        raise ConfigError(f"defaults.guidance_scale_2: null, but {config.model.path!r} has two transformers; give one")
-    if not geometry.two_transformers and scale is not None:
-        raise ConfigError(
-            f"defaults.guidance_scale_2: {scale}, but {config.model.path!r} has one transformer; write null"
-        )

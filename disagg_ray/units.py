@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """What moves a cursor, ends a line, turns the direction of writing, or cannot be encoded."""
+SECRET = re.compile(
+    r"(://[^/\s:@]*:)[^/\s]+(?=@)|\b((?:password|passwd|token|secret|api_?key)=)[^&\s,;]+", re.IGNORECASE
+)
+"""Of a URL, or of what follows its `?`."""
+MASK = "***"
 
 
 def human_bytes(nbytes: float) -> str:
@@ -25,3 +32,25 @@ def printable(text: str, limit: int = 200) -> str:
     """
     escaped = UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text[: limit + 1])
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value for a message, as the configuration would have it: null, true, 'text', 5."""
+    word = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return printable(mask(word), limit)
+
+
+def mask(text: str) -> str:
+    """Hide the passwords of URLs."""
+    return SECRET.sub(lambda found: (found[1] or found[2]) + MASK, text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return which of several words is most like one, if any is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a word that is none of those known."""
+    near = nearest(word[:100], known)
+    return f"; did you mean {printable(near)}?" if near is not None else ""

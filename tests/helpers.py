@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from disagg_ray.config import Config
 from disagg_ray.driver import Driver
 from disagg_ray.graph import build_graph
+from disagg_ray.models.tuning import offload_groups, offload_models
 from disagg_ray.stage import Stage
 
 HOST = "127.0.0.1"
@@ -45,6 +46,16 @@ def connect_stages(config: Config) -> dict[str, Stage]:
     for stage in stages.values():
         stage.connect(graph)
     return stages
+
+
+def offload(stage: Stage, how: str) -> None:
+    """Have a loaded stage's models wait on the host, where they are: the configuration refuses that as useless."""
+    models = [stage.component(name) for name in stage.weights]
+    if how == "group":
+        for model in models:
+            offload_groups(model, "cpu")
+    if how == "model":
+        offload_models(models, "cpu")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ BAD = [
     (["--imag", "README.md"], "unrecognized arguments"),
     (["model.path=/no/such/folder"], "model.path: '/no/such/folder' is no folder on this node"),
     (["stages.transformer.replica=2"], "did you mean stages.transformer.replicas?"),
-    (["stages.transformer.replicas=0"], "stages.transformer.replicas: 0 is not possible"),
+    (["stages.transformer.replicas=0"], "invalid stages.transformer.replicas=0: must be at least 1"),
     (["replicas"], "override: 'replicas' is not KEY=VALUE"),
     (["stages.encoder.blocks=[text_encodr]"], "no block 'text_encodr'; did you mean text_encoder?"),
     (["stages.encoder.blocks=[decode]"], "'prompt_embeds' has no producer"),
@@ -173,12 +173,12 @@ def test_make_checkpoint_names_the_nearest_shape(tmp_path: Path, capsys: pytest.
 @pytest.mark.slow
 def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
     arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
-    arguments += ["stages.transformer.num_gpus=64"]
+    arguments += ["stages.transformer.num_gpus=1", "stages.transformer.replicas=64"]
     done = subprocess.run(
         [*COMMAND, *arguments], check=False, env=NO_CLUSTER, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert "64 GPUs are asked for (encoder 1 x 0, transformer 1 x 64, decoder 1 x 0)" in done.stderr
+    assert "64 GPUs are asked for (encoder 1 x 0, transformer 64 x 1, decoder 1 x 0)" in done.stderr
 
 
 @pytest.mark.slow

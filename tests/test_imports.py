@@ -31,13 +31,15 @@ LAYERS = (
     {"arguments"},
     {"handle"},
     {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
+    {"preflight"},
     {"identity"},
     {"models", "transfer", "output", "board", "queues"},
     {"request", "progress", "turns", "segments"},
     {"video", "loading"},
+    {"fusing"},
     {"config", "graph", "mp4"},
-    {"checks"},
-    {"environment", "handoff", "options", "logs"},
+    {"checks", "typed"},
+    {"environment", "handoff", "options", "logs", "tree"},
     {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
@@ -47,8 +49,7 @@ IMPORTERS = {
     "imageio": {"video"},
     "imageio_ffmpeg": {"mp4"},
     "PIL": {"video"},
-    "omegaconf": {"loading"},
-    "yaml": {"loading"},
+    "yaml": {"loading", "tree"},
     "fsspec": {"output"},
     "safetensors": {"latents", "models"},
     "rich": {"report", "cli", "display", "doctor"},
@@ -160,7 +161,7 @@ def test_each_foreign_library_has_its_importers(module: str) -> None:
     assert not {library for library in libraries if not {module, unit} & IMPORTERS[library]}
 
 
-@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "omegaconf", "fsspec", "diffusers", "ray", "zmq"])
+@pytest.mark.parametrize("library", ["mooncake", "imageio", "PIL", "yaml", "fsspec", "diffusers", "ray", "zmq"])
 def test_each_importer_is_seen(library: str) -> None:
     assert any(name.split(".")[0] == library for path in FILES.values() for name in imported(path))
 

@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers import offload
 from safetensors.torch import save_file
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Request, RequestError, load_config
@@ -18,13 +19,12 @@ CONF = Path(__file__).parents[1] / "conf"
 SMALL = ("model.max_sequence_length=64", "limits.max_pixels=4096", "limits.max_frames=9", "defaults.num_frames=9")
 SIZE = "[[32,48,5]]"
 DENOISER, VAE = "stages.transformer.denoiser", "stages.decoder.vae"
+ON_GPU = tuple(f"stages.{stage}.num_gpus=1" for stage in ("encoder", "transformer", "decoder"))
 FIRST_BLOCK = (f"{DENOISER}.step_cache.method=first_block", f"{DENOISER}.step_cache.threshold=10")
 
 CLOSE = {
     "attention by name": (f"{DENOISER}.attention=_native_math",),
     "fastest attention": (f"{DENOISER}.attention=auto", f"stages.transformer.warm_up={SIZE}"),
-    "group offload": (f"stages.{s}.offload=group" for s in ("encoder", "transformer", "decoder")),
-    "model offload": (f"stages.{s}.offload=model" for s in ("encoder", "transformer", "decoder")),
     "channels last": (f"{VAE}.channels_last=true",),
     "slicing": (f"{VAE}.slicing=true",),
     "tiles only for larger sizes": (f"{VAE}.tile_pixels=4096",),
@@ -102,6 +102,16 @@ def test_option_changes_nothing_but_rounding(
     assert np.abs(frames(start(*CLOSE[name])) - plain()).max() < 1e-4
 
 
+@pytest.mark.parametrize("how", ["group", "model"])
+def test_offloading_changes_nothing_but_rounding(
+    start: Callable[..., LocalPipeline], plain: Callable[..., np.ndarray], how: str
+) -> None:
+    pipeline = start()
+    for stage in pipeline._stages:
+        offload(stage, how)
+    assert np.abs(frames(pipeline) - plain()).max() < 1e-4
+
+
 @pytest.mark.parametrize("task", ["i2v", "flf2v", "a14b_i2v"])
 def test_every_stage_of_every_task_warms_up(
     start: Callable[..., LocalPipeline], image: Callable[..., Any], task: str
@@ -151,13 +161,14 @@ def test_cancelled_request_leaves_no_step_cache(start: Callable[..., LocalPipeli
 
 
 @pytest.mark.parametrize("name", ["none", "first_block"])
-@pytest.mark.parametrize("offload", ["none", "group"])
+@pytest.mark.parametrize("how", ["none", "group"])
 def test_compiled_denoiser_goes_with_cache_and_offload(
-    traced_only: None, start: Callable[..., LocalPipeline], name: str, offload: str
+    traced_only: None, start: Callable[..., LocalPipeline], name: str, how: str
 ) -> None:
-    options = (*CACHES.get(name, ()), f"stages.transformer.offload={offload}")
+    options = CACHES.get(name, ())
     eager = frames(start(*options), num_inference_steps=3)
-    compiled = start(*options, f"{DENOISER}.compile=default", f"stages.transformer.warm_up={SIZE}")
+    compiled = start(*options, f"{DENOISER}.compile=default")
+    offload(compiled._stages[1], how)
     assert np.abs(frames(compiled, num_inference_steps=3) - eager).max() < 1e-3
 
 
@@ -246,7 +257,7 @@ def test_unfit_lora_files_are_refused(start: Callable[..., LocalPipeline], tmp_p
     assert "of its 2 keys 2 match no layer" in refusal(make_lora(tmp_path, prefix="unet.down.attn1.to_q"))
     assert "cannot be loaded" in refusal(make_lora(tmp_path, width=32))
     assert "has no transformer_2" in refusal(make_lora(tmp_path), ConfigError, "transformer_2")
-    assert "give a .safetensors file" in refusal(tmp_path / "pickle.bin", ConfigError)
+    assert "must be a .safetensors file" in refusal(tmp_path / "pickle.bin", ConfigError)
 
 
 @pytest.mark.parametrize("task", ["t2v", "a14b_t2v"])
@@ -303,23 +314,29 @@ def test_options_that_cannot_be_had_here_are_refused(
         ((f"{DENOISER}.attention=auto",), "name one there"),
         ((f"{DENOISER}.compile=reduce-overhead",), "max-autotune-no-cudagraphs"),
         ((f"{DENOISER}.compile=default", f"{DENOISER}.quantization=fp8_storage"), "cannot be compiled"),
-        ((f"{DENOISER}.quantization=fp8", "stages.transformer.offload=group"), "neither offload nor loras"),
-        ((f"{DENOISER}.quantization=int4",), "write one of none, fp8_storage, fp8"),
-        ((f"{DENOISER}.step_cache.method=pab",), "write one of none, first_block"),
+        ((f"{DENOISER}.quantization=fp8", *ON_GPU, "stages.transformer.offload=group"), "neither offload nor loras"),
+        ((f"{DENOISER}.quantization=int4",), "must be one of none, fp8_storage, fp8"),
+        ((f"{DENOISER}.step_cache.method=pab",), "must be one of none, first_block"),
         ((f"{DENOISER}.step_cache.threshold=0.1",), "for first_block, mag or sea"),
         ((f"{DENOISER}.step_cache.interval=2",), "for taylorseer"),
-        ((f"{DENOISER}.step_cache.method=mag",), "mag needs its model's positive ratios"),
-        (("stages.decoder.offload=disk",), "write one of none, group, model"),
-        (("stages.decoder.warm_up=[[32,48]]",), "write .height, width, num_frames."),
+        ((f"{DENOISER}.step_cache.method=mag",), "must be the model's positive ratios for mag"),
+        (("stages.decoder.offload=disk",), "must be one of none, group, model"),
+        (("stages.decoder.warm_up=[[32,48]]",), "must be .height, width, num_frames."),
         (("stages.decoder.warm_up=[[33,48,5]]",), "multiples of 16"),
         (("stages.decoder.warm_up=[[32,48,6]]",), "4k \\+ 1"),
-        (("stages.decoder.vae.tile_pixels=-1",), "0 or more"),
+        (("stages.decoder.vae.tile_pixels=-1",), "at least 0"),
         (("stages.decoder.vae.tiles=3",), "stages.decoder.vae.tiles: no such key"),
-        (("model.scheduler=ddim",), "unipc or euler"),
-        (("model.sigmas=[0.5,0.75]",), "fall from at most 1"),
-        (("model.sigmas=[1.0,0.0]",), "fall from at most 1"),
-        (("model.sigmas=[0.9,0.5]", "limits.max_steps=1", "defaults.num_inference_steps=1"), "limits.max_steps is 1"),
-        (("fused=true", "stages.decoder.offload=group", "stages.encoder.offload=model"), "different offload"),
+        (("model.scheduler=ddim",), "one of unipc, euler or null"),
+        (("model.sigmas=[0.5,0.75]",), "must fall from at most 1"),
+        (("model.sigmas=[1.0,0.0]",), "must fall from at most 1"),
+        (
+            ("model.sigmas=[0.9,0.5]", "limits.max_steps=1", "defaults.num_inference_steps=1"),
+            "must be at most limits.max_steps=1",
+        ),
+        (
+            (*ON_GPU, "fused=true", "stages.decoder.offload=group", "stages.encoder.offload=model"),
+            "offload='group' can",
+        ),
     ],
 )
 def test_impossible_options_are_refused_before_anything_starts(overrides: tuple[str, ...], says: str) -> None:

@@ -257,8 +257,8 @@ def test_the_command_generates_lists_and_refuses(
 REFUSED = [
     (["down", "nothing"], "no pipeline 'nothing' stands here; there are: tests"),
     (["generate", "--connect", "test", "--prompt", "x", "--output", "x.mp4"], "no pipeline 'test' stands here"),
-    (["up", "Tests!", "--config", T2V], "NAME: 'Tests!' is not possible"),
-    (["scale", NAME, "transformer=0"], "'transformer=0' is not possible; write a stage and 1 or more"),
+    (["up", "Tests!", "--config", T2V], "invalid NAME='Tests!': must be 1 to 40"),
+    (["scale", NAME, "transformer=0"], "'transformer=0': must be a stage and at least 1"),
     (["scale", NAME, "denoiser=2"], "denoiser: no such stage; there are encoder, transformer, decoder"),
     (["up", NAME, "--config", "conf/tiny_i2v.yaml"], "model: it cannot change while the pipeline stands"),
     (["up", NAME, "--config", T2V, "--only", "encoder"], "'tests' stands already"),

@@ -15,6 +15,7 @@ from diffusers.modular_pipelines import PipelineState
 from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from diffusers.video_processor import VideoProcessor
 from faulty import faulty_replicas
+from helpers import offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parity import HOST, Split
@@ -123,7 +124,8 @@ def test_the_join_holds_no_weights(split: Split) -> None:
 def test_every_part_warms_up(configure: Callable[..., Config], expected: Callable[..., np.ndarray]) -> None:
     stages = ("decoder_1", "decoder_2", "join")
     warm = [f"stages.{stage}.warm_up=[[{WIDE[0]},{WIDE[1]},5]]" for stage in stages]
-    pipeline = LocalPipeline(configure(*parts(2), *warm, "stages.decoder_1.offload=model"))
+    pipeline = LocalPipeline(configure(*parts(2), *warm))
+    offload(next(stage for stage in pipeline._stages if stage.name == "decoder_1"), "model")
     assert np.array_equal(pipeline.generate(ask(WIDE)).frames, expected(*WIDE))
 
 
@@ -171,15 +173,21 @@ BLENDED = "stages.join.blocks=[blend]"
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("stages.decoder.blocks=[decode.1of2]", BLENDED), "write decode alone, or decode.1of2, decode.2of2 and blend"),
+        (
+            ("stages.decoder.blocks=[decode.1of2]", BLENDED),
+            "must be decode alone, or decode.1of2, decode.2of2 and blend",
+        ),
         (("stages.decoder.blocks=[decode.1of2,decode.2of2]",), "and blend, each once"),
         ((*parts(2), "stages.other.blocks=[decode.2of2]"), "each once"),
         ((*parts(2), "stages.other.blocks=[decode.2of3]"), "decode.3of3 and blend, each once"),
-        ((*parts(2), "stages.other.blocks=[decode]"), "write decode alone"),
-        ((*parts(2), "stages.decoder_2.blocks=[decode.two]"), "write decode alone"),
-        ((BLENDED,), r"\['blend', 'decode'\] is not possible: write decode alone"),
+        ((*parts(2), "stages.other.blocks=[decode]"), "must be decode alone"),
+        ((*parts(2), "stages.decoder_2.blocks=[decode.two]"), "must be decode alone"),
+        ((BLENDED,), r"invalid stages=\['blend', 'decode'\]: must be decode alone"),
         ((*parts(2), "stages.join=null", "stages.decoder_1.blocks=[decode.1of2,blend]"), "a stage of its own"),
-        ((*parts(2), "stages.decoder_1.vae.tile_pixels=0"), "decoder_1.vae.tile_pixels: .* always works in tiles"),
+        (
+            (*parts(2), "stages.decoder_1.vae.tile_pixels=0"),
+            "decoder_1.vae.tile_pixels=0: must be left out: .* always works in tiles",
+        ),
     ],
 )
 def test_parts_that_make_no_whole_are_refused_before_anything_starts(overrides: tuple[str, ...], says: str) -> None:

@@ -12,7 +12,7 @@ from disagg_ray.config import Config, StageConfig, TransportConfig
 from disagg_ray.doctor.check import Check, at, exit_status, fail
 from disagg_ray.doctor.cluster import check_cluster, check_resources
 from disagg_ray.doctor.machine import Survey, survey
-from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model
+from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model, without_gpu
 from disagg_ray.doctor.probe import Probe, check_link
 from disagg_ray.doctor.security import check_auth
 from disagg_ray.doctor.standing import examine_standing
@@ -57,7 +57,10 @@ def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> It
         yield fail("ray", silence, "ray status, on the head node; or leave --address and RAY_ADDRESS out")
         return
     stages = config.stages
-    without_gpus = {name: replace(stage, num_gpus=0, groups={}) for name, stage in stages.items()}  # checked below
+    without_gpus = {
+        name: replace(without_gpu(stage), num_gpus=0, accelerator_type=None, groups={})  # checked below
+        for name, stage in stages.items()
+    }
     try:
         cluster = Cluster(replace(config, stages=without_gpus))
     except DisaggError as error:

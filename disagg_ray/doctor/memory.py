@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from disagg_ray.config import Config
+from disagg_ray.config import Config, StageConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
 from disagg_ray.doctor.software import Gpu
 from disagg_ray.errors import InputError
@@ -54,7 +54,7 @@ def measure(config: Config) -> Needs:
     Raises:
         InputError: the model or its cut cannot work, or a pool is too small.
     """
-    on_cpu = replace(config, stages={name: replace(stage, device="cpu") for name, stage in config.stages.items()})
+    on_cpu = replace(config, stages={name: without_gpu(stage) for name, stage in config.stages.items()})
     stages = {name: Stage(name, on_cpu) for name in config.stages}
     graph = build_graph([stage.ports for stage in stages.values()])
     for stage in stages.values():
@@ -62,6 +62,11 @@ def measure(config: Config) -> Needs:
     geometry = next(iter(stages.values())).geometry
     needs = tuple(_need(config, stage) for stage in stages.values())
     return Needs(needs, driver_pool_bytes(config, graph, geometry))
+
+
+def without_gpu(stage: StageConfig) -> StageConfig:
+    """Return a stage as it would be where there is no GPU."""
+    return replace(stage, device="cpu", gpu_bytes=None, offload="none")
 
 
 def _need(config: Config, stage: Stage) -> Need:

@@ -15,6 +15,7 @@ from disagg_ray.config import REPLICA_WINDOW, slots_bytes
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts
 from disagg_ray.planning.profile import Load, Profile, StageProfile
+from disagg_ray.units import shown
 
 MEMORY_GB = {"B200": 180, "H200": 141, "H100": 80, "L40S": 48, "L40": 48, "A40": 48, "A10G": 24, "L4": 24, "T4": 16}
 """Published memory of a GPU, by Ray's name of it."""
@@ -120,7 +121,7 @@ def equip(gpus: Mapping[str, tuple[int, int | None]], profiles: Mapping[str, Pro
         raise PlanError("profile: give one, or several of the same model and stages")
     for kind, speed in speeds.items():
         if kind not in gpus or speed <= 0:
-            raise PlanError(f"speed: {kind}={speed:g} is not possible; write a positive number for a kind in --gpus")
+            raise PlanError(f"invalid --speed {shown(kind)}={speed:g}: must be a positive number for a kind in --gpus")
     return tuple(_equip(kind, count, memory, profiles, speeds) for kind, (count, memory) in gpus.items())
 
 

@@ -47,6 +47,10 @@ class Standing(Pipeline):
         self._unfinished: dict[Handle, ResolvedRequest] = {}
         super().__init__(config, on_event, name)
 
+    @staticmethod
+    def check(config: Config) -> None:
+        """Check nothing: replicas may follow the load."""
+
     def _make_fleet(self, metrics: Metrics) -> Fleet:
         return StandingFleet(self.config, self.id, self._lose, self._fail, metrics)
 

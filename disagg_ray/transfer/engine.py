@@ -19,6 +19,7 @@ from disagg_ray import environment
 from disagg_ray.config import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.handoff import Session
+from disagg_ray.units import mask
 
 TIMED_OUT = -1000
 """Code of a peer that gave no sign of life; Mooncake's own codes are small."""
@@ -45,7 +46,7 @@ class Engine:
         if code != 0:
             raise TransferError(
                 f"Mooncake could not start with transport.protocol={transport.protocol} "
-                f"device_name={transport.device_name!r} metadata_server={transport.metadata_server}"
+                f"device_name={transport.device_name!r} metadata_server={mask(transport.metadata_server)}"
                 + (f", or transport.port_range={transport.port_range} has no free port" if transport.ports else ""),
                 host, 0, code,
             )  # fmt: skip
