@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -170,6 +172,25 @@ def _write_folder(frames: Frames, path: Path) -> None:
         if path.exists():
             path.rename(Path(temporary) / "old")
         new.rename(path)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that we write or wrote, and none that another name leads to: a link in its place is not followed.
+
+    Raises:
+        OSError: it is a link, has a second name, or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{path.name} is a symbolic link; remove it") from error
+        raise
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(f"{path.name} is no regular file of its own; remove it")
+    return descriptor
 
 
 @contextmanager

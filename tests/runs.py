@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from disagg_ray.batch.manifest import MANIFEST, Record
+from disagg_ray.batch.manifest import MANIFEST
+from disagg_ray.batch.records import Record
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
 

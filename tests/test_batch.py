@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from disagg_ray import Pipeline, load_config
-from disagg_ray.batch.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of
+from disagg_ray.batch.manifest import MANIFEST, Folder, read_manifest, sha256_of
+from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options
 from disagg_ray.batch.run import generate
@@ -99,6 +100,7 @@ def test_each_request_has_a_file_and_a_line_in_the_manifest(
         assert [stage.stage for stage in record.stages] == ["encoder", "transformer", "decoder"]
         assert all(stage.attempts == 1 and stage.compute_s > 0 for stage in record.stages)
         assert (record.request.id, record.request.num_inference_steps) == (record.id, 2)
+        assert record.pictures["image"].sha256 == record.request.images["image"].sha256
     assert iio.imread(folder / "out" / "a.mp4", plugin="FFMPEG").shape == (5, 256, 256, 3)
     assert len(list((folder / "out" / "b").iterdir())) == 5
     assert found["c"].request is not None

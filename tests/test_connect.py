@@ -19,7 +19,8 @@ import pytest
 import ray
 
 from disagg_ray import Connection, Pipeline, Request, cli
-from disagg_ray.batch.manifest import Record, read_manifest
+from disagg_ray.batch.manifest import read_manifest
+from disagg_ray.batch.records import Record
 from disagg_ray.progress import Event
 from disagg_ray.standing import stand
 

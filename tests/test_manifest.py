@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from disagg_ray import OutputError, Request, load_config
-from disagg_ray.batch.manifest import MANIFEST, Folder, Record, read_manifest, sha256_of, stat_of
+from disagg_ray.batch.manifest import MANIFEST, TORN, Folder, read_manifest, sha256_of, stat_of
+from disagg_ray.batch.records import Record
+from disagg_ray.output import TEMPORARY
 from disagg_ray.request import resolve
 from disagg_ray.result import StageTiming
 
@@ -65,7 +67,7 @@ def test_a_line_that_is_no_record_is_named_and_left_out(
 
 @pytest.mark.parametrize("torn", ["{", '{"id": "x", "status": "done"}', "x" * 200_000])
 @pytest.mark.parametrize("before", [0, 1])
-def test_a_half_written_last_line_is_cut_off(
+def test_a_half_written_last_line_is_set_aside(
     torn: str, before: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Folder(tmp_path) as first:
@@ -77,6 +79,7 @@ def test_a_half_written_last_line_is_cut_off(
         second.append(FAILED)
         assert list(read_manifest(tmp_path)) == [DONE] * before + [FAILED]
     assert "half written" in caplog.text
+    assert (tmp_path / TORN).read_text() == torn + "\n"
 
 
 def test_a_second_run_is_refused_with_the_name_of_the_first(folder: Folder) -> None:
@@ -172,3 +175,41 @@ def test_a_folder_of_frames_is_known_by_what_is_in_it(tmp_path: Path) -> None:
     assert sha256_of(frames) != digest
     (frames / "frame_00001.png").unlink()
     assert stat_of(frames) != before
+
+
+def test_links_in_place_of_our_files_are_refused_and_what_they_lead_to_stays(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("whole line\nand half of one")
+    for name, link in [(".lock", os.symlink), (MANIFEST, os.symlink), (".lock", os.link), (MANIFEST, os.link)]:
+        out = tmp_path / f"out-{name}-{link.__name__}"
+        out.mkdir()
+        link(victim, out / name)
+        with pytest.raises(OutputError, match=f"output-dir: .*{name} is (a symbolic link|no regular file of its own)"):
+            Folder(out)
+        if name == MANIFEST:
+            with pytest.raises(OutputError, match="remove it"):
+                list(read_manifest(out))
+    assert victim.read_text() == "whole line\nand half of one"
+
+
+def test_a_pipe_in_place_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST)
+    with pytest.raises(OutputError, match="no regular file of its own"):
+        list(read_manifest(tmp_path))
+    with pytest.raises(OutputError, match="no regular file of its own"):
+        Folder(tmp_path)
+
+
+def test_a_link_in_place_of_the_work_folder_is_refused_and_links_named_like_ours_are_only_unlinked(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"{TEMPORARY}x").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{TEMPORARY}y").symlink_to(tmp_path / "elsewhere")
+    with Folder(tmp_path / "out"):
+        assert not (tmp_path / "out" / f"{TEMPORARY}y").is_symlink()
+    (tmp_path / "out" / ".work").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match=r"\.work is a symbolic link"):
+        Folder(tmp_path / "out")
+    assert (tmp_path / "elsewhere" / f"{TEMPORARY}x").exists()

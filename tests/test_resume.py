@@ -11,32 +11,39 @@ from typing import Any
 import pytest
 
 from disagg_ray import OutputError, RequestError, load_config
-from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, Record, sha256_of, stat_of
+from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, sha256_of, stat_of
+from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
-from disagg_ray.batch.resume import MAX_SHOWN, Options, Plan, make_plan
+from disagg_ray.batch.resume import MAX_SHOWN, Options, Plan, make_plan, picture_of
+from disagg_ray.config import Config
 from disagg_ray.identity import identify_setup
+from disagg_ray.video import blank, digest_pixels
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 LINES: list[dict[str, Any]] = [{"id": name, "prompt": f"a {name}"} for name in ("cat", "dog", "cow", "ant")]
 
 
-def plan(folder: Path, lines: list[dict[str, Any]] | list[str], **options: bool) -> tuple[list[str], Plan]:
+def plan(
+    folder: Path, lines: list[dict[str, Any]] | list[str], config: Config = CONFIG, **options: bool
+) -> tuple[list[str], Plan]:
     """Return the ids that are to be made, and the plan."""
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     path = folder / "requests.jsonl"
     path.write_text(text)
-    with RequestsFile(path, CONFIG) as source, Folder(folder / "out") as out:
-        made = make_plan(source, out, CONFIG, Options(path, folder / "out", **options))
+    with RequestsFile(path, config) as source, Folder(folder / "out") as out:
+        made = make_plan(source, out, config, Options(path, folder / "out", **options))
         return [source.line(int(index)).request.id for index in made.pending], made
 
 
-def pretend(folder: Path, name: str, status: str = "done", setup: str | None = None) -> Path:
+def pretend(
+    folder: Path, name: str, status: str = "done", setup: str | None = None, config: Config = CONFIG, **more: Any
+) -> Path:
     """Record one of LINES as finished, with a file when it is done; return the file."""
-    with RequestsFile(folder / "requests.jsonl", CONFIG) as source, Folder(folder / "out") as out:
+    with RequestsFile(folder / "requests.jsonl", config) as source, Folder(folder / "out") as out:
         source.scan(lambda number, fault: None)
         index = source.find(name)
         assert index is not None
-        record = Record(name, status, source.content(index), setup or identify_setup(CONFIG), 0.0)
+        record = Record(name, status, source.content(index), setup or identify_setup(config), 0.0, **more)
         path = out.video_of(name, "mp4")
         if status == "done":
             path.write_bytes(name.encode())
@@ -125,6 +132,26 @@ def test_videos_of_another_model_stay_and_are_told_of(tmp_path: Path, caplog: py
     pretend(tmp_path, "dog")
     assert plan(tmp_path, LINES)[0] == ["cow", "ant"]
     assert "1 videos were made with another model, weights, options or defaults" in caplog.text
+
+
+def test_a_video_of_another_picture_is_a_bad_line_and_one_of_the_same_in_a_new_file_is_done(tmp_path: Path) -> None:
+    config, file = load_config("conf/tiny_i2v.yaml"), tmp_path / "first.png"
+    blank(64, 64).save(file)
+    lines = [{"id": "cat", "prompt": "a cat", "image": "first.png"}]
+    plan(tmp_path, lines, config)
+    before = picture_of(file, digest_pixels(blank(64, 64)))
+    assert before is not None
+    path = pretend(tmp_path, "cat", config=config, pictures={"image": before})
+    assert plan(tmp_path, lines, config)[1].num_done == 1
+    os.utime(file, ns=(1, 1))
+    assert plan(tmp_path, lines, config)[1].num_done == 1, "the same picture"
+    blank(64, 64).rotate(90).point(lambda value: value + 1).save(file)
+    with pytest.raises(RequestError, match="1 lines of"):
+        plan(tmp_path, lines, config)
+    file.write_bytes(b"no picture")
+    assert plan(tmp_path, lines, config)[1].num_done == 1, "there is nothing to compare with"
+    path.unlink()
+    assert plan(tmp_path, lines, config)[0] == ["cat"]
 
 
 def test_every_bad_line_is_in_the_file_and_the_first_are_printed(

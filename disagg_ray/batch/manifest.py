@@ -16,14 +16,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
+from disagg_ray.batch.lines import read_lines
+from disagg_ray.batch.records import MAX_LINE_BYTES, Record, parse
 from disagg_ray.errors import OutputError
-from disagg_ray.output import SUFFIXES, TEMPORARY
-from disagg_ray.request import ResolvedRequest
-from disagg_ray.result import StageTiming
+from disagg_ray.output import SUFFIXES, TEMPORARY, open_own
+from disagg_ray.units import printable
 
 logger = logging.getLogger("disagg_ray")
 
@@ -34,37 +34,11 @@ WORK = ".work"
 LATENTS = ".safetensors"
 SUFFIX_OF = {format: suffix for suffix, format in SUFFIXES.items()}
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of the manifest: a finished request. Of several lines with one id the last one counts."""
-
-    id: str
-    status: str
-    """done or failed."""
-    content: str
-    """Digest of what the request's line asked for."""
-    setup: str
-    """Digest of the model and the defaults it was made with."""
-    finished: float
-    """Seconds since the epoch."""
-    file: str | None = None
-    """Name in the folder."""
-    size: int | None = None
-    """Bytes; of a folder, of all its files."""
-    sha256: str | None = None
-    """Of the file; of a folder, of its files' names, sizes and bytes in order of their names."""
-    mtime_ns: int | None = None
-    """Of the file; of a folder, the latest one in it."""
-    request: ResolvedRequest | None = None
-    """None when it failed before it was resolved."""
-    seconds: float | None = None
-    """From admission to the last byte."""
-    stages: tuple[StageTiming, ...] = ()
-    """Where the time went, in the order of the graph."""
-    error: str | None = None
+TORN = "manifest.torn"
+"""What crashes left of half-written lines."""
+CHUNK_BYTES = 2**16
+MAX_NAMED = 50
+"""Bad lines that are named in the log."""
 
 
 class Folder:
@@ -83,11 +57,13 @@ class Folder:
                 opened.callback(os.close, _lock(path / ".lock"))
                 self._folder = os.open(path, os.O_RDONLY)
                 opened.callback(os.close, self._folder)
-                self._manifest = os.open(path / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                self._manifest = open_own(path / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_APPEND)
                 opened.callback(os.close, self._manifest)
+                (path / WORK).mkdir(exist_ok=True)
+                if (path / WORK).is_symlink():
+                    raise OSError(f"{WORK} is a symbolic link; remove it")
                 _clean(path)
                 self._heal()
-                (path / WORK).mkdir(exist_ok=True)
                 self._opened = opened.pop_all()
         except OSError as error:
             raise OutputError(f"output-dir: {str(path)!r} cannot be written: {error}") from error
@@ -141,18 +117,22 @@ class Folder:
                 raise
 
     def _heal(self) -> None:
-        """Cut off a last line that a crash left half written."""
-        with (self.path / MANIFEST).open("rb") as source:
-            whole = length = os.fstat(source.fileno()).st_size
-            while whole:
-                start = max(0, whole - 2**16)
-                source.seek(start)
-                found = source.read(whole - start).rfind(b"\n")
-                whole = start + found + 1
-                if found >= 0:
-                    break
+        """Move a last line that a crash left half written to a file of its own."""
+        whole = length = os.fstat(self._manifest).st_size
+        while whole:
+            start = max(0, whole - CHUNK_BYTES)
+            found = os.pread(self._manifest, whole - start, start).rfind(b"\n")
+            whole = start + found + 1
+            if found >= 0:
+                break
         if whole < length:
-            logger.warning("%s: its last line was half written and is cut off", self.path / MANIFEST)
+            logger.warning("%s: its last line was half written; it is in %s now", self.path / MANIFEST, TORN)
+            with os.fdopen(open_own(self.path / TORN, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "wb") as sink:
+                for start in range(whole, length, CHUNK_BYTES):
+                    sink.write(os.pread(self._manifest, min(CHUNK_BYTES, length - start), start))
+                sink.write(b"\n")
+                sink.flush()
+                os.fsync(sink.fileno())
             os.ftruncate(self._manifest, whole)
 
 
@@ -164,45 +144,31 @@ def read_manifest(folder: Path, *, brief: bool = False) -> Iterator[Record]:
     Raises:
         OutputError: there is no manifest that can be read.
     """
-    path = folder / MANIFEST
+    path, num_bad = folder / MANIFEST, 0
     try:
-        with path.open("rb") as source:
-            for number, line in enumerate(source, start=1):
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as source:
+            for _, number, line in read_lines(source, MAX_LINE_BYTES):
                 try:
-                    yield _record(json.loads(line), brief=brief)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    logger.warning("%s:%d: not a record of a request; left out", path, number)
+                    record = parse(line, brief=brief)
+                except ValueError as error:
+                    num_bad += 1
+                    if num_bad <= MAX_NAMED:
+                        reason = printable(str(error))
+                        logger.warning("%s:%d: not a record of a request; left out: %s", path, number, reason)
+                else:
+                    yield record
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _record(values: dict[str, Any], *, brief: bool) -> Record:
-    if not isinstance(values["id"], str) or (values["status"] == "done" and not isinstance(values["file"], str)):
-        raise TypeError("not what this program wrote")
-    if brief:
-        return _fill(Record, values | {"request": None, "stages": ()})
-    request = values.get("request")
-    stages = tuple(_fill(StageTiming, stage) for stage in values.get("stages", ()))
-    return _fill(Record, values | {"request": request and _fill(ResolvedRequest, request), "stages": stages})
-
-
-def _fill(cls: type[T], values: dict[str, Any]) -> T:
-    """Build a dataclass of what another version wrote: unknown fields are left out, missing ones are None."""
-    return cls(**{name: values.get(name, default) for name, default in DEFAULTS[cls].items()})
-
-
-DEFAULTS: dict[type, dict[str, Any]] = {
-    cls: {f.name: None if f.default is MISSING else f.default for f in fields(cls)}
-    for cls in (Record, StageTiming, ResolvedRequest)
-}
+    if num_bad > MAX_NAMED:
+        logger.warning("%s: and %d bad lines more", path, num_bad - MAX_NAMED)
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+        holder = printable(os.read(descriptor, 200).decode(errors="replace").strip()) or "another process"
         os.close(descriptor)
         raise OutputError(
             f"output-dir: {str(path.parent)!r} is being written by {holder}; wait for it, or give another folder"
@@ -215,7 +181,7 @@ def _lock(path: Path) -> int:
 def _clean(path: Path) -> None:
     """Remove what a killed run was just writing."""
     for half in (*path.glob(f"{TEMPORARY}*"), *(path / WORK).glob(f"{TEMPORARY}*")):
-        if half.is_dir():
+        if half.is_dir() and not half.is_symlink():
             shutil.rmtree(half)
         else:
             half.unlink()
@@ -247,7 +213,7 @@ def sha256_of(path: Path) -> str:
         with path.open("rb") as source:
             return hashlib.file_digest(source, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
         data = file.read_bytes()
         digest.update(f"{file.name}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()

@@ -12,12 +12,14 @@ import os
 import stat
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from disagg_ray.batch.lines import load_json, read_lines
+from disagg_ray.batch.records import Picture
 from disagg_ray.config import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
@@ -42,6 +44,8 @@ class Line:
     request: Request
     content: str
     """Digest, 16 hex digits, of every field but id and priority; equal for lines that ask for the same video."""
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    """Its image files, once they were read."""
 
 
 class RequestsFile:
@@ -99,16 +103,9 @@ class RequestsFile:
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         """Yield (offset, number, bytes) of each line that is not empty."""
-        offset = number = 0
-        while raw := self._source.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            start, offset = offset, offset + len(raw)
-            if len(raw) > MAX_LINE_BYTES:
-                while raw[-1:] != b"\n" and (rest := self._source.readline(MAX_LINE_BYTES)):
-                    offset += len(rest)
-                    raw = raw[: MAX_LINE_BYTES + 1] + rest[-1:]
+        for offset, number, raw in read_lines(self._source, MAX_LINE_BYTES):
             if raw.strip() not in (b"", BOM):
-                yield start, number, raw
+                yield offset, number, raw
 
     def _drop_duplicates(self, report: Callable[[int, str], None]) -> None:
         """Keep the first of the lines of one id and report the others."""
@@ -186,12 +183,12 @@ def _load(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_LINE_BYTES:
         raise RequestError(f"the line is over {MAX_LINE_BYTES} bytes")
     try:
-        given = DECODER.decode(raw.removeprefix(BOM).decode())
+        given = load_json(raw.removeprefix(BOM).decode(), _unique)
     except UnicodeDecodeError as error:
         raise RequestError(f"not UTF-8: byte {error.start + 1} of the line is {raw[error.start]:#04x}") from error
     except json.JSONDecodeError as error:
         raise RequestError(f"not JSON: {error.msg} at character {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a field twice, a number of too many digits, a thousand brackets
+    except ValueError as error:  # a field twice, a number of too many digits, a thousand brackets
         raise RequestError(f"not JSON that can be used: {error}") from error
     if not isinstance(given, dict):
         raise RequestError(f'not an object: write {{"prompt": "..."}}, not a {type(given).__name__}')
@@ -204,9 +201,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{max(names, key=names.count)[:80]} is given twice")
     return given
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _unknown_field(name: str) -> str:

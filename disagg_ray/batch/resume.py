@@ -4,8 +4,8 @@ Of a request that the manifest knows:
 
 - done, its file as it was written (size and time of change; with `verify` size and digest): left alone
 - done, its file gone or changed: made again
-- done, its file as it was, and its line now asks for something else: a bad line, for nothing is overwritten unasked;
-  give it a new id, or remove the video
+- done, its file as it was, and its line now asks for something else, or its image file holds another picture: a bad
+  line, for nothing is overwritten unasked; give it a new id, or remove the video
 - failed: left alone, unless `retry_failed` or its line was changed
 """
 
@@ -20,11 +20,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from disagg_ray.batch.manifest import INVALID, Folder, Record, read_manifest, sha256_of, stat_of
+from disagg_ray.batch.manifest import INVALID, Folder, read_manifest, sha256_of, stat_of
+from disagg_ray.batch.records import Picture, Record
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config import Config
 from disagg_ray.errors import OutputError, RequestError
 from disagg_ray.identity import identify_setup
+from disagg_ray.request import Request
+from disagg_ray.video import digest_pixels, load_image
 
 logger = logging.getLogger("disagg_ray")
 
@@ -72,7 +75,7 @@ def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Opt
     try:
         with Problems(source.path, folder.path / INVALID) as problems:
             source.scan(problems.report)
-            states = _states(source, folder, setup, verify=options.verify)
+            states = _states(source, folder, config, setup, verify=options.verify)
             for index in np.flatnonzero(states == CHANGED):
                 name = source.line(int(index)).request.id
                 problems.report(
@@ -100,7 +103,9 @@ def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Opt
     return plan
 
 
-def _states(source: RequestsFile, folder: Folder, setup: str, *, verify: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _states(
+    source: RequestsFile, folder: Folder, config: Config, setup: str, *, verify: bool
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return for each line of the file what the manifest says of it, one byte each."""
     states = np.full(len(source), NEW, np.uint8)
     others = np.zeros(len(source), np.bool_)
@@ -112,6 +117,7 @@ def _states(source: RequestsFile, folder: Folder, setup: str, *, verify: bool) -
         if record.status != "done":
             states[index] = FAILED if same else NEW
         elif _is_intact(folder.path, record, verify=verify):
+            same = same and not (record.pictures and _shows_another(source.line(index).request, record, config))
             states[index] = DONE if same else CHANGED
             others[index] = record.setup != setup
         else:
@@ -122,12 +128,35 @@ def _states(source: RequestsFile, folder: Folder, setup: str, *, verify: bool) -
 
 
 def _is_intact(folder: Path, record: Record, *, verify: bool) -> bool:
-    assert record.file is not None, "a request that is done has a file"
+    assert record.file is not None, "`parse` holds every done one to it"
     path = folder / record.file
     found = stat_of(path)
     if found is None or found.size != record.size:
         return False
     return sha256_of(path) == record.sha256 if verify else found.mtime_ns == record.mtime_ns
+
+
+def _shows_another(request: Request, record: Record, config: Config) -> bool:
+    """Return whether an image file holds another picture than the video was made from; only changed files are read."""
+    for name, before in record.pictures.items():
+        path = getattr(request, name, None)
+        if not isinstance(path, Path) or picture_of(path, before.sha256) in (None, before):
+            continue
+        try:
+            if digest_pixels(load_image(path, name, config.limits.max_image_pixels)) != before.sha256:
+                return True
+        except RequestError as error:
+            logger.warning("request %s: its video stays: %s", record.id, error)
+    return False
+
+
+def picture_of(path: Path, sha256: str) -> Picture | None:
+    """Return an image file as it is now, with the digest of its pixels; None: it is gone."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return Picture(state.st_size, state.st_mtime_ns, sha256)
 
 
 class Problems:
@@ -155,5 +184,5 @@ class Problems:
         if self.count <= MAX_SHOWN:
             logger.warning("%s:%d: %s", self._source, number, fault[:300])
         if self._sink is None:
-            self._sink = self._path.open("w")
+            self._sink = self._path.open("x")
         self._sink.write(json.dumps({"line": number, "error": fault}) + "\n")

@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-from disagg_ray.batch.manifest import Folder, Record, sha256_of, stat_of
-from disagg_ray.batch.requests_file import Line, RequestsFile
-from disagg_ray.batch.resume import Options, Plan, make_plan
+from disagg_ray.batch.manifest import Folder, sha256_of, stat_of
+from disagg_ray.batch.records import Picture, Record
+from disagg_ray.batch.requests_file import IMAGES, Line, RequestsFile
+from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
 from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config import Config
 from disagg_ray.connection import Connection
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, ReplicaLost, RequestError, StartError
 from disagg_ray.handle import Handle
 from disagg_ray.pipeline import Pipeline
+from disagg_ray.request import ResolvedRequest
 from disagg_ray.signals import until, wait_for
 
 logger = logging.getLogger("disagg_ray")
@@ -120,9 +124,12 @@ class Batch:
 
     def _submit(self, pipeline: Pipeline | Connection, line: Line) -> None:
         latents_file = self._folder.latents_of(line.request.id)
+        files = {name: path for name in IMAGES if isinstance(path := getattr(line.request, name), Path)}
+        seen = {name: picture for name, path in files.items() if (picture := picture_of(path, ""))}
         outcome: Handle | RequestError
         try:
             outcome = pipeline.submit(line.request, latents_file=latents_file)
+            line = replace(line, pictures=_known(seen, outcome.request))
         except RequestError as error:  # its image, which is opened only now
             outcome = error
         with self._changed:
@@ -181,7 +188,7 @@ class Batch:
             raise FileNotFoundError(f"{str(path)!r} is gone")
         return record(
             "done", file=path.name, size=written.size, mtime_ns=written.mtime_ns, sha256=sha256_of(path),
-            seconds=result.seconds, stages=result.stages,
+            seconds=result.seconds, stages=result.stages, pictures=line.pictures,
         )  # fmt: skip
 
     def _count(self, line: Line, record: Record) -> None:
@@ -208,3 +215,8 @@ class Batch:
                 self._changed.wait_for(lambda: not self._in_flight, SETTLE_S)
 
         wait_for(drain)
+
+
+def _known(seen: Mapping[str, Picture], request: ResolvedRequest) -> dict[str, Picture]:
+    """Return image files as they were before they were read, with what was read."""
+    return {name: replace(picture, sha256=request.images[name].sha256) for name, picture in seen.items()}

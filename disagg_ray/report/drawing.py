@@ -163,7 +163,8 @@ def _spent(spans: Sequence[Span], times: NDArray[np.float64]) -> NDArray[np.floa
 
 def _axis(timeline: Timeline, bottom: int) -> Iterator[str]:
     seconds, right = timeline.seconds, WIDTH - RIGHT
-    step = next((step for step in STEPS_S if seconds / step <= 12), STEPS_S[-1])
+    longest = STEPS_S[-1] * max(1, math.ceil(seconds / STEPS_S[-1] / 12))
+    step = next((step for step in STEPS_S if seconds / step <= 12), longest)
     for index in range(math.floor(seconds / step) + 1 if seconds else 0):
         left = LEFT + index * step / seconds * (right - LEFT)
         yield _line(left, bottom, bottom + 6, INK)

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from disagg_ray.batch.manifest import Record
+from disagg_ray.batch.records import Record
 
 NUM_PREVIEWS = 1000
 """Videos whose first frame a browser may load before they are played, once they are in sight; an older browser does not

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from disagg_ray.batch.manifest import MANIFEST, Record, read_manifest
+from disagg_ray.batch.manifest import MANIFEST, read_manifest
+from disagg_ray.batch.records import Record
 from disagg_ray.batch.summary import Tally, bottleneck
 from disagg_ray.errors import OutputError
 from disagg_ray.output import atomic_file
