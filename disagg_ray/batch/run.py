@@ -185,7 +185,7 @@ class Batch:
             return record("failed", error=str(error))
         written = stat_of(path)
         if written is None:
-            raise FileNotFoundError(f"{str(path)!r} is gone")
+            raise FileNotFoundError(f"No such file: {str(path)!r} is gone")
         return record(
             "done", file=path.name, size=written.size, mtime_ns=written.mtime_ns, sha256=sha256_of(path),
             seconds=result.seconds, stages=result.stages, pictures=line.pictures,
