@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from disagg_ray import CheckpointError, LocalPipeline, Pipeline
 from disagg_ray.config import ModelConfig
 from disagg_ray.models.checkpoint import check_here, open_checkpoint
 from disagg_ray.models.components import KINDS
+from disagg_ray.models.files import read_header
 from disagg_ray.models.load import load_component
 
 CONF = Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml"
@@ -250,3 +253,52 @@ def test_configurations_that_do_not_make_a_model_are_one_line(folder: Path, name
         LocalPipeline.from_config(CONF, f"model.path={folder}")
     assert str((folder / name).parent) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_that_takes_no_sigmas_is_refused_when_they_are_given(folder: Path) -> None:
+    edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    with pytest.raises(CheckpointError, match=r"^model\.sigmas: the scheduler DDIMScheduler cannot be used"):
+        LocalPipeline.from_config(CONF, f"model.path={folder}", "model.sigmas=[1.0,0.5]")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from((10**400, "vae")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.proof
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_no_configuration_raises_anything_but_a_line(checkpoint: Callable[[str], Path], data: st.DataObject) -> None:
+    source = checkpoint("tiny-i2v")
+    path = data.draw(st.sampled_from(sorted(source.rglob("*.json"))))
+    before = path.read_bytes()
+    content = json.loads(before)
+    change = st.dictionaries(st.sampled_from((*content, "auto_map", "weight_map", "metadata")), JSON, max_size=3)
+    odd = st.one_of(JSON, change.map(lambda changed: content | changed)).map(lambda value: json.dumps(value).encode())
+    path.write_bytes(data.draw(odd | st.binary(max_size=40)))
+    try:
+        check_here(ModelConfig(path=str(source), task="i2v"), whole=True)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.proof
+@settings(max_examples=2000, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), st.dictionaries(st.sampled_from(("dtype", "shape", "data_offsets")), JSON)),
+       st.binary(max_size=16), st.none() | st.integers(0, 2**64 - 1))  # fmt: skip
+def test_no_header_raises_anything_but_a_line(
+    tmp_path_factory: pytest.TempPathFactory, header: Any, data: bytes, length: int | None
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    with_header(path, json.dumps(header).encode(), length, data)
+    try:
+        tensors = read_header(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert set(tensors) == set(load_file(path)), "the library reads another"

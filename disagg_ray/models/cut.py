@@ -19,7 +19,7 @@ from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
-from disagg_ray.models.load import load_component
+from disagg_ray.models.load import check_scheduler, load_component
 from disagg_ray.models.tiles import Blend, DecodePart
 from disagg_ray.models.tuning import (
     choose_scheduler,
@@ -158,7 +158,10 @@ class Cut:
             _reserve(reserved, device)
         class_name = self._checkpoint.components[name]
         component = load_component(self._checkpoint.folder, name, class_name, dtype, device)
-        return choose_scheduler(component, self._checkpoint.model) if name == "scheduler" else component
+        if name == "scheduler":
+            component = choose_scheduler(component, self._checkpoint.model)
+            check_scheduler(component, self._checkpoint.model.sigmas)
+        return component
 
     def run(
         self, request: ResolvedRequest, tensors: Mapping[str, Any], on_step: OnStep | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from diffusers.modular_pipelines.wan.before_denoise import retrieve_timesteps
 
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import KINDS
@@ -52,3 +56,18 @@ def load_component(model: Path, name: str, class_name: str, dtype: str = "float3
     if missing:  # which both libraries fill with random numbers
         raise CheckpointError(f"model.path: {quote(folder)} lacks {len(missing)} tensors, as {missing[0]!r}")
     return loaded.to(device).eval()
+
+
+def check_scheduler(scheduler: Any, sigmas: Sequence[float]) -> None:
+    """Refuse a scheduler that no request could use; it is not changed.
+
+    Raises:
+        CheckpointError: it cannot set a request's timesteps.
+    """
+    given = {"sigmas": np.array(sigmas)} if sigmas else {"num_inference_steps": 2}
+    try:
+        retrieve_timesteps(copy.deepcopy(scheduler), **given)
+    except Exception as error:  # as above
+        name = type(scheduler).__name__
+        field = "model.sigmas" if sigmas else "model.path"
+        raise CheckpointError(f"{field}: the scheduler {name} cannot be used: {one_line(error)}") from error

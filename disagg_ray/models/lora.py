@@ -2,61 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from diffusers.loaders import WanLoraLoaderMixin
-from safetensors import SafetensorError
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import CheckpointError
+from disagg_ray.models.components import MAX_LAYERS, MAX_NUMBER
+from disagg_ray.models.files import one_line, read_header
 from disagg_ray.options import LoraConfig
+from disagg_ray.units import printable
+
+logger = logging.getLogger("disagg_ray")
 
 PREFIX = "transformer."
 """Of every key of a Wan LoRA in diffusers' own format."""
+PREFIXES = (PREFIX, "diffusion_model.", "lora_unet_")
+"""Of the formats that diffusers reads: its own, the original model's, and musubi's."""
+DROPPED = (".diff", ".diff_b", "dora_scale")
+"""Ends of keys that diffusers may leave out when it converts a file: whole changes of norms, embeddings, modulation."""
+OF_IMAGES = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+"""Modules of Wan 2.1's image-to-video models alone; stock leaves them out where a model has none."""
+FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
 def load_loras(key: str, transformer: Any, loras: Sequence[LoraConfig]) -> None:
     """Load files into a transformer, as `load_lora_weights` and then `set_adapters` of the stock pipelines do.
 
+    Says how many of a file's keys take effect, and names those that stock leaves out.
+
     Raises:
-        CheckpointError: a file is missing, no safetensors, or changes something that this transformer lacks.
+        CheckpointError: a file is missing, malformed, or changes something that this transformer lacks.
     """
     for number, lora in enumerate(loras):
-        weights, metadata = _read(key, lora)
-        weights = WanLoraLoaderMixin._maybe_expand_t2v_lora_for_i2v(transformer, weights)
-        _check_fit(key, lora, weights, transformer)
+        name = f"{key}: {printable(lora.path)!r}"
+        weights, metadata = _read(name, expand_home(lora.path))
         try:
-            transformer.load_lora_adapter(weights, adapter_name=f"lora_{number}", metadata=metadata)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{key}: {lora.path!r} cannot be loaded: {_one_line(error)}") from error
+            converted = WanLoraLoaderMixin.lora_state_dict(dict(weights))
+            converted = WanLoraLoaderMixin._maybe_expand_t2v_lora_for_i2v(transformer, converted)
+        except Exception as error:  # diffusers raises every kind for keys it does not expect
+            raise CheckpointError(f"{name} cannot be read as a LoRA: {one_line(error)}") from error
+        unused = _check_fit(name, weights, converted, transformer)
+        try:
+            transformer.load_lora_adapter(converted, adapter_name=f"lora_{number}", metadata=metadata)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # so does peft, for shapes and layers
+            raise CheckpointError(f"{name} cannot be loaded: {one_line(error)}") from error
+        _tell(name, len(weights), unused)
     if loras:
         transformer.set_adapters([f"lora_{n}" for n in range(len(loras))], [lora.strength for lora in loras])
 
 
-def _read(key: str, lora: LoraConfig) -> tuple[dict[str, Any], Any]:
-    file = expand_home(lora.path)
+def _tell(name: str, num_keys: int, unused: Sequence[str]) -> None:
+    if unused:
+        logger.warning(
+            "%s: %d of its %d keys take effect; stock pipelines leave the others out, as %r",
+            name, num_keys - len(unused), num_keys, printable(unused[0]),
+        )  # fmt: skip
+    else:
+        logger.info("%s: all of its %d keys take effect", name, num_keys)
+
+
+def _read(name: str, file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Return a file's finite tensors by key, and what it says of the adapter."""
     if not file.is_file():
-        raise CheckpointError(f"{key}: {lora.path!r} is no file on this node; give a .safetensors file")
-    where = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+        raise CheckpointError(f"{name} is no file on this node; give a .safetensors file")
     try:
-        weights, metadata = WanLoraLoaderMixin.lora_state_dict(str(file.parent), **where, return_lora_metadata=True)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{key}: {lora.path!r} cannot be read as a LoRA: {_one_line(error)}") from error
+        header = read_header(file)
+        weights = safetensors.torch.load_file(file)
+        metadata = _read_metadata(file)
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{name} cannot be read as a LoRA: {one_line(error)}") from error
+    stray = [key for key in weights if not key.startswith(PREFIXES)]
+    if stray or not weights:
+        raise CheckpointError(
+            f"{name} does not fit this model: {len(stray)} of its {len(weights)} keys begin with none of "
+            f"{', '.join(PREFIXES)}" + (f", as {printable(stray[0])!r}" if stray else "")
+        )
+    for key, tensor in weights.items():
+        alpha = key.endswith(".alpha")
+        if not (header[key].is_floating or alpha) or not tensor.numel() or tensor.ndim > 5:
+            raise CheckpointError(f"{name} holds {printable(key)!r} of {header[key].dtype} {list(tensor.shape)}")
+        values = tensor.float()
+        if not bool(values.isfinite().all()) or (alpha and not 0 <= float(values.max()) <= MAX_NUMBER):
+            raise CheckpointError(f"{name} holds numbers that are not finite, or no scale, in {printable(key)!r}")
+        if any(int(number) > MAX_LAYERS for number in re.findall(r"\d{1,9}", key)):
+            raise CheckpointError(f"{name} does not fit this model: no layer has the number in {printable(key)!r}")
     return weights, metadata
 
 
-def _check_fit(key: str, lora: LoraConfig, weights: dict[str, Any], transformer: Any) -> None:
-    """Refuse a file that holds nothing for this transformer, or something that it has no place for."""
-    known = {name.replace(".base_layer", "") for name, _ in transformer.named_modules()}
-    parts = [name.removeprefix(PREFIX).partition(".lora_") for name in weights]
-    strange = [name for name, (module, dot, _) in zip(weights, parts, strict=True) if not dot or module not in known]
-    if strange or not all(name.startswith(PREFIX) for name in weights) or not weights:
+def _read_metadata(file: Path) -> dict[str, Any] | None:
+    """Return what diffusers keeps of the adapter in a file. Source: `diffusers.loaders.lora_base`."""
+    with safetensors.safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    if text is None:
+        return None
+    metadata = json.loads(text)
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} must be a JSON object")
+    pending: list[Any] = [metadata]
+    while pending:
+        value = pending.pop()
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
+            raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} holds an impossible number")
+    return metadata
+
+
+def _check_fit(
+    name: str, weights: Mapping[str, torch.Tensor], converted: Mapping[str, torch.Tensor], transformer: Any
+) -> list[str]:
+    """Return the keys that stock leaves out; refuse what it would leave out by mistake, or make up.
+
+    Raises:
+        CheckpointError: nothing is for this transformer, something has no place in it, or lacks its other factor.
+    """
+    known = {module.replace(".base_layer", "") for module, _ in transformer.named_modules()}
+    kept = {id(tensor) for tensor in converted.values()}
+    unused = [key for key in weights if key.endswith(DROPPED) and id(weights[key]) not in kept]
+    strange: list[str] = []
+    for key in converted:
+        module, dot, _ = key.removeprefix(PREFIX).partition(".lora_")
+        if dot and module in known:
+            continue
+        (unused if dot and any(part in OF_IMAGES for part in module.split(".")) else strange).append(key)
+    if strange or len(unused) >= len(weights):
         raise CheckpointError(
-            f"{key}: {lora.path!r} does not fit this model: of its {len(weights)} keys {len(strange)} match no layer"
-            + (f", as {strange[0]!r}" if strange else "")
+            f"{name} does not fit this model: of its {len(weights)} keys {len(strange) or len(unused)} match no layer, "
+            f"as {printable((strange or unused)[0])!r}"
         )
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    for key in converted:
+        module = key.partition(".lora_")[0]
+        absent = [other for other in FACTORS if f"{module}.{other}" not in converted]
+        if absent:
+            raise CheckpointError(f"{name} holds {printable(key)!r} without {printable(f'{module}.{absent[0]}')!r}")
+    return unused
