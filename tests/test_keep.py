@@ -1,11 +1,16 @@
 """Latents that are kept for drivers that may come back."""
 
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+import torch
 
+from disagg_ray.latents import write_latents
+from disagg_ray.output import TEMPORARY
 from disagg_ray.standing.keep import Keep
 
 
@@ -33,22 +38,55 @@ def test_each_request_of_each_run_has_its_own_file_within_the_folder(cache: Path
 def test_the_oldest_give_way_when_there_are_too_many_bytes() -> None:
     keep = Keep("wan", 25, 60)
     paths = [fill(keep, "run", str(age), age_s=age) for age in (30, 20, 10)]
-    keep.file("run", "another")
+    keep.tidy()
     assert [path.exists() for path in paths] == [False, True, True]
 
 
 def test_what_is_too_old_goes() -> None:
     keep = Keep("wan", 100, 60)
     old, young = fill(keep, "run", "old", age_s=61), fill(keep, "run", "young", age_s=1)
-    keep.file("run", "another")
+    keep.tidy()
     assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_tidying_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFixture) -> None:
+    keep, ended = Keep("wan", 20_000, 60), threading.Event()
+
+    def write(run_id: str) -> None:
+        for number in range(60):
+            write_latents(keep.file(run_id, str(number)), {"latents": torch.zeros(100)}, {})
+            keep.drop(run_id, [str(number - 20)])
+
+    def tidy() -> None:
+        while not ended.is_set():
+            keep._tidy()
+
+    with ThreadPoolExecutor(4) as threads:
+        tidying = [threads.submit(tidy) for _ in range(2)]
+        writing = [threads.submit(write, run_id) for run_id in ("a", "b")]
+        wait(writing, 60)
+        ended.set()
+        [writer.result(0) for writer in writing]
+        [each.result(60) for each in tidying]
+    assert not caplog.messages
+
+
+def test_a_file_that_is_being_written_counts_for_nothing_until_its_writer_is_long_dead() -> None:
+    keep = Keep("wan", 25, 60)
+    whole = fill(keep, "run", "1", 20, age_s=30)
+    young, old = (whole.with_name(f"{TEMPORARY}{age}") for age in (20, 70))
+    for path, age in ((young, 20), (old, 70)):
+        path.write_bytes(b"x" * 20)
+        os.utime(path, (time.time() - age,) * 2)
+    keep.tidy()
+    assert [path.exists() for path in (whole, young, old)] == [True, True, False]
 
 
 def test_what_is_dropped_and_cleared_is_gone(cache: Path) -> None:
     keep, other = Keep("wan", 100, 60), Keep("other", 100, 60)
     path, kept = fill(keep, "run", "1"), fill(other, "run", "1")
-    keep.drop("run", "1")
-    keep.drop("run", "1")
+    keep.drop("run", ["1"])
+    keep.drop("run", ["1"])
     assert not path.exists()
     fill(keep, "run", "2")
     keep.clear()

@@ -146,6 +146,8 @@ class Supervisor:
         """Take a request on, or find that it is here already; wait for room, or answer `Overloaded`."""
         try:
             pipeline = await self._standing()
+            if asked.keep:
+                await asyncio.to_thread(self._keep.tidy)
             driver = self._driver(run_id)
             await self._make_room(driver, asked, pipeline.config, wait=wait)
             if run_id not in self._drivers:
@@ -211,7 +213,7 @@ class Supervisor:
     async def listen(self, run_id: str, finished: list[tuple[str, str]]) -> list[Event]:
         """Hear that a driver lives and has these answers; return what became of its requests, after a while at most."""
         pipeline = await self._standing()
-        driver = self._driver(run_id)
+        driver, done = self._driver(run_id), list[str]()
         for request_id, ticket in finished:
             entry = driver.entries.get(request_id)
             if entry is not None and entry.asked.ticket != ticket:
@@ -221,7 +223,9 @@ class Supervisor:
             else:
                 del driver.entries[request_id]
                 entry.handle.cancel()  # it may have been given up before it was taken on
-            self._keep.drop(run_id, request_id)
+            done.append(request_id)
+        if done:
+            await asyncio.to_thread(self._keep.drop, run_id, done)
         try:
             async with asyncio.timeout(pipeline.config.standing.driver_timeout_s / 4):
                 await driver.told.wait()
@@ -309,4 +313,4 @@ class Supervisor:
             pipeline = await self._standing()
             await asyncio.to_thread(pipeline.drain, grace_s)
             await asyncio.to_thread(pipeline.close)
-        self._keep.clear()
+        await asyncio.to_thread(self._keep.clear)
