@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import secrets
-import socket
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,20 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.services import canonicalize_bootstrap_address
 from ray.actor import ActorHandle
 from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from disagg_ray import environment, roster
+from disagg_ray.address import LOCAL, STATUS, find_cluster
 from disagg_ray.checks import joining_checks
 from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.preflight import check_model, check_temporary_folder
 from disagg_ray.replica import ServedReplica
 from disagg_ray.threads import off_loop
-from disagg_ray.units import mask, shown
+from disagg_ray.units import mask, printable, shown
 from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
@@ -43,8 +42,6 @@ DIGITS = 4
 """After the point, in Ray's numbers of resources: 7 x 0.1 + 7 x 0.8 + 7 x 0.1 GPUs are 7."""
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
-ANSWER_S = 5.0
-"""How long a cluster may take to accept a connection."""
 
 
 @dataclass(frozen=True)
@@ -96,34 +93,17 @@ def join(address: str | None) -> None:
     """Join the Ray cluster at an address, or the one that RAY_ADDRESS or this machine knows, unless one is joined.
 
     Raises:
-        StartError: there is none, or it does not answer within seconds.
+        ConfigError: it is no address of a cluster.
+        StartError: there is none, or it does not let this machine in within seconds.
     """
     if ray.is_initialized():
         return
-    address = address or environment.ray_address() or "auto"
-    remedy = "look with `ray status` on its head node, or correct --address, cluster.address or RAY_ADDRESS"
+    found = find_cluster(address)
     try:
-        if address == "auto":
-            remedy = "start one with `ray start --head`"
-            address = canonicalize_bootstrap_address(address)
-        if silence := why_unreachable(address):
-            raise ConnectionError(silence)
-        ray.init(address=address, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StartError(f"cluster.address: {address!r} cannot be joined: {reason}; {remedy}") from error
-
-
-def why_unreachable(address: str | None) -> str:
-    """Return why nothing answers at a cluster's `host:port`; Ray itself would try for minutes."""
-    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
-    if not port.isdigit():
-        return ""  # none, or one of Ray's words, as auto
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-    except OSError as error:
-        return f"nothing answers at {address}: {error}"
-    return ""
+        ray.init(address=found, logging_level=logging.ERROR)
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
+        reason = printable(str(error.__cause__ or error).strip())
+        raise StartError(f"cluster.address: '{found}' cannot be joined: {reason}; {STATUS}") from error
 
 
 class Cluster:
@@ -132,14 +112,14 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         self._started = False
         self._auth_mode = environment.ray_auth_mode()
-        address = config.cluster.address or environment.ray_address()
-        check_model(config, whole=address is None and not ray.is_initialized())
+        address = config.cluster.address or environment.ray_address() or LOCAL
+        check_model(config, whole=address == LOCAL and not ray.is_initialized())
         if ray.is_initialized():
             check_joining(config, "this process")
             return
-        if address is not None:
+        if address != LOCAL:
             check_joining(config, address)
-            join(address)
+            join(config.cluster.address)
         else:
             self._start(config)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from disagg_ray.errors import InputError
-from disagg_ray.units import shown
+from disagg_ray.errors import InputError, StartError
+from disagg_ray.units import printable, shown
 
 NAMESPACE = "disagg_ray"
 """Ray's namespace of all that stands."""
@@ -55,7 +57,8 @@ def group_name(name: str, index: int) -> str:
 def find_groups(name: str) -> dict[str, PlacementGroup]:
     """Return the placement groups of a standing pipeline by name, whoever made them: Ray's own search sees those of
     its caller's namespace only."""
-    found: dict[str, Any] = placement_group_table()
+    with _answering():
+        found: dict[str, Any] = placement_group_table()
     return {
         group["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(id)))
         for id, group in found.items()
@@ -91,7 +94,8 @@ def find_supervisor(name: str) -> ActorHandle[Any]:
         InputError: no such pipeline stands; names those that do.
     """
     try:
-        return ray.get_actor(supervisor_name(check_name(name)), namespace=NAMESPACE)
+        with _answering():
+            return ray.get_actor(supervisor_name(check_name(name)), namespace=NAMESPACE)
     except ValueError:
         known = ", ".join(standing()) or "none"
         raise InputError(f"NAME: no pipeline {name!r} stands here; there are: {known}") from None
@@ -104,7 +108,8 @@ def find_replicas(name: str) -> dict[Stander, ActorHandle[Any]]:
     for actor in _actors():
         if match := pattern.fullmatch(actor):
             try:
-                handle = ray.get_actor(actor, namespace=NAMESPACE)
+                with _answering():
+                    handle = ray.get_actor(actor, namespace=NAMESPACE)
             except ValueError:  # it died meanwhile
                 continue
             found[Stander(match[1], int(match[2]), int(match[3]))] = handle
@@ -112,5 +117,16 @@ def find_replicas(name: str) -> dict[Stander, ActorHandle[Any]]:
 
 
 def _actors() -> list[str]:
-    named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    with _answering():
+        named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in named if actor["namespace"] == NAMESPACE and actor["name"].startswith(PREFIX)]
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Make ours what Ray raises once the cluster has not answered for a minute."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise StartError(f"cluster: it does not answer: {reason}; look with `ray status` on its head node") from error

@@ -24,7 +24,7 @@ import ray
 from helpers import free_port, ray_folder
 
 from disagg_ray import Connection, Pipeline, Request, cli
-from disagg_ray.placement import why_unreachable
+from disagg_ray.address import why_unreachable
 from disagg_ray.roster import find_replicas, standing
 from disagg_ray.standing import stand
 

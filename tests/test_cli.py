@@ -186,12 +186,15 @@ def test_a_cluster_that_is_dead_is_named_before_ray_retries_for_minutes(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = "{}:{}".format(*server.getsockname())
     generate = ["generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
-    for arguments, given in (([*generate, f"cluster.address={address}"], {}), (["ls"], {"RAY_ADDRESS": address})):
+    for key, arguments, given in (
+        ("cluster.address", [*generate, f"cluster.address={address}"], {}),
+        ("RAY_ADDRESS", ["ls"], {"RAY_ADDRESS": address}),
+    ):
         done = subprocess.run(
             [*COMMAND, *arguments], check=False, env=NO_CLUSTER | given, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 1
-        assert f"cluster.address: '{address}' cannot be joined: nothing answers at {address}: " in done.stderr
+        assert f"{key}: '{address}' cannot be joined: nothing answers at {address}: " in done.stderr
         assert "; look with `ray status` on its head node, or correct --address" in done.stderr
 
 

@@ -26,7 +26,7 @@ LAYERS = (
     {"visit"},
     {"fleet"},
     {"placement", "service", "driver"},
-    {"roster", "replica", "scheduler"},
+    {"roster", "replica", "scheduler", "address"},
     {"holdings", "messages"},
     {"arguments"},
     {"handle"},
@@ -60,7 +60,9 @@ IMPORTERS = {
     "transformers": {"models"},
     "tokenizers": {"models"},
     "huggingface_hub": {"models"},
+    "grpc": {"address"},
     "ray": {
+        "address",
         "pipeline",
         "connection",
         "standing",
