@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 
 from disagg_ray.activity import Activities
 from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, slots_bytes
-from disagg_ray.errors import Cancelled, ConfigError, DisaggError
+from disagg_ray.errors import Cancelled, ConfigError, DisaggError, StartError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.identity import identify_blocks
@@ -39,6 +40,7 @@ from disagg_ray.progress import Credentials, Event, Sender, State
 from disagg_ray.result import StageTiming
 from disagg_ray.stage import Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
+from disagg_ray.units import printable
 from disagg_ray.video import Frames, check_writer, encode
 
 T = TypeVar("T")
@@ -340,7 +342,30 @@ def pool_bytes(config: Config, stage: Stage) -> int:
 
 
 class ServedReplica(Replica):
-    """A replica whose expected errors are answers: raised, Ray would show each as a failed task."""
+    """A replica whose expected errors are answers: raised, Ray would show each as a failed task.
+
+    What its constructor raised is the answer to the first calls: Ray would end the process, with its native stack.
+    """
+
+    def __init__(self, stage: str, index: int, config: Config) -> None:
+        self._refusal: DisaggError | None = None
+        try:
+            super().__init__(stage, index, config)
+        except DisaggError as error:
+            self._refusal = error
+        except Exception as error:  # noqa: BLE001 - the process's boundary: the driver reports it
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{at.filename}:{at.lineno}"
+            self._refusal = StartError(f"{self.name}: {type(error).__name__}: {printable(str(error))} ({where})")
+
+    def describe(self) -> Description | DisaggError:  # type: ignore[override]
+        return self._refusal or super().describe()
+
+    def load(self, *args: Any) -> ReplicaInfo | DisaggError:  # type: ignore[override]
+        return _answer(super().load, *args) if self._refusal is None else self._refusal
+
+    def recall(self) -> Recollection | DisaggError:  # type: ignore[override]
+        return self._refusal or super().recall()
 
     def prefetch(self, task: Task) -> DisaggError | None:  # type: ignore[override]
         return _answer(super().prefetch, task)

@@ -19,6 +19,7 @@ import ray
 import torch
 
 from disagg_ray import Pipeline, Request, placement, replica
+from disagg_ray.errors import DisaggError
 from disagg_ray.graph import Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.messages import ReplicaInfo, Task
@@ -100,6 +101,8 @@ class FaultyReplica(ServedReplica):
 
     def load(self, graph: Graph, *args: Any) -> ReplicaInfo:
         info = super().load(graph, *args)
+        if isinstance(info, DisaggError):
+            return info
         name, compute, pull, publish = self._stage.name, self._stage.compute, self._pool.pull, self._pool.publish
 
         def faulty_compute(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import ray
 
-from disagg_ray import Config, StartError, load_config, placement
+from disagg_ray import CheckpointError, Config, StartError, load_config, placement
 from disagg_ray.placement import Actor, Placement, gather_ready, total_resources
 
 pytestmark = pytest.mark.slow
@@ -87,6 +89,20 @@ def test_a_replica_that_fits_nowhere_is_waited_for_visibly_until_the_deadline(
     with caplog.at_level(logging.INFO, "disagg_ray"), pytest.raises(StartError, match=r"waiting for decoder-0.* CPU"):
         ask_all(config, actors)
     assert any(message.startswith("waiting for decoder-0") for message in caplog.messages)
+
+
+def test_what_a_replicas_constructor_raises_is_the_answer_and_ends_no_process(
+    cluster: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("conf/tiny_t2v.yaml")
+    placed = Placement(replace(config, model=replace(config.model, path="/nonexistent/wan")), "refused")
+    actors = [placed.launch(post) for post in placed.posts()]
+    with pytest.raises(CheckpointError, match=r"^model\.path: '/nonexistent/wan' is no folder on this node"):
+        ask_all(config, actors)
+    assert len({ray.get(actor.handle.__ray_call__.remote(lambda _: os.getpid())) for actor in actors}) == len(actors)
+    for actor in actors:
+        ray.kill(actor.handle)
+    assert "Stack trace" not in capfd.readouterr().err
 
 
 def test_memory_is_reserved(launch: Launch) -> None:
