@@ -54,7 +54,7 @@ def test_tidying_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFix
 
     def write(run_id: str) -> None:
         for number in range(60):
-            write_latents(keep.file(run_id, str(number)), {"latents": torch.zeros(100)}, {})
+            write_latents(keep.file(run_id, str(number)), torch.zeros(100), {})
             keep.drop(run_id, [str(number - 20)])
 
     def tidy() -> None:
