@@ -27,8 +27,6 @@ CLOSE_S = 5.0
 """How long closing waits for replicas to give their pools back before it kills them."""
 MAX_STARTS = 3
 """Times in a row a replica may fail to start before its post is given up."""
-MAX_NAMED = 500
-"""Requests whose tasks are named after them in Ray's dashboard: a name costs memory and a metric's series for good."""
 LOOK_S = 10.0
 """Replicas are asked how they are at least this often."""
 
@@ -66,8 +64,6 @@ class Fleet:
         """Of each post's next actor, by name."""
         self._stalled: set[str] = set()
         """Ids of replicas that were given up because they hung."""
-        self._named: set[str] = set()
-        """Requests whose ids stand in names of tasks."""
         self._background = BackgroundTasks(metrics.task_restarted)
         self._graph: Graph | None = None
         self._leader: Leader
@@ -172,19 +168,13 @@ class Fleet:
         self.schedulers[actor.stage].add(actor.id, actor.post.group, time.monotonic())
         self._spawn(self._watch, actor)
 
-    async def ask(self, actor: Actor, method: str, *args: Any, about: str = "") -> Any:
+    async def ask(self, actor: Actor, method: str, *args: Any) -> Any:
         """Call a replica, as `placement.ask`; one that is gone is replaced."""
         try:
-            return await ask(actor, method, *args, about=about if self._may_name(about) else "")
+            return await ask(actor, method, *args)
         except ReplicaLost as error:
             self.lose(actor, str(error))
             raise
-
-    def _may_name(self, request_id: str) -> bool:
-        """Return whether tasks carry a request's id: of the first requests only, since Ray never forgets a name."""
-        if len(self._named) < MAX_NAMED:
-            self._named.add(request_id)
-        return request_id in self._named
 
     async def _watch(self, actor: Actor) -> None:
         """Ask a replica how it is until it is gone: dead, or without an answer or a step for as long as may be."""

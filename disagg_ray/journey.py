@@ -222,7 +222,7 @@ class Journey:
         try:
             visit = await follow(turn, self._fleet, lambda: self._task(stage))
             self._attempts[stage] += 1
-            reply: Reply = await self._fleet.ask(visit.actor, "run", visit.task, about=self.request.id)
+            reply: Reply = await self._fleet.ask(visit.actor, "run", visit.task)
             scheduler.finish(job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
             output, visit = _Output(visit.task.key, reply.handoff, visit.actor, reply), None
         except (TransferError, ReplicaLost, StageError, PoolError, Cancelled) as error:

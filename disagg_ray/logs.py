@@ -37,5 +37,6 @@ def set_up(log_format: Format = "text", *, quiet: bool = False) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(log_format == "json")  # libraries' warnings would be lines of text
     if log_format == "json" and not quiet:
         logging.getLogger("disagg_ray").setLevel(logging.DEBUG)

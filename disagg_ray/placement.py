@@ -79,12 +79,12 @@ class Actor:
         """Tells the actors of a post apart."""
         return f"{self.name}.{self.incarnation}"
 
-    def call(self, method: str, *args: Any, about: str = "") -> Awaitable[Any]:
-        """Call a method; `about` names the request in the dashboard's task list.
+    def call(self, method: str, *args: Any) -> Awaitable[Any]:
+        """Call a method, under a title for Ray's dashboard.
 
-        Ray never forgets a name: each costs the driver tens of kilobytes for good, so few calls carry one.
+        Titles name no request: Ray keeps each for good, tens of kilobytes of the driver's and a series of its metrics.
         """
-        title = " ".join(part for part in (self.name, method, about) if part)
+        title = f"{self.name} {method}"
         bound = getattr(self.handle, method)
         return bound.options(name=title, concurrency_group=GROUP_OF.get(method, "control")).remote(*args)  # type: ignore[no-any-return]
 
@@ -350,7 +350,7 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
             call.cancel()
 
 
-async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
+async def ask(actor: Actor, method: str, *args: Any) -> Any:
     """Call a replica and await its answer, its errors made ours.
 
     Raises:
@@ -358,7 +358,7 @@ async def ask(actor: Actor, method: str, *args: Any, about: str = "") -> Any:
         DisaggError: what it raised.
     """
     try:
-        answer = await actor.call(method, *args, about=about)
+        answer = await actor.call(method, *args)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, DisaggError):

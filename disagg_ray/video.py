@@ -16,6 +16,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from disagg_ray import libtiff
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import EncodeError, RequestError
 from disagg_ray.mp4 import MAX_SIDE, encode_mp4
@@ -59,11 +60,12 @@ def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) ->
     if not isinstance(source, (Image.Image, str, Path)):
         raise RequestError(f"{field}: it is a {type(source).__name__}; give a file or a PIL image")
     shown = "the image" if isinstance(source, Image.Image) else repr(str(source))
+    libtiff.silence()
     try:
         if isinstance(source, Image.Image):
             return _upright(source, field, max_pixels, shown)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the pixel check below is ours
+            warnings.simplefilter("ignore")  # many pixels are checked below, and strange tags do no harm
             with Image.open(_file(expand_home(source), field, shown), formats=IMAGE_FORMATS) as image:
                 return _upright(image, field, max_pixels, shown)
     except RequestError:

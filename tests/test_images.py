@@ -102,3 +102,16 @@ def test_a_mutated_file_is_an_image_or_one_line(
     else:
         assert (image.mode, image.width * image.height <= 10**6) == ("RGB", True)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "kilobytes"
+
+
+def test_a_broken_tiff_is_refused_in_one_line_and_libtiff_writes_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "first.tif"
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, compression="tiff_lzw")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000] + b"\xff" * 2000 + whole[4000:])
+    with pytest.raises(RequestError, match="cannot be read as an image"):
+        load_image(path, "image", 10**6)
+    assert capfd.readouterr().err == ""

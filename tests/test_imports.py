@@ -39,7 +39,7 @@ LAYERS = (
     {"fusing"},
     {"config", "graph", "mp4"},
     {"checks", "typed"},
-    {"environment", "handoff", "options", "logs", "tree"},
+    {"environment", "handoff", "libtiff", "options", "logs", "tree"},
     {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import helpers
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -170,6 +171,16 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
     started = time.monotonic()
     pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
     assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
+    wait_until_empty(pipeline)
+
+
+def test_a_process_at_work_is_titled_by_replica_and_call_and_never_by_request(pipeline: Pipeline) -> None:
+    """Ray's metrics make a series of each title, for good."""
+    (pid,) = (replica.pid for replica in pipeline.replicas if replica.stage == "transformer")
+    handle = pipeline.submit(LONG)
+    helpers.wait_until(lambda: "transformer-0 run" in psutil.Process(pid).cmdline()[0], "it never ran", 60)
+    assert LONG.id not in psutil.Process(pid).cmdline()[0]
+    handle.cancel()
     wait_until_empty(pipeline)
 
 

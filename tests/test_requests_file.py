@@ -119,6 +119,21 @@ def test_of_two_lines_with_one_id_the_second_is_bad(tmp_path: Path) -> None:
     assert [source.find("cat"), source.find("dog"), source.number(1)] == [0, 1, 2]
 
 
+SAME = [("cat", "CAT"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße"), ("\u00c9", "e\u0301")]
+
+
+@pytest.mark.parametrize(("first", "second"), SAME)
+def test_ids_that_a_file_system_may_take_for_one_are_duplicates_and_both_are_named(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"id": name, "prompt": "a"}).encode() for name in (first, "other", second)]
+    source, faults = scan(tmp_path, b"\n".join(lines))
+    assert list(faults) == [3]
+    assert f"id: {second!r} differs from {first!r} on line 1 only by case or Unicode form" in faults[3]
+    assert [source.line(index).request.id for index in range(len(source))] == [first, "other"]
+    assert (source.find(first), source.find(second)) == (0, None)
+
+
 def test_equal_lines_without_an_id_are_duplicates_however_they_are_written(tmp_path: Path) -> None:
     lines = [
         b'{"prompt": "a c\\u0061t", "seed": 1}', b' {"seed":1, "prompt":"a cat", "fps":null}',

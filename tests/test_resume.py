@@ -120,6 +120,13 @@ def test_a_done_id_that_asks_for_something_else_is_a_bad_line(tmp_path: Path, ca
     assert plan(tmp_path, changed)[0] == ["cat", "dog", "cow", "ant"]
 
 
+def test_an_id_that_differs_from_a_done_one_by_case_only_is_a_bad_line(tmp_path: Path) -> None:
+    plan(tmp_path, LINES)
+    pretend(tmp_path, "dog")
+    pending, made = plan(tmp_path, [LINES[0], {"id": "DOG", "prompt": "a dog"}], skip_invalid=True)
+    assert (pending, made.num_invalid) == (["cat"], 1)
+
+
 def test_another_priority_asks_for_the_same_video(tmp_path: Path) -> None:
     plan(tmp_path, LINES)
     pretend(tmp_path, "cat")

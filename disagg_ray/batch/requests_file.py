@@ -1,6 +1,6 @@
 """A file of requests: one JSON object a line, checked whole before any work, then read again line by line.
 
-Of a line only 32 bytes are kept: its offset, its number, and digests of its id and of its content.
+Of a line only 40 bytes are kept: its offset, its number, and digests of its id, twice, and of its content.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -72,7 +73,7 @@ class RequestsFile:
             self._source.close()
             raise RequestError(f"requests: {str(path)!r} is no regular file, and it is read twice; write it to one")
         self._offsets, self._numbers = array("Q"), array("Q")
-        self._ids, self._contents = array("Q"), array("Q")
+        self._ids, self._folds, self._contents = array("Q"), array("Q"), array("Q")
 
     def __enter__(self) -> RequestsFile:
         return self
@@ -96,10 +97,10 @@ class RequestsFile:
             self._offsets.append(offset)
             self._numbers.append(number)
             self._ids.append(_short(line.request.id.encode()))
+            self._folds.append(_short(fold(line.request.id).encode()))
             self._contents.append(int(line.content, 16))
         self._drop_duplicates(report)
-        self._order = np.argsort(np.frombuffer(self._ids, np.uint64), kind="stable")
-        self._sorted = np.frombuffer(self._ids, np.uint64)[self._order]
+        self._by_id, self._by_fold = _Index(self._ids), _Index(self._folds)
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         """Yield (offset, number, bytes) of each line that is not empty."""
@@ -108,8 +109,8 @@ class RequestsFile:
                 yield offset, number, raw
 
     def _drop_duplicates(self, report: Callable[[int, str], None]) -> None:
-        """Keep the first of the lines of one id and report the others."""
-        ids = np.frombuffer(self._ids, np.uint64)
+        """Keep the first of the lines of one id, or of ids that some file systems take for one; report the others."""
+        ids = np.frombuffer(self._folds, np.uint64)
         order = np.argsort(ids, kind="stable")
         again = np.zeros(len(ids), np.bool_)
         again[1:] = ids[order][1:] == ids[order][:-1]
@@ -117,16 +118,26 @@ class RequestsFile:
         first: dict[str, int] = {}
         for place in np.flatnonzero(again):
             if not again[place - 1]:
-                first = {self.line(int(order[place - 1])).request.id: int(order[place - 1])}
+                first = {fold(self.line(int(order[place - 1])).request.id): int(order[place - 1])}
             index = int(order[place])
             name = self.line(index).request.id
-            if first.setdefault(name, index) != index:
+            if (other := first.setdefault(fold(name), index)) != index:
                 bad[index] = True
-                report(self.number(index), f"id: {name!r} is also on line {self.number(first[name])}; ids are unique")
+                report(self.number(index), self._duplicate(name, other))
         if bad.any():
-            for name in ("_offsets", "_numbers", "_ids", "_contents"):
+            for name in ("_offsets", "_numbers", "_ids", "_folds", "_contents"):
                 kept = np.frombuffer(getattr(self, name), np.uint64)[~bad]
                 setattr(self, name, array("Q", kept.tobytes()))
+
+    def _duplicate(self, name: str, index: int) -> str:
+        """Return what is wrong with an id, given the line that has it first."""
+        other, number = self.line(index).request.id, self.number(index)
+        if name == other:
+            return f"id: {name!r} is also on line {number}; ids are unique"
+        return (
+            f"id: {name!r} differs from {other!r} on line {number} only by case or Unicode form, and some file systems "
+            f"take them for one; give one of them another id"
+        )
 
     def line(self, index: int) -> Line:
         """Read a line again.
@@ -150,9 +161,24 @@ class RequestsFile:
 
     def find(self, name: str) -> int | None:
         """Return the index of the line with an id."""
-        digest = np.uint64(_short(name.encode()))
-        place = int(np.searchsorted(self._sorted, digest))
-        found = place < len(self._sorted) and self._sorted[place] == digest
+        return self._by_id.find(_short(name.encode()))
+
+    def find_alike(self, name: str) -> int | None:
+        """Return the index of the line with an id that some file system may take for this one."""
+        return self._by_fold.find(_short(fold(name).encode()))
+
+
+class _Index:
+    """Where digests stand in an array."""
+
+    def __init__(self, digests: array[int]) -> None:
+        self._order = np.argsort(np.frombuffer(digests, np.uint64), kind="stable")
+        self._sorted = np.frombuffer(digests, np.uint64)[self._order]
+
+    def find(self, digest: int) -> int | None:
+        wanted = np.uint64(digest)
+        place = int(np.searchsorted(self._sorted, wanted))
+        found = place < len(self._sorted) and self._sorted[place] == wanted
         return int(self._order[place]) if found else None
 
 
@@ -214,6 +240,11 @@ def _canonical(given: dict[str, Any]) -> bytes:
     """Return the same bytes for lines that ask for the same video, however they are written."""
     content = [item for item in given.items() if item[0] not in NOT_CONTENT]
     return ascii(sorted(content)).encode()
+
+
+def fold(name: str) -> str:
+    """Return the same for names that a file system may take for one: equal but for case or Unicode form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def _short(data: bytes) -> int:
