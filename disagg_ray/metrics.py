@@ -49,8 +49,8 @@ GAUGES = {
     "replicas_ready": ("Replicas that take requests.", ("stage",)),
     "replicas_starting": ("Replicas that start or load.", ("stage",)),
     "last_progress_timestamp_seconds": ("When a step or a stage last finished, in seconds since the epoch.", ()),
-    "pool_used_bytes": ("Bytes of a replica's pool that are taken.", ("stage", "replica")),
-    "pool_capacity_bytes": ("Bytes of a replica's pool.", ("stage", "replica")),
+    "pool_used_bytes": ("Bytes of a pool that are taken, a replica's or the driver's.", ("stage", "replica")),
+    "pool_capacity_bytes": ("Bytes of a pool, a replica's or the driver's.", ("stage", "replica")),
     "gpu_allocated_bytes": ("GPU memory that a replica has taken.", ("stage", "replica")),
     "gpu_peak_bytes": (
         "Most GPU memory that a replica has ever held, what lay free in it included.",
@@ -200,6 +200,12 @@ class Metrics:
         self._count("cache_hits_total", health.cache_hits - hits, **tags)
         self._count("cache_misses_total", health.cache_misses - misses, **tags)
         self._cache[replica] = health.cache_hits, health.cache_misses
+
+    def driver_pool(self, used_bytes: int, pool_bytes: int) -> None:
+        """Show the driver's own pool beside those of its replicas."""
+        tags = {"stage": DRIVER, "replica": DRIVER}
+        self._gauges["pool_used_bytes"].set(used_bytes, tags)
+        self._gauges["pool_capacity_bytes"].set(pool_bytes, tags)
 
     def refresh(self) -> None:
         """Set the driver's own gauges again, changed or not, before Ray forgets them after 20 s."""

@@ -263,9 +263,10 @@ class Pipeline(Driver):
 
     async def _count(self) -> None:
         """Keep the metrics' gauges fresh."""
-        assert self._fleet is not None
+        assert self._fleet is not None and self._holdings is not None
         while True:
             self._fleet.count()
+            self._metrics.driver_pool(self._holdings.bytes_in_use, self._holdings.capacity)
             self._metrics.refresh()
             await off_loop(trim)
             await asyncio.sleep(COUNT_S)

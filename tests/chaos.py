@@ -1,4 +1,4 @@
-"""Sixty requests on three nodes while replicas of every stage, one of them only stopped, and a node are killed.
+"""Sixty requests on three nodes while replicas of every stage are killed, stopped or hang, and a node is killed.
 
 python tests/chaos.py FOLDER [SEED]    # prints what was struck; ends with 0 if nothing was lost or done twice
 """
@@ -33,11 +33,13 @@ OVERRIDES = (
     "stages.encoder.placement=spread", "stages.transformer.placement=spread", "stages.decoder.placement=spread",
     "failures.stall_s=20", "failures.max_attempts=5", "transport.timeout_s=5",
 )  # fmt: skip
-STRIKES: tuple[tuple[str, signal.Signals], ...] = (
+STRIKES: tuple[tuple[str, signal.Signals | str], ...] = (
     ("transformer", signal.SIGKILL), ("encoder", signal.SIGKILL), ("decoder", signal.SIGKILL),
     ("transformer", signal.SIGSTOP), ("node", signal.SIGKILL), ("transformer", signal.SIGKILL),
+    ("decoder", "encode"),
 )  # fmt: skip
-EVERY = 8
+"""What is struck, and with which signal or at which weak point, where it hangs."""
+EVERY = 7
 """Videos between two strikes."""
 SURE_S = 300.0
 
@@ -51,9 +53,9 @@ def content(number: int) -> dict[str, Any]:
 class Killer:
     """Strikes replicas and nodes, drawn by a seed."""
 
-    def __init__(self, seed: int, pipeline: Pipeline, kill_node: Callable[[], None]) -> None:
+    def __init__(self, seed: int, pipeline: Pipeline, faults: Faults, kill_node: Callable[[], None]) -> None:
         self._random = random.Random(seed)
-        self._pipeline, self._kill_node = pipeline, kill_node
+        self._pipeline, self._faults, self._kill_node = pipeline, faults, kill_node
         self._left = list(STRIKES)
         self._random.shuffle(self._left)
         self._struck: set[int] = set()
@@ -66,6 +68,10 @@ class Killer:
         if stage == "node":
             print("strike: a node", flush=True)
             self._kill_node()
+            return
+        if isinstance(how, str):
+            print("strike: a hung", how, flush=True)
+            self._faults.set(f"{stage}.{how}", "stall")
             return
         victim = self._choose(stage)
         print("strike:", how.name, victim.name, flush=True)
@@ -137,13 +143,13 @@ def main() -> None:
     with faulty_replicas(folder) as faults, Pipeline.from_config(T2V, *OVERRIDES) as pipeline:
         print(f"ready after {time.monotonic() - began:.1f} s")
         held = watch_copies(pipeline)
-        killer = Killer(seed, pipeline, lambda: cluster.remove_node(nodes[0], allow_graceful=False))
+        killer = Killer(seed, pipeline, faults, lambda: cluster.remove_node(nodes[0], allow_graceful=False))
         results = []
         for result in pipeline.generate_all(Request(id=f"r{n}", **content(n)) for n in range(NUM_REQUESTS)):
             results.append(result)
             if len(results) % EVERY == 0:
                 killer.strike()
-        assert killer.is_done
+        assert killer.is_done and (folder / "at.decoder.encode").exists()
         print(f"{len(results)} videos after {time.monotonic() - began:.1f} s, restarts: {pipeline.num_restarts}")
         check(results, faults, held)
         check_empty(pipeline)

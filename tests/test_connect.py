@@ -227,3 +227,5 @@ def test_metrics_are_those_of_the_supervisor(pipeline: str) -> None:
         return any('outcome="done"' in line and float(line.split()[-1]) >= 1 for line in lines)
 
     wait_until(is_counted, "no request is counted")
+    capacity = [line for line in scraped().splitlines() if line.startswith("ray_disagg_ray_pool_capacity_bytes{")]
+    assert any('replica="driver"' in line and float(line.split()[-1]) > 0 for line in capacity)

@@ -273,6 +273,14 @@ def test_a_stage_is_compared_with_its_share_of_a_gpu() -> None:
     assert [check.status for check in check_gpu_memory(need(weights=GB), [])] == ["skipped"]
 
 
+def test_a_decoders_videos_take_host_memory_wherever_it_computes() -> None:
+    needs = measure(load_config("conf/tiny_t2v.yaml", "limits.max_pixels=65536", "limits.max_frames=17"))
+    assert [each.video_bytes for each in needs.stages] == [0, 0, 3 * 17 * 65536 * 3 * 4]  # two that wait, one is made
+    decoder = Need("decoder", 2, 1, on_gpu=True, weight_bytes=GB, pool_bytes=GB, video_bytes=GB)
+    assert decoder.host_bytes == 2 * GB
+    assert "decoded videos on the host" in str(decoder)
+
+
 def test_stages_on_the_cpu_and_copies_of_gpu_pools_take_host_memory() -> None:
     assert check_host_memory(need(weights=GB, num_gpus=0), 4 * GB).status == "fail"  # 2 x (1 + 1) + 1 of the driver
     assert check_host_memory(need(weights=GB), 4 * GB).status == "ok"  # 2 x 1 + 1

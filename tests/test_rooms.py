@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
+from unittest.mock import patch
 
 import pytest
-from helpers import connect_stages
+from helpers import connect_stages, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from disagg_ray.replica import Replica, pool_bytes
 from disagg_ray.request import Request, resolve
 from disagg_ray.scheduler import Job, Place, StageScheduler
 from disagg_ray.stage import Stage
+from disagg_ray.transfer.slots import Span
 
 INPUTS = {"text": (), "image": (), "denoise": ("text", "image"), "decode": ("denoise",)}
 SPENT_BY = {"text": "denoise", "image": "denoise", "denoise": "decode", "decode": "decode"}
@@ -98,7 +100,10 @@ def test_a_replica_without_room_waits_until_an_output_is_released(stages: dict[s
             replica.run(task)
         waiting = thread.submit(replica.run, tasks[2])
         assert not wait([waiting], timeout=0.5).done
-        assert replica.health().stalled_s == 0
+        assert replica.health().stalled == {"reserve": 0.0}
+        with patch.object(replica._pool, "_quarantine", [("hung peer", Span(0, room))]):  # nobody can release that
+            wait_until(lambda: replica.health().stalled_s > 0, "it waits for ever", 60)
+        assert replica.health().stalled == {"reserve": 0.0}
         replica.release(tasks[0].key)
         assert waiting.result(timeout=60).handoff.tensors
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from disagg_ray.config import Config, StageConfig
+from disagg_ray.config import MAX_VIDEOS, Config, StageConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
 from disagg_ray.doctor.software import Gpu
 from disagg_ray.errors import InputError
-from disagg_ray.graph import build_graph
+from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.holdings import driver_pool_bytes
 from disagg_ray.replica import pool_bytes
-from disagg_ray.stage import Stage
+from disagg_ray.stage import Stage, frame_bytes
 from disagg_ray.units import human_bytes
 
 
@@ -27,6 +27,8 @@ class Need:
     weight_bytes: int | None
     """None: the weights are not on this machine yet."""
     pool_bytes: int
+    video_bytes: int = 0
+    """Of host memory, for decoded videos until they are fetched."""
 
     @property
     def nbytes(self) -> int:
@@ -35,11 +37,12 @@ class Need:
     @property
     def host_bytes(self) -> int:
         """Of host memory; a pool on a GPU has a copy there."""
-        return self.pool_bytes if self.on_gpu else self.nbytes
+        return self.video_bytes + (self.pool_bytes if self.on_gpu else self.nbytes)
 
     def __str__(self) -> str:
         weights = "weights not here yet" if self.weight_bytes is None else f"weights {human_bytes(self.weight_bytes)}"
-        return f"{self.stage}: {weights}, pool {human_bytes(self.pool_bytes)}"
+        videos = f", decoded videos on the host {human_bytes(self.video_bytes)}" if self.video_bytes else ""
+        return f"{self.stage}: {weights}, pool {human_bytes(self.pool_bytes)}{videos}"
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,16 @@ def without_gpu(stage: StageConfig) -> StageConfig:
 def _need(config: Config, stage: Stage) -> Need:
     settings = config.stages[stage.name]
     on_gpu = settings.torch_device == "cuda"
-    return Need(
-        stage.name, settings.replicas, settings.num_gpus, on_gpu, stage.weight_bytes(), pool_bytes(config, stage)
-    )
+    pool = pool_bytes(config, stage)
+    return Need(stage.name, settings.replicas, settings.num_gpus, on_gpu, stage.weight_bytes(), pool, _videos(stage))
+
+
+def _videos(stage: Stage) -> int:
+    """Return the bytes of the largest videos that wait at a replica, and of the one more that it copies them from."""
+    if FRAMES not in stage.ports.outputs:
+        return 0
+    limits = stage.config.limits
+    return (MAX_VIDEOS + 1) * limits.max_frames * frame_bytes(limits.max_pixels)
 
 
 def check_model(config: Config) -> tuple[list[Check], Needs | None]:
