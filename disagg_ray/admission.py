@@ -66,6 +66,11 @@ class Admission:
         self._closed = self._closed or reason or Cancelled("the pipeline is closed")
         self._changed.set()
 
+    def reopen(self, reason: DisaggError) -> None:
+        """Let requests in again if it was closed for this reason."""
+        if self._closed is reason:
+            self._closed = None
+
     async def enter(
         self, priority: int, sequence: int, driver: str = "", seconds: Callable[[], float] = lambda: 0.0
     ) -> Pass:

@@ -231,7 +231,8 @@ class TransportConfig:
 @dataclass(frozen=True)
 class FailuresConfig:
     max_attempts: int = 3
-    """Times a stage is computed for a request before the request fails; a lost node does not count."""
+    """Times a stage is computed for a request before the request fails; a lost node does not count, nor does a replica
+    that is lost before it computes."""
     stall_s: float = 600.0
     """A replica that makes no progress for so long is replaced: no denoising step, and no end of an encode, a decode,
     a pull (which has `transport.timeout_s` first), or of writing a file. Waiting for room or for a GPU is no hang."""
@@ -278,7 +279,8 @@ class ClusterConfig:
     dashboard: bool = False
     """Start the Ray dashboard in a cluster of our own, not in one that is joined."""
     start_timeout_s: float = 1800.0
-    """Until every replica must be ready, downloads and loading included."""
+    """Until every replica must be ready, downloads and loading included; and how long requests wait for a stage that
+    has lost all its replicas."""
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import ray
 
+from disagg_ray.blame import MAX_IN_A_ROW, Ledger
 from disagg_ray.config import Config
-from disagg_ray.errors import DisaggError, ReplicaLost, StartError
+from disagg_ray.errors import DisaggError, InputError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
 from disagg_ray.messages import Description, Health, Leader, ReplicaInfo
 from disagg_ray.metrics import Metrics
+from disagg_ray.outages import Outages, Vacancies
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
 from disagg_ray.scheduler import StageScheduler
 from disagg_ray.tasks import BackgroundTasks
@@ -26,7 +29,7 @@ logger = logging.getLogger("disagg_ray")
 CLOSE_S = 5.0
 """How long closing waits for replicas to give their pools back before it kills them."""
 MAX_STARTS = 3
-"""Times in a row a replica may fail to start before its post is given up."""
+"""Times in a row that a replica of a pipeline of one's own may find its configuration or model at fault."""
 LOOK_S = 10.0
 """Replicas are asked how they are at least this often."""
 
@@ -34,7 +37,8 @@ LOOK_S = 10.0
 class Fleet:
     """Owns the actors; whatever is called here is called on the driver's event loop.
 
-    `on_lost` hears of each replica that is gone, `on_hopeless` of a stage that has none left and gets none back.
+    `on_lost` hears of each replica that is gone, `on_hopeless` of a stage that has had none for too long, and None when
+    every stage has one again. What is at fault when something fails: see `blame`.
     """
 
     def __init__(
@@ -42,15 +46,17 @@ class Fleet:
         config: Config,
         pipeline_id: str,
         on_lost: Callable[[Actor, ReplicaInfo], None],
-        on_hopeless: Callable[[StartError], None],
+        on_hopeless: Callable[[StartError | None], None],
         metrics: Metrics,
         *,
         standing: bool = False,
     ) -> None:
         self.config, self._metrics = config, metrics
         self._placement = Placement(config, pipeline_id, standing=standing)
-        self._on_lost, self._on_hopeless = on_lost, on_hopeless
+        self._on_lost = on_lost
+        self._standing = standing
         self.schedulers = {stage: StageScheduler() for stage in config.stages}
+        self._ledgers = {stage: Ledger() for stage in config.stages}
         self.num_restarts = dict.fromkeys(config.stages, 0)
         self.healths: dict[str, Health] = {}
         """By replica, as last heard."""
@@ -60,6 +66,8 @@ class Fleet:
         self._starting: dict[Post, Actor] = {}
         self._launching: dict[Post, asyncio.Future[Actor]] = {}
         """Actors that Ray is being asked for."""
+        self._vacancies: Vacancies[Post] = Vacancies()
+        self._outages = Outages(config.stages, on_hopeless)
         self._incarnations: Counter[str] = Counter()
         """Of each post's next actor, by name."""
         self._stalled: set[str] = set()
@@ -165,8 +173,25 @@ class Fleet:
     def _enlist(self, actor: Actor, info: ReplicaInfo) -> None:
         self._starting.pop(actor.post, None)
         self._actors[actor.id], self._infos[actor.id] = actor, info
+        self._ledgers[actor.stage].add(actor.id)
         self.schedulers[actor.stage].add(actor.id, actor.post.group, time.monotonic())
+        self._outages.end(actor.stage)
         self._spawn(self._watch, actor)
+
+    def note_success(self, actor: Actor) -> None:
+        """Note that a replica computed something."""
+        self._vacancies.note_success(actor.post)
+        self._replace_broken(actor.stage, self._ledgers[actor.stage].succeed(actor.id))
+
+    def note_failure(self, actor: Actor, request: str, elsewhere: AbstractSet[str], error: DisaggError) -> None:
+        """Note that a living replica failed a request, which had failed at others before."""
+        broken = self._ledgers[actor.stage].fail(actor.id, request, elsewhere)
+        self._replace_broken(actor.stage, broken, f", at last so: {error}")
+
+    def _replace_broken(self, stage: str, broken: list[str], said: str = "") -> None:
+        for replica_id in broken:
+            actor = self._actors[replica_id]
+            self.lose(actor, f"{actor.name}: it failed {MAX_IN_A_ROW} requests in a row{said}")
 
     async def ask(self, actor: Actor, method: str, *args: Any) -> Any:
         """Call a replica, as `placement.ask`; one that is gone is replaced."""
@@ -203,6 +228,8 @@ class Fleet:
         if not self.is_serving(actor):
             return
         logger.warning("replica lost: %s; it is replaced", reason)
+        if not self._ledgers[actor.stage].is_fruitful(actor.id):
+            self._vacancies.note_failure(actor.post)
         self._spawn(self._replace, actor)
         self._part(actor)
 
@@ -214,7 +241,11 @@ class Fleet:
         ray.kill(actor.handle)
         for other in self._actors.values():
             other.call("forget", info.sessions)
+        self._ledgers[actor.stage].remove(actor.id)
         self.schedulers[actor.stage].remove(actor.id, time.monotonic())
+        if not self.schedulers[actor.stage].replicas:
+            self._outages.begin(actor.stage)
+            self._spawn(self._outages.limit, actor.stage, self.config.cluster.start_timeout_s)
         self._on_lost(actor, info)
 
     async def _replace(self, lost: Actor) -> None:
@@ -223,38 +254,54 @@ class Fleet:
             self._metrics.replica_restarted(lost.stage)
 
     async def _fill(self, post: Post) -> bool:
-        """Have an actor take a post; return whether one did."""
+        """Have an actor take a post, however often it must be tried; return whether one did."""
+        if post in self._vacancies:
+            return False
         began = time.monotonic()
-        for _ in range(MAX_STARTS):
-            if not self._is_vacant(post):
-                return False
-            actor = await self._launch(post)
-            try:
-                (info,) = await self._load([actor])
-                self._enlist(actor, info)
-                logger.info("replica %s is ready after %.1f s", actor.name, time.monotonic() - began)
-                return True
-            except DisaggError as error:
-                failure = error
-            finally:  # whatever it was: the post must not stay taken
-                if self._starting.get(post) is actor:
-                    del self._starting[post]
-                    ray.kill(actor.handle)
-            logger.warning("replica %s did not start: %s", actor.name, failure)
-        self._give_up(post, failure)
+        with self._vacancies.filling(post):
+            while self._is_vacant(post):
+                await self._vacancies.closed_time(post)
+                if not self._is_vacant(post):
+                    break
+                if (failure := await self._start(post)) is None:
+                    logger.info("replica %s is ready after %.1f s", post.name, time.monotonic() - began)
+                    return True
+                self._outages.reasons[post.stage] = failure
+                if self._is_futile(post, failure, self._vacancies.note_failure(post)):
+                    break
+                logger.warning("replica %s did not start: %s; it is tried again in %g s", post.name, failure,
+                               self._vacancies.pause_s(post))  # fmt: skip
         return False
+
+    async def _start(self, post: Post) -> DisaggError | None:
+        """Have a new actor take a post; return why it did not."""
+        actor = await self._launch(post)
+        try:
+            (info,) = await self._load([actor])
+            self._enlist(actor, info)
+        except DisaggError as error:
+            return error
+        else:
+            return None
+        finally:  # whatever it was: the post must not stay taken
+            if self._starting.get(post) is actor:
+                del self._starting[post]
+                ray.kill(actor.handle)
+
+    def _is_futile(self, post: Post, failure: DisaggError, num_failures: int) -> bool:
+        """Return whether a post is given up: what its user wrote is at fault, and nobody will change it."""
+        if self._standing or not isinstance(failure, InputError) or num_failures < MAX_STARTS:
+            return False
+        logger.error("replica %s is given up: %s", post.name, failure)
+        stages = [other.stage for other in [*(actor.post for actor in self._actors.values()), *self._vacancies]]
+        if stages.count(post.stage) == 1:  # this one
+            self._outages.give_up(post.stage, f"none starts: {failure}")
+        return True
 
     def _is_vacant(self, post: Post) -> bool:
         """Return whether an actor is wanted there."""
         serving = {actor.post for actor in self._actors.values()}
         return post not in {*serving, *self._starting, *self._launching} and post in self._placement.posts()
-
-    def _give_up(self, post: Post, failure: DisaggError) -> None:
-        others = [actor.post for actor in self._actors.values()] + list(self._starting)
-        left = sum(other.stage == post.stage for other in others)
-        logger.error("replica %s is given up; %s has %d left: %s", post.name, post.stage, left, failure)
-        if not left:
-            self._on_hopeless(StartError(f"no replica of {post.stage} is left and none starts: {failure}"))
 
     def count(self) -> None:
         """Say in the metrics how many replicas serve and start, how each is, and how many jobs wait for one."""

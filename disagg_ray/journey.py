@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from disagg_ray.blame import SETBACKS_PER_ATTEMPT
 from disagg_ray.config import Config
 from disagg_ray.errors import Cancelled, DisaggError, EncodeError, PoolError, ReplicaLost, StageError, TransferError
 from disagg_ray.fleet import Fleet
@@ -31,14 +32,12 @@ from disagg_ray.scheduler import Job
 from disagg_ray.stage import RAW, frames_in_piece
 from disagg_ray.threads import off_loop
 from disagg_ray.video import Frames
-from disagg_ray.visit import Turn, Visit, follow
+from disagg_ray.visit import Turn, follow
 
 logger = logging.getLogger("disagg_ray")
 
-SETBACKS_PER_ATTEMPT = 10
-"""Failures that cost no computing, as a pull that fails, which a request may have for each attempt that may fail."""
 MAX_PAUSE_S = 5.0
-"""Longest pause after a failed pull."""
+"""Longest pause before a stage is tried again."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,11 @@ class Journey:
         self._attempts: Counter[str] = Counter()
         """Those that a replica began."""
         self._failures: Counter[str] = Counter()
+        """Of computations, by stage."""
+        self._failed_at: defaultdict[str, set[str]] = defaultdict(set)
+        """By stage, the replicas that failed to compute it, or twice to pull its inputs."""
+        self._failed_pulls: Counter[tuple[str, str]] = Counter()
+        """By stage and replica."""
         self._num_setbacks = 0
         self._tries: Counter[str] = Counter()
         """Attempts before the present one, those that no replica began included."""
@@ -214,7 +218,8 @@ class Journey:
         """Have a stage computed on the replica that the scheduler says; it may not come about this time."""
         began, turn, visit = time.monotonic(), Turn(), None
         work, shape = measure(self.request, self._config.stages[stage].blocks)
-        job = Job(self.request.id, work, shape, self.request.priority, self._sequence, turn.move)
+        avoid = frozenset(self._failed_at[stage])
+        job = Job(self.request.id, work, shape, self.request.priority, self._sequence, turn.move, avoid)
         scheduler = self._fleet.schedulers[stage]
         self._queued.add(stage)
         self._tell(stage, "waiting")
@@ -224,10 +229,11 @@ class Journey:
             self._attempts[stage] += 1
             reply: Reply = await self._fleet.ask(visit.actor, "run", visit.task)
             scheduler.finish(job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
+            self._fleet.note_success(visit.actor)
             output, visit = _Output(visit.task.key, reply.handoff, visit.actor, reply), None
         except (TransferError, ReplicaLost, StageError, PoolError, Cancelled) as error:
             scheduler.withdraw(job, time.monotonic())  # the replica need not pause
-            await self._note_failure(stage, visit, error)
+            await self._note_failure(stage, turn.actor, error, computed=visit is not None)
         except asyncio.CancelledError:
             self._end(stage, "cancelled", "cancelled")
             raise
@@ -266,28 +272,43 @@ class Journey:
         self._end(stage, "done", "ok", timing.replica)
         self._log(logging.DEBUG, "%s done in %.2f s", timing.replica, timing.compute_s)
 
-    async def _note_failure(self, stage: str, visit: Visit | None, error: DisaggError) -> None:
-        """Count a failed attempt, and say what is to be made again.
-
-        What dies with its whole node, or before it computed, is a setback only, and so is a pull that fails.
-        """
-        stalled = visit is not None and self._fleet.has_stalled(visit.actor)
+    async def _note_failure(self, stage: str, actor: Actor | None, error: DisaggError, *, computed: bool) -> None:
+        """Count a failed attempt at a replica, as `blame` says, and say what is to be made again."""
+        stalled = actor is not None and self._fleet.has_stalled(actor)
         lost: Cause = "stalled" if stalled else "drained" if getattr(error, "with_node", False) else "died"
         causes: dict[type[DisaggError], Cause] = {ReplicaLost: lost, TransferError: "transfer", Cancelled: "cancelled"}
         self._end(stage, "failed", causes.get(type(error), "error"))
         if isinstance(error, TransferError):
             self._note_setback(error)
             self._doubt_inputs(stage, error)
+            if actor is not None:
+                self._doubt_replica(stage, actor)
             await asyncio.sleep(min(0.05 * 2**self._num_setbacks, MAX_PAUSE_S))
-        elif isinstance(error, ReplicaLost) and (error.with_node or visit is None):
+        elif isinstance(error, ReplicaLost) and (error.with_node or not computed):
             self._note_setback(error)
         else:
-            self._failures[stage] += 1
-            allowed = self._config.failures.max_attempts
-            if self._failures[stage] >= allowed:
-                said = f"{stage} failed {allowed} times (failures.max_attempts), at last so: {error}"
-                raise StageError(said) from error
-            self._log(logging.WARNING, "%s is tried again: %s", stage, error)
+            await self._charge(stage, actor, error)
+
+    async def _charge(self, stage: str, actor: Actor | None, error: DisaggError) -> None:
+        """Count a failed computation; where every replica has failed it, let others show whether they can."""
+        self._failures[stage] += 1
+        if actor is not None:
+            if isinstance(error, StageError | PoolError | EncodeError):
+                self._fleet.note_failure(actor, self._id, self._failed_at[stage], error)
+            self._failed_at[stage].add(actor.id)
+        allowed = self._config.failures.max_attempts
+        if self._failures[stage] >= allowed:
+            said = f"{stage} failed {allowed} times (failures.max_attempts), at last so: {error}"
+            raise StageError(said) from error
+        self._log(logging.WARNING, "%s is tried again: %s", stage, error)
+        if self._failed_at[stage].issuperset(self._fleet.schedulers[stage].replicas):
+            await asyncio.sleep(min(2.0 ** (self._failures[stage] - 1), MAX_PAUSE_S))
+
+    def _doubt_replica(self, stage: str, actor: Actor) -> None:
+        """A replica could not pull this stage's inputs: another is to try when it fails a second time."""
+        self._failed_pulls[stage, actor.id] += 1
+        if self._failed_pulls[stage, actor.id] > 1:
+            self._failed_at[stage].add(actor.id)
 
     def _log(self, level: int, message: str, *args: object) -> None:
         logger.log(level, f"request %s: {message}", self.request.id, *args, extra={"request_id": self.request.id})
@@ -350,8 +371,8 @@ class Journey:
             )
         except (ReplicaLost, TransferError) as error:
             self._note_setback(error)
-        except EncodeError as error:
-            await self._note_failure(self._graph.last, None, error)
+        except (EncodeError, StageError, PoolError) as error:
+            await self._note_failure(self._graph.last, output.holder, error, computed=True)
         if self._graph.last in self._outputs:
             self._drop(self._graph.last)
         return None

@@ -75,7 +75,9 @@ class Pipeline(Driver):
         self._sequence = itertools.count()
         self._admission = Admission(config.limits.max_queued, config.max_in_flight)
         self._failure: DisaggError | None = None
-        """Why nothing can be served any more."""
+        """Why nothing can be served."""
+        self._failed: dict[asyncio.Task[Result], DisaggError] = {}
+        """Requests that end for that reason."""
         self._fleet: Fleet | None = None
         self._holdings: Holdings | None = None
         self._receiver: Receiver | None = None
@@ -193,8 +195,8 @@ class Pipeline(Driver):
             taken()
             given = await self._admission.enter(request.priority, sequence, driver, lambda: self._predict(request))
         except asyncio.CancelledError:
-            if self._failure is not None:
-                raise self._failure from None
+            if (failure := self._failed.pop(task, None)) is not None:
+                raise failure from None
             raise
         finally:
             self._waiting.discard(task)
@@ -211,13 +213,14 @@ class Pipeline(Driver):
             outcome = "done"
             return result
         except asyncio.CancelledError:
-            if self._failure is not None:
-                raise self._failure from None
+            if (failure := self._failed.pop(task, None)) is not None:
+                raise failure from None
             outcome = "cancelled"
             raise
         finally:
             self._tell(Event(request.id, "", "", 0, outcome))
             del self._journeys[task]
+            self._failed.pop(task, None)
             if self._travelling.get(request.id) == (journey, handle):
                 del self._travelling[request.id]
             self._admission.leave(given)
@@ -282,11 +285,17 @@ class Pipeline(Driver):
         for journey in self._journeys.values():
             journey.lose(actor)
 
-    def _fail(self, error: StartError) -> None:
-        """A stage has no replica left: nothing can be served any more."""
-        self._failure = error
-        self._admission.close(error)
+    def _fail(self, error: StartError | None) -> None:
+        """A stage has had no replica for too long: nothing can be served; or, with None, everything can again."""
+        if error is None:
+            if self._failure is not None:
+                self._admission.reopen(self._failure)
+            self._failure = None
+            return
+        self._failure = self._failure or error
+        self._admission.close(self._failure)
         for task in [*self._waiting, *self._journeys]:
+            self._failed[task] = error
             task.cancel()
 
     def health(self) -> dict[str, Health]:

@@ -31,7 +31,7 @@ from disagg_ray.version import VERSION
 
 logger = logging.getLogger("disagg_ray")
 
-GROUPS = {"compute": 1, "pull": 1, "encode": 1, "control": 2}
+GROUPS = {"compute": 1, "pull": 2, "encode": 1, "control": 2}
 """Threads of each kind in a replica."""
 GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "encode"}
 """Every other call is a control call."""

@@ -1,12 +1,13 @@
 """What runs inside an actor: a stage, its pool, and the calls the driver makes.
 
 A plain class: `placement` applies `ray.remote` where it launches one. Four kinds of threads enter it, each Ray's own
-concurrency group: one computes (`run`), one pulls ahead (`prefetch`), one encodes files, two answer control calls.
+concurrency group: one computes (`run`), two pull inputs (`prefetch`), one encodes files, two answer control calls.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 import traceback
@@ -20,8 +21,9 @@ import ray
 import torch
 
 from disagg_ray.activity import Activities
+from disagg_ray.blame import poisons
 from disagg_ray.config import MAX_VIDEOS, REPLICA_WINDOW, Config, slots_bytes
-from disagg_ray.errors import Cancelled, ConfigError, DisaggError, StartError
+from disagg_ray.errors import Cancelled, ConfigError, DisaggError, ReplicaLost, StartError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.identity import identify_blocks
@@ -45,6 +47,8 @@ from disagg_ray.video import Frames, check_writer, encode
 
 T = TypeVar("T")
 
+LAST_WORDS_S = 2.0
+"""What a poisoned process gets to tell its driver, which ends it sooner."""
 READS_EACH = 2
 """Times Mooncake may be given `transport.timeout_s` for one tensor, and to reach its peer."""
 
@@ -345,7 +349,11 @@ class ServedReplica(Replica):
     """A replica whose expected errors are answers: raised, Ray would show each as a failed task.
 
     What its constructor raised is the answer to the first calls: Ray would end the process, with its native stack.
+    After an error that poisons its process it says so, takes nothing more, and ends.
     """
+
+    _end: ReplicaLost | None = None
+    """Why it ends."""
 
     def __init__(self, stage: str, index: int, config: Config) -> None:
         self._refusal: DisaggError | None = None
@@ -362,29 +370,39 @@ class ServedReplica(Replica):
         return self._refusal or super().describe()
 
     def load(self, *args: Any) -> ReplicaInfo | DisaggError:  # type: ignore[override]
-        return _answer(super().load, *args) if self._refusal is None else self._refusal
+        return self._answer(super().load, *args) if self._refusal is None else self._refusal
 
     def recall(self) -> Recollection | DisaggError:  # type: ignore[override]
         return self._refusal or super().recall()
 
     def prefetch(self, task: Task) -> DisaggError | None:  # type: ignore[override]
-        return _answer(super().prefetch, task)
+        return self._answer(super().prefetch, task)
 
     def run(self, task: Task) -> Reply | DisaggError:  # type: ignore[override]
-        return _answer(super().run, task)
+        return self._answer(super().run, task)
 
     def encode(self, key: AttemptKey, fps: int, format: str) -> Encoded | DisaggError:  # type: ignore[override]
-        return _answer(super().encode, key, fps, format)
+        return self._answer(super().encode, key, fps, format)
 
     def piece(self, key: AttemptKey, start: int) -> Handoff | DisaggError:  # type: ignore[override]
-        return _answer(super().piece, key, start)
+        return self._answer(super().piece, key, start)
 
-
-def _answer(method: Callable[..., T], *args: Any) -> T | DisaggError:
-    try:
-        return method(*args)
-    except DisaggError as error:
-        return error
+    def _answer(self, method: Callable[..., T], *args: Any) -> T | DisaggError:
+        if self._end is not None:
+            return self._end
+        try:
+            return method(*args)
+        except (DisaggError, RuntimeError) as error:
+            if poisons(error):
+                said = (str(error).splitlines() or [""])[0]
+                self._end = ReplicaLost(f"{self.name}: {type(error).__name__}: {said}")
+                exiting = threading.Timer(LAST_WORDS_S, os._exit, (1,))
+                exiting.daemon = True
+                exiting.start()
+                return self._end
+            if isinstance(error, DisaggError):
+                return error
+            raise
 
 
 @contextmanager

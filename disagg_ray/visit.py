@@ -18,6 +18,8 @@ class Turn:
     def __init__(self) -> None:
         self._place: Place | None = None
         self._moved = asyncio.Event()
+        self.actor: Actor | None = None
+        """The replica that it came to last."""
 
     def move(self, place: Place | None) -> None:
         self._place = place
@@ -62,14 +64,15 @@ async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visi
             if place is None:
                 continue
             if visit is None:
-                visit = Visit(fleet.actor(place.replica), new_task())
+                turn.actor = fleet.actor(place.replica)
+                visit = Visit(turn.actor, new_task())
+            if visit.fetch is None:  # also where it computes at once: what dies before `run` has computed nothing
+                fetching = fleet.ask(visit.actor, "prefetch", visit.task)
+                visit.fetch = asyncio.ensure_future(fetching)
+                visit.fetch.add_done_callback(lambda fetch: fetch.cancelled() or fetch.exception())  # if only here
             if place.run:
-                if visit.fetch is not None:
-                    await visit.fetch
+                await visit.fetch
                 return visit
-            fetching = fleet.ask(visit.actor, "prefetch", visit.task)
-            visit.fetch = asyncio.ensure_future(fetching)
-            visit.fetch.add_done_callback(lambda fetch: fetch.cancelled() or fetch.exception())  # heard, if only here
     except BaseException:
         if visit is not None:
             visit.leave()

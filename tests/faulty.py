@@ -34,12 +34,15 @@ RESUMED = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num
 class Faults:
     """A folder of files named STAGE.POINT or STAGE.POINT.REQUEST; each holds what is to happen there.
 
-    `die` and `stall`: once, to whichever replica comes first. `die always`: to every one. `wait`: until the file is
-    gone. The file `computed` gets a line whenever a stage begins to compute.
+    `die`, `stall`, `break` and `poison`: once, to whichever replica comes first. `break`: from then on that replica
+    fails whenever it computes. `poison`: as after a CUDA error. `die always`, `fail always`: to every one. `wait`:
+    until the file is gone. The file `computed` gets a line whenever a stage begins to compute.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_broken = False
+        """In a replica's process."""
 
     def set(self, where: str, what: str) -> None:
         (self.folder / f"at.{where}").unlink(missing_ok=True)
@@ -52,6 +55,8 @@ class Faults:
 
     def trip(self, stage: str, point: str, request_id: str) -> None:
         """Suffer here what the files say."""
+        if self.is_broken and point == "compute":
+            raise RuntimeError("this replica is broken")
         for name in (f"{stage}.{point}", f"{stage}.{point}.{request_id}"):
             path = self.folder / name
             if path.exists() and (what := path.read_text()):
@@ -62,7 +67,7 @@ class Faults:
         deadline = time.monotonic() + PATIENCE_S
         while what == "wait" and path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        if what in ("die", "stall"):
+        if what in ("die", "stall", "break", "poison"):
             try:
                 path.unlink()
             except FileNotFoundError:
@@ -71,6 +76,13 @@ class Faults:
             os._exit(1)
         if what == "stall":
             time.sleep(PATIENCE_S)
+        if what == "break":
+            self.is_broken = True
+            raise RuntimeError("this replica breaks")
+        if what == "poison":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        if what == "fail always":
+            raise RuntimeError("this request fails")
 
     def await_arrival(self, where: str) -> None:
         """Return once a replica waits there."""

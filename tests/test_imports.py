@@ -37,8 +37,8 @@ LAYERS = (
     {"request", "progress", "turns", "segments"},
     {"video", "loading"},
     {"fusing"},
-    {"config", "graph", "mp4"},
-    {"checks", "typed"},
+    {"config", "graph", "mp4", "outages"},
+    {"checks", "typed", "blame"},
     {"environment", "handoff", "libtiff", "options", "logs", "tree"},
     {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
 )

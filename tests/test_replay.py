@@ -103,11 +103,11 @@ def at_hold(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, strike: Callabl
     [
         ("encoder", "publish", {"encoder": 2}),
         ("encoder", "release", {}),
-        ("transformer", "pull", {"transformer": 2}),
+        ("transformer", "pull", {}),
         ("transformer", "step", {"transformer": 2}),
         ("transformer", "publish", {"transformer": 2}),
         ("transformer", "release", {}),
-        ("decoder", "pull", {"decoder": 2}),
+        ("decoder", "pull", {}),
         ("decoder", "publish", {"decoder": 2}),
         ("decoder", "release", {}),
     ],
@@ -202,7 +202,7 @@ def test_a_stopped_decoder_is_replaced(pipeline: Pipeline, faults: Faults, video
     faults.clear("decoder.pull")
     result = handle.result(SURE)
     assert result.data == video(6)
-    assert [timing.attempts for timing in result.stages] == [1, 1, 2]
+    assert [timing.attempts for timing in result.stages] == [1, 1, 1]  # it had not begun to compute
     wait_until(lambda: not psutil.pid_exists(pid), "the stopped process is still there")
 
 
@@ -302,9 +302,7 @@ def test_a_stage_that_cannot_start_again_ends_the_run_with_the_reason(
         folder.rename(tmp_path / "gone")
         kill(doomed.replicas[0].pid)
         for handle in handles:
-            with pytest.raises(
-                StartError, match=r"no replica of fused is left and none starts: .*CheckpointError: model\.path"
-            ):
+            with pytest.raises(StartError, match=r"no replica of fused is left and none starts: .*model\.path"):
                 handle.result(SURE)
         with pytest.raises(StartError, match="no replica of fused is left"):
             doomed.submit(ask("too-late"))

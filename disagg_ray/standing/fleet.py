@@ -39,7 +39,7 @@ class StandingFleet(Fleet):
         config: Config,
         name: str,
         on_lost: Callable[[Actor, ReplicaInfo], None],
-        on_hopeless: Callable[[StartError], None],
+        on_hopeless: Callable[[StartError | None], None],
         metrics: Metrics,
     ) -> None:
         super().__init__(config, name, on_lost, on_hopeless, metrics, standing=True)
@@ -137,6 +137,7 @@ class StandingFleet(Fleet):
         """Become what `config` says, replica by replica; returns once the replicas know of it."""
         self.config = self._placement.config = config
         self._revision += 1
+        self._vacancies.reopen()
         following = [self._follow(actor) for actor in self._actors.values()]
         await asyncio.gather(*following, return_exceptions=True)  # one that is dead is noticed elsewhere
         self._reconcile()
