@@ -83,6 +83,14 @@ def test_a_given_boundary_overrides_the_checkpoint_s(checkpoint: Made) -> None:
     assert open_checkpoint(replace(model, boundary_ratio=0.5)).geometry.boundary_ratio == 0.5
 
 
+@pytest.mark.parametrize("ratio", ["half", True, -1, 1e400, [0.5], None])
+def test_a_boundary_that_is_none_is_refused_by_name(checkpoint: Made, tmp_path: Path, ratio: Any) -> None:
+    folder = Path(shutil.copytree(checkpoint("tiny-a14b-t2v"), tmp_path / "model"))
+    edit(folder / "model_index.json", boundary_ratio=ratio)
+    assert "boundary_ratio" in refusal(ModelConfig(path=str(folder)))
+    assert open_checkpoint(ModelConfig(path=str(folder), boundary_ratio=0.5)).geometry.boundary_ratio == 0.5
+
+
 @pytest.mark.parametrize("name", ALIKE)
 def test_a_published_model_s_file_cuts_a_model_of_its_kind(name: str, checkpoint: Made) -> None:
     config = load_config(CONF / name, f"model.path={checkpoint(ALIKE[name])}")

@@ -13,6 +13,7 @@ from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import (
     KINDS,
+    SMALL,
     check_component,
     check_inside,
     read_components,
@@ -125,7 +126,7 @@ class Checkpoint:
 
     def _files(self, name: str) -> list[str]:
         """Return patterns of a component's files in its repository, of which the indexes are here already."""
-        small = [f"{name}/*{suffix}" for suffix in (".json", ".model", ".txt")]
+        small = [f"{name}/*{suffix}" for suffix in SMALL]
         weights = weight_files(self.folder, name) if KINDS[name].weights is not None else []
         return small + [f"{name}/{path.name}" for path in weights]
 
@@ -136,11 +137,12 @@ class Checkpoint:
             CheckpointError: the component is missing, or has weights in another format than safetensors.
         """
         self._check_listed(name)
+        remote = _is_hub_id(self.model.path)
+        check_component(self.folder, name, partial=remote)
         if KINDS[name].weights is None:
             return 0
-        if _is_hub_id(self.model.path) and not all(path.is_file() for path in weight_files(self.folder, name)):
+        if remote and not all(path.is_file() for path in weight_files(self.folder, name)):
             return None
-        self.check(name)
         return sum(tensor.num_elements for tensor in read_tensors(self.folder, name))
 
     def _check_listed(self, name: str) -> None:
@@ -286,5 +288,19 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
         image_tokens=image_tokens,
         image_dim=image_dim,
         two_transformers="transformer_2" in components,
-        boundary_ratio=model.boundary_ratio if model.boundary_ratio is not None else index.get("boundary_ratio"),
+        boundary_ratio=_boundary(model, index, "transformer_2" in components),
     )
+
+
+def _boundary(model: ModelConfig, index: dict[str, Any], two_transformers: bool) -> float | None:
+    ratio = index.get("boundary_ratio") if model.boundary_ratio is None else model.boundary_ratio
+    if ratio is None and two_transformers:
+        raise CheckpointError(
+            f"model.boundary_ratio: null, and {model.path!r} with its two transformers has none; give one, as 0.875"
+        )
+    if ratio is not None and (type(ratio) not in (int, float) or not 0 <= ratio <= 1):
+        raise CheckpointError(
+            f"model.path: boundary_ratio in the index of {model.path!r} is {printable(repr(ratio), 60)}, and must be "
+            f"from 0 to 1"
+        )
+    return ratio

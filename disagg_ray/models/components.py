@@ -32,8 +32,8 @@ MAX_NUMBER = 2**20
 """Largest whole number in a configuration; the largest published is a vocabulary of 256,384."""
 MAX_LAYERS = 1024
 LAYERS = ("num_layers", "num_hidden_layers", "num_res_blocks")
-SUFFIXES = (".json", ".safetensors", ".model", ".txt")
-"""Of files that are opened or fetched."""
+SMALL = (".json", ".model", ".txt")
+"""Suffixes of files that are opened beside weights."""
 CODE = ("auto_map", "custom_pipelines")
 """Keys of configurations that name code of a folder's own."""
 ELSEWHERE = ("transformers_weights", "tokenizer_file", "vocab_file", "merges_file")
@@ -131,7 +131,7 @@ def check_component(folder: Path, name: str, *, partial: bool = False) -> None:
     if not component.is_dir():
         raise CheckpointError(f"model.path: the component folder {quote(component)} is missing")
     for path in sorted(component.iterdir()):
-        if path.name.endswith(SUFFIXES):
+        if path.name.endswith(SMALL):
             check_inside(path, folder)
         if path.name == "adapter_config.json":
             raise CheckpointError(f"model.path: {quote(path)} brings weights from elsewhere; take it out of the folder")

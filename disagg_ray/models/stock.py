@@ -16,6 +16,7 @@ def load_stock_pipeline(folder: Path, dtypes: Mapping[str, str], device: str) ->
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     kind = getattr(diffusers, index["_class_name"])
     wanted = {name: getattr(torch, dtype) for name, dtype in dtypes.items() if index.get(name, [None])[0] is not None}
-    pipeline = kind.from_pretrained(folder, dtype={"default": torch.float32} | wanted, local_files_only=True)
+    given = {"default": torch.float32} | wanted
+    pipeline = kind.from_pretrained(folder, dtype=given, use_safetensors=True, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
