@@ -18,19 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disagg_ray import logs
+from disagg_ray import console, logs
 from disagg_ray.arguments import Parser, config_parser
 from disagg_ray.cli_plan import plan, profile
 from disagg_ray.cli_standing import down, joined, ls, scale, up
 from disagg_ray.config import Config
 from disagg_ray.environment import expand_home, in_ray_job
-from disagg_ray.errors import DisaggError, InputError
+from disagg_ray.errors import DisaggError, InputError, OutputError, SaveError
 from disagg_ray.loading import load_config, to_yaml
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.output import check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.request import TYPES, Request, resolve
+from disagg_ray.result import Result, rescued
 from disagg_ray.signals import terminated
 from disagg_ray.version import VERSION
+from disagg_ray.video import check_writer
 
 if TYPE_CHECKING:
     from disagg_ray.connection import Connection
@@ -42,28 +44,37 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    console.set_up()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
-    if name == "--version":
+    if name in COMMANDS:
+        status = _run(name, arguments[1:])
+    elif name == "--version":
         print(f"disagg-ray {VERSION}")
-        return 0
-    if name not in COMMANDS:
-        asked_for_help = name in ("-h", "--help")
-        print(_usage(), file=sys.stdout if asked_for_help else sys.stderr)
-        return 0 if asked_for_help else 2
+        status = 0
+    else:
+        status = 0 if name in ("-h", "--help") else 2
+        print(_usage(), file=sys.stderr if status else sys.stdout)
+    return status if console.flush() else max(status, 1)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     logs.set_up()
     try:
         with terminated():
-            return COMMANDS[name](arguments[1:])
+            return COMMANDS[name](arguments)
     except InputError as error:
-        print(f"disagg-ray: error: {error}", file=sys.stderr)
+        console.fail("error", error)
         return 2
     except DisaggError as error:
-        print(f"disagg-ray: failed: {error}", file=sys.stderr)
+        console.fail("failed", error)
         return 1
     except KeyboardInterrupt:
         print("disagg-ray: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # noqa: BLE001 - the end of the process, which says what it was
+        console.crash(error)
+        return 1
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -104,17 +115,31 @@ def _generate_one(options: argparse.Namespace) -> int:
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
     resolved, _ = resolve(request, config)  # what is wrong with it should show before anything starts
     check_prompts(resolved, config.model)
+    if options.local:
+        check_writer(request.format)
 
     from disagg_ray.report.tables import print_result
 
     with _start(config, options, 1) as pipeline:
         result = pipeline.generate(request)
-        path = result.save(options.output, overwrite=options.overwrite)
+        path = _save(result, options)
         print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
     if options.trace is not None:
         _write_trace(options.trace, [(result.request.id, result.stages)])
     return 0
+
+
+def _save(result: Result, options: argparse.Namespace) -> Path | str:
+    """Write the video where it was to go, or else anywhere.
+
+    Raises:
+        SaveError: says where it is.
+    """
+    try:
+        return result.save(options.output, overwrite=options.overwrite)
+    except OutputError as error:
+        raise SaveError(f"{error}; {rescued(result)}") from error
 
 
 def _generate_many(options: argparse.Namespace) -> int:
@@ -263,18 +288,21 @@ def doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
     parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument("--output", help="check also that a video can be written there")
     options = parser.parse_intermixed_args(argv)
     if options.overrides and not options.config:
         raise InputError(f"--config: not given, so {options.overrides[0]!r} has nothing to override; give a YAML file")
     if options.connect and (options.config or options.local):
         raise InputError("--connect: it goes without --config and --local: what stands is checked as it stands")
     config = load_config(options.config, *options.overrides) if options.config else None
-    from disagg_ray.doctor import examine, examine_standing, exit_status, print_checks, to_json
+    from disagg_ray.doctor import check_place, examine, examine_standing, exit_status, print_checks, to_json
 
     if options.connect:
         checks = examine_standing(options.connect, options.address)
     else:
         checks = examine(config, options.address, local=options.local)
+    if options.output is not None:
+        checks.append(check_place(options.output))
     print(to_json(checks)) if options.json else print_checks(checks)
     return exit_status(checks)
 
@@ -285,6 +313,8 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
     parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
     options = parser.parse_args(argv)
+    if options.output is not None:
+        check_folder(options.output)
     from disagg_ray.report.tables import write_report
 
     for path in write_report(local_path(options.folder), local_path(options.output or options.folder)):

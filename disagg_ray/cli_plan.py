@@ -11,6 +11,7 @@ from disagg_ray.arguments import config_parser
 from disagg_ray.config import Config
 from disagg_ray.errors import PlanError
 from disagg_ray.loading import load_config
+from disagg_ray.output import check_file, write_text
 from disagg_ray.request import Request, resolve
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def profile(argv: Sequence[str]) -> int:
         raise PlanError(f"invalid --repeats={options.repeats}: must be at least 1")
     for request in requests:
         resolve(request, config)
+    check_file(options.output, "output")
 
     from disagg_ray.planning.profile import write_profile
     from disagg_ray.planning.profiling import measure_profile
@@ -89,6 +91,8 @@ def plan(argv: Sequence[str]) -> int:
     ):
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__, help="of a request; else the configured one")
     options = parser.parse_intermixed_args(argv)
+    if options.output is not None:
+        check_file(options.output, "output")
     config = load_config(options.config, *options.overrides)
     asked = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     request, _ = resolve(
@@ -120,7 +124,7 @@ def plan(argv: Sequence[str]) -> int:
     text = to_yaml(to_settings(made.best.layout, made.stages))
     print("\n" + text, end="")
     if options.output is not None:
-        options.output.write_text(f"base: {Path(options.config).absolute()}\n{text}")
+        write_text(options.output, f"base: {Path(options.config).absolute()}\n{text}")
     return 0
 
 

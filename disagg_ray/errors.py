@@ -11,6 +11,7 @@ DisaggError
 ├── StartError                  stages did not become ready
 ├── StageError                  a stage failed one request
 ├── EncodeError                 frames did not become a whole file
+├── SaveError                   a finished video's place did not take it
 ├── TransferError               tensors did not arrive whole
 ├── ReplicaLost                 a replica died, hung or cannot be reached
 ├── Overloaded                  the queue is full, and the caller would not wait
@@ -63,6 +64,10 @@ class StageError(DisaggError):
 
 class EncodeError(DisaggError):
     """Frames did not become a whole video file: the encoder is missing, failed or hangs."""
+
+
+class SaveError(DisaggError):
+    """The place that was asked for did not take a finished video; says where it is instead."""
 
 
 class ReplicaLost(DisaggError):

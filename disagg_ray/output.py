@@ -5,22 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-import fsspec
 import numpy as np
 
+from disagg_ray import storage
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import OutputError
 from disagg_ray.video import Frames, encode_png
 
 SUFFIXES = {".mp4": "mp4", ".gif": "gif", ".npy": "npy", "": "png"}
+SUFFIX_OF = {format: suffix for suffix, format in SUFFIXES.items()}
+TRY_BYTES = 4096
+RESCUE_PLACES = (None, "~", ".", "/dev/shm")
+"""None: the temporary folder."""
 TEMPORARY = ".disagg_ray-"
 """How the names of files and folders begin that are being written."""
 
@@ -45,11 +51,20 @@ def local_path(output: str | Path) -> Path:
 
 
 def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -> None:
-    """Check that a result can be written there, before any work.
+    """Check that a result can be written there, before any work: a small file is written there and removed.
 
     Raises:
         OutputError: exists without `overwrite`, cannot be written, or is relative inside a Ray job.
     """
+    _check(output, overwrite=overwrite, in_job=in_job)
+    if is_url(output):
+        storage.attempt(str(output), TEMPORARY)
+    else:
+        try_folder(local_path(output).parent, f"output: {str(output)!r}")
+
+
+def _check(output: str | Path, *, overwrite: bool, in_job: bool = False) -> None:
+    _refuse_dash(output, "output")
     format_of(output)
     try:
         if is_url(output):
@@ -60,12 +75,18 @@ def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -
         raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
 
 
+def _refuse_dash(path: str | Path, field: str) -> None:
+    if str(path) == "-":
+        raise OutputError(f"{field}: '-' would be standard output, where messages go; write a name")
+
+
 def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
     """Check that a batch can have its folder there; making it shows the rest.
 
     Raises:
-        OutputError: it is a URL, or relative inside a Ray job.
+        OutputError: it is a URL, standard output, or relative inside a Ray job.
     """
+    _refuse_dash(folder, "output-dir")
     if is_url(folder):
         raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
     if in_job and not local_path(folder).is_absolute():
@@ -88,15 +109,37 @@ def check_trace(path: str | Path, *, in_job: bool = False) -> None:
             f"trace: {str(path)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
             f"write an absolute path"
         )
-    _check_parent(local_path(path), f"trace: {str(path)!r}")
+    try_folder(local_path(path).parent, f"trace: {str(path)!r}")
 
 
-def _check_parent(path: Path, shown: str) -> None:
-    folder = path.parent
+def check_file(path: Path, field: str) -> None:
+    """Check that a file can be written there, before any work; an older one is replaced.
+
+    Raises:
+        OutputError: it is a folder or standard output, or cannot be written.
+    """
+    _refuse_dash(path, field)
+    if path.is_dir():
+        raise OutputError(f"{field}: {str(path)!r} is a folder; give the name of a file")
+    try_folder(path.parent, f"{field}: {str(path)!r}")
+
+
+def try_folder(folder: Path, shown: str) -> None:
+    """Write a small file into a folder, or where it will be made, and remove it.
+
+    Raises:
+        OutputError: begins with `shown`.
+    """
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{shown} cannot be written: {str(folder)!r} is not a folder that can be written")
+    try:
+        with tempfile.NamedTemporaryFile(buffering=0, prefix=TEMPORARY, dir=folder) as file:
+            file.write(bytes(TRY_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"{shown} cannot be written: nothing can in {str(folder)!r}: {error.strerror}") from error
 
 
 def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
@@ -107,13 +150,18 @@ def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> Non
         )
     if not path.name:
         raise OutputError(f"output: {shown} names no file; write one such as video.mp4")
+    if path.is_symlink():
+        raise OutputError(
+            f"output: {shown} is a link to {str(path.readlink())!r}; give the name of what is to be written"
+        )
     if path.exists() and not overwrite:
         raise OutputError(f"output: {shown} exists; give --overwrite or another name")
     if path.exists() and path.is_dir() != (format_of(path) == "png"):
         raise OutputError(f"output: {shown} is {'a folder' if path.is_dir() else 'no folder'}; give another name")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise OutputError(f"output: {shown} is no regular file; give another name")
     if path.is_dir() and any(re.fullmatch(r"frame_\d+\.png", entry.name) is None for entry in path.iterdir()):
         raise OutputError(f"output: {shown} holds other files than frames; give the name of a new folder")
-    _check_parent(path, f"output: {shown}")
 
 
 def _check_url(url: str, *, overwrite: bool) -> None:
@@ -121,11 +169,7 @@ def _check_url(url: str, *, overwrite: bool) -> None:
         raise OutputError(f"output: {url!r} has no suffix; a folder of png files can only be written to a local path")
     if url.startswith(("http://", "https://")):
         raise OutputError(f"output: {url!r} cannot be written; give a path or a URL such as s3://bucket/video.mp4")
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise OutputError(f"output: {url!r} cannot be reached: {error}") from error
-    if filesystem.exists(path) and not overwrite:
+    if storage.exists(url) and not overwrite:
         raise OutputError(f"output: {url!r} exists; give --overwrite or another name")
 
 
@@ -137,13 +181,12 @@ def write(content: bytes | Frames, made: str, output: str | Path, *, overwrite: 
     """
     if (wanted := format_of(output)) != made:
         raise OutputError(f"output: {str(output)!r} asks for {wanted}, but the request's format is {made}")
-    check_output(output, overwrite=overwrite)
+    _check(output, overwrite=overwrite)
+    if is_url(output):
+        storage.write(str(output), partial(_write_file, content))
+        return str(output)
+    path = local_path(output)
     try:
-        if is_url(output):
-            with fsspec.open(str(output), "wb") as sink:
-                _write_file(content, sink)
-            return str(output)
-        path = local_path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
         if made == "png":
             assert isinstance(content, np.ndarray)
@@ -151,9 +194,43 @@ def write(content: bytes | Frames, made: str, output: str | Path, *, overwrite: 
         else:
             with atomic_file(path) as sink:
                 _write_file(content, sink)
-        return path
     except OSError as error:
         raise OutputError(f"output: {str(output)!r} could not be written: {error}") from error
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of words.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    try:
+        with atomic_file(path) as sink:
+            sink.write(text.encode())
+    except OSError as error:
+        raise OutputError(f"output: {str(path)!r} could not be written: {error.strerror}") from error
+
+
+def rescue(content: bytes | Frames, made: str) -> Path:
+    """Write a result that its own place did not take into a new private folder of this machine; return its path.
+
+    Raises:
+        OutputError: no place took it.
+    """
+    failures = []
+    for place in RESCUE_PLACES:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="disagg_ray-rescued-", dir=place and expand_home(place)))
+        except OSError as error:
+            failures.append(str(error))
+            continue
+        try:
+            return Path(write(content, made, folder / f"video{SUFFIX_OF[made]}", overwrite=False))
+        except OutputError as error:
+            failures.append(str(error))
+            shutil.rmtree(folder, ignore_errors=True)
+    raise OutputError(f"output: no other place took it either: {'; '.join(failures)}")
 
 
 def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
@@ -168,10 +245,17 @@ def _write_folder(frames: Frames, path: Path) -> None:
         new = Path(temporary) / "new"
         new.mkdir()
         for index, frame in enumerate(frames):
-            (new / f"frame_{index:05d}.png").write_bytes(encode_png(frame))
+            with atomic_file(new / f"frame_{index:05d}.png") as sink:
+                sink.write(encode_png(frame))
+        old = Path(temporary) / "old"
         if path.exists():
-            path.rename(Path(temporary) / "old")
-        new.rename(path)
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
 
 
 def open_own(path: Path, flags: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from disagg_ray.output import write
+from disagg_ray.errors import OutputError
+from disagg_ray.output import rescue, write
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.video import Frames
 
@@ -55,6 +57,26 @@ class Result:
         Raises:
             OutputError: the suffix is not the request's format, or the place cannot be written.
         """
+        return write(self._content, self.request.format, path, overwrite=overwrite)
+
+    def rescue(self) -> Path:
+        """Write the video into a new private folder of this machine: the temporary one, or where else there is room.
+
+        Raises:
+            OutputError: no place takes it.
+        """
+        return rescue(self._content, self.request.format)
+
+    @property
+    def _content(self) -> bytes | Frames:
         content = self.frames if self.data is None else self.data
         assert content is not None, "a result holds either the file or the frames"
-        return write(content, self.request.format, path, overwrite=overwrite)
+        return content
+
+
+def rescued(result: Result) -> str:
+    """Write a video that its own place did not take elsewhere; return words that say where."""
+    try:
+        return f"the video is {str(result.rescue())!r} on {platform.node()} instead"
+    except OutputError as error:
+        return str(error)

@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,3 +63,17 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Give the mount point of a file system of its own."""
+    if os.geteuid():
+        pytest.skip("only root may mount")
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", mount], check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no mounts here: {done.stderr.decode()}")
+    yield mount
+    subprocess.run(["umount", mount], check=True)

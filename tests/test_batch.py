@@ -19,13 +19,14 @@ import imageio.v3 as iio
 import pytest
 from PIL import Image
 
-from disagg_ray import Pipeline, load_config
+from disagg_ray import OutputError, Pipeline, Request, Result, load_config
 from disagg_ray.batch.manifest import MANIFEST, Folder, read_manifest, sha256_of
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options
-from disagg_ray.batch.run import generate
+from disagg_ray.batch.run import generate, save
 from disagg_ray.batch.summary import Summary
+from disagg_ray.request import resolve
 
 pytestmark = pytest.mark.slow
 
@@ -177,19 +178,42 @@ def test_latents_of_a_killed_run_are_decoded(folder: Path, start: Start, pipelin
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Give the mount point of a file system of its own."""
-    if os.geteuid():
-        pytest.skip("only root may mount")
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "none", mount], check=False, capture_output=True)
-    if done.returncode:
-        pytest.skip(f"no mounts here: {done.stderr.decode()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+def rescue_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where videos are saved that their folder does not take."""
+    place = tmp_path / "rescued"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    return place
 
 
+def make_result() -> Result:
+    request, _ = resolve(Request(prompt="a cat", id="a"), load_config("conf/tiny_t2v.yaml"))
+    return Result(request, 1.0, (), bytes(1000), None)
+
+
+def test_a_video_is_saved_elsewhere_unless_its_latents_are_kept(small_disk: Path, rescue_place: Path) -> None:
+    with Folder(small_disk) as folder:
+        folder.latents_of("a").touch()
+        (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        with pytest.raises(OutputError, match="No space left"):
+            save(make_result(), folder.video_of("a", "mp4"), folder)
+        assert list(rescue_place.iterdir()) == []
+        folder.latents_of("a").unlink()
+        with pytest.raises(OutputError, match=r"No space left.*video.mp4' on .* instead"):
+            save(make_result(), folder.video_of("a", "mp4"), folder)
+    assert [len(path.read_bytes()) for path in rescue_place.glob("*/video.mp4")] == [1000]
+
+
+def test_a_link_in_the_way_of_a_batch_s_video_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    with Folder(tmp_path / "out") as folder:
+        path = folder.video_of("a", "mp4")
+        path.symlink_to(tmp_path / "mine")
+        save(make_result(), path, folder)
+    assert (path.is_symlink(), path.stat().st_size, (tmp_path / "mine").read_bytes()) == (False, 1000, b"mine")
+
+
+@pytest.mark.usefixtures("rescue_place")
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(folder: Path, small_disk: Path, start: Start) -> None:
     path = write_requests(folder, *({"id": f"clip-{n}"} for n in range(16)))
     summary = run(path, start_fused, small_disk)
@@ -205,6 +229,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(folder: Path, small_d
     assert len(records(small_disk)) == 16
 
 
+@pytest.mark.usefixtures("rescue_place")
 @pytest.mark.parametrize("event", ["folder moved", "file changed"])
 def test_what_is_taken_away_ends_the_run(event: str, folder: Path, start: Start) -> None:
     path, out = write_requests(folder, *({"id": f"clip-{n}"} for n in range(60))), folder / "out"

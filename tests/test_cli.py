@@ -170,6 +170,86 @@ def test_make_checkpoint_names_the_nearest_shape(tmp_path: Path, capsys: pytest.
     assert "tiny-t2v" in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["config", "--config", "none.yaml"],
+        ["doctor", "--local", "--config", "none.yaml"],
+        ["report", "nowhere"],
+        ["report", "nowhere", "--output", "-"],
+        ["plan", "--config", T2V, "--profile", "none.json", "--gpus", "1xH200"],
+        ["plan", "--config", T2V, "--profile", "none.json", "--gpus", "1xH200", "--output", "/proc/plan.yaml"],
+        ["profile", "--config", T2V, "--output", "/proc/profile.json"],
+        ["profile", "--config", T2V, "--output", "conf"],
+        ["up", "name", "--config", "none.yaml"],
+        ["up", "name", "--config", T2V, "--here"],
+        ["scale", "name", "transformer=none"],
+        ["down"],
+        ["ls", "name"],
+        ["generate", "--config", T2V, "--prompt", "x", "--output", "-"],
+        ["generate", "--config", T2V, "--prompt", "x", "--output", "/proc/nope/o.mp4"],
+        ["generate", "--config", T2V, "--requests", "requests.jsonl", "--output-dir", "-"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_refuses_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("disagg-ray: error: ")
+
+
+def test_an_error_that_nobody_meant_is_one_line_that_names_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> int:
+        raise RuntimeError("one\ntwo \x1b[31m")
+
+    monkeypatch.setitem(cli.COMMANDS, "ls", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    status, _, err = run(capsys, "ls")
+    (trace,) = tmp_path.iterdir()
+    assert status == 1
+    assert err.startswith("disagg-ray: failed: RuntimeError: one; two \\x1b[31m; ")
+    assert err.endswith(f"{trace}\n")
+    assert "in broken" in trace.read_text()
+
+
+def test_a_video_that_its_place_does_not_take_is_elsewhere(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    status, _, err = generate(capsys, small_disk / "out.npy", "--local")
+    (rescued,) = tmp_path.glob("disagg_ray-rescued-*/video.npy")
+    assert status == 1
+    assert f"output: {str(small_disk / 'out.npy')!r} could not be written: " in err
+    assert repr(str(rescued)) in err
+    assert np.load(rescued).shape == (9, 64, 64, 3)
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["| true", ">&- 2>&- <&-"])
+def test_a_video_is_done_whoever_listens(redirection: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.mp4"
+    command = " ".join(
+        [*COMMAND, "generate", "--local", "--config", T2V, "--output", str(output), "--prompt", "x", *SMALL]
+    )
+    script = f"set -o pipefail; {command} --trace {tmp_path}/trace.json {redirection}"
+    done = subprocess.run(["bash", "-c", script], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert len(iio.imread(output, plugin="FFMPEG")) == 9
+    assert (tmp_path / "trace.json").exists()
+
+
+def test_a_listing_that_cannot_be_written_is_a_failure() -> None:
+    command = [*COMMAND, "config", "--config", T2V]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "disagg-ray: failed: standard output cannot be written: No space left on device\n"
+
+
 @pytest.mark.slow
 def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
     arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]

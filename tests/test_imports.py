@@ -38,8 +38,8 @@ LAYERS = (
     {"video", "loading"},
     {"fusing"},
     {"config", "graph", "mp4", "outages"},
-    {"checks", "typed", "blame"},
-    {"environment", "handoff", "libtiff", "options", "logs", "tree"},
+    {"blame", "checks", "storage", "typed"},
+    {"console", "environment", "handoff", "libtiff", "logs", "options", "tree"},
     {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
 )
 """Units of the package, highest first; each imports only from those below. A folder is one unit."""
@@ -50,7 +50,7 @@ IMPORTERS = {
     "imageio_ffmpeg": {"mp4"},
     "PIL": {"video"},
     "yaml": {"loading", "tree"},
-    "fsspec": {"output"},
+    "fsspec": {"storage"},
     "safetensors": {"latents", "models"},
     "rich": {"report", "cli", "display", "doctor"},
     "zmq": {"progress"},

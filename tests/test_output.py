@@ -1,6 +1,7 @@
 """Results are written whole, where the user said, or not at all."""
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from disagg_ray import OutputError, Request, Result, load_config
-from disagg_ray.output import check_output, format_of, write
+from disagg_ray.output import check_folder, check_output, check_trace, format_of, write
 from disagg_ray.request import resolve
 from disagg_ray.video import Frames, quantise
 
@@ -155,6 +156,74 @@ def test_a_file_cannot_hold_a_file(tmp_path: Path) -> None:
     assert "is not a folder that can be written" in message
 
 
+def test_a_folder_that_takes_no_file_is_refused() -> None:
+    assert "output: '/proc/nope/out.mp4' cannot be written" in refusal("/proc/nope/out.mp4")
+    with pytest.raises(OutputError, match=r"trace: '/proc/trace.json' cannot be written"):
+        check_trace("/proc/trace.json")
+
+
+def test_a_full_disk_is_refused(small_disk: Path) -> None:
+    check_output(small_disk / "new" / "out.mp4", overwrite=False)
+    assert list(small_disk.iterdir()) == []
+    (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    assert "No space left" in refusal(small_disk / "new" / "out.mp4")
+    assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("format", NAMES)
+@pytest.mark.parametrize("target", ["there", "nowhere"])
+def test_a_link_is_neither_replaced_nor_followed(format: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / NAMES[format]
+    link.symlink_to(target)
+    for overwrite in (False, True):
+        assert f"is a link to '{target}'" in refusal(link, overwrite=overwrite)
+        with pytest.raises(OutputError, match="is a link"):
+            result(format).save(link, overwrite=overwrite)
+    assert (link.is_symlink(), list((tmp_path / "there").iterdir())) == (True, [])
+
+
+def test_a_folder_above_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    result().save(tmp_path / "link" / "out.mp4")
+    assert (tmp_path / "there" / "out.mp4").read_bytes() == b"encoded"
+
+
+def test_standard_output_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "'-' would be standard output" in refusal("-", overwrite=True)
+    with pytest.raises(OutputError, match="output-dir: '-' would be standard output"):
+        check_folder("-")
+    with pytest.raises(OutputError, match="'-' would be standard output"):
+        result("png").save("-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out.mp4")
+    assert "is no regular file" in refusal(tmp_path / "out.mp4", overwrite=True)
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_a_rescued_result_is_whole_and_private(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = result(format).rescue()
+    assert path.parent.parent == tmp_path
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert path.is_dir() if format == "png" else path.stat().st_size > 6
+
+
+def test_a_full_temporary_folder_is_passed_over(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    assert tmp_path in result("npy").rescue().parents
+    assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
@@ -210,12 +279,18 @@ def test_a_url_is_written_and_kept_unless_told(format: str) -> None:
     check_output(url, overwrite=True)
 
 
+def test_a_url_is_tried_and_left_as_it_was() -> None:
+    check_output("memory://folder/out.mp4", overwrite=False)
+    assert fsspec.filesystem("memory").store == {}
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
         ("memory://folder/frames", "local path"),
         ("https://example.org/out.mp4", "cannot be written"),
         ("nosuch://folder/out.mp4", "cannot be reached"),
+        ("local:///proc/nope/out.mp4", "cannot be written, as a small object beside it shows"),
     ],
 )
 def test_a_url_that_cannot_take_the_result_is_refused(url: str, words: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from disagg_ray.batch.lines import read_lines
 from disagg_ray.batch.records import MAX_LINE_BYTES, Record, parse
 from disagg_ray.errors import OutputError
-from disagg_ray.output import SUFFIXES, TEMPORARY, open_own
+from disagg_ray.output import SUFFIX_OF, TEMPORARY, open_own
 from disagg_ray.units import printable
 
 logger = logging.getLogger("disagg_ray")
@@ -32,7 +32,6 @@ INVALID = "invalid.jsonl"
 """The bad lines of the requests file, when there are any."""
 WORK = ".work"
 LATENTS = ".safetensors"
-SUFFIX_OF = {format: suffix for suffix, format in SUFFIXES.items()}
 
 TORN = "manifest.torn"
 """What crashes left of half-written lines."""

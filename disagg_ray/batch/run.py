@@ -21,8 +21,10 @@ from disagg_ray.config import Config
 from disagg_ray.connection import Connection
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, ReplicaLost, RequestError, StartError
 from disagg_ray.handle import Handle
+from disagg_ray.output import try_folder
 from disagg_ray.pipeline import Pipeline
 from disagg_ray.request import ResolvedRequest
+from disagg_ray.result import Result, rescued
 from disagg_ray.signals import until, wait_for
 
 logger = logging.getLogger("disagg_ray")
@@ -45,6 +47,7 @@ def generate(
         OutputError: the folder cannot be used.
     """
     with RequestsFile(options.requests, config) as source, Folder(options.output_dir) as folder:
+        try_folder(folder.path, f"output-dir: {str(folder.path)!r}")
         batch = Batch(source, folder, make_plan(source, folder, config, options), config)
         try:
             if num_pending := len(batch.plan.pending):
@@ -171,10 +174,9 @@ class Batch:
                 raise outcome
             record = partial(record, request=outcome.request)
             result = outcome.result()
-            self._folder.check()
             path = self._folder.video_of(result.request.id, result.request.format)
             began = time.monotonic()
-            result.save(path)
+            save(result, path, self._folder)
             self._note_written(time.monotonic() - began)
         except Cancelled:
             return None
@@ -220,3 +222,21 @@ class Batch:
 def _known(seen: Mapping[str, Picture], request: ResolvedRequest) -> dict[str, Picture]:
     """Return image files as they were before they were read, with what was read."""
     return {name: replace(picture, sha256=request.images[name].sha256) for name, picture in seen.items()}
+
+
+def save(result: Result, path: Path, folder: Folder) -> None:
+    """Write a video into a batch's folder; what that does not take is written elsewhere, unless its latents are kept.
+
+    Raises:
+        OSError: the folder is gone.
+        OutputError: it cannot be written; says where it is.
+    """
+    try:
+        folder.check()
+        if path.is_symlink():
+            path.unlink()  # the folder is the batch's, what the link points to is not
+        result.save(path)
+    except (OSError, OutputError) as error:
+        if folder.latents_of(result.request.id).exists():
+            raise
+        raise OutputError(f"{error}; {rescued(result)}") from (error.__cause__ or error)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from disagg_ray.config import Config, StageConfig, TransportConfig
 from disagg_ray.doctor.check import Check, at, exit_status, fail
 from disagg_ray.doctor.cluster import check_cluster, check_resources
+from disagg_ray.doctor.files import check_place
 from disagg_ray.doctor.machine import Survey, survey
 from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model, without_gpu
 from disagg_ray.doctor.probe import Probe, check_link
@@ -21,7 +22,7 @@ from disagg_ray.environment import ray_auth_mode
 from disagg_ray.errors import DisaggError
 from disagg_ray.placement import Cluster
 
-__all__ = ["Check", "examine", "examine_standing", "exit_status", "print_checks", "to_json"]
+__all__ = ["Check", "check_place", "examine", "examine_standing", "exit_status", "print_checks", "to_json"]
 
 logger = logging.getLogger("disagg_ray")
 

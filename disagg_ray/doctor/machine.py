@@ -13,6 +13,7 @@ import psutil
 
 from disagg_ray.config import TransportConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.doctor.files import check_ffmpeg, check_temporary
 from disagg_ray.doctor.security import check_dashboard, check_metrics_ports, check_ports, check_token, listening_ports
 from disagg_ray.doctor.software import (
     Gpu,
@@ -62,6 +63,8 @@ def survey(transport: TransportConfig, pool_bytes: int | None, *, sees_gpus: boo
         check_memlock(devices, pool_bytes),
         check_shm(),
         check_disk(),
+        check_temporary(),
+        check_ffmpeg(),
         check_token(ray_token_path()),
         check_ports(ports),
         check_metrics_ports(ports),

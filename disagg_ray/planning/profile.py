@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.errors import PlanError
+from disagg_ray.output import write_text
 
 VERSION = 2
 """Of the file's schema."""
@@ -136,11 +137,8 @@ class Profile:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Raises PlanError: the file cannot be written."""
-    try:
-        path.write_text(json.dumps(asdict(profile), indent=2) + "\n")
-    except OSError as error:
-        raise PlanError(f"output: {str(path)!r} cannot be written: {error.strerror}") from error
+    """Raises OutputError: the file cannot be written."""
+    write_text(path, json.dumps(asdict(profile), indent=2) + "\n")
 
 
 def read_profile(path: Path) -> Profile:
