@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ COMPONENT_OF = {
     "decode": "vae", "blend": "vae",
 }  # fmt: skip
 """Whose precision counts, by block."""
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow", "peft", "torchao")
+"""Those that have a part in the numbers; some are optional."""
 
 
 def identify_request(request: ResolvedRequest) -> str:
@@ -79,9 +81,15 @@ def _denoiser(settings: StageConfig) -> dict[str, Any]:
 
 
 @cache
-def _versions() -> Mapping[str, str | int]:
-    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return {**libraries, "numerics": NUMERICS}
+def _versions() -> Mapping[str, str | int | None]:
+    return {**{name: _version(name) for name in LIBRARIES}, "numerics": NUMERICS}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _digest(told: Any) -> str:

@@ -102,10 +102,12 @@ def _read(path: Path, wanted: Wanted) -> torch.Tensor:
 
 
 def _check_origin(metadata: Mapping[str, str], wanted: Wanted) -> None:
+    if "blocks" not in metadata:
+        raise _Unfit("it does not say what made them, as older versions wrote it")
     if metadata.get("request") != identify_request(wanted.request):
         raise _Unfit("they are of another prompt, image or other field of the request")
     try:
-        blocks: Any = json.loads(metadata.get("blocks", ""))
+        blocks: Any = json.loads(metadata["blocks"])
     except (ValueError, RecursionError) as error:
         raise _Unfit("it does not say what made them") from error
     if not isinstance(blocks, dict) or set(blocks) != set(wanted.blocks):

@@ -102,6 +102,12 @@ def test_a_description_that_is_none_is_not_used(blocks: str, tmp_path: Path) -> 
     assert read_latents(tmp_path / "latents", WANTED) is None
 
 
+def test_a_file_of_an_older_form_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"latents": LATENTS}, tmp_path / "latents", {"request": "{}", "model": "{}", "sha256": "00"})
+    assert read_latents(tmp_path / "latents", WANTED) is None
+    assert "as older versions wrote it" in caplog.text
+
+
 def test_other_tensors_beside_the_latents_are_not_used(tmp_path: Path) -> None:
     save_file({"latents": LATENTS, "more": LATENTS.clone()}, tmp_path / "latents", ABOUT)
     assert read_latents(tmp_path / "latents", WANTED) is None

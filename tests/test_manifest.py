@@ -162,6 +162,12 @@ def test_a_file_is_known_by_size_and_time_and_digest(tmp_path: Path) -> None:
     assert sha256_of(path) != digest
 
 
+def test_what_is_neither_a_file_nor_a_folder_is_no_video(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "endless.mp4").symlink_to("/dev/zero")
+    assert stat_of(tmp_path / "pipe.mp4") is stat_of(tmp_path / "endless.mp4") is None
+
+
 def test_a_folder_of_frames_is_known_by_what_is_in_it(tmp_path: Path) -> None:
     frames = tmp_path / "frames"
     frames.mkdir()

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -195,10 +196,10 @@ class Stat:
 
 
 def stat_of(path: Path) -> Stat | None:
-    """Return a video's size and time of change, or None where there is none."""
+    """Return the size and time of change of a video, a file or a folder, or None where there is none."""
     try:
         own = path.stat()
-        if not path.is_dir():
+        if stat.S_ISREG(own.st_mode):
             return Stat(own.st_size, own.st_mtime_ns)
         inside = [file.stat() for file in path.iterdir()]
     except OSError:
@@ -213,6 +214,8 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(source, "sha256").hexdigest()
     digest = hashlib.sha256()
     for file in sorted(file for file in path.iterdir() if file.is_file()):
-        data = file.read_bytes()
-        digest.update(f"{file.name}\0{len(data)}\0".encode() + data)
+        with file.open("rb") as source:
+            digest.update(f"{file.name}\0{os.fstat(source.fileno()).st_size}\0".encode(errors="surrogateescape"))
+            while piece := source.read(2**20):
+                digest.update(piece)
     return digest.hexdigest()
