@@ -1,5 +1,5 @@
 # `make demo` and `make test` each set up what they need; nothing else is required on Debian or Ubuntu.
-.PHONY: demo test proof check format clean
+.PHONY: demo test proof storm check format clean
 
 demo:
 	@.ci/setup demo
@@ -11,6 +11,11 @@ test: check
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some twenty minutes
 	@.ci/setup test
 	.venv/bin/python -m pytest -m proof
+
+storm: # by hand: a thousand requests of a batch and of a service while everything is struck; some twenty minutes, as root
+	@.ci/setup test
+	.venv/bin/python tests/storm.py batch outputs/storm_batch
+	.venv/bin/python tests/storm.py service outputs/storm_service
 
 check:
 	@.ci/setup test
