@@ -27,6 +27,7 @@ from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor
 from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.tasks import BackgroundTasks
+from disagg_ray.threads import off_loop
 from disagg_ray.video import to_array
 
 logger = logging.getLogger("disagg_ray")
@@ -159,10 +160,23 @@ class Connection(Driver):
             except ray.exceptions.RayError as error:
                 deadline = deadline or time.monotonic() + RETURN_S
                 if isinstance(error, ray.exceptions.ActorDiedError):
-                    self._check_stands()
+                    await off_loop(self._check_stands)
                 if time.monotonic() > deadline:
                     raise ReplicaLost(f"pipeline {self.name}: not back after {RETURN_S:g} s: {error}") from error
             await asyncio.sleep(RETRY_S)
+
+    async def _ask_within(self, timeout_s: float, method: str) -> Any:
+        """Call the supervisor for what takes it no time.
+
+        Raises:
+            ReplicaLost: it hangs.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._ask(method)
+        except TimeoutError:
+            silence = f"its supervisor does not answer within {timeout_s:g} s"
+            raise ReplicaLost(f"pipeline {self.name}: {silence}") from None
 
     def _check_stands(self) -> None:
         try:
@@ -171,14 +185,20 @@ class Connection(Driver):
             raise Cancelled(f"pipeline {self.name} was taken down") from None
 
     def snapshot(self) -> Snapshot:
-        """Ask how the pipeline is; wait while its supervisor comes back."""
+        """Ask how the pipeline is; wait while its supervisor comes back.
+
+        Raises:
+            ReplicaLost: it did not, or it hangs.
+        """
+        self._call(self._ask_within(RETURN_S, "snapshot"))  # a supervisor that starts answers this too
         self._call(self._ask("ready"))
-        snapshot: Snapshot = self._call(self._ask("snapshot"))
+        snapshot: Snapshot = self._call(self._ask_within(RETURN_S, "snapshot"))
         return snapshot
 
     def health(self) -> dict[str, Health]:
         """Ask every replica how it is, by name."""
-        health: dict[str, Health] = self._call(self._ask("health"))
+        timeout_s = self.config.failures.answer_s + RETURN_S
+        health: dict[str, Health] = self._call(self._ask_within(timeout_s, "health"))
         return health
 
     @property

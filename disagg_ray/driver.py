@@ -44,7 +44,7 @@ class Driver(ABC):
         self.id = id
         self._listener = Listener(on_event) if on_event is not None else None
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"disagg_ray-{id}", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name=f"disagg_ray-{id}", daemon=True)
         self._calls: dict[asyncio.Task[Any], Future[Any]] = {}
         """What runs, and where the answer goes."""
         self._unbegun: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
@@ -207,6 +207,14 @@ class Driver(ABC):
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(call)
 
+    def _run_loop(self) -> None:
+        self._loop.run_forever()
+        if left := asyncio.all_tasks(self._loop):  # it was left behind, and goes on after all
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(left, timeout=CLOSE_S))
+        self._loop.close()
+
     def _end_loop(self) -> None:
         """End the loop; whoever still waits for an answer gets `Cancelled`. A loop that hangs is left behind."""
 
@@ -219,11 +227,9 @@ class Driver(ABC):
                 await asyncio.wait(others, timeout=CLOSE_S)
 
         self._wait_for_loop(cancel_others(), 2 * CLOSE_S)
-        self._ended = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_S)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._ending = self._ended = True
+        self._soon(self._loop.stop)
+        self._thread.join(2 * CLOSE_S)
         for answer, coroutine in list(self._unbegun.items()):
             coroutine.close()
             answer.cancel()

@@ -84,6 +84,8 @@ class Actor:
 
         Titles name no request: Ray keeps each for good, tens of kilobytes of the driver's and a series of its metrics.
         """
+        if not ray.is_initialized():  # Ray would start a cluster
+            raise ReplicaLost(f"{self.name}: the cluster was left")
         title = f"{self.name} {method}"
         bound = getattr(self.handle, method)
         return bound.options(name=title, concurrency_group=GROUP_OF.get(method, "control")).remote(*args)  # type: ignore[no-any-return]

@@ -106,12 +106,13 @@ class Faults:
 
 
 class FaultyReplica(ServedReplica):
-    """A replica with weak points: prefetch, pull (room is reserved), compute, step, publish (it is copied), encode,
-    release."""
+    """A replica with weak points: load, prefetch, pull (room is reserved), compute, step, publish (it is copied),
+    encode, release."""
 
     faults: Faults
 
     def load(self, graph: Graph, *args: Any) -> ReplicaInfo:
+        self.faults.trip(self._stage.name, "load", "")
         info = super().load(graph, *args)
         if isinstance(info, DisaggError):
             return info

@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import helpers
 import pytest
 import ray
 
-from disagg_ray import Connection, Pipeline, Request, cli
+from disagg_ray import Connection, Pipeline, Request, cli, connection
 from disagg_ray.batch.manifest import read_manifest
 from disagg_ray.batch.records import Record
+from disagg_ray.errors import ReplicaLost
+from disagg_ray.handle import Handle
 from disagg_ray.progress import Event
 from disagg_ray.standing import stand
 
@@ -138,6 +141,35 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     assert "stopped: " in shown
     assert "run it again to go on" in shown
     assert {record.status for record in records(out).values()} == {"done"}
+
+
+def test_a_supervisor_that_hangs_is_named_by_a_deadline(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pipeline.connect(pipeline) as client:
+        pid = client.snapshot().pid
+        monkeypatch.setattr(connection, "RETURN_S", 1.0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(ReplicaLost, match="its supervisor does not answer within 1 s"):
+                client.snapshot()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        monkeypatch.undo()
+        assert client.snapshot().pid == pid
+
+
+def test_what_would_wait_for_the_connections_own_thread_raises_there(pipeline: str) -> None:
+    told: Future[int] = Future()
+    with Pipeline.connect(pipeline) as client:
+
+        def use(handle: Handle) -> None:
+            for call in (lambda: client.submit(Request(prompt="a cat")), client.health, client.close):
+                with pytest.raises(RuntimeError, match="from another thread"):
+                    call()
+            told.set_result(handle.result().request.seed)
+
+        long = Request(prompt="a cat", seed=3, height=64, width=64, num_frames=17, num_inference_steps=30)
+        client.submit(long).add_done_callback(use)
+        assert told.result(60) == 3
 
 
 def test_a_connection_that_fails_to_listen_listens_again(

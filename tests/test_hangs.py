@@ -5,6 +5,8 @@ One replica serves every test; each leaves it serving.
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -114,6 +116,19 @@ def test_what_would_wait_for_the_pipelines_own_thread_raises_there(pipeline: Pip
 
 
 @pytest.mark.proof
+def test_a_hung_load_is_ended_and_the_next_one_serves(
+    pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert pipeline._fleet is not None
+    cluster = replace(pipeline._fleet.config.cluster, start_timeout_s=25.0)
+    monkeypatch.setattr(pipeline._fleet, "config", replace(pipeline._fleet.config, cluster=cluster))
+    faults.set("fused.load", "stall")
+    os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
+    assert pipeline.generate(ask("after-load")).data
+    assert "replica fused-0 did not start: waiting for fused-0" in caplog.text
+
+
+@pytest.mark.proof
 def test_closing_ends_whatever_hangs(cluster: None, faults: Faults, caplog: pytest.LogCaptureFixture) -> None:
     """A loop that a callback holds up, and a replica that does not answer."""
     go, held = threading.Event(), threading.Event()
@@ -133,3 +148,5 @@ def test_closing_ends_whatever_hangs(cluster: None, faults: Faults, caplog: pyte
     wait_until(lambda: not psutil.pid_exists(pid), "the replica lives on")
     assert "its event loop has hung" in caplog.text
     go.set()
+    pipeline._thread.join(SURE)
+    assert pipeline._loop.is_closed()

@@ -222,6 +222,16 @@ def test_a_denoise_without_a_step_is_given_to_another(pipeline: Pipeline, faults
     assert [timing.attempts for timing in result.stages] == [1, 2, 1]
 
 
+@pytest.mark.parametrize("where", ["transformer.publish", "decoder.pull", "decoder.encode"])
+def test_a_hang_outside_of_computing_is_found_too(pipeline: Pipeline, faults: Faults, video: Any, where: str) -> None:
+    stage, before = where.partition(".")[0], pipeline.num_restarts
+    faults.set(where, "stall")
+    result = pipeline.submit(ask(f"hung-{where}")).result(SURE)
+    assert result.data == video(6)
+    assert {timing.stage: timing.attempts for timing in result.stages} == ONCE | {stage: 2}
+    wait_until(lambda: pipeline.num_restarts[stage] == before[stage] + 1, "it was not replaced")
+
+
 def test_a_request_that_kills_its_replica_fails_alone(pipeline: Pipeline, faults: Faults, video: Any) -> None:
     faults.set("transformer.compute.deadly", "die always")
     names = ["harmless-0", "deadly", "harmless-1", "harmless-2"]
