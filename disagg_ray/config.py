@@ -211,7 +211,7 @@ class TransportConfig:
     route of each pool, one for each driver's progress; null: any free port."""
     pool_bytes: int | str = "auto"
     """Registered memory of each replica; auto: the largest request that limits allows, times those that are at one
-    replica when it does twice its share."""
+    replica when it does twice its share. What is too little for requests never to wait for each other is refused."""
     driver_pool_bytes: int | str = "auto"
     """Registered host memory of the driver."""
     verify: bool = True

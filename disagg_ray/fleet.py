@@ -303,14 +303,18 @@ class Fleet:
         serving = {actor.post for actor in self._actors.values()}
         return post not in {*serving, *self._starting, *self._launching} and post in self._placement.posts()
 
+    def num_starting(self, stage: str) -> int:
+        """Return how many posts of a stage wait for a replica, but for those that are closed for a while."""
+        open_posts = {post for post in self._vacancies if not self._vacancies.pause_s(post)}
+        return sum(post.stage == stage for post in {*self._starting, *self._launching, *open_posts})
+
     def count(self) -> None:
         """Say in the metrics how many replicas serve and start, how each is, and how many jobs wait for one."""
         for actor in self.actors:
             if (health := self.healths.get(actor.name)) is not None:
                 self._metrics.replica_health(actor.stage, actor.name, health)
         for stage, scheduler in self.schedulers.items():
-            starting = sum(post.stage == stage for post in self._starting)
-            self._metrics.replicas(stage, len(scheduler.replicas), starting)
+            self._metrics.replicas(stage, len(scheduler.replicas), self.num_starting(stage))
             self._metrics.queue_depth(stage, scheduler.num_waiting)
 
     def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:

@@ -331,16 +331,18 @@ def pool_bytes(config: Config, stage: Stage) -> int:
         ConfigError: `transport.pool_bytes` is too small for the largest request within `limits`.
     """
     needs, asked = stage.needs(), config.transport.pool_bytes
+    replicas, last = config.stages[stage.name].least_replicas, FRAMES in stage.ports.outputs
+    slots = slots_bytes(needs.input_bytes, needs.output_bytes, config.max_in_flight, replicas, last=last)
     if asked == "auto":
-        replicas, last = config.stages[stage.name].least_replicas, FRAMES in stage.ports.outputs
-        slots = slots_bytes(needs.input_bytes, needs.output_bytes, config.max_in_flight, replicas, last=last)
         return slots + stage.cache_bytes
-    least = REPLICA_WINDOW * needs.minimum  # with room for one, requests of several producers may wait for each other
+    # with less, requests that have one stage's output would wait for those that have its sibling's, and they for these
+    least = slots if stage.has_sibling else REPLICA_WINDOW * needs.minimum
     if int(asked) < least:
+        num_outputs = (least - REPLICA_WINDOW * needs.input_bytes) // needs.output_bytes
         raise ConfigError(
-            f"transport.pool_bytes: {asked} is too small: {REPLICA_WINDOW} of the largest requests within limits take "
-            f"{least} bytes of a {stage.name}'s pool (each {needs.input_bytes} in, {needs.output_bytes} out); "
-            f"write at least that, or auto"
+            f"transport.pool_bytes: {asked} is too small: {REPLICA_WINDOW} inputs and {num_outputs} outputs of the "
+            f"largest requests within limits take {least} bytes of a {stage.name}'s pool (each {needs.input_bytes} in, "
+            f"{needs.output_bytes} out); write at least that, or auto"
         )
     return int(asked)
 

@@ -8,7 +8,7 @@ from disagg_ray.config import StandingConfig
 from disagg_ray.standing.autoscale import Load, Scaler
 
 SETTINGS = StandingConfig(target_wait_s=10, patience_s=5, idle_s=20)
-CALM = Load(least=1, most=4, wanted=1, ready=1, busy=1, outstanding_s=5, room=10)
+CALM = Load(least=1, most=4, wanted=1, ready=1, starting=0, busy=1, outstanding_s=5, room=10)
 LATE = replace(CALM, outstanding_s=25)
 SPARE = replace(CALM, wanted=3, ready=3, busy=1, outstanding_s=1)
 
@@ -30,7 +30,9 @@ def test_a_short_burst_adds_nothing():
     assert decide((0, LATE), (4, CALM), (6, LATE), (10, LATE)) == []
 
 
-@pytest.mark.parametrize("load", [replace(LATE, room=0), replace(LATE, wanted=2), replace(LATE, wanted=4, ready=4)])
+@pytest.mark.parametrize(
+    "load", [replace(LATE, room=0), replace(LATE, wanted=2, starting=1), replace(LATE, wanted=4, ready=4)]
+)
 def test_none_is_added_without_room_or_while_one_starts_or_above_the_most(load):
     assert decide((0, load), (10, load)) == []
 
@@ -52,8 +54,15 @@ def test_replicas_that_were_to_spare_all_the_time_are_taken_away():
 
 
 def test_one_that_still_starts_is_not_taken_away():
-    starting = replace(SPARE, ready=1)
+    starting = replace(SPARE, ready=1, starting=2)
     assert decide((0, starting), (30, starting), (31, SPARE), (50, SPARE)) == []
+
+
+def test_a_replica_that_does_not_start_holds_up_neither_more_nor_fewer():
+    late, spare = replace(LATE, wanted=2), replace(SPARE, ready=2)
+    assert decide((0, late), (5, late)) == [4]
+    assert decide((0, spare), (20, spare)) == [2]
+    assert decide((0, replace(spare, busy=2)), (30, replace(spare, busy=2))) == []
 
 
 def test_never_fewer_than_the_least_nor_while_work_waits():

@@ -88,6 +88,19 @@ def test_room_for_one_request_alone_is_too_little(stages: dict[str, Stage]) -> N
         pool_bytes(config, stages["decoder"])
 
 
+def test_a_stage_beside_another_that_feeds_the_same_one_needs_room_for_all_in_flight() -> None:
+    apart = ("stages.encoder.blocks=[text_encoder]", "stages.image.blocks=[image_encoder, vae_encoder]")
+    config = load_config("conf/tiny_i2v.yaml", *apart)
+    stages = connect_stages(config)
+    beside = [name for name, stage in stages.items() if stage.has_sibling]
+    assert beside == ["encoder", "image"]
+    needs = stages["image"].needs()
+    least = REPLICA_WINDOW * needs.input_bytes + config.max_in_flight * needs.output_bytes
+    few = load_config("conf/tiny_i2v.yaml", *apart, f"transport.pool_bytes={least - 1}")
+    with pytest.raises(ConfigError, match=rf"is too small: 2 inputs and 8 outputs .* take {least} bytes"):
+        pool_bytes(few, stages["image"])
+
+
 def test_a_replica_without_room_waits_until_an_output_is_released(stages: dict[str, Stage]) -> None:
     room = 2 * stages["encoder"].needs().minimum
     config = load_config("conf/tiny_t2v.yaml", "stages.encoder.cache_bytes=0", f"transport.pool_bytes={room}")
@@ -111,11 +124,12 @@ def test_a_replica_without_room_waits_until_an_output_is_released(stages: dict[s
 class Factory:
     """Real schedulers over replicas whose pools have so many rooms, with a clock of its own."""
 
-    def __init__(self, num_replicas: int, rooms: Callable[[int], int], seed: int) -> None:
+    def __init__(self, num_replicas: int, rooms: Callable[[str, int], int], seed: int) -> None:
         self.dice = random.Random(seed)
+        self.priorities: dict[str, int] = {}
         self.now, self.ended, self.waits = 0.0, 0, 0
         self.in_flight = REPLICA_WINDOW * num_replicas * len(INPUTS)
-        self.rooms = {stage: rooms(self.in_flight) for stage in INPUTS}
+        self.rooms = {stage: rooms(stage, self.in_flight) for stage in INPUTS}
         self.schedulers = {stage: StageScheduler() for stage in INPUTS}
         self.speeds: dict[str, float] = {}
         for stage, index in itertools.product(INPUTS, range(num_replicas)):
@@ -145,12 +159,14 @@ class Factory:
     def admit(self) -> None:
         if self.left:
             self.left -= 1
+            self.priorities[f"{self.left:04}"] = self.dice.choice([0, 0, 1, 5])
             for stage in ("text", "image"):
                 self.push(f"{self.left:04}", stage)
 
     def push(self, request: str, stage: str) -> None:
         sequence = 10_000 - int(request)
-        job = Job(f"{request} {stage}", 1.0, 1.0, 0, sequence, lambda place: self.move(job, place))
+        priority = self.priorities[request]
+        job = Job(f"{request} {stage}", 1.0, 1.0, priority, sequence, lambda place: self.move(job, place))
         self.schedulers[stage].push(job, self.now)
 
     def move(self, job: Job, place: Place | None) -> None:
@@ -205,9 +221,21 @@ class Factory:
             self.admit()
 
 
-@pytest.mark.parametrize("rooms", [lambda _: 2, lambda in_flight: num_rooms(in_flight, 4, last=False)])
-def test_full_pools_hold_no_request_back_for_good(rooms: Callable[[int], int]) -> None:
-    factories = [Factory(4, rooms, seed) for seed in range(20)]
-    assert [factory.run(300) for factory in factories] == [300] * 20
-    assert sum(factory.waits for factory in factories) > 0
+def least_rooms(num_replicas: int) -> Callable[[str, int], int]:
+    """Return the least rooms that an explicit `transport.pool_bytes` may come to."""
+
+    def rooms(stage: str, in_flight: int) -> int:
+        has_sibling = any(stage in inputs and len(inputs) > 1 for inputs in INPUTS.values())
+        return num_rooms(in_flight, num_replicas, last=False) if has_sibling else REPLICA_WINDOW
+
+    return rooms
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["least", "auto"])
+def test_full_pools_hold_no_request_back_for_good(kind: str, num_replicas: int) -> None:
+    least, auto = least_rooms(num_replicas), lambda _, in_flight: num_rooms(in_flight, num_replicas, last=False)
+    factories = [Factory(num_replicas, least if kind == "least" else auto, seed) for seed in range(30)]
+    assert [factory.run(100) for factory in factories] == [100] * 30
     assert not any(factory.used.total() for factory in factories)
+    assert kind == "auto" or sum(factory.waits for factory in factories) > 0

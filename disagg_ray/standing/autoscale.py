@@ -22,11 +22,17 @@ class Load:
     wanted: int
     """Replicas it is to have now."""
     ready: int
+    starting: int
+    """The rest of `wanted` are closed for a while, as none started there (`blame`)."""
     busy: int
     outstanding_s: float
     """Replica seconds that all requests here are predicted to take, those before the gate included."""
     room: int
     """How many more replicas the cluster can take."""
+
+    @property
+    def closed(self) -> int:
+        return max(0, self.wanted - self.ready - self.starting)
 
 
 @dataclass(frozen=True)
@@ -69,23 +75,22 @@ class Scaler:
             memory.late_since = None
             return None
         memory.late_since = now if memory.late_since is None else memory.late_since
-        starting = load.wanted - load.ready
         room = load.room if not self._settings.cluster_grows else load.most
-        number = min(math.ceil(load.outstanding_s / target), load.most, load.wanted + room)
-        if now - memory.late_since < self._settings.patience_s or starting > 0 or number <= load.wanted:
+        number = min(math.ceil(load.outstanding_s / target) + load.closed, load.most, load.wanted + room)
+        if now - memory.late_since < self._settings.patience_s or load.starting or number <= load.wanted:
             return None
         return Decision(stage, number, "wait", f"a wait of {wait:.1f} s is predicted, target_wait_s is {target:g}")
 
     def _fewer(self, stage: str, load: Load, memory: _Memory, now: float) -> Decision | None:
         """Take away what was not needed for a while."""
-        starting, late = load.ready < load.wanted, load.outstanding_s > self._settings.target_wait_s
-        if starting or late or load.busy >= load.wanted or load.wanted <= load.least:
+        late = load.outstanding_s > self._settings.target_wait_s
+        if load.starting or late or load.busy >= load.ready or load.wanted <= load.least:
             memory.spare_since, memory.most_busy = None, 0
             return None
         if memory.spare_since is None:
             memory.spare_since = now
         memory.most_busy = max(memory.most_busy, load.busy)
-        number = max(load.least, memory.most_busy)
+        number = max(load.least, memory.most_busy + load.closed)
         if now - memory.spare_since < self._settings.idle_s or number >= load.wanted:
             return None
         detail = f"at most {memory.most_busy} of {load.wanted} were busy for idle_s={self._settings.idle_s:g} s"

@@ -152,6 +152,7 @@ class Standing(Pipeline):
             most=settings.most_replicas,
             wanted=settings.replicas,
             ready=len(scheduler.replicas),
+            starting=self.fleet.num_starting(stage),
             busy=scheduler.num_running,
             outstanding_s=scheduler.outstanding_seconds(time.monotonic()) + before_gate,
             room=self.fleet.room_for(stage),
