@@ -114,7 +114,7 @@ class Connection(Driver):
                     raise error
                 taken()
                 wait = True
-                answer: Result | DisaggError = await self._ask("result", self.id, request_id)
+                answer: Result | DisaggError = await self._ask("result", self.id, request_id, asked.ticket)
                 if isinstance(answer, Result):
                     return answer
                 if not isinstance(answer, NotHere):

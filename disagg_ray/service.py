@@ -15,7 +15,7 @@ from disagg_ray.request import ResolvedRequest
 
 
 class NotHere(DisaggError):
-    """The supervisor does not know the request: it has been restarted since."""
+    """The supervisor does not know the request: it has been restarted since, or another of this id took its place."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from disagg_ray.identity import identify_blocks, identify_request, identify_setu
 from disagg_ray.models.maker import make_checkpoint
 from disagg_ray.request import resolve
 from disagg_ray.result import Result
+from disagg_ray.service import NotHere
 
 I2V = "conf/tiny_i2v.yaml"
 CONFIG = load_config(I2V)
@@ -89,6 +90,9 @@ def test_a_service_computes_anew_what_is_asked_with_another_picture_under_the_sa
             red, blue = first.generate(ASKED), second.generate(replace(ASKED, image=BLUE))
             assert np.array_equal(red.frames, local.generate(ASKED).frames)
             assert np.array_equal(blue.frames, local.generate(replace(ASKED, image=BLUE)).frames)
+            long = first.submit(LONG)
+            assert isinstance(first._call(first._ask("result", "run", "one", "a ticket of before")), NotHere)
+            long.cancel()
     finally:
         assert cli.main(["down", "pictures"]) == 0
 

@@ -175,8 +175,6 @@ class Batch:
             record = partial(record, request=outcome.request)
             result = outcome.result()
             path = self._folder.video_of(result.request.id, result.request.format)
-            if path.is_symlink():
-                path.unlink()  # where it leads is not ours to write
             began = time.monotonic()
             save(result, path, self._folder)
             self._note_written(time.monotonic() - began)

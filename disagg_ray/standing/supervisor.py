@@ -48,6 +48,8 @@ class _Entry:
     handle: Handle
     setup: str
     """Of the pipeline when it was asked for (`identity.identify_setup`)."""
+    tickets: set[str]
+    """Of all that asked for this video: nobody else gets it, though it bears their request's id."""
 
     def answers(self, asked: Asked, setup: str) -> bool:
         """Return whether it makes the same video, and neither failed nor was given up."""
@@ -159,6 +161,7 @@ class Supervisor:
             if (entry := driver.entries.get(asked.request.id)) is not None:
                 if entry.answers(asked, setup):
                     entry.asked = asked
+                    entry.tickets.add(asked.ticket)
                     return None
                 _make_way(entry, asked)
             inner = replace(asked.request, id=f"{driver.tag}/{asked.request.id}")
@@ -167,7 +170,7 @@ class Supervisor:
             handle = pipeline.enqueue(inner, images, latents, run_id)
         except DisaggError as error:
             return error
-        driver.entries[asked.request.id] = _Entry(asked, handle, setup)
+        driver.entries[asked.request.id] = _Entry(asked, handle, setup, {asked.ticket})
         handle.add_done_callback(lambda _: self._soon(driver))
         return None
 
@@ -188,11 +191,11 @@ class Supervisor:
         assert self._loop is not None
         asyncio.run_coroutine_threadsafe(tell(), self._loop)
 
-    async def result(self, run_id: str, request_id: str) -> Result | DisaggError:
-        """Wait for a request that was submitted."""
+    async def result(self, run_id: str, request_id: str, ticket: str) -> Result | DisaggError:
+        """Wait for a request that was submitted, unless another has taken its place since."""
         driver = self._drivers.get(run_id)
         entry = driver.entries.get(request_id) if driver is not None else None
-        if entry is None:
+        if entry is None or ticket not in entry.tickets:
             return NotHere(f"request {request_id} is not here")
         try:
             result = await asyncio.shield(asyncio.wrap_future(entry.handle._future))
