@@ -139,7 +139,7 @@ def try_folder(folder: Path, shown: str) -> None:
             file.write(bytes(TRY_BYTES))
             os.fsync(file.fileno())
     except OSError as error:
-        raise OutputError(f"{shown} cannot be written: nothing can in {str(folder)!r}: {error.strerror}") from error
+        raise OutputError(f"{shown} cannot be written: {str(folder)!r} takes no file: {error.strerror}") from error
 
 
 def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
@@ -237,7 +237,11 @@ def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
     if isinstance(content, bytes):
         sink.write(content)
     else:
-        np.save(sink, content, allow_pickle=False)
+        content = np.ascontiguousarray(
+            content
+        )  # and written as any bytes: numpy says of a full disk only how much it took
+        np.lib.format.write_array_header_1_0(sink, np.lib.format.header_data_from_array_1_0(content))
+        sink.write(content.data)
 
 
 def _write_folder(frames: Frames, path: Path) -> None:

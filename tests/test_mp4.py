@@ -16,8 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
+from disagg_ray import LocalPipeline, Request, load_config
 from disagg_ray.errors import EncodeError
+from disagg_ray.graph import build_graph
 from disagg_ray.mp4 import H264
+from disagg_ray.progress import Event
+from disagg_ray.replica import Replica
 from disagg_ray.video import Frames, check_writer, encode, quantise
 
 REAL = imageio_ffmpeg.get_ffmpeg_exe()
@@ -157,3 +161,19 @@ def test_a_request_survives_a_file_that_failed_once(tmp_path: Path, ffmpeg: Path
     assert done.returncode == 0, done.stderr
     assert "ffmpeg failed after frame 0: exit status 1" in done.stderr
     assert len(iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")) == 5
+
+
+def test_a_replica_without_ffmpeg_does_not_start(ffmpeg: Path) -> None:
+    config = load_config("conf/tiny_t2v.yaml", "fused=true")
+    check_writer.cache_clear()
+    replica = Replica("fused", 0, config)
+    with pytest.raises(EncodeError, match=f"No such file or directory: '{ffmpeg}'"):
+        replica.load(build_graph([replica.describe().ports]), host="127.0.0.1")
+
+
+def test_a_local_pipeline_without_ffmpeg_computes_nothing(ffmpeg: Path) -> None:
+    events: list[Event] = []
+    check_writer.cache_clear()
+    with LocalPipeline(load_config("conf/tiny_t2v.yaml"), events.append) as pipeline, pytest.raises(EncodeError):
+        pipeline.generate(Request(prompt="a cat", num_frames=5, num_inference_steps=1))
+    assert events == []

@@ -73,6 +73,8 @@ def test_npy_keeps_every_bit(tmp_path: Path) -> None:
     result("npy").save(tmp_path / "out.npy")
     loaded = np.load(tmp_path / "out.npy", allow_pickle=False)
     assert loaded.dtype == np.float32
+    np.save(tmp_path / "numpy.npy", FRAMES)
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
     assert (loaded == FRAMES).all()
 
 
