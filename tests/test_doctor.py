@@ -406,11 +406,11 @@ def test_a_cluster_is_surveyed_and_its_probes_are_gone_afterwards(cluster: None)
 
 @pytest.mark.slow
 def test_what_the_cluster_lacks_fails_and_the_rest_is_ok(cluster: None) -> None:
-    stages = load_config(T2V, "stages.transformer.num_gpus=64").stages
+    stages = load_config(T2V, "stages.transformer.num_gpus=1", "stages.transformer.replicas=2").stages
     assert [check.status for check in check_resources(stages)] == ["ok", "fail"]
-    groups = ("stages.transformer.groups.fast.num_gpus=64", "stages.transformer.groups.slow.num_gpus=0.5")
-    checks = list(check_resources(load_config(T2V, *groups).stages))
-    assert [check.detail.partition(" GPUs")[0] for check in checks][1:] == ["64.5"]
+    groups = ("fast.num_gpus=1", "fast.replicas=2", "slow.num_gpus=0.5")
+    checks = list(check_resources(load_config(T2V, *(f"stages.transformer.groups.{key}" for key in groups)).stages))
+    assert [check.detail.partition(" GPUs")[0] for check in checks][1:] == ["2.5"]
 
 
 CHECKS = [
