@@ -26,6 +26,7 @@ from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
 from disagg_ray.roster import find_supervisor
 from disagg_ray.service import Asked, NotHere, Snapshot
+from disagg_ray.software import Software, check_same
 from disagg_ray.tasks import BackgroundTasks
 from disagg_ray.threads import off_loop
 from disagg_ray.video import to_array
@@ -59,7 +60,7 @@ class Connection(Driver):
 
         Raises:
             InputError: no such pipeline stands; names those that do.
-            StartError: there is no cluster, or the pipeline did not start.
+            StartError: there is no cluster, the pipeline did not start, or it is of another version than this client.
         """
         join(address)
         self._actor = find_supervisor(name)
@@ -73,6 +74,7 @@ class Connection(Driver):
         self._background = BackgroundTasks()
         self._listening: asyncio.Task[None] | None = None
         try:
+            check_same(f"pipeline {name}", Software(*self._call(self._ask("software"))), "this client")
             if (error := self._call(self._ask("ready"))) is not None:
                 raise error
             self.config = self.snapshot().config

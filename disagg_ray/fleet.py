@@ -21,6 +21,7 @@ from disagg_ray.metrics import Metrics
 from disagg_ray.outages import Outages, Vacancies
 from disagg_ray.placement import Actor, Placement, Post, ask, gather_ready
 from disagg_ray.scheduler import StageScheduler
+from disagg_ray.software import check_same
 from disagg_ray.tasks import BackgroundTasks
 from disagg_ray.threads import off_loop
 
@@ -123,10 +124,18 @@ class Fleet:
         await off_loop(self._placement.reserve)
         for post in self._placement.posts():
             await self._launch(post)
-        return await self._describe()
+        return await self._describe(list(self._starting.values()))
 
-    async def _describe(self) -> list[Description]:
-        return await gather_ready(self.config, list(self._starting.values()), "describe")
+    async def _describe(self, actors: list[Actor]) -> list[Description]:
+        """Wait until actors are up; learn what their stages are.
+
+        Raises:
+            StartError: one runs another version than the driver.
+        """
+        described: list[Description] = await gather_ready(self.config, actors, "describe")
+        for actor, description in zip(actors, described, strict=True):
+            check_same(actor.name, description.software)
+        return described
 
     async def _launch(self, post: Post) -> Actor:
         incarnation = self._incarnations[post.name]
@@ -166,7 +175,7 @@ class Fleet:
             self._enlist(actor, info)
 
     async def _load(self, actors: list[Actor]) -> list[ReplicaInfo]:
-        await gather_ready(self.config, actors, "describe")  # they are up: what is met from here on lives
+        await self._describe(actors)  # they are up: what is met from here on lives
         taken = await self.met() | self._driver_met()
         return await gather_ready(self.config, actors, "load", self._graph, self._leader.credentials, taken)
 

@@ -11,6 +11,7 @@ from disagg_ray.models.checkpoint import Geometry
 from disagg_ray.progress import Credentials
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
+from disagg_ray.software import Software
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Description:
 
     ports: StagePorts
     geometry: Geometry
+    software: Software
+    """What the replica runs."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from disagg_ray.config import Config, StageConfig
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.preflight import check_model, check_temporary_folder
 from disagg_ray.replica import ServedReplica
+from disagg_ray.software import PACKAGE, is_installed
 from disagg_ray.threads import off_loop
 from disagg_ray.units import mask, printable, shown
 from disagg_ray.version import VERSION
@@ -102,7 +103,7 @@ def join(address: str | None) -> None:
         return
     found = find_cluster(address)
     try:
-        ray.init(address=found, logging_level=logging.ERROR)
+        ray.init(address=found, job_config=_job({}), logging_level=logging.ERROR)
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
         reason = printable(str(error.__cause__ or error).strip())
         raise StartError(f"cluster.address: '{found}' cannot be joined: {reason}; {STATUS}") from error
@@ -152,7 +153,7 @@ def own_cluster(config: Config) -> dict[str, Any]:
         "num_gpus": config.cluster.num_gpus,
         "resources": {name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
         "include_dashboard": config.cluster.dashboard,
-        "job_config": JobConfig(metadata=_metadata(config)),
+        "job_config": _job(_metadata(config)),
     }
 
 
@@ -165,6 +166,18 @@ def check_joining(config: Config, address: str) -> None:
     for key, value, ok, remedy in joining_checks(config.cluster, address):
         if not ok:
             raise ConfigError(f"invalid {key}={shown(value)}: {remedy}")
+
+
+def _job(metadata: dict[str, str]) -> JobConfig:
+    """Describe a job whose workers look for modules where any Python of their node does.
+
+    Ray would put the working folder first, so that a `numpy.py` or another version of this package there was taken; it
+    does not for jobs that it believes to come by Ray Client. A package that is not installed is taken from its folder.
+    """
+    if environment.in_ray_job():
+        return JobConfig(metadata=metadata)  # the job's own working folder is part of it
+    folders = [] if is_installed() else [str(PACKAGE.parent)]
+    return JobConfig(metadata=metadata, _client_job=True, _py_driver_sys_path=folders)
 
 
 def _metadata(config: Config) -> dict[str, str]:

@@ -40,6 +40,7 @@ from disagg_ray.messages import (
 )
 from disagg_ray.progress import Credentials, Event, Sender, State
 from disagg_ray.result import StageTiming
+from disagg_ray.software import software
 from disagg_ray.stage import Stage, frames_in_piece
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.units import printable
@@ -86,7 +87,7 @@ class Replica:
         return self.name
 
     def describe(self) -> Description:
-        return Description(self._stage.ports, self._stage.geometry)
+        return Description(self._stage.ports, self._stage.geometry, software())
 
     def load(
         self,

@@ -11,6 +11,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import helpers
 import pytest
 import ray
 
-from disagg_ray import Connection, Pipeline, Request, cli, connection
+from disagg_ray import Connection, Pipeline, Request, StartError, cli, connection, software
 from disagg_ray.batch.manifest import read_manifest
 from disagg_ray.batch.records import Record
 from disagg_ray.errors import ReplicaLost
@@ -189,6 +190,13 @@ def test_a_connection_that_fails_to_listen_listens_again(
         wait_until(lambda: not connection._finished, "the pipeline was not told")
         wait_until(lambda: any(event.state == "done" and not event.stage for event in heard), "nothing was heard")
     assert "background task listen failed; it is started again" in caplog.text
+
+
+def test_a_client_of_another_version_is_refused(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(software.software(), digest="another", folder="/elsewhere")
+    monkeypatch.setattr(software, "software", lambda: here)
+    with pytest.raises(StartError, match=rf"pipeline {pipeline} runs other code than this client: .* in /elsewhere; "):
+        Pipeline.connect(pipeline)
 
 
 def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> None:

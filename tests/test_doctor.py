@@ -54,12 +54,11 @@ from disagg_ray.doctor.software import (
     check_mooncake,
     check_python,
     check_requirements,
-    installed_wheels,
-    versions,
 )
 from disagg_ray.errors import TransferError
 from disagg_ray.handoff import AttemptKey
 from disagg_ray.loading import load_config
+from disagg_ray.software import installed_wheels, versions
 from disagg_ray.transfer import routes
 
 T2V = "conf/tiny_t2v.yaml"

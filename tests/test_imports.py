@@ -35,6 +35,7 @@ LAYERS = (
     {"identity"},
     {"models", "transfer", "output", "board", "queues"},
     {"request", "progress", "turns", "segments"},
+    {"software", "sockets"},
     {"video", "loading"},
     {"fusing"},
     {"config", "graph", "mp4", "outages"},

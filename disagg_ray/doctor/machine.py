@@ -21,11 +21,10 @@ from disagg_ray.doctor.software import (
     check_mooncake,
     check_python,
     check_requirements,
-    installed_wheels,
     see_gpus,
-    versions,
 )
 from disagg_ray.environment import cache_folder, ray_token_path
+from disagg_ray.software import installed_wheels, versions
 from disagg_ray.transfer import routes
 from disagg_ray.units import human_bytes
 

@@ -14,18 +14,8 @@ import torch
 from packaging.requirements import Requirement
 
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.software import COMPARED, WHEELS, version_of
 from disagg_ray.units import human_bytes
-from disagg_ray.version import VERSION
-
-WHEELS = {
-    "mooncake-transfer-engine-non-cuda": "CPUs",
-    "mooncake-transfer-engine": "CUDA 12",
-    "mooncake-transfer-engine-cuda13": "CUDA 13",
-}
-"""Mooncake's wheels, and what each is built for. All import as `mooncake`."""
-
-COMPARED = ("ray", "torch", "diffusers", "transformers")
-"""Packages that must be the same on every node, beside Python, Mooncake and this one."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +36,6 @@ class Gpus:
     """Those this process may use."""
 
 
-def versions() -> dict[str, str]:
-    """Return what must be equal on all nodes, by name."""
-    packages = {name: _version(name) for name in COMPARED}
-    mooncake = ", ".join(f"{name} {version}" for name, version in installed_wheels().items())
-    return {"python": platform.python_version(), "disagg_ray": VERSION, **packages, "mooncake": mooncake or "none"}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def installed_wheels() -> dict[str, str]:
-    """Return the version of each of Mooncake's wheels that is installed."""
-    return {name: version for name in WHEELS if (version := _version(name)) != "none"}
-
-
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
     if (3, 11) <= version < (3, 14):
         return ok("python", platform.python_version())
@@ -83,13 +54,13 @@ def check_requirements(requirements: list[str] | None = None) -> Iterator[Check]
     wanted = [wish for wish in listed if wish.marker is None or wish.marker.evaluate({"extra": ""})]
     wrong = [wish for wish in wanted if not _is_met(wish)]
     for wish in wrong:
-        yield fail("packages", f"{wish.name} {_version(wish.name)} is not {wish.specifier}", f"pip install '{wish}'")
+        yield fail("packages", f"{wish.name} {version_of(wish.name)} is not {wish.specifier}", f"pip install '{wish}'")
     if not wrong:
-        yield ok("packages", ", ".join(f"{name} {_version(name)}" for name in COMPARED))
+        yield ok("packages", ", ".join(f"{name} {version_of(name)}" for name in COMPARED))
 
 
 def _is_met(wish: Requirement) -> bool:
-    version = _version(wish.name)
+    version = version_of(wish.name)
     return version != "none" and wish.specifier.contains(version, prereleases=True)
 
 

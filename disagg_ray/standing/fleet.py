@@ -17,6 +17,7 @@ from disagg_ray.graph import Graph
 from disagg_ray.messages import Charter, Description, Health, Leader, Recollection, ReplicaInfo
 from disagg_ray.metrics import Metrics
 from disagg_ray.placement import Actor, Post, ask, living
+from disagg_ray.software import check_same
 from disagg_ray.threads import off_loop
 
 logger = logging.getLogger("disagg_ray")
@@ -60,7 +61,7 @@ class StandingFleet(Fleet):
         for post in self._placement.posts():
             if post.stage not in there:
                 await self._launch(post)
-        return described + await self._describe()
+        return described + await self._describe(list(self._starting.values()))
 
     async def _adopt(self) -> list[Description]:
         there = sorted(living(self._name), key=lambda actor: -actor.incarnation)  # the latest takes the post
@@ -92,7 +93,9 @@ class StandingFleet(Fleet):
         try:
             async with asyncio.timeout(RECALL_S):
                 told: Recollection = await ask(actor, "recall")
-        except (TimeoutError, DisaggError):
+            check_same(actor.name, told.description.software)
+        except (TimeoutError, DisaggError) as error:
+            logger.warning("replica %s is not adopted: %s", actor.name, error or f"no answer for {RECALL_S:g} s")
             return None
         return told
 

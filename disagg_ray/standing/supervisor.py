@@ -28,6 +28,7 @@ from disagg_ray.progress import Event
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.service import Asked, NotHere, Snapshot
+from disagg_ray.software import software
 from disagg_ray.standing.keep import Keep
 from disagg_ray.standing.pipeline import Standing
 
@@ -135,6 +136,11 @@ class Supervisor:
     async def _standing(self) -> Standing:
         self._loop = asyncio.get_running_loop()
         return await asyncio.shield(asyncio.wrap_future(self._starting))
+
+    async def software(self) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+        """Return what runs here, in plain types: a client of another version understands them too."""
+        ours = software()
+        return ours.folder, ours.digest, ours.versions
 
     async def ready(self) -> DisaggError | None:
         """Wait until every stage has its replicas."""
