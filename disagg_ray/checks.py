@@ -37,6 +37,7 @@ MULTIPLE = 16
 """Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
 TASKS = ("t2v", "i2v", "flf2v")
 PROTOCOLS = ("auto", "nvlink_intra", "rdma", "tcp")
+ADMITTED = ("auto", "host", "any")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 PLACEMENTS = ("pack", "spread")
@@ -222,6 +223,7 @@ def _standing_checks(standing: StandingConfig) -> Iterator[Check]:
 
 def _transport_checks(transport: TransportConfig) -> Iterator[Check]:
     yield one_of("transport.protocol", transport.protocol, PROTOCOLS)
+    yield one_of("transport.admit", transport.admit, ADMITTED)
     server = transport.metadata_server
     ok = bool(server) and MASK not in server
     yield "transport.metadata_server", server, ok, f"must be P2PHANDSHAKE or an address, with its password for {MASK}"

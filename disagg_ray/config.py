@@ -207,8 +207,11 @@ class TransportConfig:
     metadata_server: str = "P2PHANDSHAKE"
     """P2PHANDSHAKE needs no server; else an etcd, redis or http address that Mooncake knows."""
     port_range: str | None = None
-    """`FIRST-LAST` bounds of the ports that Mooncake and the progress may listen on, for a firewall: two for each
+    """`FIRST-LAST` bounds of the ports that Mooncake and the progress may listen on, for a firewall: three for each
     route of each pool, one for each driver's progress; null: any free port."""
+    admit: str = "auto"
+    """Who may connect to those ports: host (this machine alone), any, or auto (host where disagg-ray starts the
+    cluster itself, else any)."""
     pool_bytes: int | str = "auto"
     """Registered memory of each replica; auto: the largest request that limits allows, times those that are at one
     replica when it does twice its share. What is too little for requests never to wait for each other is refused."""

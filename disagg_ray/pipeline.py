@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from disagg_ray.placement import Actor, Cluster
 from disagg_ray.progress import Event, Receiver
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
+from disagg_ray.sockets import filter_of
 from disagg_ray.tasks import BackgroundTasks
 from disagg_ray.threads import off_loop, within
 from disagg_ray.video import to_array
@@ -84,6 +86,8 @@ class Pipeline(Driver):
         self._background = BackgroundTasks(self._count_restart)
         try:
             self._cluster = Cluster(config)
+            if self._cluster.is_own and config.transport.admit == "auto":
+                self.config = replace(config, transport=replace(config.transport, admit="host"))
             self._call(self._start())
         except BaseException:
             self.close()
@@ -129,8 +133,9 @@ class Pipeline(Driver):
     async def _start(self) -> None:
         began = time.monotonic()
         host = ray.util.get_node_ip_address()
+        transport = self.config.transport
         if self.config.progress:
-            self._receiver = Receiver(host, self._relay, self.config.transport.ports)
+            self._receiver = Receiver(host, self._relay, transport.ports, filter_of(transport.admit))
         metrics = self._metrics = Metrics(self.config.model.path, self.config.stages)
         fleet = self._fleet = self._make_fleet(metrics)
         described = await fleet.launch()

@@ -138,6 +138,11 @@ class Cluster:
             self.close()
             raise
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was started here, so that all of it is on this machine."""
+        return self._started
+
     def close(self) -> None:
         if self._started:
             ray.shutdown()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
+import resource
 import socket
 import threading
 import time
@@ -24,6 +26,8 @@ import msgpack
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
+
+from disagg_ray.sockets import EVERYBODY, NOBODY, Program, admit, listen
 
 logger = logging.getLogger("disagg_ray")
 
@@ -102,11 +106,17 @@ class _Watcher:
 class Receiver:
     """The driver's end: binds a port of `host` and hands each event to `on_event`, on a thread of its own.
 
-    The port is the first free one of `ports`, or any. If there is none, or `host` is not an address of this machine,
-    `credentials` is None and no events come: progress is never worth failing for.
+    The port is a free one of `ports`, or any; a filter `program` says who may come. If there is none, or `host` is not
+    an address of this machine, `credentials` is None and no events come: progress is never worth failing for.
     """
 
-    def __init__(self, host: str, on_event: Callable[[Event], None], ports: range | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        on_event: Callable[[Event], None],
+        ports: range | None = None,
+        program: Program | None = None,
+    ) -> None:
         self.credentials: Credentials | None = None
         self.received = 0
         self._malformed = 0
@@ -116,7 +126,13 @@ class Receiver:
         self._closing, self._close = socket.socketpair()
         context = _shared.acquire()
         self._socket = context.socket(zmq.PULL)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._program = program or EVERYBODY
+        self._gate: socket.socket | None = None
+        self._is_shut = False
+        self._max_open = _most_connections()
         self._bind(host, ports)
         self._thread = threading.Thread(target=self._run, name="disagg_ray-progress", daemon=True)
         self._thread.start()
@@ -139,23 +155,19 @@ class Receiver:
         for option, value in options.items():
             self._socket.set(option, value)
         try:
-            self._listen(f"tcp://[{host}]" if ":" in host else f"tcp://{host}", ports)
-        except zmq.ZMQError as error:
+            self._listen(host, ports)
+        except (OSError, zmq.ZMQError) as error:
             within = f" within transport.port_range={ports[0]}-{ports[-1]}" if ports else ""
             logger.warning("no progress will be shown: cannot listen on %s%s (%s)", host, within, error)
             return
         endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.credentials = Credentials(endpoint, server_key.decode(), public_key.decode(), secret_key.decode())
 
-    def _listen(self, address: str, ports: range | None) -> None:
-        for port in ports or ("*",):
-            try:
-                self._socket.bind(f"{address}:{port}")
-                return
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EADDRINUSE:
-                    raise
-        raise zmq.ZMQError(zmq.EADDRINUSE)
+    def _listen(self, host: str, ports: range | None) -> None:
+        gate = self._gate = listen(host, ports, None if self._program is EVERYBODY else self._program)
+        gate.setblocking(False)
+        self._socket.set(zmq.USE_FD, os.dup(gate.fileno()))
+        self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -164,9 +176,21 @@ class Receiver:
         while self._closing.fileno() not in (ready := dict(poller.poll())):
             if self._monitor in ready:
                 self._connections[parse_monitor_message(self._monitor.recv_multipart())["event"]] += 1
+                self._watch_gate()
             if self._socket in ready:
                 with suppress(zmq.Again):  # zmq may announce a message where a stranger sent what is none
                     self._receive(self._socket.recv(zmq.NOBLOCK))
+
+    def _watch_gate(self) -> None:
+        """Let nobody in while there are too many connections, or strangers would use up the process's descriptors."""
+        num_open = self._connections[zmq.EVENT_ACCEPTED] - self._connections[zmq.EVENT_DISCONNECTED]
+        shut = num_open >= self._max_open
+        if shut == self._is_shut or self._gate is None:
+            return
+        if shut:
+            logger.warning("%d connections to the progress port: no more are taken until some end", num_open)
+        self._is_shut = shut
+        admit(self._gate, NOBODY if shut else self._program)
 
     def _receive(self, data: bytes) -> None:
         try:
@@ -193,8 +217,16 @@ class Receiver:
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close()
+        if self._gate is not None:
+            self._gate.close()
         _shared.expel(self._domain)
         _shared.release()
+
+
+def _most_connections() -> int:
+    """Return how many connections may be open at once: a quarter of the process's descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (limit if limit != resource.RLIM_INFINITY else 4096) // 4
 
 
 class Listener:

@@ -61,9 +61,9 @@ def _serve(connection: Connection, transport: TransportConfig, taken: frozenset[
 class Peer(AbstractContextManager["Peer"]):
     """A running peer and the handoff of what it published; killed on leaving."""
 
-    def __init__(self, port_range: str | None = None, taken: frozenset[str] = frozenset()) -> None:
+    def __init__(self, port_range: str | None = None, taken: frozenset[str] = frozenset(), admit: str = "any") -> None:
         self._connection, theirs = _context.Pipe()
-        arguments = (theirs, replace(TRANSPORT, port_range=port_range), taken)
+        arguments = (theirs, replace(TRANSPORT, port_range=port_range, admit=admit), taken)
         self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()

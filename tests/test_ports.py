@@ -1,9 +1,12 @@
-"""A host's few ports serve one replacement after another."""
+"""A host's few ports serve one replacement after another, and whatever strangers say there."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from helpers import free_ports, wait_until
@@ -32,3 +35,18 @@ def test_replacements_serve_though_every_port_was_a_dead_ones(cluster: None) -> 
             wait_until(lambda: pipeline.num_restarts["fused"] == number, "no replacement", 120)  # noqa: B023
             assert not {*pipeline.replicas[0].sessions} & dead
             assert pipeline.generate(REQUEST).data == video
+
+
+def test_strangers_bytes_at_every_port_cost_a_pipeline_nothing(cluster: None) -> None:
+    ports = TransportConfig(port_range=free_ports(24)).ports
+    assert ports is not None
+    settings = [f"transport.port_range={ports[0]}-{ports[-1]}", "transport.timeout_s=5"]
+    with Pipeline.from_config("conf/tiny_t2v.yaml", *settings) as pipeline:
+        video, pids = pipeline.generate(REQUEST).data, [replica.pid for replica in pipeline.replicas]
+        handles = [pipeline.submit(replace(REQUEST, id=f"request-{number}")) for number in range(8)]
+        for port in ports:
+            for data in (b"\5" + bytes(7) + b"[1,2]", b"\6" + bytes(7) + b"\1[1,2]", b"GET / HTTP/1.1\r\n\r\n" * 99):
+                with suppress(OSError), socket.create_connection((pipeline.replicas[0].host, port), 0.5) as stranger:
+                    stranger.sendall(data)
+        assert [handle.result().data for handle in handles] == [video] * 8
+        assert [replica.pid for replica in pipeline.replicas] == pids

@@ -4,13 +4,15 @@ import logging
 import multiprocessing
 import os
 import queue
+import resource
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import astuple, replace
 from multiprocessing.connection import Connection
 from typing import Any, get_args
@@ -27,6 +29,8 @@ from disagg_ray.progress import MAX_BYTES, Credentials, Event, Listener, Receive
 
 HOST = "127.0.0.1"
 DEADLINE_S = 20
+FEW = 128
+"""File descriptors, of a process with hardly enough."""
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 3, 50, 1.5)
 
 spawn = multiprocessing.get_context("spawn")
@@ -247,7 +251,7 @@ def test_the_key_of_another_run_does_not_open_this_one(inbox: Inbox, sender: Sen
     assert inbox.get() == EVENT
 
 
-@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n" * 10, b"\xff" + bytes(8) + b"\x7f\x03" + bytes(53)])
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n" * 10, b"\xff" + bytes(8) + b"\x7f\x03" + bytes(53)])
 def test_a_port_scanner_is_counted_and_does_no_harm(inbox: Inbox, sender: Sender, said: bytes) -> None:
     with socket.create_connection(inbox.address) as scanner:
         scanner.sendall(said)
@@ -297,6 +301,36 @@ def test_a_receiver_that_hangs_makes_nobody_wait_and_may_come_back() -> None:
         assert ours.recv() == {replace(EVENT, state="done")}
     process.join(DEADLINE_S)
     assert process.exitcode == 0
+
+
+def _receive_with_few_descriptors(connection: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    _receive(connection)
+
+
+@pytest.mark.slow
+def test_strangers_who_stay_do_not_use_up_the_descriptors() -> None:
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_receive_with_few_descriptors, args=(theirs,), daemon=True)
+    process.start()
+    credentials = ours.recv()
+    host, _, port = credentials.endpoint.removeprefix("tcp://").rpartition(":")
+    most = 0
+    with ExitStack() as stack:
+        for _ in range(2 * FEW):
+            stranger = stack.enter_context(socket.socket())
+            stranger.setblocking(False)
+            stranger.connect_ex((host, int(port)))
+            if select.select([], [stranger], [], 0.05)[1]:
+                with suppress(OSError):
+                    stranger.send(b"\xff")
+            most = max(most, psutil.Process(process.pid).num_fds())
+    assert most < 3 * FEW // 4
+    with closing(connected(credentials)) as sender:
+        sender.send(EVENT)
+        ours.send(1)
+        assert ours.recv() == {EVENT}
+    process.join(DEADLINE_S)
 
 
 def _send(credentials: Credentials, name: str) -> None:
@@ -390,7 +424,7 @@ def test_an_address_of_another_machine_means_no_progress_and_a_warning(caplog: p
     assert (sender.sent, sender.dropped) == (0, 0)
 
 
-def test_the_port_is_the_first_free_one_of_those_that_are_given(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_port_is_a_free_one_of_those_that_are_given(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server((HOST, 0)) as taken, closing(Receiver(HOST, print)) as other:
         assert other.credentials is not None
         ports = {taken.getsockname()[1], int(other.credentials.endpoint.rpartition(":")[2])}

@@ -177,7 +177,7 @@ def test_republished_tensors_make_the_old_handoff_stale(peer, pool):
 
 
 def test_handoff_is_stale_after_a_restart_on_the_same_port_at_the_same_address(pool):
-    ports = free_ports(2)  # Mooncake picks one of them for its name: some restarts until it picks the same
+    ports = free_ports(3)  # one of them is for its name, at random: some restarts until it is the same
     dead: dict[tuple[str, int], Handoff] = {}
     for _ in range(20):
         with Peer(ports) as peer:
@@ -195,11 +195,11 @@ def test_pool_knows_the_sessions_it_has_pulled_from(peer, verified):
 
 
 def test_peer_whose_every_port_was_a_dead_ones_gets_a_name_of_its_own(verified):
-    ports = free_ports(2)
+    ports = free_ports(3)
     first, last = map(int, ports.split("-"))
     dead = {f"{HOST}:{zeros}{port}" for port in range(first, last + 1) for zeros in ("", "0")}
     with Peer(ports, verified.met | dead) as peer:
-        assert peer.session in {f"{HOST}:00{first}", f"{HOST}:00{last}"}
+        assert peer.session in {f"{HOST}:00{port}" for port in range(first, last + 1)}
         assert_whole(pull(verified, peer.handoff))
 
 
@@ -278,11 +278,11 @@ def assert_kept(pool: Pool, key: AttemptKey, nbytes: int) -> None:
 
 
 def test_ports_lie_in_the_given_range():
-    ports = free_ports(4)
+    ports = free_ports(6)
     first, last = map(int, ports.split("-"))
     with Peer(ports) as peer:
         listening = [c.laddr.port for c in psutil.Process(peer.pid).net_connections("tcp") if c.status == "LISTEN"]
-        assert len(listening) == 2
+        assert len(listening) == 3
         assert int(peer.session.rpartition(":")[2]) in listening
         assert all(first <= port <= last for port in listening)
 

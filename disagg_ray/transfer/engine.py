@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -19,7 +20,11 @@ from disagg_ray import environment
 from disagg_ray.config import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.handoff import Session
+from disagg_ray.sockets import admit, filter_of, listeners, listening_ports
+from disagg_ray.transfer.guard import Guard
 from disagg_ray.units import mask
+
+logger = logging.getLogger("disagg_ray")
 
 TIMED_OUT = -1000
 """Code of a peer that gave no sign of life; Mooncake's own codes are small."""
@@ -40,6 +45,7 @@ class Engine:
         """Open an engine; its session's name is none of those that are `taken`."""
         self._timeout_s = transport.timeout_s
         _export(transport)
+        known = listening_ports()
         self._engine = _new_engine()
         with _quiet_stderr():
             code = self._engine.initialize(host, transport.metadata_server, transport.protocol, transport.device_name)
@@ -50,7 +56,11 @@ class Engine:
                 + (f", or transport.port_range={transport.port_range} has no free port" if transport.ports else ""),
                 host, 0, code,
             )  # fmt: skip
-        self.session = Session(transport.protocol, _name(host, self._engine.get_rpc_port(), taken))
+        port = self._engine.get_rpc_port()
+        self._guard = _guard(host, port, transport, known)
+        if self._guard is not None:
+            port = self._guard.port
+        self.session = Session(transport.protocol, _name(host, port, taken))
         self._met: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -66,6 +76,11 @@ class Engine:
 
     def unregister(self, address: int) -> None:
         self._engine.unregister_memory(address)
+
+    def close(self) -> None:
+        """Let no peer meet this engine any more; those that have met it may still read what is registered."""
+        if self._guard is not None:
+            self._guard.close()
 
     def read(self, peer: Session, local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy regions of a peer's memory into ours, one-sided: the peer's process takes no part.
@@ -112,6 +127,28 @@ class Engine:
             raise TransferError(SILENT, peer.name, nbytes, TIMED_OUT) from None
         if code != 0:
             raise TransferError(GONE, peer.name, nbytes, code)
+
+
+def _guard(host: str, port: int, transport: TransportConfig, known: frozenset[int]) -> Guard | None:
+    """Hide Mooncake's handshake port behind a guard, and admit to its others only those who may come.
+
+    RDMA's own handshake goes to Mooncake's port by name, and a metadata server tells that name: neither has a guard.
+    """
+    program = filter_of(transport.admit)
+    opened = listeners(known)
+    handshake = opened.pop(port, None)
+    try:
+        if program is not None:
+            for other in opened.values():
+                admit(other, program)
+        if handshake is not None and transport.protocol != "rdma" and transport.metadata_server == "P2PHANDSHAKE":
+            return Guard(host, transport.ports, handshake, program)
+    except OSError as error:
+        logger.warning("Mooncake's ports stay open to anybody, and certain bytes there end the process: %s", error)
+    finally:
+        for other in opened.values():
+            other.close()
+    return None
 
 
 def _name(host: str, port: int, taken: frozenset[str]) -> str:

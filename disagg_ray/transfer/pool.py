@@ -335,6 +335,7 @@ class Pool:
             self._closed = True
             self._changed.notify_all()
         for endpoint in self._endpoints.values():
+            endpoint.engine.close()
             endpoint.engine.unregister(endpoint.memory.data_ptr())
 
     def _too_large(self, name: str, nbytes: int) -> PoolError:
