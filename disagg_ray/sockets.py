@@ -10,6 +10,7 @@ import stat
 import struct
 from contextlib import suppress
 
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
 SO_ATTACH_FILTER = 26
 """Linux's number; Python has no name for it."""
 BACKLOG = 32
@@ -19,22 +20,35 @@ SPEAK_S = 20
 
 _WORD, _HALF, _AND, _TO_X, _EQUAL, _EQUAL_X, _RETURN = 0x20, 0x28, 0x54, 0x07, 0x15, 0x1D, 0x06
 """Instructions of classic BPF: loads of 4 and 2 bytes, and with a constant, A to X, jumps, return."""
-_SOURCE, _DESTINATION = 0xFFF00000 + 12, 0xFFF00000 + 16
-"""Where IPv4 addresses lie: offsets from the network header. Plain offsets count from TCP's header."""
-_LOOPBACK = 0x7F000001
+_PROTOCOL, _IP = 0xFFFFF000, 0xFFF00000
+"""Offsets of what the kernel knows of the packet, and of the network header; plain ones count from TCP's header."""
+_IPV4, _LOOPBACK = 0x0800, 0x7F000001
 
 Program = list[tuple[int, int, int, int]]
+"""Instruction, how many to skip if its condition holds and if not, and its constant."""
 _PASS, _DROP = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
 
 NOBODY: Program = [_DROP]
 EVERYBODY: Program = [_PASS]
 THIS_MACHINE: Program = [
-    (_WORD, 0, 0, _SOURCE),
+    (_HALF, 0, 0, _PROTOCOL),
+    (_EQUAL, 0, 6, _IPV4),
+    (_WORD, 0, 0, _IP + 12),
     (_TO_X, 0, 0, 0),
     (_AND, 0, 0, 0xFF000000),
-    (_EQUAL, 2, 0, 0x7F000000),
-    (_WORD, 0, 0, _DESTINATION),
-    (_EQUAL_X, 0, 1, 0),
+    (_EQUAL, 18, 0, 0x7F000000),
+    (_WORD, 0, 0, _IP + 16),
+    (_EQUAL_X, 16, 17, 0),
+    *(
+        step
+        for word in (0, 4, 8, 12)  # of an IPv6 address
+        for step in (
+            (_WORD, 0, 0, _IP + 8 + word),
+            (_TO_X, 0, 0, 0),
+            (_WORD, 0, 0, _IP + 24 + word),
+            (_EQUAL_X, 0, 13 - word, 0),
+        )
+    ),
     _PASS,
     _DROP,
 ]
@@ -48,12 +62,12 @@ def filter_of(admit: str) -> Program | None:
 
 def local_port(port: int) -> Program:
     """Return a filter that lets only a port of 127.0.0.1 in."""
-    source = [(_WORD, 0, 0, _SOURCE), (_EQUAL, 0, 3, _LOOPBACK)]
+    source = [(_WORD, 0, 0, _IP + 12), (_EQUAL, 0, 3, _LOOPBACK)]
     return [*source, (_HALF, 0, 0, 0), (_EQUAL, 0, 1, port), _PASS, _DROP]
 
 
 def admit(listener: socket.socket, program: Program) -> None:
-    """Have a listening socket of IPv4, and what it accepts from now on, hear only what a filter passes."""
+    """Have a listening socket, and what it accepts from now on, hear only what a filter passes."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(code)))
 
@@ -73,7 +87,7 @@ def listen(host: str, ports: range | None, program: Program | None = None) -> so
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was closed is free at once
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SPEAK_S)
-            if program is not None and family == socket.AF_INET:
+            if program is not None:
                 admit(listener, program)
             listener.bind((host, port))
             listener.listen(BACKLOG)
@@ -87,14 +101,14 @@ def listen(host: str, ports: range | None, program: Program | None = None) -> so
 
 
 def listeners(besides: frozenset[int] = frozenset()) -> dict[int, socket.socket]:
-    """Return this process's listening sockets of IPv4 by their ports; each is a duplicate, for the caller to close."""
+    """Return this process's listening sockets by their ports; each is a duplicate, for the caller to close."""
     found: dict[int, socket.socket] = {}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers, not paths
         with suppress(OSError):
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             other = socket.socket(fileno=os.dup(int(name)))
-            if other.family == socket.AF_INET and other.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if other.family in FAMILIES and other.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 port = other.getsockname()[1]
                 if port not in besides and port not in found:
                     found[port] = other
@@ -104,7 +118,7 @@ def listeners(besides: frozenset[int] = frozenset()) -> dict[int, socket.socket]
 
 
 def listening_ports() -> frozenset[int]:
-    """Return the ports of IPv4 that this process listens on."""
+    """Return the ports that this process listens on."""
     found = listeners()
     for other in found.values():
         other.close()

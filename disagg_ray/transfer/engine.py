@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from collections import OrderedDict
@@ -136,18 +137,21 @@ def _guard(host: str, port: int, transport: TransportConfig, known: frozenset[in
     """
     program = filter_of(transport.admit)
     opened = listeners(known)
-    handshake = opened.pop(port, None)
+    is_guarded = transport.protocol != "rdma" and transport.metadata_server == "P2PHANDSHAKE"
     try:
         if program is not None:
-            for other in opened.values():
-                admit(other, program)
-        if handshake is not None and transport.protocol != "rdma" and transport.metadata_server == "P2PHANDSHAKE":
-            return Guard(host, transport.ports, handshake, program)
+            for number, listener in opened.items():
+                if number != port or not is_guarded:
+                    admit(listener, program)
+        if is_guarded:
+            if port not in opened or opened[port].family != socket.AF_INET:
+                raise OSError(f"no IPv4 socket of this process listens on {port}")
+            return Guard(host, transport.ports, opened.pop(port), program)
     except OSError as error:
         logger.warning("Mooncake's ports stay open to anybody, and certain bytes there end the process: %s", error)
     finally:
-        for other in opened.values():
-            other.close()
+        for listener in opened.values():
+            listener.close()
     return None
 
 
