@@ -17,6 +17,7 @@ from disagg_ray import Connection, LocalPipeline, Pipeline, Request, RequestErro
 from disagg_ray.config import Config
 from disagg_ray.identity import identify_blocks, identify_request, identify_setup
 from disagg_ray.models.maker import make_checkpoint
+from disagg_ray.models.provenance import digest_model
 from disagg_ray.request import resolve
 from disagg_ray.result import Result
 from disagg_ray.service import NotHere
@@ -183,3 +184,15 @@ def test_a_lora_is_known_by_its_content(tmp_path: Path) -> None:
     first = digest(make_lora(tmp_path / "a.safetensors", 1))
     assert first == digest(make_lora(tmp_path / "b.safetensors", 1))
     assert first != digest(make_lora(tmp_path / "a.safetensors", 2))
+
+
+def test_only_a_commit_s_folder_of_the_hub_s_cache_is_known_by_its_name(tmp_path: Path) -> None:
+    commit, mine = tmp_path / "snapshots" / ("0a" * 20), tmp_path / "snapshots" / "mine"
+    for folder in (commit, mine):
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text("{}")
+        (folder / "gone.json").symlink_to(tmp_path / "nowhere")
+    before = [digest_model(CONFIG.model, folder) for folder in (commit, mine, None)]
+    (mine / "model_index.json").write_text("{ }")
+    assert before[0] == "commit " + "0a" * 20
+    assert len({*before, digest_model(CONFIG.model, mine)}) == 4

@@ -80,7 +80,7 @@ def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Opt
                 name = source.line(int(index)).request.id
                 problems.report(
                     source.number(int(index)),
-                    f"id: {name!r}: its video was made from another request; give another id, or remove the video",
+                    f"id: {name!r}: its video was made from another request or picture; give another id, or remove it",
                 )
     except OSError as error:
         raise OutputError(f"output-dir: {str(folder.path)!r} cannot be written: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from disagg_ray.config import ModelConfig
@@ -13,8 +14,8 @@ SMALL_BYTES = 16 * 2**20
 """Files up to this size are known by their content, larger ones by size and time of change."""
 READ = (".json", ".model", ".safetensors", ".txt")
 """Suffixes of the files of a model folder that are loaded."""
-SNAPSHOTS = "snapshots"
-"""Where the hub's cache keeps a folder for each commit."""
+SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})$")
+"""A commit's folder in the hub's cache, whose files never change."""
 
 
 def local_folder(model: ModelConfig) -> Path | None:
@@ -31,8 +32,8 @@ def digest_model(model: ModelConfig, folder: Path | None) -> str:
         return "drawn from the shape"
     if folder is None:
         return f"revision {model.revision}"
-    if folder.parent.name == SNAPSHOTS:
-        return f"commit {folder.name}"
+    if (found := SNAPSHOT.search(str(folder))) is not None:
+        return f"commit {found[1]}"
     digest = hashlib.sha256()
     for path in sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in READ):
         digest.update(f"{path.relative_to(folder)}\0{_digest_weights(path)}\0".encode(errors="surrogateescape"))
@@ -49,5 +50,8 @@ def digest_file(path: str) -> str:
 
 
 def _digest_weights(path: Path) -> str:
-    state = path.stat()
+    try:
+        state = path.stat()
+    except OSError as error:
+        return f"not read: {error.strerror}"
     return digest_file(str(path)) if state.st_size <= SMALL_BYTES else f"{state.st_size} {state.st_mtime_ns}"
