@@ -370,7 +370,10 @@ class Journey:
                 (None, await self._frames(output)) if self.request.format in RAW else (await self._file(output), None)
             )
         except (ReplicaLost, TransferError) as error:
-            self._note_setback(error)
+            if output.holder is not None and self._fleet.has_stalled(output.holder):  # it may be these frames
+                await self._note_failure(self._graph.last, output.holder, error, computed=True)
+            else:
+                self._note_setback(error)
         except (EncodeError, StageError, PoolError) as error:
             await self._note_failure(self._graph.last, output.holder, error, computed=True)
         if self._graph.last in self._outputs:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from faulty import Faults, faulty_replicas
 
-from disagg_ray import LocalPipeline, Pipeline, Request, fleet
+from disagg_ray import LocalPipeline, Pipeline, Request, StageError, fleet
 from disagg_ray.handle import Handle
 
 pytestmark = pytest.mark.slow
@@ -116,6 +116,26 @@ def test_what_would_wait_for_the_pipelines_own_thread_raises_there(pipeline: Pip
 
 
 @pytest.mark.proof
+def test_a_request_whose_every_encode_hangs_fails_alone(
+    pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pipeline._fleet is not None
+    failures = replace(pipeline._fleet.config.failures, stall_s=1.0)
+    faults.set("fused.encode.deadly", "stall")
+    handle = pipeline.submit(ask("deadly"))
+    for _ in range(failures.max_attempts):
+        faults.await_arrival("fused.encode.deadly")
+        faults.set("fused.encode.deadly", "stall")  # for the next attempt
+        with monkeypatch.context() as hung:
+            hung.setattr(pipeline._fleet, "config", replace(pipeline._fleet.config, failures=failures))
+            wait_until(lambda: not pipeline.replicas, "it was not found")
+    with pytest.raises(StageError, match="fused failed 3 times"):
+        handle.result(SURE)
+    faults.clear("fused.encode.deadly")
+    wait_until(lambda: pipeline.replicas, "nothing serves")
+
+
+@pytest.mark.proof
 def test_a_hung_load_is_ended_and_the_next_one_serves(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,13 +144,19 @@ def test_a_hung_load_is_ended_and_the_next_one_serves(
     monkeypatch.setattr(pipeline._fleet, "config", replace(pipeline._fleet.config, cluster=cluster))
     faults.set("fused.load", "stall")
     os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
+    wait_until(lambda: "replica fused-0 did not start" in caplog.text, "its load was not ended")
+    wait_until(lambda: pipeline.replicas, "nothing serves")
     assert pipeline.generate(ask("after-load")).data
     assert "replica fused-0 did not start: waiting for fused-0" in caplog.text
 
 
 @pytest.mark.proof
-def test_closing_ends_whatever_hangs(cluster: None, faults: Faults, caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_ends_whatever_hangs(
+    cluster: None, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A loop that a callback holds up, and a replica that does not answer."""
+    monkeypatch.setattr("disagg_ray.pipeline.STOP_S", 3.0)
+    monkeypatch.setattr("disagg_ray.driver.CLOSE_S", 1.0)
     go, held = threading.Event(), threading.Event()
     with Pipeline.from_config(T2V, "fused=true") as pipeline:
         faults.set("fused.compute.hung", "stall")

@@ -22,7 +22,7 @@ from disagg_ray.holdings import NUM_THREADS, Holdings
 
 @pytest.fixture
 def holdings() -> Iterator[Holdings]:
-    config = load_config("conf/tiny_t2v.yaml", "transport.timeout_s=5", "failures.stall_s=30")
+    config = load_config("conf/tiny_t2v.yaml", "transport.timeout_s=5", "failures.stall_s=10")
     stages = connect_stages(config)
     graph = build_graph([stage.ports for stage in stages.values()])
     with closing(Holdings("driver", config, graph, stages["decoder"].geometry, HOST, frozenset())) as holdings:
