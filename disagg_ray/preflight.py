@@ -8,6 +8,7 @@ from disagg_ray import environment
 from disagg_ray.config import Config
 from disagg_ray.errors import CheckpointError, ConfigError
 from disagg_ray.models.checkpoint import RANDOM, Geometry, check_here, find_here, open_checkpoint
+from disagg_ray.models.lora_files import check_loras
 from disagg_ray.models.shapes import get_shape
 from disagg_ray.units import shown
 
@@ -33,15 +34,16 @@ def check_temporary_folder() -> None:
 
 
 def check_model(config: Config, *, whole: bool) -> None:
-    """Check what this machine has of the model, and that it fits the configuration.
+    """Check what this machine has of the model and of LoRA files, and that it fits the configuration.
 
     `whole`: the stages run here and nowhere else, so what is missing here is a fault.
 
     Raises:
-        CheckpointError: the model is missing, unsafe or not what the configuration says.
+        CheckpointError: the model or a LoRA is missing, unsafe or not what the configuration says.
         ConfigError: names the key that does not fit it.
     """
     model = config.model
+    check_loras(config, whole=whole)
     if model.path.startswith(RANDOM):  # made where it is wanted, which costs imports of all models
         try:
             get_shape(model.path.removeprefix(RANDOM))

@@ -9,15 +9,18 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import ray
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from disagg_ray import CheckpointError
+from disagg_ray import CheckpointError, Pipeline, load_config
 from disagg_ray.models.lora import load_loras
+from disagg_ray.models.lora_files import check_loras
 from disagg_ray.options import LoraConfig
 
+CONF = Path(__file__).parents[1] / "conf" / "tiny_t2v.yaml"
 Weights = dict[str, torch.Tensor]
 TO_Q = "transformer.blocks.0.attn1.to_q"
 
@@ -142,6 +145,19 @@ UNFIT: dict[str, tuple[Weights, str]] = {
 def test_unfit_files_are_refused_in_a_line(transformer: Callable[..., Any], tmp_path: Path, case: str) -> None:
     weights, says = UNFIT[case]
     assert says in refusal(transformer(), tmp_path, weights)
+
+
+def test_an_unfit_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    loras = f"stages.transformer.denoiser.loras=[{{path: {file}}}]"
+    for content, says in ((None, "is no file"), (b"pickle", "no safetensors file")):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"^stages\.transformer\.denoiser\.loras: .*{says}"):
+            Pipeline.from_config(CONF, loras)
+        assert not ray.is_initialized()
+    file.unlink()
+    check_loras(load_config(CONF, loras), whole=False)  # it may be on another machine
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"r": 1e400}', '{"transformer.r": 99999999999}', "[" * 100_000])

@@ -288,19 +288,5 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
         image_tokens=image_tokens,
         image_dim=image_dim,
         two_transformers="transformer_2" in components,
-        boundary_ratio=_boundary(model, index, "transformer_2" in components),
+        boundary_ratio=model.boundary_ratio if model.boundary_ratio is not None else index.get("boundary_ratio"),
     )
-
-
-def _boundary(model: ModelConfig, index: dict[str, Any], two_transformers: bool) -> float | None:
-    ratio = index.get("boundary_ratio") if model.boundary_ratio is None else model.boundary_ratio
-    if ratio is None and two_transformers:
-        raise CheckpointError(
-            f"model.boundary_ratio: null, and {model.path!r} with its two transformers has none; give one, as 0.875"
-        )
-    if ratio is not None and (type(ratio) not in (int, float) or not 0 <= ratio <= 1):
-        raise CheckpointError(
-            f"model.path: boundary_ratio in the index of {model.path!r} is {printable(repr(ratio), 60)}, and must be "
-            f"from 0 to 1"
-        )
-    return ratio

@@ -1,4 +1,4 @@
-"""What a LoRA file's header says, checked without a library of models: before anything starts, and before it is loaded."""
+"""What a LoRA file's header says, checked without a library of models: before anything starts, and before a load."""
 
 from __future__ import annotations
 
