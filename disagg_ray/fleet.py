@@ -337,13 +337,14 @@ class Fleet:
         launched = [call.result() for call in self._launching.values() if call.done() and call.exception() is None]
         actors = [*self._actors.values(), *self._starting.values(), *launched]
         self._actors.clear()
-        if actors and ray.is_initialized():
-            closing = [asyncio.ensure_future(ask(actor, "close")) for actor in actors]
+        if not ray.is_initialized():
+            return
+        if closing := [asyncio.ensure_future(ask(actor, "close")) for actor in actors]:
             await asyncio.wait(closing, timeout=CLOSE_S)
-            for call in closing:
-                call.cancel()
-            await asyncio.gather(*closing, return_exceptions=True)
-            await asyncio.wait([asyncio.ensure_future(off_loop(self.kill, actors))], timeout=CLOSE_S)
+        for call in closing:
+            call.cancel()
+        await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.wait([asyncio.ensure_future(off_loop(self.kill, actors))], timeout=CLOSE_S)
 
     def kill(self, actors: Sequence[Actor] = ()) -> None:
         """End replicas at once, these and all that are left; waits for Ray."""

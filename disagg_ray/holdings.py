@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -134,8 +135,9 @@ class Holdings:
         """End every wait and give the memory back; a copy that hangs is left behind."""
         self._pieces.put(None)
         within(CLOSE_S, self._pool.close, "closing the driver's pool")
+        deadline = time.monotonic() + CLOSE_S
         for kind, threads in self._threads.items():
-            if not threads.close(CLOSE_S):
+            if not threads.close(deadline - time.monotonic()):
                 logger.warning("a copy of the driver's (%s) has hung for %g s: left behind", kind, CLOSE_S)
 
     async def _run(self, kind: str, work: Callable[[], T]) -> T:

@@ -338,7 +338,7 @@ class Pipeline(Driver):
     def close(self) -> None:
         """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent.
 
-        Returns within a minute whatever hangs; that is left behind, which is logged, and ends with the process.
+        Returns within two minutes whatever hangs; that is left behind, which is logged, and ends with the process.
         """
         if self._ended:
             return
