@@ -16,7 +16,7 @@ import ray
 
 from disagg_ray.config import Config
 from disagg_ray.driver import Driver
-from disagg_ray.errors import Cancelled, DisaggError, ReplicaLost, StageError, StartError
+from disagg_ray.errors import Cancelled, DisaggError, InputError, ReplicaLost, StageError, StartError
 from disagg_ray.handle import Handle
 from disagg_ray.messages import Health, ReplicaInfo
 from disagg_ray.models.prompts import check_prompts
@@ -162,7 +162,7 @@ class Connection(Driver):
             except ray.exceptions.RayError as error:
                 deadline = deadline or time.monotonic() + RETURN_S
                 if isinstance(error, ray.exceptions.ActorDiedError):
-                    await off_loop(self._check_stands)
+                    await self._check_stands()
                 if time.monotonic() > deadline:
                     raise ReplicaLost(f"pipeline {self.name}: not back after {RETURN_S:g} s: {error}") from error
             await asyncio.sleep(RETRY_S)
@@ -180,11 +180,13 @@ class Connection(Driver):
             silence = f"its supervisor does not answer within {timeout_s:g} s"
             raise ReplicaLost(f"pipeline {self.name}: {silence}") from None
 
-    def _check_stands(self) -> None:
+    async def _check_stands(self) -> None:
         try:
-            find_supervisor(self.name)
-        except DisaggError:
+            await off_loop(find_supervisor, self.name)
+        except InputError:
             raise Cancelled(f"pipeline {self.name} was taken down") from None
+        except StartError as error:  # the cluster does not answer either
+            logger.warning("pipeline %s: %s", self.name, error)
 
     def snapshot(self) -> Snapshot:
         """Ask how the pipeline is; wait while its supervisor comes back.

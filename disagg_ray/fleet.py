@@ -137,10 +137,10 @@ class Fleet:
             check_same(actor.name, description.software)
         return described
 
-    async def _launch(self, post: Post) -> Actor:
+    async def _launch(self, post: Post, config: Config | None = None) -> Actor:
         incarnation = self._incarnations[post.name]
         self._incarnations[post.name] += 1
-        launching = asyncio.ensure_future(off_loop(self._placement.launch, post, incarnation))
+        launching = asyncio.ensure_future(off_loop(self._placement.launch, post, incarnation, config))
         self._launching[post] = launching
         try:
             actor = self._starting[post] = await asyncio.shield(launching)

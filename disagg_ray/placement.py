@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -39,6 +41,8 @@ GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 """Ray's names: its default fills nodes that are in use first, up to half."""
 MANY = 1_000
+EXACT = re.compile(r"[\w.-]*")
+"""A label's value, and none of Ray's other conditions."""
 DIGITS = 4
 """After the point, in Ray's numbers of resources: 7 x 0.1 + 7 x 0.8 + 7 x 0.1 GPUs are 7."""
 NOTICE_S = 10.0
@@ -244,6 +248,17 @@ def _make_token() -> None:
         ) from error
 
 
+def posts_of(config: Config) -> list[Post]:
+    """Return a deployment's places, stage by stage."""
+    return [
+        Post(stage, index, group)
+        for stage, settings in config.stages.items()
+        for index, group in enumerate(
+            name for name, group in settings.replica_groups.items() for _ in range(group.replicas)
+        )
+    ]
+
+
 class Placement:
     """Puts actors where the configuration wants them; those of a standing pipeline outlive their driver."""
 
@@ -267,17 +282,11 @@ class Placement:
 
     def posts(self) -> list[Post]:
         """Return the deployment's places, stage by stage."""
-        return [
-            Post(stage, index, group)
-            for stage, settings in self.config.stages.items()
-            for index, group in enumerate(
-                name for name, group in settings.replica_groups.items() for _ in range(group.replicas)
-            )
-        ]
+        return posts_of(self.config)
 
-    def launch(self, post: Post, incarnation: int = 0) -> Actor:
-        """Create an actor for a post; it begins to start as soon as there is room for it."""
-        config = self.config.for_group(post.stage, post.group)
+    def launch(self, post: Post, incarnation: int = 0, config: Config | None = None) -> Actor:
+        """Create an actor for a post, by another configuration if one is given; it starts once there is room for it."""
+        config = (config or self.config).for_group(post.stage, post.group)
         actor_class: Any = ray.remote(**self._options(post, config.stages[post.stage]))(
             type(post.stage.capitalize(), (ServedReplica,), {})
         )
@@ -294,6 +303,22 @@ class Placement:
         free = ray.available_resources()
         asked = {name: number for name, number in _resources(self.config.stages[stage]).items() if number}
         return min((int(round(free.get(name, 0) / number, DIGITS)) for name, number in asked.items()), default=MANY)
+
+    def has_room(self, post: Post, config: Config) -> bool:
+        """Return whether some node has room for one more replica at a post, or one that has is to come."""
+        if post.stage in config.share_gpu or config.standing.cluster_grows:
+            return post.stage not in config.share_gpu
+        settings = config.for_group(post.stage, post.group).stages[post.stage]
+        asked = {name: number for name, number in _resources(settings).items() if number}
+        if settings.accelerator_type is not None:
+            asked[f"accelerator_type:{settings.accelerator_type}"] = 0.001
+        exact = {key: value for key, value in settings.label_selector.items() if EXACT.fullmatch(value)}
+        labels = {node["NodeID"]: node.get("Labels", {}) for node in ray.nodes()}
+        return any(
+            all(round(free.get(name, 0) - number, DIGITS) >= 0 for name, number in asked.items())
+            for node, free in available_resources_per_node().items()
+            if exact.items() <= labels.get(node, {}).items()
+        )
 
     def _options(self, post: Post, settings: StageConfig) -> dict[str, Any]:
         options: dict[str, Any] = {

@@ -66,5 +66,7 @@ class Snapshot:
     stages: tuple[StageState, ...] = ()
     replicas: tuple[ReplicaInfo, ...] = ()
     num_restarts: dict[str, int] = field(default_factory=dict)
+    rollout: str = ""
+    """What a change of the configuration does now; empty: there is none."""
     driver_bytes_in_use: int = 0
     """Of the supervisor's own pool."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from disagg_ray.result import Result
 from disagg_ray.service import StageState
 from disagg_ray.standing.autoscale import Load, Scaler
 from disagg_ray.standing.fleet import StandingFleet
+from disagg_ray.threads import off_loop
 
 logger = logging.getLogger("disagg_ray")
 
@@ -45,6 +47,7 @@ class Standing(Pipeline):
 
     def __init__(self, config: Config, name: str, on_event: Callable[[Event], None]) -> None:
         self._unfinished: dict[Handle, ResolvedRequest] = {}
+        self._changing = asyncio.Lock()
         super().__init__(config, on_event, name)
 
     @staticmethod
@@ -83,48 +86,37 @@ class Standing(Pipeline):
             del self._unfinished[handle]
 
     def scale(self, stage: str, replicas: int) -> Future[None]:
-        """Have a stage get so many replicas.
-
-        Raises:
-            ConfigError: it cannot have.
-        """
-        if stage not in self.config.stages:
-            raise ConfigError(f"{stage}: no such stage; there are {', '.join(self.config.stages)}")
-        if stage in self.config.share_gpu or self.config.stages[stage].groups:
-            raise ConfigError(f"{stage}: stages with groups or a shared GPU keep their number; take down and up again")
-        least, most = self.config.stages[stage].min_replicas, self.config.stages[stage].max_replicas
-        if least is not None and most is not None and not least <= replicas <= most:
-            raise ConfigError(f"{stage}: {replicas} is outside its bounds, {least} to {most}; `up` can change them")
-        return self._change(_resized(self.config, stage, replicas), "asked", f"{replicas} were asked for")
+        """Have a stage get so many replicas; fails with a ConfigError where it cannot have."""
+        return self._change(partial(_scaled, stage=stage, replicas=replicas), "asked", f"{replicas} were asked for")
 
     def change(self, config: Config) -> Future[None]:
-        """Become what another configuration says, replica by replica, losing no request.
+        """Become what another configuration says, replica by replica, losing no request; ends when all serve.
 
-        Raises:
-            ConfigError: it describes another graph or model, or pools of another size.
+        Fails, and stays as it was, with a ConfigError where it describes another graph or model, or pools of another
+        size, and with a DisaggError where a replica does not start.
         """
-        check_change(self.config, config)
-        for name, stage in config.stages.items():
-            if stage.max_replicas is not None:  # what the load has decided stays as far as it can
-                number = max(stage.replicas, min(self.config.stages[name].replicas, stage.max_replicas))
-                config = _resized(config, name, number)
-        return self._change(config, "config", "a new configuration was given")
+        return self._change(partial(_changed, after=config), "config", "a new configuration was given")
 
-    def _change(self, config: Config, reason: Reason, detail: str) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(self._become(config, reason, detail), self._loop)
+    def _change(self, make: Callable[[Config], Config], reason: Reason, detail: str) -> Future[None]:
+        answer: Future[None] = Future()
+        self._run_into(answer, self._become(make, reason, detail))
+        return answer
 
-    async def _become(self, config: Config, reason: Reason, detail: str) -> None:
-        for stage, settings in config.stages.items():
-            before, after = self.config.stages[stage].num_replicas, settings.num_replicas
-            if before != after:
-                logger.info("%s scales from %d to %d replicas: %s", stage, before, after, detail)
-                self._metrics.scaled(stage, before, after, reason)
-        if reason == "config":
-            self.setup = await asyncio.to_thread(identify_setup, config)
-        self.config = config
-        self._crew = replace(self._crew, config=config)
-        await self.fleet.change(config)
-        self._admission.resize(_room(config))
+    async def _become(self, make: Callable[[Config], Config], reason: Reason, detail: str) -> None:
+        """Become what `make` makes of the configuration in force; one change after the other, so that none is lost."""
+        async with self._changing:
+            config = make(self.config)
+            await (self.fleet.roll_out if reason == "config" else self.fleet.resize)(config)
+            for stage, settings in config.stages.items():
+                before, after = self.config.stages[stage].num_replicas, settings.num_replicas
+                if before != after:
+                    logger.info("%s scales from %d to %d replicas: %s", stage, before, after, detail)
+                    self._metrics.scaled(stage, before, after, reason)
+            if reason == "config":
+                self.setup = await asyncio.to_thread(identify_setup, config)
+            self.config = config
+            self._crew = replace(self._crew, config=config)
+            self._admission.resize(_room(config))
 
     async def _scale(self) -> None:
         """Let the load decide how many replicas there are, where the configuration leaves that open."""
@@ -138,12 +130,15 @@ class Standing(Pipeline):
             for stage, limits in self.config.stages.items():
                 if limits.max_replicas is None or limits.min_replicas is None:
                     continue
-                decision = scaler.decide(stage, self._load_of(stage), time.monotonic())
+                if self._changing.locked():  # what is decided now would be for what is no more
+                    break
+                decision = scaler.decide(stage, await self._load_of(stage), time.monotonic())
                 if decision is not None:
-                    resized = _resized(self.config, stage, decision.replicas)
-                    await self._become(resized, decision.reason, decision.detail)
+                    make = partial(_resized, stage=stage, replicas=decision.replicas)
+                    await self._become(make, decision.reason, decision.detail)
 
-    def _load_of(self, stage: str) -> Load:
+    async def _load_of(self, stage: str) -> Load:
+        room = await off_loop(self.fleet.room_for, stage)
         settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]
         queued = [request for request in self._unfinished.values() if request.id not in self._travelling]
         before_gate = sum(scheduler.expect(*measure(request, settings.blocks)) for request in queued)
@@ -155,7 +150,7 @@ class Standing(Pipeline):
             starting=self.fleet.num_starting(stage),
             busy=scheduler.num_running,
             outstanding_s=scheduler.outstanding_seconds(time.monotonic()) + before_gate,
-            room=self.fleet.room_for(stage),
+            room=room,
         )
 
     @property
@@ -208,6 +203,36 @@ def check_change(before: Config, after: Config) -> None:
                 raise ConfigError(f"stages.{name}.{key}: {remedy}")
         if stage.torch_threads != after.stages[name].torch_threads:
             raise ConfigError(f"stages.{name}.num_cpus: with it the torch threads change; write num_threads as before")
+
+
+def _scaled(config: Config, stage: str, replicas: int) -> Config:
+    """Return a configuration with another number of a stage's replicas.
+
+    Raises:
+        ConfigError: it cannot have so many.
+    """
+    if stage not in config.stages:
+        raise ConfigError(f"{stage}: no such stage; there are {', '.join(config.stages)}")
+    settings = config.stages[stage]
+    if stage in config.share_gpu or settings.groups:
+        raise ConfigError(f"{stage}: stages with groups or a shared GPU keep their number; take down and up again")
+    least, most = settings.min_replicas, settings.max_replicas
+    if least is not None and most is not None and not least <= replicas <= most:
+        raise ConfigError(f"{stage}: {replicas} is outside its bounds, {least} to {most}; `up` can change them")
+    return _resized(config, stage, replicas)
+
+
+def _changed(before: Config, after: Config) -> Config:
+    """Return what a pipeline becomes by a new configuration: what the load has decided stays as far as it can.
+
+    Raises:
+        ConfigError: names the key that stands in the way.
+    """
+    check_change(before, after)
+    for name, stage in after.stages.items():
+        if stage.max_replicas is not None:
+            after = _resized(after, name, max(stage.replicas, min(before.stages[name].replicas, stage.max_replicas)))
+    return after
 
 
 def _resized(config: Config, stage: str, replicas: int) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.actor import ActorHandle
 
 from disagg_ray.config import Config
 from disagg_ray.connection import ANSWER_S, take_snapshot
-from disagg_ray.errors import DisaggError, InputError, StartError
+from disagg_ray.errors import ConfigError, DisaggError, InputError, StartError
 from disagg_ray.messages import Recollection
 from disagg_ray.placement import NOTICE_S, Placement, gather_ready, living
 from disagg_ray.roster import (
@@ -33,6 +34,8 @@ from disagg_ray.standing.supervisor import Supervisor
 
 logger = logging.getLogger("disagg_ray")
 
+LOOK_S = 1.0
+"""How often a rollout is looked at."""
 END_S = 60.0
 """How long taking down may take, beyond what running requests get."""
 MAX_CALLS = 10_000
@@ -40,19 +43,33 @@ MAX_CALLS = 10_000
 
 
 def up(name: str, config: Config) -> Snapshot:
-    """Put a pipeline up and wait until it is ready; one that stands becomes what `config` says.
+    """Put a pipeline up and wait until it is ready; one that stands becomes what `config` says, or stays as it was.
 
     Raises:
         InputError: the name is not possible, or a pipeline of this name has another graph or model.
-        StartError: the stages did not become ready; nothing is left.
+        DisaggError: why a replica did not start; of a new pipeline nothing is left.
     """
     if check_name(name) in standing():
-        supervisor = find_supervisor(name)
-        _told(supervisor.change.remote(config), END_S + config.cluster.start_timeout_s)
+        _roll_out(name, config)
         return take_snapshot(name)
     if find_replicas(name):
         raise InputError(f"NAME: {name!r} has stages that were started one by one; go on with --only, or take it down")
     return _launch(name, config)
+
+
+def _roll_out(name: str, config: Config) -> None:
+    """Wait for the end of a rollout, however long requests keep the old replicas; say what it does."""
+    answer: Any = find_supervisor(name).change.remote(config)
+    said = ""
+    while not ray.wait([answer], timeout=LOOK_S)[0]:
+        with suppress(DisaggError):  # it died: so says the answer
+            if (doing := take_snapshot(name).rollout) not in ("", said):
+                logger.info("%s: %s", name, said := doing)
+    try:
+        _told(answer, 0)
+    except DisaggError as error:
+        kind = ConfigError if isinstance(error, InputError) else StartError
+        raise kind(f"{name} stays as it was: {error}") from error
 
 
 def _launch(name: str, config: Config) -> Snapshot:
@@ -150,7 +167,10 @@ def scale(name: str, stage: str, replicas: int) -> None:
     Raises:
         InputError: there is no such pipeline or stage, or it cannot have so many.
     """
-    _told(find_supervisor(name).scale.remote(stage, replicas), END_S)
+    answer: Any = find_supervisor(name).scale.remote(stage, replicas)
+    while not ray.wait([answer], timeout=NOTICE_S)[0]:
+        logger.info("waiting for the change of %s that is under way", name)
+    _told(answer, 0)
 
 
 def down(name: str, grace_s: float) -> None:

@@ -296,7 +296,8 @@ class Supervisor:
         state = f"failed: {pipeline.failure}" if pipeline.failure else "ready"
         return replace(
             about, state=state, config=pipeline.config, queued=queued, stages=stages, replicas=pipeline.replicas,
-            num_restarts=pipeline.num_restarts, driver_bytes_in_use=pipeline.driver_bytes_in_use,
+            num_restarts=pipeline.num_restarts, rollout=pipeline.fleet.rollout,
+            driver_bytes_in_use=pipeline.driver_bytes_in_use,
         )  # fmt: skip
 
     async def health(self) -> dict[str, Health]:
@@ -310,6 +311,7 @@ class Supervisor:
         return None
 
     async def change(self, config: Config) -> DisaggError | None:
+        """Become what a configuration says; answers when all that it asks for serve, or with why it stays as it was."""
         try:
             await asyncio.wrap_future((await self._standing()).change(config))
         except DisaggError as error:
