@@ -9,6 +9,7 @@ import re
 import time
 
 import grpc
+import psutil
 from ray._private import services
 from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
@@ -44,12 +45,12 @@ def find_cluster(given: str | None) -> str:
     key = "cluster.address" if given is not None else "RAY_ADDRESS"
     asked = given or environment.ray_address() or AUTO
     if asked == AUTO:
-        address = _known_here()
-        key = "cluster.address"
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for a cluster that it finds
+        key, address = "cluster.address", _known_here()
     else:
         check_form(key, asked)
         address = asked
+    if _is_here(address):
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for a cluster that it finds
     if (refused := _why_refused(address)) is not None:
         reason, remedy = refused
         raise StartError(f"{key}: {shown(asked)} cannot be joined: {reason}; {remedy}")
@@ -83,6 +84,12 @@ def _known_here() -> str:
         reason = "no Ray cluster runs on this machine"
         remedy = "start one with `ray start --head`"
         raise StartError(f"cluster.address: {AUTO!r} cannot be joined: {reason}; {remedy}") from error
+
+
+def _is_here(address: str) -> bool:
+    """Return whether an address is this machine's, which may be shown the user's token."""
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return address.rpartition(":")[0].strip("[]") in {"localhost", *own}
 
 
 def why_unreachable(address: str) -> str:

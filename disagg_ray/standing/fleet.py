@@ -220,6 +220,8 @@ class StandingFleet(Fleet):
         Raises:
             DisaggError: why it did not start.
         """
+        while post in self._launching:
+            await asyncio.sleep(LOOK_S)
         if (other := self._starting.pop(post, None)) is not None:
             ray.kill(other.handle)
         actor = await self._launch(post, config)

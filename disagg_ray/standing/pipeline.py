@@ -158,6 +158,10 @@ class Standing(Pipeline):
         """Why nothing can be served any more, if so."""
         return self._failure
 
+    def note_restart(self, name: str) -> None:
+        """Have the metrics count a background task of the supervisor's that was started again."""
+        self._loop.call_soon_threadsafe(self._metrics.task_restarted, name)
+
     def survey(self) -> tuple[int, tuple[StageState, ...]]:
         """Return how many requests wait to be admitted, and how each stage is."""
 

@@ -31,6 +31,7 @@ from disagg_ray.service import Asked, NotHere, Snapshot
 from disagg_ray.software import software
 from disagg_ray.standing.keep import Keep
 from disagg_ray.standing.pipeline import Standing
+from disagg_ray.tasks import BackgroundTasks
 
 logger = logging.getLogger("disagg_ray")
 
@@ -118,7 +119,7 @@ class Supervisor:
         self._name, self._config, self._began = name, config, time.time()
         self._keep = Keep(name, config.standing.latents_bytes, config.standing.latents_expire_s)
         self._drivers: dict[str, _Driver] = {}
-        self._watches: set[asyncio.Task[None]] = set()
+        self._background = BackgroundTasks(self._count_restart)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starter = ThreadPoolExecutor(1, "disagg_ray-start")
         self._starting: Future[Standing] = self._starter.submit(self._start)
@@ -253,11 +254,13 @@ class Supervisor:
     def _driver(self, run_id: str) -> _Driver:
         if run_id not in self._drivers:
             driver = self._drivers[run_id] = _Driver(run_id)
-            watch = asyncio.get_running_loop().create_task(self._watch(driver))
-            self._watches.add(watch)
-            watch.add_done_callback(self._watches.discard)
+            self._background.start("supervisor_watch", self._watch, driver)
         self._drivers[run_id].seen = time.monotonic()
         return self._drivers[run_id]
+
+    def _count_restart(self, name: str) -> None:
+        if self._starting.done() and self._starting.exception() is None:
+            self._starting.result().note_restart(name)
 
     async def _watch(self, driver: _Driver) -> None:
         """Cancel what a driver asked for once it has not been heard of for `standing.driver_timeout_s`."""
