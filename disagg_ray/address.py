@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 
@@ -50,6 +51,7 @@ def find_cluster(given: str | None) -> str:
         check_form(key, asked)
         address = asked
     if _is_here(address):
+        logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)  # it warns
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for a cluster that it finds
     if (refused := _why_refused(address)) is not None:
         reason, remedy = refused
