@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -210,6 +211,15 @@ class Fleet:
             self.lose(actor, str(error))
             raise
 
+    def send(self, actor: Actor, method: str, *args: Any) -> None:
+        """Call a replica whose answer nobody waits for; not one that is gone."""
+        if self.is_serving(actor):
+            self._spawn(self._send, actor, method, *args)
+
+    async def _send(self, actor: Actor, method: str, *args: Any) -> None:
+        with suppress(DisaggError):  # it is gone: whoever watches it finds that out
+            await ask(actor, method, *args)
+
     async def _watch(self, actor: Actor) -> None:
         """Ask a replica how it is until it is gone: dead, or without an answer or a step for as long as may be."""
         while self.is_serving(actor):
@@ -249,7 +259,7 @@ class Fleet:
         self.healths.pop(actor.name, None)
         ray.kill(actor.handle)
         for other in self._actors.values():
-            other.call("forget", info.sessions)
+            self.send(other, "forget", info.sessions)
         self._ledgers[actor.stage].remove(actor.id)
         self.schedulers[actor.stage].remove(actor.id, time.monotonic())
         if not self.schedulers[actor.stage].replicas:

@@ -244,7 +244,7 @@ class Journey:
             self._queued.discard(stage)
             scheduler.withdraw(job, time.monotonic())
             if visit is not None:
-                visit.leave()
+                visit.leave(self._fleet)
 
     def _task(self, stage: str) -> Task:
         """Return a new attempt, with its inputs where they lie now."""
@@ -404,8 +404,8 @@ class Journey:
         """Free an output's slots where they are; a dead replica has none."""
         if output.holder is None:
             self._holdings.release(output.key)
-        elif self._fleet.is_serving(output.holder):
-            output.holder.call("release", output.key)
+        else:
+            self._fleet.send(output.holder, "release", output.key)
 
     async def _leave(self) -> None:
         """Leave nothing behind, here or at any replica."""

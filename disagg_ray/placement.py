@@ -45,6 +45,8 @@ EXACT = re.compile(r"[\w.-]*")
 """A label's value, and none of Ray's other conditions."""
 DIGITS = 4
 """After the point, in Ray's numbers of resources: 7 x 0.1 + 7 x 0.8 + 7 x 0.1 GPUs are 7."""
+AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Pauses before a replica that cannot be reached is asked again; after the last it is lost."""
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
 
@@ -398,24 +400,32 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
 async def ask(actor: Actor, method: str, *args: Any) -> Any:
     """Call a replica and await its answer, its errors made ours.
 
+    One that cannot be reached is asked again for a while: it may have done what was asked, and does it once.
+
     Raises:
         ReplicaLost: it died or cannot be reached; it may have done what was asked or not.
         DisaggError: what it raised.
     """
-    try:
-        answer = await actor.call(method, *args)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, DisaggError):
-            raise cause from None
-        raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
-    except ray.exceptions.RayError as error:
-        reason = _reason(error)
-        cut_off = isinstance(error, ray.exceptions.ActorUnavailableError)  # nobody is left there to say that it died
-        raise ReplicaLost(
-            f"{actor.name}: the replica died or cannot be reached: {reason}",
-            with_node=cut_off or "node has died" in reason or getattr(error, "preempted", False),
-        ) from error
+    for pause_s in (*AGAIN_S, None):
+        try:
+            answer = await actor.call(method, *args)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, DisaggError):
+                raise cause from None
+            raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.ActorUnavailableError as error:
+            if pause_s is None:  # nobody is left there to say that it died
+                reason = f"{actor.name}: the replica cannot be reached: {_reason(error)}"
+                raise ReplicaLost(reason, with_node=True) from error
+            logger.info("%s cannot be reached; it is asked again: %s", actor.name, _reason(error))
+            await asyncio.sleep(pause_s)
+        except ray.exceptions.RayError as error:
+            reason = _reason(error)
+            with_node = "node has died" in reason or getattr(error, "preempted", False)
+            raise ReplicaLost(f"{actor.name}: the replica died: {reason}", with_node=with_node) from error
+        else:
+            break
     if isinstance(answer, DisaggError):
         raise answer
     return answer

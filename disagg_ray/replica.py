@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import psutil
@@ -38,6 +39,7 @@ from disagg_ray.messages import (
     Reply,
     Task,
 )
+from disagg_ray.once import Once
 from disagg_ray.progress import Credentials, Event, Sender, State
 from disagg_ray.result import StageTiming
 from disagg_ray.software import software
@@ -352,14 +354,17 @@ class ServedReplica(Replica):
     """A replica whose expected errors are answers: raised, Ray would show each as a failed task.
 
     What its constructor raised is the answer to the first calls: Ray would end the process, with its native stack.
-    After an error that poisons its process it says so, takes nothing more, and ends.
+    After an error that poisons its process it says so, takes nothing more, and ends. What it is asked again, since its
+    answer may have been lost, it does once.
     """
 
     _end: ReplicaLost | None = None
     """Why it ends."""
+    _once: Once
 
     def __init__(self, stage: str, index: int, config: Config) -> None:
         self._refusal: DisaggError | None = None
+        self._once = Once()
         try:
             super().__init__(stage, index, config)
         except DisaggError as error:
@@ -373,22 +378,28 @@ class ServedReplica(Replica):
         return self._refusal or super().describe()
 
     def load(self, *args: Any) -> ReplicaInfo | DisaggError:  # type: ignore[override]
-        return self._answer(super().load, *args) if self._refusal is None else self._refusal
+        if self._refusal is not None:
+            return self._refusal
+        return self._once.answer("load", None, partial(self._answer, super().load, *args))
 
     def recall(self) -> Recollection | DisaggError:  # type: ignore[override]
         return self._refusal or super().recall()
 
     def prefetch(self, task: Task) -> DisaggError | None:  # type: ignore[override]
-        return self._answer(super().prefetch, task)
+        return self._once.answer("prefetch", task.key, partial(self._answer, super().prefetch, task))
 
     def run(self, task: Task) -> Reply | DisaggError:  # type: ignore[override]
-        return self._answer(super().run, task)
+        return self._once.answer("run", task.key, partial(self._answer, super().run, task))
 
     def encode(self, key: AttemptKey, fps: int, format: str) -> Encoded | DisaggError:  # type: ignore[override]
-        return self._answer(super().encode, key, fps, format)
+        return self._once.answer("encode", key, partial(self._answer, super().encode, key, fps, format))
 
     def piece(self, key: AttemptKey, start: int) -> Handoff | DisaggError:  # type: ignore[override]
         return self._answer(super().piece, key, start)
+
+    def release(self, key: AttemptKey) -> None:
+        super().release(key)
+        self._once.forget(key)
 
     def _answer(self, method: Callable[..., T], *args: Any) -> T | DisaggError:
         if self._end is not None:
@@ -404,7 +415,8 @@ class ServedReplica(Replica):
                 exiting.start()
                 return self._end
             if isinstance(error, DisaggError):
-                return error
+                error.__cause__ = error.__context__ = None  # Ray drops them; here they would keep tensors alive
+                return error.with_traceback(None)
             raise
 
 

@@ -41,11 +41,11 @@ class Visit:
     fetch: asyncio.Task[None] | None = None
     """Of its inputs, ahead of its turn."""
 
-    def leave(self) -> None:
+    def leave(self, fleet: Fleet) -> None:
         """Give the task up there: it stops within a denoising step, and its slots are freed, now or when it ends."""
         if self.fetch is not None:
             self.fetch.cancel()
-        self.actor.call("release", self.task.key)
+        fleet.send(self.actor, "release", self.task.key)
 
 
 async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visit:
@@ -59,7 +59,7 @@ async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visi
         while True:
             place = await _next_place(turn, visit)
             if visit is not None and (place is None or place.replica != visit.actor.id):
-                visit.leave()
+                visit.leave(fleet)
                 visit = None
             if place is None:
                 continue
@@ -75,7 +75,7 @@ async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visi
                 return visit
     except BaseException:
         if visit is not None:
-            visit.leave()
+            visit.leave(fleet)
         raise
 
 

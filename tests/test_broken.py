@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import helpers
 import psutil
 import pytest
+import ray
 from faulty import Faults, faulty_replicas
 
 from disagg_ray import LocalPipeline, Pipeline, Request, Result, StageError
@@ -97,3 +103,16 @@ def test_a_request_that_fails_everywhere_fails_alone_and_costs_no_replica(
     with pytest.raises(StageError, match=r"fused failed 3 times \(failures.max_attempts\).*this request fails"):
         bad.result(SURE)
     assert {replica.pid for replica in pipeline.replicas} == pids
+
+
+@pytest.mark.proof
+def test_a_replica_that_cannot_be_reached_for_a_moment_is_asked_again(cluster: None, tmp_path: Path) -> None:
+    dropped = {"num_failures": 20, "req_failure_prob": 20, "resp_failure_prob": 20, "in_flight_failure_prob": 0}
+    blips = {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_testing_rpc_failure": json.dumps({"CoreWorkerService.grpc_client.PushTask": dropped}),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("blips.py")), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | blips, capture_output=True, text=True, timeout=SURE, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert int(done.stdout) > 0

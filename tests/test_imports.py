@@ -39,7 +39,7 @@ LAYERS = (
     {"video", "loading"},
     {"fusing"},
     {"config", "graph", "mp4", "outages"},
-    {"blame", "checks", "storage", "typed"},
+    {"blame", "once", "checks", "storage", "typed"},
     {"console", "environment", "handoff", "libtiff", "logs", "options", "tree"},
     {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
 )
