@@ -64,7 +64,7 @@ def check_output(output: str | Path, *, overwrite: bool, in_job: bool = False) -
 
 
 def _check(output: str | Path, *, overwrite: bool, in_job: bool = False) -> None:
-    _refuse_dash(output, "output")
+    _check_name(output, "output")
     format_of(output)
     try:
         if is_url(output):
@@ -75,9 +75,11 @@ def _check(output: str | Path, *, overwrite: bool, in_job: bool = False) -> None
         raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
 
 
-def _refuse_dash(path: str | Path, field: str) -> None:
+def _check_name(path: str | Path, field: str) -> None:
     if str(path) == "-":
         raise OutputError(f"{field}: '-' would be standard output, where messages go; write a name")
+    if "\0" in str(path):
+        raise OutputError(f"{field}: {str(path)!r} holds a NUL, which no name can; leave it out")
 
 
 def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
@@ -86,7 +88,7 @@ def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
     Raises:
         OutputError: it is a URL, standard output, or relative inside a Ray job.
     """
-    _refuse_dash(folder, "output-dir")
+    _check_name(folder, "output-dir")
     if is_url(folder):
         raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
     if in_job and not local_path(folder).is_absolute():
@@ -118,7 +120,7 @@ def check_file(path: Path, field: str) -> None:
     Raises:
         OutputError: it is a folder or standard output, or cannot be written.
     """
-    _refuse_dash(path, field)
+    _check_name(path, field)
     if path.is_dir():
         raise OutputError(f"{field}: {str(path)!r} is a folder; give the name of a file")
     try_folder(path.parent, f"{field}: {str(path)!r}")
@@ -206,6 +208,7 @@ def write_text(path: Path, text: str) -> None:
         OutputError: the place cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as sink:
             sink.write(text.encode())
     except OSError as error:

@@ -10,10 +10,21 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from disagg_ray import OutputError, Request, Result, load_config
-from disagg_ray.output import check_folder, check_output, check_trace, format_of, write
+from disagg_ray.output import (
+    check_file,
+    check_folder,
+    check_output,
+    check_trace,
+    format_of,
+    local_path,
+    write,
+    write_text,
+)
 from disagg_ray.request import resolve
 from disagg_ray.video import Frames, quantise
 
@@ -192,6 +203,21 @@ def test_a_folder_above_may_be_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "there" / "out.mp4").read_bytes() == b"encoded"
 
 
+def test_a_report_that_passes_its_check_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.yaml"
+    check_file(path, "output")
+    write_text(path, "words")
+    assert path.read_text() == "words"
+    (tmp_path / "file").touch()
+    for wrong, words in (
+        (Path("-"), "standard output"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "a", "cannot"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            check_file(wrong, "output")
+
+
 def test_standard_output_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "'-' would be standard output" in refusal("-", overwrite=True)
@@ -237,7 +263,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pyt
     assert repr(str(tmp_path)) in refusal(tmp_path / "new" / "out.mp4")
 
 
-@pytest.mark.parametrize("output", ["", ".", "x" * 300 + ".mp4"])
+@pytest.mark.parametrize("output", ["", ".", "x" * 300 + ".mp4", "a\0.mp4", "a\0/b"])
 def test_what_cannot_be_a_file_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert refusal(output, overwrite=True).startswith(f"output: {output!r}")
@@ -350,3 +376,21 @@ def test_the_umask_is_respected(umask: int, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "out.mp4").stat().st_mode) == 0o666 & ~umask
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
     assert stat.S_IMODE((tmp_path / "out" / "frame_00000.png").stat().st_mode) == 0o666 & ~umask
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    name=st.text("ab./-:\0\n\udc80\u202e é*?[]%#&=", max_size=20),
+    suffix=st.sampled_from(["", ".mp4", ".GIF", ".npy", ".txt"]),
+)
+def test_any_name_is_refused_in_one_line_or_written(
+    name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = (name + suffix).lstrip("/").replace("..", "").replace("://", ":")
+    try:
+        check_output(output, overwrite=True)
+    except OutputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert local_path(result(format_of(output)).save(output)).exists()
