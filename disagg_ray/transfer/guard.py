@@ -13,6 +13,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 
 from disagg_ray.sockets import BACKLOG, NOBODY, Program, admit, listen, local_port
 
@@ -27,6 +28,8 @@ MAX_BYTES = 1 << 20
 """Of a message, as Mooncake has it."""
 MAX_OPEN = 64
 """Connections at once; the oldest gives way to the next."""
+TOLD = frozenset(10**power for power in range(10))
+"""How many refusals are worth a line in the log."""
 DEADLINE_S = 5.0
 """Of a whole conversation."""
 
@@ -72,10 +75,15 @@ class Guard:
                 writer.write(await self._ask(await _kind(reader)))
                 await writer.drain()
         except (OSError, EOFError, TimeoutError, ValueError):
-            self.refused += 1
+            self._count_refused()
         finally:
             del self._open[writer]
             writer.close()
+
+    def _count_refused(self) -> None:
+        self.refused += 1
+        if self.refused in TOLD:
+            logger.warning("handshake port %d: %d conversations were refused or given up", self.port, self.refused)
 
     async def _ask(self, kind: int) -> bytes:
         """Ask Mooncake; return its answer as it travels."""
@@ -96,7 +104,7 @@ class Guard:
 
     def close(self) -> None:
         """Stop listening. Idempotent."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
 
 
