@@ -48,10 +48,12 @@ def ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def failure(timeout_s: float = 60.0) -> str:
+    before = set(psutil.Process().children())  # of other tests
     with pytest.raises(EncodeError) as caught:
         encode(NOISE, 8, "mp4", timeout_s=timeout_s)
     assert "\n" not in str(caught.value)
-    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    left = set(psutil.Process().children()) - before
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
     return str(caught.value)
 
 
