@@ -135,6 +135,9 @@ def _running_checks(key: str, stage: StageConfig) -> Iterator[Check]:
     yield f"{key}.gpu_bytes", most, most is None or on_gpu, remedy
     remedy = "must be none: the stage runs on the CPU, where its weights are; give it num_gpus, or leave this out"
     yield f"{key}.offload", stage.offload, stage.offload == "none" or on_gpu, remedy
+    tunes = stage.vae.autotune
+    remedy = "must be false: the stage runs on the CPU, where cuDNN does not"
+    yield f"{key}.vae.autotune", tunes, on_gpu or not tunes, remedy
     yield f"{key}.cache_bytes", cache, cache >= 0, at_least(0)
     ok = cache in (0, type(stage).cache_bytes) or TEXT_ENCODER in stage.blocks
     yield f"{key}.cache_bytes", cache, ok, f"must be left out: it is for the stage with the block {TEXT_ENCODER}"
@@ -224,6 +227,9 @@ def _standing_checks(standing: StandingConfig) -> Iterator[Check]:
 def _transport_checks(transport: TransportConfig) -> Iterator[Check]:
     yield one_of("transport.protocol", transport.protocol, PROTOCOLS)
     yield one_of("transport.admit", transport.admit, ADMITTED)
+    device, protocol = transport.device_name, transport.protocol
+    remedy = f"must be left out: it is for rdma or auto, and transport.protocol is {protocol}"
+    yield "transport.device_name", device, not device or protocol in ("auto", "rdma"), remedy
     server = transport.metadata_server
     ok = bool(server) and MASK not in server
     yield "transport.metadata_server", server, ok, f"must be P2PHANDSHAKE or an address, with its password for {MASK}"

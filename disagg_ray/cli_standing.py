@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from disagg_ray.arguments import EPILOG, Parser
+from disagg_ray.config import check_joining
 from disagg_ray.errors import InputError
 from disagg_ray.loading import load_config
 from disagg_ray.preflight import check_model
@@ -25,12 +27,11 @@ def up(argv: Sequence[str]) -> int:
     if options.here and options.only is None:
         raise InputError("--here: it goes with --only STAGE; give both, or neither")
     config = load_config(options.config, *options.overrides)
+    check_joining(config.cluster, config.cluster.address or "this machine")
     check_model(config, whole=False)
-    with joined(config.cluster.address):
-        from disagg_ray.placement import check_joining
+    with _joined_for(options.name, config.cluster.address):
         from disagg_ray.standing import stand
 
-        check_joining(config, config.cluster.address or "this machine")
         if options.only is not None:
             snapshot = stand.up_stage(options.name, options.only, config, here=options.here)
         else:
@@ -65,7 +66,9 @@ def down(argv: Sequence[str]) -> int:
     parser.add_argument("--drain", action="store_true", help="let what runs finish first")
     parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
     options = parser.parse_args(argv)
-    with joined(None):
+    if not 0 <= options.grace < math.inf:
+        raise InputError(f"invalid --grace={options.grace:g}: must be at least 0 seconds")
+    with _joined_for(options.name, None):
         from disagg_ray.standing import stand
 
         stand.down(options.name, options.grace if options.drain else 0.0)
@@ -80,7 +83,7 @@ def scale(argv: Sequence[str]) -> int:
     parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
     options = parser.parse_args(argv)
     asked = [_parse_scale(text) for text in options.stages]
-    with joined(None):
+    with _joined_for(options.name, None):
         from disagg_ray.standing import stand
 
         for stage, number in asked:
@@ -94,6 +97,14 @@ def _parse_scale(text: str) -> tuple[str, int]:
     if not stage or not number.isdecimal() or int(number) < 1:
         raise InputError(f"invalid STAGE=NUMBER {shown(text)}: must be a stage and at least 1, as transformer=4")
     return stage, int(number)
+
+
+def _joined_for(name: str, address: str | None) -> AbstractContextManager[None]:
+    """Join the cluster that is there for the sake of a pipeline, whose name is checked first."""
+    from disagg_ray.roster import check_name
+
+    check_name(name)
+    return joined(address)
 
 
 @contextmanager

@@ -7,11 +7,12 @@ dataclasses.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
-from disagg_ray.checks import config_checks
+from disagg_ray.checks import config_checks, joining_checks
 from disagg_ray.errors import ConfigError
-from disagg_ray.options import DenoiserConfig, VaeConfig, parse_part
+from disagg_ray.options import Check, DenoiserConfig, VaeConfig, parse_part
 from disagg_ray.units import printable, shown
 
 REPLICA_WINDOW = 2
@@ -309,9 +310,7 @@ class Config:
     memory; what one stage cannot have at once is refused."""
 
     def __post_init__(self) -> None:
-        for key, value, ok, remedy in config_checks(self):
-            if not ok:
-                raise ConfigError(f"invalid {printable(key)}={shown(value)}: {remedy}")
+        _refuse_first(config_checks(self))
 
     @property
     def max_in_flight(self) -> int:
@@ -328,11 +327,31 @@ class Config:
         settings = replace(self.stages[stage].replica_groups[group], groups=self.stages[stage].groups)
         return replace(self, stages=self.stages | {stage: settings})
 
+    def takes_turns(self, stage: str) -> bool:
+        """Return whether a stage's replicas compute by turns with those of other processes on their GPU."""
+        settings = self.stages[stage]
+        return self.gpu_turns and settings.torch_device == "cuda" and settings.num_gpus < 1
+
     def dtype_of(self, stage: str, component: str) -> str:
         """Return the precision in which a stage holds a component's weights."""
         by_component = {f.name: getattr(self.model.dtype, f.name) for f in fields(DtypeConfig)}
         name = "transformer" if component == "transformer_2" else component
         return self.stages[stage].dtype or by_component.get(name, "float32")
+
+
+def check_joining(cluster: ClusterConfig, address: str) -> None:
+    """Check that nothing is asked of a cluster that is there already.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    _refuse_first(joining_checks(cluster, address))
+
+
+def _refuse_first(checks: Iterable[Check]) -> None:
+    for key, value, ok, remedy in checks:
+        if not ok:
+            raise ConfigError(f"invalid {printable(key)}={shown(value)}: {remedy}")
 
 
 def slots_bytes(inputs: int, outputs: int, in_flight: int, replicas: int, *, last: bool) -> int:

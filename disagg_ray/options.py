@@ -84,12 +84,11 @@ class VaeConfig:
     compile: bool = False
     """Fuse each norm with its activation in one kernel."""
     autotune: bool = False
-    """Let cuDNN time its convolutions at each new size (`torch.backends.cudnn.benchmark`, for the whole process)."""
+    """Let cuDNN time its convolutions at each new size (`torch.backends.cudnn.benchmark`, for the whole process). For
+    stages on a GPU only."""
     tile_pixels: int | None = None
     """Height x width from which it works in overlapping tiles, in less memory; null: never. A decode in parts always
     does."""
-    slicing: bool = False
-    """One video of a batch at a time, in less memory."""
 
 
 def parse_part(block: str) -> tuple[int, int] | None:

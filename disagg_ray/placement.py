@@ -22,8 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from disagg_ray import environment, roster
 from disagg_ray.address import LOCAL, STATUS, find_cluster
-from disagg_ray.checks import joining_checks
-from disagg_ray.config import Config, StageConfig
+from disagg_ray.config import Config, StageConfig, check_joining
 from disagg_ray.errors import ConfigError, DisaggError, ReplicaLost, StageError, StartError
 from disagg_ray.preflight import check_model, check_temporary_folder
 from disagg_ray.replica import ServedReplica
@@ -124,10 +123,10 @@ class Cluster:
         address = config.cluster.address or environment.ray_address() or LOCAL
         check_model(config, whole=address == LOCAL and not ray.is_initialized())
         if ray.is_initialized():
-            check_joining(config, "this process")
+            check_joining(config.cluster, "this process")
             return
         if address != LOCAL:
-            check_joining(config, address)
+            check_joining(config.cluster, address)
             join(config.cluster.address)
         else:
             self._start(config)
@@ -166,17 +165,6 @@ def own_cluster(config: Config) -> dict[str, Any]:
         "include_dashboard": config.cluster.dashboard,
         "job_config": _job(_metadata(config)),
     }
-
-
-def check_joining(config: Config, address: str) -> None:
-    """Check that nothing is asked of a cluster that is there already.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    for key, value, ok, remedy in joining_checks(config.cluster, address):
-        if not ok:
-            raise ConfigError(f"invalid {key}={shown(value)}: {remedy}")
 
 
 def _job(metadata: dict[str, str]) -> JobConfig:
@@ -289,7 +277,7 @@ class Placement:
     def launch(self, post: Post, incarnation: int = 0, config: Config | None = None) -> Actor:
         """Create an actor for a post, by another configuration if one is given; it starts once there is room for it."""
         config = (config or self.config).for_group(post.stage, post.group)
-        actor_class: Any = ray.remote(**self._options(post, config.stages[post.stage]))(
+        actor_class: Any = ray.remote(**self.options(post, config.stages[post.stage]))(
             type(post.stage.capitalize(), (ServedReplica,), {})
         )
         if self._standing:
@@ -322,7 +310,8 @@ class Placement:
             if exact.items() <= labels.get(node, {}).items()
         )
 
-    def _options(self, post: Post, settings: StageConfig) -> dict[str, Any]:
+    def options(self, post: Post, settings: StageConfig) -> dict[str, Any]:
+        """Return what Ray is asked for a post's actor."""
         options: dict[str, Any] = {
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,

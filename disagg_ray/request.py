@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 import secrets
 import sys
 import uuid
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disagg_ray.checks import MULTIPLE
 from disagg_ray.config import Config
 from disagg_ray.errors import RequestError
+from disagg_ray.units import did_you_mean, printable
 from disagg_ray.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, digest_pixels, load_image
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("mp4", "gif", "png", "npy")
 MAX_SEED = 2**63 - 1
+MAX_BITS = 8192
+"""Of a whole number, whatever it is for."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_PRIORITY = 1000
 IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
@@ -112,7 +117,7 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    _check_types(request)
+    request = _as_given(request)
     given = _given_images(request, config)
     images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
     shown = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
@@ -129,7 +134,7 @@ def check(request: Request, config: Config) -> ResolvedRequest:
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    _check_types(request)
+    request = _as_given(request)
     given = _given_images(request, config)
     for name, image in given.items():
         check_image_file(image, name)
@@ -184,14 +189,45 @@ TYPES: dict[str, tuple[type, ...]] = {
 OPTIONAL = {f.name for f in fields(Request) if f.default is None}
 
 
-def _check_types(request: Request) -> None:
-    for name, types in TYPES.items():
-        value = getattr(request, name)
-        if type(value) in types or (value is None and name in OPTIONAL):
-            continue
-        if not isinstance(value, types) or isinstance(value, bool):
-            names = " or ".join(t.__name__ for t in types)
-            raise RequestError(f"{name}: {value!r} is a {type(value).__name__}; give {names}")
+def _as_given(request: Request) -> Request:
+    """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
+    taken = {name: _take(name, getattr(request, name), types) for name, types in TYPES.items()}
+    return replace(request, **taken)
+
+
+def _take(name: str, value: Any, types: tuple[type, ...]) -> Any:
+    if value is None and name in OPTIONAL:
+        return None
+    taken = str(value) if isinstance(value, str) else real(value) if float in types else whole(value)
+    if not isinstance(taken, types):
+        names = " or ".join(t.__name__ for t in types)
+        raise RequestError(f"{name}: {printable(repr(value), 80)} is a {type(value).__name__}; give {names}")
+    if isinstance(taken, int) and taken.bit_length() > MAX_BITS:  # it could not even be printed
+        raise RequestError(f"{name}: it is a number of over {MAX_BITS} bits; give a smaller one")
+    return taken
+
+
+def real(value: object) -> int | float | None:
+    """Return a real number of any kind as Python's own; None: it is none, or a bool."""
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        try:
+            return float(value)
+        except OverflowError:
+            return None
+    return whole(value)
+
+
+def whole(value: object) -> int | None:
+    """Return a whole number of any kind, 24.0 too, as Python's own; None: it is none, or a bool."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        number = real(value)
+        return int(number) if isinstance(number, float) and number.is_integer() else None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _given_images(request: Request, config: Config) -> dict[str, Image | str | Path]:
@@ -257,7 +293,10 @@ def _check(request: ResolvedRequest, config: Config) -> None:
         )
     _check_numbers(request, config)
     if request.format not in FORMATS:
-        raise RequestError(f"format: {request.format!r} is unknown; give one of {', '.join(FORMATS)}")
+        raise RequestError(
+            f"format: {printable(repr(request.format), 80)} is unknown; give one of {', '.join(FORMATS)}"
+            f"{did_you_mean(request.format, FORMATS)}"
+        )
     most, scale = MAX_SIDES.get(request.format), config.output.scale
     for name in ("height", "width"):
         if most is not None and (side := getattr(request, name) * scale) > most:
@@ -269,7 +308,7 @@ def _check(request: ResolvedRequest, config: Config) -> None:
     if abs(request.priority) > MAX_PRIORITY:
         raise RequestError(f"priority: {request.priority} is not from {-MAX_PRIORITY} to {MAX_PRIORITY}")
     if not 1 <= len(request.id) <= 200 or not request.id.isprintable():
-        raise RequestError(f"id: {request.id[:80]!r} is not 1 to 200 printable characters")
+        raise RequestError(f"id: {printable(repr(request.id), 80)} is not 1 to 200 printable characters")
 
 
 def _check_numbers(request: ResolvedRequest, config: Config) -> None:

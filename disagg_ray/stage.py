@@ -146,7 +146,7 @@ class Stage:
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
-            if self.config.gpu_turns and self._settings.num_gpus < 1:
+            if self.config.takes_turns(self.name):
                 self._turns = Turns(str(torch.cuda.get_device_properties(0).uuid))
                 self._cut.take_turns(self._turns)
         for size in self._settings.warm_up:

@@ -26,7 +26,6 @@ CLOSE = {
     "attention by name": (f"{DENOISER}.attention=_native_math",),
     "fastest attention": (f"{DENOISER}.attention=auto", f"stages.transformer.warm_up={SIZE}"),
     "channels last": (f"{VAE}.channels_last=true",),
-    "slicing": (f"{VAE}.slicing=true",),
     "tiles only for larger sizes": (f"{VAE}.tile_pixels=4096",),
     "warm-up": tuple(f"stages.{s}.warm_up={SIZE}" for s in ("encoder", "transformer", "decoder")),
 }  # fmt: skip

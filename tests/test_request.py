@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,37 @@ def test_the_second_guidance_is_checked_as_the_first(value: float) -> None:
     ("field", "value"),
     [
         ("prompt", None), ("prompt", b"a cat"), ("prompt", ["a", "cat"]), ("negative_prompt", 3),
-        ("height", "64"), ("height", 64.0), ("width", True), ("num_frames", 9.0), ("num_inference_steps", "4"),
+        ("height", "64"), ("height", 64.5), ("width", True), ("num_frames", np.True_), ("num_inference_steps", "4"),
+        ("fps", math.inf), ("fps", math.nan), ("height", Fraction(129, 2)), ("guidance_scale", np.False_),
         ("guidance_scale", "5"), ("guidance_scale", True), ("guidance_scale_2", 1j), ("fps", 16.5),
-        ("seed", True), ("seed", "7"), ("seed", 7.0), ("format", None), ("format", ["mp4"]), ("id", None), ("id", 7),
+        ("seed", True), ("seed", "7"), ("seed", 7.5), ("format", None), ("format", ["mp4"]), ("id", None), ("id", 7),
     ],
 )  # fmt: skip
 def test_a_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
     message = refusal(replace(CAT, **{field: value}))
     assert message.startswith(f"{field}: {value!r} is a {type(value).__name__}; give ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "taken"),
+    [
+        ("fps", 24.0, 24), ("fps", np.int64(24), 24), ("fps", np.uint8(24), 24), ("fps", np.float32(24), 24),
+        ("seed", np.uint64(2**63 - 1), 2**63 - 1), ("height", 64.0, 64), ("num_frames", np.float64(9), 9),
+        ("priority", -1.0, -1), ("width", Fraction(64), 64), ("width", np.array(64), 64),
+        ("guidance_scale", np.float32(2.5), 2.5), ("guidance_scale", np.int8(3), 3), ("guidance_scale", 5.0, 5.0),
+        ("guidance_scale", 5, 5), ("guidance_scale", Fraction(5, 2), 2.5), ("prompt", np.str_("a cat"), "a cat"),
+    ],
+)  # fmt: skip
+def test_numbers_of_any_kind_become_python_s_own(field: str, value: Any, taken: Any) -> None:
+    resolved = getattr(accept(replace(CAT, **{field: value})), field)
+    assert (resolved, type(resolved)) == (taken, type(taken))
+
+
+@pytest.mark.parametrize("field", ["seed", "fps", "guidance_scale", "priority"])
+def test_a_number_too_large_to_be_printed_is_refused_by_name(field: str) -> None:
+    assert (
+        refusal(replace(CAT, **{field: 10**5000})) == f"{field}: it is a number of over 8192 bits; give a smaller one"
+    )
 
 
 def test_every_field_has_a_type_or_is_an_image() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from disagg_ray import Request, RequestError, load_config
-from disagg_ray.batch.requests_file import MAX_LINE_BYTES, RequestsFile
+from disagg_ray.batch.requests_file import MAX_LINE_BYTES, RequestsFile, parse
+from disagg_ray.request import check
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = load_config(CONF / "tiny_t2v.yaml")
@@ -78,6 +79,11 @@ BAD = [
     (b'{"prompt": "a", "format": "avi"}', "format: 'avi' is unknown"),
     (b'{"prompt": "a", "image": "x.png"}', "image: given, but a model of task t2v takes none"),
     (b'{"prompt": "a", "image": 3}', "image: 3 is no path"),
+    (b'{"prompt": "a", "image": "~\\u0000x"}', "image: given, but a model of task t2v takes none"),
+    (b'{"prompt": "a", "\\u001b[31m\\u202e": 1}', "\\x1b[31m\\u202e: no such field"),
+    (b'{"\\u009b": 1, "\\u009b": 2}', "\\x9b is given twice"),
+    (b'{"prompt": "a", "fps": 24.5}', "fps: 24.5 is a float; give int"),
+    *((b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}", "") for depth in (400, 900, 990)),
 ]
 
 
@@ -86,8 +92,23 @@ def test_a_bad_line_is_named_and_the_others_stay(line: bytes, fault: str, tmp_pa
     source, faults = scan(tmp_path, CAT + b"\n" + line + b"\n" + DOG)
     assert list(faults) == [2]
     assert fault in faults[2]
-    assert "\n" not in faults[2]
+    assert faults[2].isprintable()
     assert [source.line(index).request.id for index in range(len(source))] == ["cat", "dog"]
+
+
+def test_24_0_asks_for_the_same_video_as_24(tmp_path: Path) -> None:
+    source, faults = scan(tmp_path, b'{"prompt": "a cat", "fps": 24}\n{"prompt": "a cat", "fps": 24.0, "id": "b"}')
+    assert not faults
+    assert source.content(0) == source.content(1)
+    assert source.line(1).request.fps == 24
+
+
+def test_an_image_path_that_none_can_have_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("~\0x", "a\0b", "~\ud800", "\ud800.png", "x" * 5000):
+        with pytest.raises(RequestError, match=r"^image: ") as caught:
+            line = parse(json.dumps({"prompt": "a cat", "image": name}).encode(), tmp_path)
+            check(line.request, load_config("conf/tiny_i2v.yaml"))
+        assert str(caught.value).isprintable()
 
 
 NAMES = ["", ".", "..", "../x", "a/b", "/etc/x", ".lock", "a\0b", "a\nb", "x" * 201, "é" * 101, "\ud800", 7, ["a"]]

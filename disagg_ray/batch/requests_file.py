@@ -5,7 +5,6 @@ Of a line only 40 bytes are kept: its offset, its number, and digests of its id,
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -25,7 +24,8 @@ from disagg_ray.config import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.request import Request, check
+from disagg_ray.request import TYPES, Request, check, whole
+from disagg_ray.units import nearest, printable, shown
 
 MAX_LINE_BYTES = 2**20
 """A longer line is refused unread: the longest prompts a request may have fit in far less."""
@@ -192,6 +192,9 @@ def parse(raw: bytes, folder: Path) -> Line:
     unknown = given.keys() - KNOWN
     if unknown:
         raise RequestError(_unknown_field(min(unknown)))
+    for name, value in given.items():
+        if isinstance(value, float) and TYPES.get(name) == (int,) and (number := whole(value)) is not None:
+            given[name] = number  # 24.0 asks for the same video as 24
     content = _canonical(given)
     digest = f"{_short(content):016x}"
     given.setdefault("id", digest)
@@ -200,7 +203,7 @@ def parse(raw: bytes, folder: Path) -> Line:
         given["seed"] = _short(given["id"].encode() + b"\0" + content) >> 32
     for name in IMAGES & given.keys():
         if not isinstance(given[name], str):
-            raise RequestError(f"{name}: {given[name]!r} is no path; give the path of an image file")
+            raise RequestError(f"{name}: {shown(given[name])} is no path; give the path of an image file")
         given[name] = folder / expand_home(given[name])
     return Line(Request(**given), digest)
 
@@ -225,15 +228,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     given = dict(pairs)
     if len(given) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)[:80]} is given twice")
+        raise ValueError(f"{printable(max(names, key=names.count), 80)} is given twice")
     return given
 
 
 def _unknown_field(name: str) -> str:
-    near = difflib.get_close_matches(name, KNOWN, n=1)
-    return f"{name[:80]}: no such field; " + (
-        f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(KNOWN))}"
-    )
+    near = nearest(name[:80], KNOWN)
+    hint = f"did you mean {near}?" if near is not None else f"there are {', '.join(sorted(KNOWN))}"
+    return f"{printable(name, 80)}: no such field; {hint}"
 
 
 def _canonical(given: dict[str, Any]) -> bytes:
@@ -259,10 +261,10 @@ def check_name(name: object, format: object) -> None:
         RequestError: says why it does not.
     """
     if not isinstance(name, str):
-        raise RequestError(f"id: {name!r} is a {type(name).__name__}; give str")
+        raise RequestError(f"id: {shown(name)} is a {type(name).__name__}; give str")
     fault = next(_faults(name, format), None)
     if fault is not None:
-        raise RequestError(f"id: {name[:80]!r} is no file name: {fault}")
+        raise RequestError(f"id: {shown(name)} is no file name: {fault}")
 
 
 def _faults(name: str, format: object) -> Iterator[str]:

@@ -69,7 +69,7 @@ def measure(config: Config) -> Needs:
 
 def without_gpu(stage: StageConfig) -> StageConfig:
     """Return a stage as it would be where there is no GPU."""
-    return replace(stage, device="cpu", gpu_bytes=None, offload="none")
+    return replace(stage, device="cpu", gpu_bytes=None, offload="none", vae=replace(stage.vae, autotune=False))
 
 
 def _need(config: Config, stage: Stage) -> Need:

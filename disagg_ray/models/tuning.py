@@ -83,8 +83,6 @@ def renew_step_cache(transformer: Any, cache: StepCacheConfig, num_steps: int) -
 
 def tune_vae(vae: Any, options: VaeConfig) -> None:
     """Change a loaded VAE as its options say, but for its tiling, which depends on the request."""
-    if options.slicing:
-        vae.enable_slicing()
     if options.autotune:
         torch.backends.cudnn.benchmark = True
     if options.channels_last:
