@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from disagg_ray import Config, ConfigError, DisaggError, Pipeline, Request, load_config
+from disagg_ray.address import find_cluster
 from disagg_ray.environment import cache_folder
 from disagg_ray.graph import build_graph
 from disagg_ray.holdings import driver_pool_bytes
 from disagg_ray.models.checkpoint import open_checkpoint
-from disagg_ray.placement import Cluster, Placement, own_cluster
+from disagg_ray.placement import Placement, own_cluster
 from disagg_ray.progress import Event
 from disagg_ray.replica import pool_bytes
 from disagg_ray.request import resolve
@@ -142,7 +143,7 @@ def turns(config: Config) -> Any:
 
 def joined(config: Config) -> Any:
     try:
-        Cluster(config).close()
+        find_cluster(config.cluster.address)
     except DisaggError as error:
         return str(error)
     return "joined"

@@ -99,5 +99,5 @@ def test_what_only_a_cluster_of_our_own_has_is_refused_where_one_is_joined(
     monkeypatch.setenv("RAY_ADDRESS", "10.9.8.7:6379")
     addressed = ("cluster.address=10.9.8.7:6379",) if given == "cluster.address" else ()
     key, _, value = override.partition("=")
-    with pytest.raises(ConfigError, match=rf"^invalid {key}={value}: must be left out: .* 10\.9\.8\.7:6379 is joined$"):
+    with pytest.raises(ConfigError, match=rf"^invalid {key}={value}: must be left out: .* is joined$"):
         Cluster(load_config(T2V, *addressed, override))
