@@ -1,4 +1,4 @@
-"""Sixty requests on three nodes while replicas of every stage are killed, stopped or hang, and a node is killed.
+"""Sixty requests on three nodes while replicas of every stage are killed, stopped, hang or break, and a node is killed.
 
 python tests/chaos.py FOLDER [SEED]    # prints what was struck; ends with 0 if nothing was lost or done twice
 """
@@ -36,10 +36,12 @@ OVERRIDES = (
 STRIKES: tuple[tuple[str, signal.Signals | str], ...] = (
     ("transformer", signal.SIGKILL), ("encoder", signal.SIGKILL), ("decoder", signal.SIGKILL),
     ("transformer", signal.SIGSTOP), ("node", signal.SIGKILL), ("transformer", signal.SIGKILL),
-    ("decoder", "encode"),
+    ("decoder", "encode"), ("transformer", "compute"),
 )  # fmt: skip
-"""What is struck, and with which signal or at which weak point, where it hangs."""
-EVERY = 7
+"""What is struck, and with which signal or at which weak point."""
+WEAK_POINTS = {"encode": "stall", "compute": "break"}
+"""What happens there: it hangs, or the replica lives and fails whatever it computes from then on."""
+EVERY = 6
 """Videos between two strikes."""
 SURE_S = 300.0
 
@@ -70,8 +72,8 @@ class Killer:
             self._kill_node()
             return
         if isinstance(how, str):
-            print("strike: a hung", how, flush=True)
-            self._faults.set(f"{stage}.{how}", "stall")
+            print("strike:", WEAK_POINTS[how], how, flush=True)
+            self._faults.set(f"{stage}.{how}", WEAK_POINTS[how])
             return
         victim = self._choose(stage)
         print("strike:", how.name, victim.name, flush=True)
