@@ -435,3 +435,65 @@ def test_fusing_leaves_no_gpu_to_share() -> None:
     config = load_config("conf/wan21_t2v_1_3b.yaml", "fused=true", *whole)
     assert config.share_gpu == []
     assert config.stages["fused"].num_gpus == 1
+
+
+GPUS = ("stages.encoder.num_gpus=0.5", "stages.decoder.num_gpus=0.5", "share_gpu=[encoder, decoder]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((*GPUS, "stages.decoder.placement=spread"), "invalid stages.decoder.placement='spread': must be pack"),
+        (
+            (*GPUS, "stages.encoder.accelerator_type=A", "stages.decoder.accelerator_type=B"),
+            "must be as stages.encoder",
+        ),
+        (
+            (*GPUS, "stages.encoder.label_selector.z=a", "stages.decoder.label_selector.z=b"),
+            "must be as stages.encoder",
+        ),
+        (
+            ("stages.encoder.num_gpus=4",),
+            "must be from 0 to 1: a replica computes on one GPU; write replicas=4 for that",
+        ),
+        (("stages.decoder.cache_bytes=5",), "must be left out: it is for the stage with the block text_encoder"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(overrides: tuple[str, ...], said: str) -> None:
+    assert said in refusal(T2V, *overrides)
+
+
+def test_fusing_keeps_what_agrees_and_adds_up_memory() -> None:
+    every = [f"stages.{stage}.{key}" for stage in ("encoder", "transformer", "decoder")
+             for key in ("device=cpu", "memory=1000", "dtype=float16")]  # fmt: skip
+    more = ("stages.encoder.resources.disk=1", "stages.decoder.resources.disk=2", "stages.transformer.placement=spread",
+            "stages.encoder.label_selector.zone=a", "stages.transformer.replicas={min: 1, max: 3}")  # fmt: skip
+    fused = load_config(T2V, "fused=true", "stages.transformer.num_gpus=1", *every, *more).stages["fused"]
+    assert (fused.torch_device, fused.memory, fused.dtype, fused.placement) == ("cpu", 3000, "float16", "spread")
+    assert (fused.resources, fused.label_selector) == ({"disk": 2}, {"zone": "a"})
+    assert (fused.least_replicas, fused.most_replicas) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("encoder.label_selector.zone=a", "decoder.label_selector.zone=b"),
+        ("encoder.device=cpu", "transformer.device=cuda"),
+        ("transformer.dtype=float16", "decoder.dtype=bfloat16"),
+        ("transformer.vae.channels_last=true", "decoder.vae.tile_pixels=5"),
+    ],
+)
+def test_fusing_refuses_what_one_stage_cannot_have_and_names_both(one: str, other: str) -> None:
+    said = refusal(T2V, "fused=true", f"stages.{one}", f"stages.{other}")
+    assert said.startswith("invalid fused=true: stages.")
+    assert " and stages." in said
+    assert "cannot go into one stage; write" in said
+
+
+def test_fusing_keeps_groups_each_with_what_the_other_stages_need() -> None:
+    groups = "stages.transformer.groups={fast: {replicas: 2, num_gpus: 1, num_cpus: 1}, slow: {num_gpus: 0.5}}"
+    fused = load_config(T2V, "fused=true", "stages.encoder.num_cpus=4", groups).stages["fused"]
+    assert {name: (g.replicas, g.num_gpus, g.num_cpus) for name, g in fused.replica_groups.items()} == {
+        "fast": (2, 1, 4),
+        "slow": (1, 0.5, 4),
+    }
