@@ -228,7 +228,8 @@ def test_a_hang_outside_of_computing_is_found_too(pipeline: Pipeline, faults: Fa
     faults.set(where, "stall")
     result = pipeline.submit(ask(f"hung-{where}")).result(SURE)
     assert result.data == video(6)
-    assert {timing.stage: timing.attempts for timing in result.stages} == ONCE | {stage: 2}
+    again = {} if where.endswith("pull") else {stage: 2}  # what hangs before it computes costs no attempt
+    assert {timing.stage: timing.attempts for timing in result.stages} == ONCE | again
     wait_until(lambda: pipeline.num_restarts[stage] == before[stage] + 1, "it was not replaced")
 
 
