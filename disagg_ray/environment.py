@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -84,3 +85,14 @@ def replace(name: str, value: str | None) -> None:
 def default(name: str, value: str) -> None:
     """Set a variable unless the user has."""
     os.environ.setdefault(name, value)
+
+
+def trim() -> None:
+    """Give what is free of the heap back to the system; does nothing where the C library is not glibc.
+
+    Every thread frees into a part of the heap of its own, which otherwise only grows: Ray's, ZeroMQ's and Mooncake's
+    forty threads took 0.1 MB more for each request, without end.
+    """
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)

@@ -11,15 +11,15 @@ from types import TracebackType
 
 import torch
 
-from disagg_ray.config import Config
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import Config
 from disagg_ray.graph import build_graph
-from disagg_ray.loading import load_config
+from disagg_ray.media.video import check_writer, encode, to_array
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.progress import Event, State
+from disagg_ray.progress.events import Event, State
+from disagg_ray.replica.stage import RAW, Stage
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result, StageTiming
-from disagg_ray.stage import RAW, Stage
-from disagg_ray.video import check_writer, encode, to_array
 
 
 class LocalPipeline:

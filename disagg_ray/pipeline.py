@@ -15,29 +15,31 @@ from pathlib import Path
 import ray
 import torch
 
-from disagg_ray.admission import Admission
-from disagg_ray.config import Config
-from disagg_ray.connection import Connection
-from disagg_ray.driver import Driver
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.calls import Actor
+from disagg_ray.driver.cluster import Cluster
+from disagg_ray.driver.fleet import Fleet
+from disagg_ray.driver.handle import Handle
+from disagg_ray.driver.loop import Driver
+from disagg_ray.driver.metrics import Metrics, Outcome
+from disagg_ray.driver.pool import Holdings
+from disagg_ray.driver.run import Crew, Journey
+from disagg_ray.driver.tasks import BackgroundTasks
+from disagg_ray.driver.threads import off_loop, within
+from disagg_ray.environment import trim
 from disagg_ray.errors import ConfigError, DisaggError, StageError, StartError
-from disagg_ray.fleet import Fleet
 from disagg_ray.graph import build_graph
-from disagg_ray.handle import Handle
-from disagg_ray.holdings import Holdings
-from disagg_ray.journey import Crew, Journey, measure
-from disagg_ray.loading import load_config
-from disagg_ray.memory import trim
-from disagg_ray.messages import Health, Leader, ReplicaInfo
-from disagg_ray.metrics import Metrics, Outcome
+from disagg_ray.media.video import to_array
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.placement import Actor, Cluster
-from disagg_ray.progress import Event, Receiver
+from disagg_ray.progress.channel import Receiver
+from disagg_ray.progress.events import Event
+from disagg_ray.replica.messages import Health, Leader, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
-from disagg_ray.sockets import filter_of
-from disagg_ray.tasks import BackgroundTasks
-from disagg_ray.threads import off_loop, within
-from disagg_ray.video import to_array
+from disagg_ray.scheduling.admission import Admission
+from disagg_ray.scheduling.work import measure
+from disagg_ray.transfer.sockets import filter_of
 
 logger = logging.getLogger("disagg_ray")
 
@@ -119,16 +121,6 @@ class Pipeline(Driver):
                     f"invalid stages.{name}.replicas={{min: {stage.min_replicas}, max: {stage.max_replicas}}}: must be "
                     f"a number here; only a pipeline that `disagg-ray up` puts up follows the load"
                 )
-
-    @staticmethod
-    def connect(
-        name: str,
-        address: str | None = None,
-        run_id: str | None = None,
-        on_event: Callable[[Event], None] | None = None,
-    ) -> Connection:
-        """Use a pipeline that stands in the cluster (`disagg-ray up NAME`); see `Connection`."""
-        return Connection(name, address, run_id, on_event)
 
     async def _start(self) -> None:
         began = time.monotonic()

@@ -13,11 +13,11 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disagg_ray.checks import MULTIPLE
-from disagg_ray.config import Config
+from disagg_ray.config.rules import MULTIPLE
+from disagg_ray.config.schema import Config
 from disagg_ray.errors import RequestError
-from disagg_ray.units import did_you_mean, printable
-from disagg_ray.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, digest_pixels, load_image
+from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, digest_pixels, load_image
+from disagg_ray.text import did_you_mean, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from disagg_ray.errors import OutputError
-from disagg_ray.output import rescue, write
+from disagg_ray.media.output import rescue, write
+from disagg_ray.media.video import Frames
 from disagg_ray.request import ResolvedRequest
-from disagg_ray.video import Frames
 
 
 @dataclass(frozen=True)

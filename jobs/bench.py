@@ -10,6 +10,8 @@ python jobs/bench.py latency,throughput,start --config C --gpus 2 --steps 4,20 -
 python jobs/bench.py memory --config C --gpus 2 --caps 48        # stock with offload against splits, under a cap
 python jobs/bench.py plan --profile P --tables T    # `disagg-ray plan` against the simulated scheduler and tables
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
+python jobs/bench.py stage CKPT          # each stage's speed and error by option, beside stock diffusers
+python jobs/bench.py service bursts outputs/service.png    # first video after connect; also `deaths` and `answers`
 """
 
 from __future__ import annotations
@@ -25,21 +27,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import bench_plan
-import bench_scheduler
-import bench_soak
-import bench_tables
-import bench_tiles
-import bench_transfer
 import psutil
 import torch
-from bench_stock import OFFLOADS, Cell
+from benchmarks import plan, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks.stock import OFFLOADS, Cell
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.result import Result, StageTiming
 
 PLOTTED: dict[str, Any] = {
-    "transfer": bench_transfer, "scheduler": bench_scheduler, "soak": bench_soak, "plan": bench_plan,
+    "transfer": transfer, "scheduler": scheduler, "soak": soak, "plan": plan,
 }  # fmt: skip
 OWN = ("overhead", "pipelined", "split", "tiles")
 
@@ -160,11 +157,11 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> bench_tables.Options:
+def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> tables.Options:
     steps = [int(number) for number in (options.steps or ("1,2" if options.quick else "4,20")).split(",")]
     rounds = [int(number) for number in (options.rounds or ",".join("4" if n < 10 else "2" for n in steps)).split(",")]
     guidance = [float(scale) for scale in options.guidance.split(",")]
-    return bench_tables.Options(
+    return tables.Options(
         options.config, tuple(options.overrides), whats, options.gpus,
         tuple(Cell(n, scale) for n in steps for scale in guidance), tuple(n for n in rounds for _ in guidance),
         options.repeats or 2, options.format, tuple(filter(None, options.only.split("/"))),
@@ -179,18 +176,24 @@ def measure(options: argparse.Namespace, whats: tuple[str, ...]) -> Any:
         "overhead": lambda: overhead(repeats or 20),
         "pipelined": lambda: pipelined(repeats or 20),
         "split": lambda: split(config, overrides, repeats or 3),
-        "tiles": lambda: bench_tiles.measure(config, overrides, options.parts, repeats or 3),
-        "soak": lambda: bench_soak.run(options.requests, options.kill_every, options.seed),
-        "plan": lambda: bench_plan.measure(options.profile, options.tables),
-        "transfer": bench_transfer.measure,
-        "scheduler": bench_scheduler.measure,
+        "tiles": lambda: tiles.measure(config, overrides, options.parts, repeats or 3),
+        "soak": lambda: soak.run(options.requests, options.kill_every, options.seed),
+        "plan": lambda: plan.measure(options.profile, options.tables),
+        "transfer": transfer.measure,
+        "scheduler": scheduler.measure,
     }
-    if whats[0] in bench_tables.WHATS:
-        return bench_tables.measure(table_options(options, whats))
+    if whats[0] in tables.WHATS:
+        return tables.measure(table_options(options, whats))
     return works[options.what]()
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["stage"]:
+        stage.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["service"]:
+        service.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
@@ -224,7 +227,7 @@ def main() -> None:
     whats = tuple(options.what.split(","))
     if not set(options.offload.split(",")) <= set(OFFLOADS):
         parser.error(f"--offload {options.offload!r}: write some of {','.join(OFFLOADS)}")
-    if not set(whats) <= set(bench_tables.WHATS) and options.what not in (*OWN, *PLOTTED):
+    if not set(whats) <= set(tables.WHATS) and options.what not in (*OWN, *PLOTTED):
         parser.error(f"{options.what!r}: see --help")
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -234,8 +237,8 @@ def main() -> None:
     (options.output / f"bench_{name}.json").write_text(text + "\n")
     if options.what in PLOTTED:
         PLOTTED[options.what].report(result, options.output)
-    elif whats[0] in bench_tables.WHATS:
-        bench_tables.report(result, options.output / f"bench_{name}.png")
+    elif whats[0] in tables.WHATS:
+        tables.report(result, options.output / f"bench_{name}.png")
     else:
         print(text)
 

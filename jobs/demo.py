@@ -7,11 +7,11 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from tiny_world import Scene, render, scene_table, to_pixels
+from tiny.world import Scene, render, scene_table, to_pixels
 
 from disagg_ray import Pipeline, Request, Result
+from disagg_ray.media.video import encode_png, load_video
 from disagg_ray.report.tables import print_result
-from disagg_ray.video import encode_png, load_video
 
 OUTPUT = Path("outputs")
 PROMPT = "a large red circle moves left quickly on a white background"

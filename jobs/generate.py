@@ -9,7 +9,7 @@
 
 import sys
 
-from disagg_ray.cli import main
+from disagg_ray.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main(["generate", *sys.argv[1:]]))

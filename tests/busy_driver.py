@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from disagg_ray import Pipeline, Request
-from disagg_ray.metrics import Metrics
+from disagg_ray.driver.metrics import Metrics
 from disagg_ray.result import StageTiming
 
 STAGES = ("encoder", "transformer", "decoder")

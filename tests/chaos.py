@@ -21,7 +21,7 @@ from faulty import Faults, faulty_replicas
 from ray.cluster_utils import Cluster
 
 from disagg_ray import LocalPipeline, Pipeline, Request, Result
-from disagg_ray.messages import ReplicaInfo
+from disagg_ray.replica.messages import ReplicaInfo
 
 T2V = "conf/tiny_t2v.yaml"
 NUM_REQUESTS = 60

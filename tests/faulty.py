@@ -18,14 +18,16 @@ from unittest.mock import patch
 import ray
 import torch
 
-from disagg_ray import Pipeline, Request, placement, replica
+from disagg_ray import Pipeline, Request
+from disagg_ray.driver import placement
 from disagg_ray.errors import DisaggError
 from disagg_ray.graph import Graph
-from disagg_ray.handoff import AttemptKey, Handoff
-from disagg_ray.messages import ReplicaInfo, Task
-from disagg_ray.replica import ServedReplica
+from disagg_ray.replica import actor
+from disagg_ray.replica.actor import ServedReplica
+from disagg_ray.replica.messages import ReplicaInfo, Task
+from disagg_ray.replica.stage import Outputs
 from disagg_ray.request import ResolvedRequest
-from disagg_ray.stage import Outputs
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 
 PATIENCE_S = 120.0
 RESUMED = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=6, id="resumed")
@@ -142,7 +144,7 @@ class FaultyReplica(ServedReplica):
             self.faults.trip(name, "encode", self._encoding)
             return encode(*args, **options)
 
-        encode, replica.encode = replica.encode, faulty_encode
+        encode, actor.encode = actor.encode, faulty_encode
         self._stage.compute, self._pool.pull, self._pool.publish = faulty_compute, faulty_pull, faulty_publish  # type: ignore[method-assign, assignment]
         return info
 
@@ -171,7 +173,7 @@ def faulty_replicas(folder: Path) -> Iterator[Faults]:
 def main() -> None:
     folder, latents = map(Path, sys.argv[1:])
     with faulty_replicas(folder), Pipeline.from_config("conf/tiny_t2v.yaml") as pipeline:
-        print(*[replica.pid for replica in pipeline.replicas], flush=True)
+        print(*[actor.pid for replica in pipeline.replicas], flush=True)
         pipeline.submit(RESUMED, latents_file=latents).result(PATIENCE_S)
 
 

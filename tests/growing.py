@@ -23,10 +23,10 @@ import psutil
 import ray
 from helpers import free_port, ray_folder
 
-from disagg_ray import Connection, Pipeline, Request, cli
-from disagg_ray.address import why_unreachable
-from disagg_ray.roster import find_replicas, standing
-from disagg_ray.standing import stand
+from disagg_ray import Connection, Request, cli, connect
+from disagg_ray.driver.address import why_unreachable
+from disagg_ray.driver.names import find_replicas, standing
+from disagg_ray.service import lifecycle
 
 T2V = "conf/tiny_t2v.yaml"
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -92,7 +92,7 @@ def num_nodes() -> int:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    stand.NOTICE_S = 2.0
+    lifecycle.NOTICE_S = 2.0
     began = time.monotonic()
 
     def tell(what: str) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
         assert num_nodes() > 1
         tell("a pipeline stands that the head has no room for")
         before = num_nodes()
-        with Pipeline.connect("grow") as connection:
+        with connect("grow") as connection:
             sizes = {"num_frames": 5, "num_inference_steps": 60}
             handles = [connection.submit(Request(prompt="a cat", seed=seed, **sizes)) for seed in range(30)]
             wait_until(lambda: num_replicas(connection) == 2, "it did not scale out")

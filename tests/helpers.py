@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from disagg_ray.config import Config
-from disagg_ray.driver import Driver
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.loop import Driver
 from disagg_ray.graph import build_graph
 from disagg_ray.models.tuning import offload_groups, offload_models
-from disagg_ray.stage import Stage
+from disagg_ray.replica.stage import Stage
 
 HOST = "127.0.0.1"
 

@@ -20,8 +20,8 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
-from disagg_ray import Pipeline, Request, cli
-from disagg_ray.roster import NAMESPACE, find_replicas, standing
+from disagg_ray import Request, cli, connect
+from disagg_ray.driver.names import NAMESPACE, find_replicas, standing
 
 T2V = "conf/tiny_t2v.yaml"
 SMALL = Request(prompt="a red circle", seed=1, num_frames=9, num_inference_steps=2)
@@ -74,7 +74,7 @@ def check_nothing_left(name: str) -> None:
 
 def drain_while_one_runs(name: str) -> None:
     """Take a pipeline down with --drain: what runs finishes."""
-    with Pipeline.connect(name) as connection:
+    with connect(name) as connection:
         running = connection.submit(Request(prompt="a cat", num_frames=17, num_inference_steps=20))
         disagg_ray("down", name, "--drain")
         assert running.result(60).data
@@ -90,7 +90,7 @@ def share_and_group(near: str, far: str) -> None:
     assert sorted(groups()) == ["disagg_ray-shared/0", "disagg_ray-shared/1"]
     assert "keep their number" in disagg_ray("scale", "shared", "encoder=3", status=2)
     assert "keep their number" in disagg_ray("scale", "shared", "transformer=3", status=2)
-    with Pipeline.connect("shared") as connection:
+    with connect("shared") as connection:
         video = connection.generate(SMALL).data
         os.kill(connection.snapshot().pid, signal.SIGKILL)
         assert connection.generate(SMALL).data == video

@@ -36,8 +36,8 @@ from PIL import Image
 
 from disagg_ray import Cancelled, Connection, DisaggError, LocalPipeline, Request, cli
 from disagg_ray.batch.manifest import read_manifest
-from disagg_ray.standing import stand
-from disagg_ray.standing.supervisor import Supervisor
+from disagg_ray.service import lifecycle
+from disagg_ray.service.supervisor import Supervisor
 
 I2V = "conf/tiny_i2v.yaml"
 OVERRIDES = (
@@ -220,7 +220,7 @@ def storm_service(folder: Path, number: int, rng: random.Random, expected: dict[
         faults = stack.enter_context(faulty_replicas(folder))
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         supervisor = type("Storming", (FaultySupervisor,), {"folder": folder})
-        stack.enter_context(patch.object(stand, "Supervisor", supervisor))
+        stack.enter_context(patch.object(lifecycle, "Supervisor", supervisor))
         assert cli.main(["up", "storm", "--config", I2V, *OVERRIDES]) == 0
         stack.callback(cli.main, ["down", "storm"])
         storm = stack.enter_context(Storm(rng, faults, {"supervisor": kill_supervisor}))

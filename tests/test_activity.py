@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from disagg_ray.activity import Activities
+from disagg_ray.replica.activity import Activities
 
 
 def test_only_what_is_being_done_can_stall_and_by_its_name() -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from helpers import HOST, free_port, ray_folder, wait_until
 
-from disagg_ray import address as address_module
-from disagg_ray.address import check_form, find_cluster, why_unreachable
+from disagg_ray.driver import address as address_module
+from disagg_ray.driver.address import check_form, find_cluster, why_unreachable
 from disagg_ray.errors import ConfigError, StartError
 
 RAY = Path(sys.executable).with_name("ray")
@@ -79,7 +79,7 @@ def test_commands_end_with_a_line_where_the_address_is_a_dashboards() -> None:
             assert "RAY_ADDRESS: " in done.stderr
 
 
-JOIN = [sys.executable, "-c", "import sys; from disagg_ray.placement import join; join(*sys.argv[1:] or [None])"]
+JOIN = [sys.executable, "-c", "import sys; from disagg_ray.driver.cluster import join; join(*sys.argv[1:] or [None])"]
 
 
 @pytest.mark.proof

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from disagg_ray.admission import Admission, Pass
 from disagg_ray.errors import Overloaded, StartError
+from disagg_ray.scheduling.admission import Admission, Pass
 
 
 async def enter_in_background(admission: Admission, priority: int, sequence: int) -> asyncio.Task[Pass]:

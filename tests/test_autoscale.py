@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from disagg_ray.config import StandingConfig
-from disagg_ray.standing.autoscale import Load, Scaler
+from disagg_ray.config.schema import StandingConfig
+from disagg_ray.service.autoscale import Load, Scaler
 
 SETTINGS = StandingConfig(target_wait_s=10, patience_s=5, idle_s=20)
 CALM = Load(least=1, most=4, wanted=1, ready=1, starting=0, busy=1, outstanding_s=5, room=10)

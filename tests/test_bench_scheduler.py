@@ -1,8 +1,8 @@
 """The simulation that measures the scheduler."""
 
-import bench_scheduler as bench
 import numpy as np
 import pytest
+from benchmarks import scheduler as bench
 
 
 def test_every_simulated_request_is_served_once_and_no_replica_computes_two_at_a_time():

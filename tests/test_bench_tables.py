@@ -3,10 +3,10 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench_plan
-import bench_tables as bench
 import pytest
-from bench_stock import per_minute
+from benchmarks import plan
+from benchmarks import tables as bench
+from benchmarks.stock import per_minute
 
 from disagg_ray.planning.plan import equip, make_plan, parse_gpus
 from disagg_ray.request import ResolvedRequest
@@ -89,16 +89,16 @@ def test_the_plot_has_a_panel_for_what_is_there(tmp_path: Path) -> None:
 
 def test_every_layout_is_predicted_within_a_fifth_of_the_simulated_scheduler() -> None:
     """Most within a twentieth; helpers beside a transformer on mixed hardware are furthest off."""
-    rows = list(bench_plan.simulate(bench_plan.published_profile(), {"3xH200": {}, "2xH200,2xL40S": {"L40S": 0.5}}))
+    rows = list(plan.simulate(plan.published_profile(), {"3xH200": {}, "2xH200,2xL40S": {"L40S": 0.5}}))
     assert len(rows) > 10
     assert max(abs(row.error) for row in rows) < 0.2
     assert sum(abs(row.error) < 0.1 for row in rows) > 0.7 * len(rows)
 
 
 def test_a_simulated_request_is_finished_once() -> None:
-    profile = bench_plan.published_profile()
+    profile = plan.published_profile()
     kinds = {each.kind: each for each in equip(parse_gpus("2xH200"), {"H200": profile}, {})}
-    for prediction in make_plan(list(kinds.values()), bench_plan.LOAD).predictions:
-        simulation = bench_plan.Simulation(prediction.layout, kinds, bench_plan.LOAD, 50)
+    for prediction in make_plan(list(kinds.values()), plan.LOAD).predictions:
+        simulation = plan.Simulation(prediction.layout, kinds, plan.LOAD, 50)
         simulation.run()
         assert len(simulation.finished) == 50

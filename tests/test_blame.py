@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from disagg_ray.blame import MAX_PAUSE_S, Ledger, pause_s, poisons
 from disagg_ray.errors import StageError
+from disagg_ray.scheduling.blame import MAX_PAUSE_S, Ledger, pause_s, poisons
 
 
 def ledger_of(*replicas: str, sound: str = "") -> Ledger:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from disagg_ray.board import REMEMBERED, Board, Track
-from disagg_ray.progress import Event
+from disagg_ray.progress.board import REMEMBERED, Board, Track
+from disagg_ray.progress.events import Event
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
 
@@ -64,7 +64,7 @@ def test_events_of_a_finished_request_come_too_late() -> None:
 
 def test_totals_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("disagg_ray.board.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("disagg_ray.progress.board.time.monotonic", lambda: now[0])
     board = Board(10)
     board.on_event(EVENT)
     assert (board.totals().videos_per_min, board.totals().seconds_left) == (None, None)

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer import HOST, TRANSPORT
 
-from disagg_ray.config import Config
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import Config
 from disagg_ray.errors import PoolError, RequestError
 from disagg_ray.graph import build_graph
-from disagg_ray.handoff import AttemptKey
-from disagg_ray.loading import load_config
-from disagg_ray.messages import Task
-from disagg_ray.replica import Replica
+from disagg_ray.replica.actor import Replica
+from disagg_ray.replica.messages import Task
 from disagg_ray.request import Request, resolve
+from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import ALIGNMENT, HEADER_BYTES, slot_bytes
 

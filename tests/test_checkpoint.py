@@ -12,12 +12,12 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from disagg_ray import CheckpointError, ConfigError, load_config
-from disagg_ray.config import ModelConfig
+from disagg_ray.config.schema import ModelConfig
 from disagg_ray.graph import build_graph
 from disagg_ray.models.checkpoint import Geometry, open_checkpoint
-from disagg_ray.models.shapes import SHAPES
-from disagg_ray.preflight import check_model
-from disagg_ray.stage import Stage
+from disagg_ray.models.preflight import check_model
+from disagg_ray.models.wan.shapes import SHAPES
+from disagg_ray.replica.stage import Stage
 
 CONF = Path(__file__).parent.parent / "conf"
 TASKS = {"tiny-t2v": "t2v", "tiny-i2v": "i2v", "tiny-flf2v": "flf2v", "tiny-a14b-t2v": "t2v", "tiny-a14b-i2v": "i2v"}

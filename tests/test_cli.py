@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from disagg_ray import cli
+from disagg_ray.cli.command import COMMANDS
 
 T2V = "conf/tiny_t2v.yaml"
 COMMAND = [sys.executable, "-m", "disagg_ray.cli"]
@@ -204,7 +205,7 @@ def test_an_error_that_nobody_meant_is_one_line_that_names_its_traceback(
     def broken(_: object) -> int:
         raise RuntimeError("one\ntwo \x1b[31m")
 
-    monkeypatch.setitem(cli.COMMANDS, "ls", broken)
+    monkeypatch.setitem(COMMANDS, "ls", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     status, _, err = run(capsys, "ls")
     (trace,) = tmp_path.iterdir()

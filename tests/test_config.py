@@ -11,9 +11,9 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from disagg_ray import ConfigError, load_config
-from disagg_ray.config import Config, DefaultsConfig, LimitsConfig, ModelConfig
-from disagg_ray.loading import to_yaml
-from disagg_ray.typed import known_keys
+from disagg_ray.config.load import to_yaml
+from disagg_ray.config.schema import Config, DefaultsConfig, LimitsConfig, ModelConfig
+from disagg_ray.config.typed import known_keys
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = CONF / "tiny_t2v.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from disagg_ray import Config, ConfigError, load_config
-from disagg_ray.loading import to_yaml
+from disagg_ray.config.load import to_yaml
 
 T2V = Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml"
 

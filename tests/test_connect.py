@@ -20,13 +20,14 @@ import helpers
 import pytest
 import ray
 
-from disagg_ray import Connection, Pipeline, Request, StartError, cli, connection, software
+from disagg_ray import Connection, Request, StartError, cli, connect
 from disagg_ray.batch.manifest import read_manifest
 from disagg_ray.batch.records import Record
+from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import ReplicaLost
-from disagg_ray.handle import Handle
-from disagg_ray.progress import Event
-from disagg_ray.standing import stand
+from disagg_ray.progress.events import Event
+from disagg_ray.replica import software
+from disagg_ray.service import lifecycle
 
 pytestmark = pytest.mark.proof
 
@@ -114,12 +115,12 @@ def test_what_was_denoised_when_a_driver_stopped_is_only_decoded_by_the_next(pip
             decoding.set()
 
     request = Request(prompt="a cat", seed=1, height=128, width=128, num_frames=17, num_inference_steps=2, id="cut")
-    with Pipeline.connect(pipeline, run_id="stopped", on_event=watch) as first:
+    with connect(pipeline, run_id="stopped", on_event=watch) as first:
         handle = first.submit(request)
         assert decoding.wait(60)
         first.drain(0)
         assert handle.done()
-    with Pipeline.connect(pipeline, run_id="stopped") as second:
+    with connect(pipeline, run_id="stopped") as second:
         assert [timing.stage for timing in second.generate(request).stages] == ["decoder"]
 
 
@@ -131,7 +132,7 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
 
     def end() -> None:
         wait_until((out / "clip-0.mp4").exists, "nothing was made")
-        stand.down("brief", 0.0)
+        lifecycle.down("brief", 0.0)
 
     thread = threading.Thread(target=end)
     thread.start()
@@ -145,9 +146,9 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
 
 
 def test_a_supervisor_that_hangs_is_named_by_a_deadline(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Pipeline.connect(pipeline) as client:
+    with connect(pipeline) as client:
         pid = client.snapshot().pid
-        monkeypatch.setattr(connection, "RETURN_S", 1.0)
+        monkeypatch.setattr(client, "RETURN_S", 1.0)
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(ReplicaLost, match="its supervisor does not answer within 1 s"):
@@ -160,7 +161,7 @@ def test_a_supervisor_that_hangs_is_named_by_a_deadline(pipeline: str, monkeypat
 
 def test_what_would_wait_for_the_connections_own_thread_raises_there(pipeline: str) -> None:
     told: Future[int] = Future()
-    with Pipeline.connect(pipeline) as client:
+    with connect(pipeline) as client:
 
         def use(handle: Handle) -> None:
             for call in (lambda: client.submit(Request(prompt="a cat")), client.health, client.close):
@@ -176,18 +177,18 @@ def test_what_would_wait_for_the_connections_own_thread_raises_there(pipeline: s
 def test_a_connection_that_fails_to_listen_listens_again(
     pipeline: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Pipeline.connect(pipeline, on_event=(heard := []).append) as connection:
-        ask, failures = connection._ask, [RuntimeError("unforeseen")]
+    with connect(pipeline, on_event=(heard := []).append) as client:
+        ask, failures = client._ask, [RuntimeError("unforeseen")]
 
         async def fail_once(method: str, *args: Any, **options: Any) -> Any:
             if method == "listen" and failures:
                 raise failures.pop()
             return await ask(method, *args, **options)
 
-        monkeypatch.setattr(connection, "_ask", fail_once)
+        monkeypatch.setattr(client, "_ask", fail_once)
         for seed in range(2):  # an answer to `listen` is on its way: the failure comes with the next one
-            connection.generate(Request(prompt="a cat", seed=seed, num_frames=5, num_inference_steps=2))
-        wait_until(lambda: not connection._finished, "the pipeline was not told")
+            client.generate(Request(prompt="a cat", seed=seed, num_frames=5, num_inference_steps=2))
+        wait_until(lambda: not client._finished, "the pipeline was not told")
         wait_until(lambda: any(event.state == "done" and not event.stage for event in heard), "nothing was heard")
     assert "background task listen failed; it is started again" in caplog.text
 
@@ -196,13 +197,13 @@ def test_a_client_of_another_version_is_refused(pipeline: str, monkeypatch: pyte
     here = replace(software.software(), digest="another", folder="/elsewhere")
     monkeypatch.setattr(software, "software", lambda: here)
     with pytest.raises(StartError, match=rf"pipeline {pipeline} runs other code than this client: .* in /elsewhere; "):
-        Pipeline.connect(pipeline)
+        connect(pipeline)
 
 
 def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> None:
     request = Request(prompt="a cat", seed=1, num_frames=5, num_inference_steps=2, id="again")
-    with Pipeline.connect(pipeline) as connection:
-        assert len({connection.generate(request).data for _ in range(12)}) == 1
+    with connect(pipeline) as client:
+        assert len({client.generate(request).data for _ in range(12)}) == 1
 
 
 REFUSED = [
@@ -241,21 +242,21 @@ def test_the_doctor_asks_every_replica_and_a_silent_one_is_replaced(
     found = diagnose(capsys)
     assert list(found) == names
     assert "fail" not in found.values()
-    with Connection(pipeline) as connection:
-        (silent,) = (replica.pid for replica in connection.replicas if replica.stage == "decoder")
+    with Connection(pipeline) as client:
+        (silent,) = (replica.pid for replica in client.replicas if replica.stage == "decoder")
         os.kill(silent, signal.SIGSTOP)
         found = diagnose(capsys)
         assert (found["decoder-0"], found["video"]) == ("fail", "ok")
-        assert connection.num_restarts["decoder"] == 1
+        assert client.num_restarts["decoder"] == 1
     assert diagnose(capsys)["decoder-0"] != "fail"
     assert cli.main(["doctor", "--connect", NAME, "--config", T2V]) == 2
     assert cli.main(["doctor", "--connect", "nobody"]) == 2
 
 
 def test_metrics_are_those_of_the_supervisor(pipeline: str) -> None:
-    with Connection(pipeline) as connection:
-        connection.generate(Request(prompt="a cat", num_frames=9, num_inference_steps=2))
-        node = next(node for node in ray.nodes() if node["NodeManagerAddress"] == connection.snapshot().address)
+    with Connection(pipeline) as client:
+        client.generate(Request(prompt="a cat", num_frames=9, num_inference_steps=2))
+        node = next(node for node in ray.nodes() if node["NodeManagerAddress"] == client.snapshot().address)
 
     def scraped() -> str:
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -21,10 +21,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from disagg_ray import display
-from disagg_ray.board import Board, Totals
-from disagg_ray.display import Display, describe, human_seconds, printable, summary
-from disagg_ray.progress import Event
+from disagg_ray.progress import display
+from disagg_ray.progress.board import Board, Totals
+from disagg_ray.progress.display import Display, describe, human_seconds, printable, summary
+from disagg_ray.progress.events import Event
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
 DEADLINE_S = 20
@@ -266,8 +266,8 @@ def test_log_lines_stay_whole_above_the_bars() -> None:
 
 PROGRAM = """
 import logging, sys
-from disagg_ray.display import Display
-from disagg_ray.progress import Event
+from disagg_ray.progress.display import Display
+from disagg_ray.progress.events import Event
 logging.basicConfig(stream=sys.stderr, format="%(message)s")
 with Display(1) as display:
     display.on_event(Event("a1b2", "transformer", "transformer-0", 0, "running", 1, 50))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from disagg_ray.loading import load_config
+from disagg_ray.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"

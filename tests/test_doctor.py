@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from disagg_ray import LocalPipeline, cli
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.doctor import Check, exit_status, print_checks, to_json
 from disagg_ray.doctor.cluster import (
     ALL_PAIRS,
@@ -56,10 +57,9 @@ from disagg_ray.doctor.software import (
     check_requirements,
 )
 from disagg_ray.errors import TransferError
-from disagg_ray.handoff import AttemptKey
-from disagg_ray.loading import load_config
-from disagg_ray.software import installed_wheels, versions
+from disagg_ray.replica.software import installed_wheels, versions
 from disagg_ray.transfer import routes
+from disagg_ray.transfer.handoff import AttemptKey
 
 T2V = "conf/tiny_t2v.yaml"
 TRANSPORT = TransportConfig(timeout_s=5)

@@ -18,7 +18,7 @@ from disagg_ray import RequestError, cli, load_config
 from disagg_ray.batch.manifest import MANIFEST, Folder
 from disagg_ray.batch.requests_file import RequestsFile, parse
 from disagg_ray.batch.resume import Options, make_plan
-from disagg_ray.latents import Wanted, describe, read_latents, write_latents
+from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.request import check
 
 pytestmark = pytest.mark.proof

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peer import HOST, TRANSPORT, Peer, make_tensors, publish
 
-from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.transfer import guard
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 
 

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
+from disagg_ray.config.load import load_config
+from disagg_ray.driver.handle import Handle, gather
 from disagg_ray.errors import Cancelled, StageError
-from disagg_ray.handle import Handle, gather
-from disagg_ray.loading import load_config
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 

@@ -19,8 +19,9 @@ import psutil
 import pytest
 from faulty import Faults, faulty_replicas
 
-from disagg_ray import LocalPipeline, Pipeline, Request, StageError, fleet
-from disagg_ray.handle import Handle
+from disagg_ray import LocalPipeline, Pipeline, Request, StageError
+from disagg_ray.driver import fleet
+from disagg_ray.driver.handle import Handle
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +157,7 @@ def test_closing_ends_whatever_hangs(
 ) -> None:
     """A loop that a callback holds up, and a replica that does not answer."""
     monkeypatch.setattr("disagg_ray.pipeline.STOP_S", 3.0)
-    monkeypatch.setattr("disagg_ray.driver.CLOSE_S", 1.0)
+    monkeypatch.setattr("disagg_ray.driver.loop.CLOSE_S", 1.0)
     go, held = threading.Event(), threading.Event()
     with Pipeline.from_config(T2V, "fused=true") as pipeline:
         faults.set("fused.compute.hung", "stall")

@@ -14,10 +14,10 @@ from helpers import HOST, connect_stages, wait_until
 from peer import Peer
 
 from disagg_ray import load_config
+from disagg_ray.driver.pool import NUM_THREADS, Holdings
 from disagg_ray.errors import PoolError, TransferError
 from disagg_ray.graph import FRAMES, build_graph
-from disagg_ray.handoff import Handoff
-from disagg_ray.holdings import NUM_THREADS, Holdings
+from disagg_ray.transfer.handoff import Handoff
 
 
 @pytest.fixture

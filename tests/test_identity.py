@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from disagg_ray import Connection, LocalPipeline, Pipeline, Request, RequestError, cli, identity, load_config
-from disagg_ray.config import Config
-from disagg_ray.identity import identify_blocks, identify_request, identify_setup
-from disagg_ray.models.maker import make_checkpoint
+from disagg_ray import Connection, LocalPipeline, Pipeline, Request, RequestError, cli, load_config
+from disagg_ray.config.schema import Config
+from disagg_ray.models import identity
+from disagg_ray.models.identity import identify_blocks, identify_request, identify_setup
 from disagg_ray.models.provenance import digest_model
+from disagg_ray.models.wan.random import make_checkpoint
 from disagg_ray.request import resolve
 from disagg_ray.result import Result
-from disagg_ray.service import NotHere
+from disagg_ray.service.protocol import NotHere
 
 I2V = "conf/tiny_i2v.yaml"
 CONFIG = load_config(I2V)

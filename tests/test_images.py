@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from disagg_ray.errors import RequestError
-from disagg_ray.video import IMAGE_FORMATS, load_image
+from disagg_ray.media.video import IMAGE_FORMATS, load_image
 
 RGBA = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 4), np.uint8))
 RGB = RGBA.convert("RGB")

@@ -15,66 +15,41 @@ PACKAGE = ROOT / "disagg_ray"
 
 LAYERS = (
     {"jobs"},
-    {"cli", "__main__"},
-    {"cli_plan", "cli_standing"},
+    {"cli"},
     {"report", "doctor"},
-    {"batch", "planning", "standing"},
+    {"batch", "planning"},
     {"__init__"},
+    {"service"},
     {"pipeline", "local"},
-    {"connection"},
-    {"journey"},
-    {"visit"},
-    {"fleet"},
-    {"placement", "service", "driver"},
-    {"roster", "replica", "scheduler", "address"},
-    {"holdings", "messages"},
-    {"arguments"},
-    {"handle"},
-    {"stage", "result", "metrics", "predictor", "latents", "display", "admission"},
-    {"preflight"},
-    {"identity"},
-    {"models", "transfer", "output", "board", "queues"},
-    {"request", "progress", "turns", "segments"},
-    {"software", "sockets"},
-    {"video", "loading"},
-    {"fusing"},
-    {"config", "graph", "mp4", "outages"},
-    {"blame", "once", "checks", "storage", "typed"},
-    {"console", "environment", "handoff", "libtiff", "logs", "options", "tree"},
-    {"errors", "units", "version", "memory", "signals", "tasks", "activity", "threads"},
+    {"driver"},
+    {"replica"},
+    {"models", "scheduling", "result"},
+    {"progress", "request"},
+    {"transfer", "media"},
+    {"config", "graph"},
+    {"environment"},
+    {"errors", "text", "version"},
 )
-"""Units of the package, highest first; each imports only from those below. A folder is one unit."""
+"""Rooms of the package, highest first; each imports only from those below. A folder is one room."""
 
 IMPORTERS = {
     "mooncake": {"transfer.engine"},
-    "imageio": {"video"},
-    "imageio_ffmpeg": {"mp4"},
-    "PIL": {"video"},
-    "yaml": {"loading", "tree"},
-    "fsspec": {"storage"},
-    "safetensors": {"latents", "models"},
-    "rich": {"report", "cli", "display", "doctor"},
+    "imageio": {"media"},
+    "imageio_ffmpeg": {"media"},
+    "PIL": {"media", "jobs"},
+    "omegaconf": {"config.load"},
+    "yaml": {"config"},
+    "fsspec": {"media.storage"},
+    "safetensors": {"driver.latents", "models", "jobs"},
+    "rich": {"report", "progress.display", "doctor"},
     "zmq": {"progress"},
     "msgpack": {"progress"},
     "packaging": {"doctor"},
-    "diffusers": {"models"},
-    "transformers": {"models"},
-    "tokenizers": {"models"},
+    "diffusers": {"models", "jobs"},
+    "transformers": {"models", "jobs"},
+    "tokenizers": {"models", "jobs"},
     "huggingface_hub": {"models"},
-    "grpc": {"address"},
-    "ray": {
-        "address",
-        "pipeline",
-        "connection",
-        "standing",
-        "fleet",
-        "placement",
-        "roster",
-        "replica",
-        "metrics",
-        "doctor",
-        "jobs",
-    },
+    "ray": {"pipeline", "driver", "service", "replica.actor", "doctor", "jobs"},
     "accelerate": {"models"},
     "torchao": {"models"},
 }
@@ -83,7 +58,7 @@ IMPORTERS = {
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
-} | {f"jobs.{path.stem}": path for path in sorted((ROOT / "jobs").glob("*.py"))}  # fmt: skip
+} | {f"jobs.{path.stem}": path for path in sorted((ROOT / "jobs").rglob("*.py"))}  # fmt: skip
 """Every module by its name below the package."""
 
 
@@ -136,10 +111,10 @@ def test_the_reader_of_imports_sees_functions_and_skips_typing(tmp_path: Path) -
     path = tmp_path / "module.py"
     path.write_text(
         "if TYPE_CHECKING:\n    import PIL\nelse:\n    import zmq\n"
-        "def late():\n    from disagg_ray.models import maker\n    from disagg_ray import Request, config\n"
+        "def late():\n    from disagg_ray.models.wan import random\n    from disagg_ray import Request, graph\n"
     )
-    assert set(imported(path)) == {"zmq", "disagg_ray.models.maker", "disagg_ray.Request", "disagg_ray.config"}
-    assert own_modules(path) == {"models.maker", "__init__", "config"}
+    assert set(imported(path)) == {"zmq", "disagg_ray.models.wan.random", "disagg_ray.Request", "disagg_ray.graph"}
+    assert own_modules(path) == {"models.wan.random", "__init__", "graph"}
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from disagg_ray.latents import write_latents
-from disagg_ray.output import TEMPORARY
-from disagg_ray.standing.keep import Keep
+from disagg_ray.driver.latents import write_latents
+from disagg_ray.media.output import TEMPORARY
+from disagg_ray.service.latents_store import Keep
 
 
 @pytest.fixture(autouse=True)

@@ -13,18 +13,18 @@ import pytest
 from PIL import Image
 
 from disagg_ray import Config, ConfigError, DisaggError, Pipeline, Request, load_config
-from disagg_ray.address import find_cluster
+from disagg_ray.config.typed import known_keys
+from disagg_ray.driver.address import find_cluster
+from disagg_ray.driver.cluster import own_cluster
+from disagg_ray.driver.placement import Placement
 from disagg_ray.environment import cache_folder
 from disagg_ray.graph import build_graph
-from disagg_ray.holdings import driver_pool_bytes
 from disagg_ray.models.checkpoint import open_checkpoint
-from disagg_ray.placement import Placement, own_cluster
-from disagg_ray.progress import Event
-from disagg_ray.replica import pool_bytes
+from disagg_ray.progress.events import Event
+from disagg_ray.replica.sizing import driver_pool_bytes, pool_bytes
+from disagg_ray.replica.stage import Stage
 from disagg_ray.request import resolve
-from disagg_ray.stage import Stage
-from disagg_ray.standing.keep import Keep
-from disagg_ray.typed import known_keys
+from disagg_ray.service.latents_store import Keep
 
 TESTS = Path(__file__).parent
 CONF = TESTS.parent / "conf"

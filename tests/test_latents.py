@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from disagg_ray import Request, load_config
+from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.errors import OutputError
-from disagg_ray.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.request import resolve
 
 CONFIG = load_config("conf/tiny_t2v.yaml")

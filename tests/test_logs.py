@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg_ray import cli, logs
+from disagg_ray import cli
+from disagg_ray.cli import logs
 
 EVIL = "\x1b]0;x\x07\n\u202efake: done\x9b2J\udcff"
 

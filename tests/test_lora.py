@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from disagg_ray import CheckpointError, Pipeline, load_config
+from disagg_ray.config.options import LoraConfig
 from disagg_ray.models.lora import load_loras
 from disagg_ray.models.lora_files import check_loras
-from disagg_ray.options import LoraConfig
 
 CONF = Path(__file__).parents[1] / "conf" / "tiny_t2v.yaml"
 Weights = dict[str, torch.Tensor]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers import connect_stages
 
-from disagg_ray.loading import load_config
+from disagg_ray.config.load import load_config
 from disagg_ray.models.cut import Cut
 from disagg_ray.request import Request, resolve
 
 CODE = """
 import threading, psutil
-from disagg_ray.memory import trim
+from disagg_ray.environment import trim
 
 def rss():
     return psutil.Process().memory_info().rss

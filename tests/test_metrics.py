@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from disagg_ray import metrics
+from disagg_ray.driver import metrics
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"

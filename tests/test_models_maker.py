@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from disagg_ray.models import maker
-from disagg_ray.models.maker import build_meta, make_checkpoint, make_tokenizer
-from disagg_ray.models.shapes import SHAPES, get_shape
+from disagg_ray.models.wan import random
+from disagg_ray.models.wan.random import build_meta, make_checkpoint, make_tokenizer
+from disagg_ray.models.wan.shapes import SHAPES, get_shape
 
 TINY = [name for name in SHAPES if name.startswith("tiny-")]
 PUBLISHED = [name for name in SHAPES if not name.startswith("tiny-")]
@@ -145,7 +145,7 @@ def test_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> 
     )
     assert first == second
     changed = {path for path in first if first[path] != other[path]}
-    assert changed == {path for path in first if path.endswith(".safetensors")} | {maker.RECORD_FILE}
+    assert changed == {path for path in first if path.endswith(".safetensors")} | {random.RECORD_FILE}
 
 
 def test_two_transformers_have_weights_of_their_own(tmp_path: Path) -> None:
@@ -182,21 +182,21 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(maker, "_write_index", fail)
+    monkeypatch.setattr(random, "_write_index", fail)
     with pytest.raises(OSError, match="disk full"):
         make_checkpoint("tiny-t2v", tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_slower_of_two_makers_keeps_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_index = maker._write_index
+    write_index = random._write_index
 
     def overtaken(*arguments: Any) -> None:
-        monkeypatch.setattr(maker, "_write_index", write_index)
+        monkeypatch.setattr(random, "_write_index", write_index)
         make_checkpoint("tiny-t2v", tmp_path / "made")
         write_index(*arguments)
 
-    monkeypatch.setattr(maker, "_write_index", overtaken)
+    monkeypatch.setattr(random, "_write_index", overtaken)
     assert make_checkpoint("tiny-t2v", tmp_path / "made") == tmp_path / "made"
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 

@@ -19,10 +19,10 @@ import pytest
 from disagg_ray import LocalPipeline, Request, load_config
 from disagg_ray.errors import EncodeError
 from disagg_ray.graph import build_graph
-from disagg_ray.mp4 import H264
-from disagg_ray.progress import Event
-from disagg_ray.replica import Replica
-from disagg_ray.video import Frames, check_writer, encode, quantise
+from disagg_ray.media.mp4 import H264
+from disagg_ray.media.video import Frames, check_writer, encode, quantise
+from disagg_ray.progress.events import Event
+from disagg_ray.replica.actor import Replica
 
 REAL = imageio_ffmpeg.get_ffmpeg_exe()
 NOISE: Frames = np.random.default_rng(0).random((9, 64, 96, 3), np.float32)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from disagg_ray.errors import StageError
-from disagg_ray.once import NUM_KEPT, Once
+from disagg_ray.replica.once import NUM_KEPT, Once
 
 
 def test_a_call_that_is_made_again_gets_the_first_answer_until_it_is_forgotten():

@@ -13,7 +13,7 @@ from helpers import offload
 from safetensors.torch import save_file
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Request, RequestError, load_config
-from disagg_ray.models.shapes import get_shape
+from disagg_ray.models.wan.shapes import get_shape
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = ("model.max_sequence_length=64", "limits.max_pixels=4096", "limits.max_frames=9", "defaults.num_frames=9")

@@ -2,8 +2,8 @@
 
 import asyncio
 
+from disagg_ray.driver.outages import Outages, Vacancies
 from disagg_ray.errors import DisaggError
-from disagg_ray.outages import Outages, Vacancies
 
 
 def test_a_post_that_nobody_takes_is_closed_longer_each_time_until_all_are_reopened():

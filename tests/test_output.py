@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from disagg_ray import OutputError, Request, Result, load_config
-from disagg_ray.output import (
+from disagg_ray.media.output import (
     check_file,
     check_folder,
     check_output,
@@ -25,8 +25,8 @@ from disagg_ray.output import (
     write,
     write_text,
 )
+from disagg_ray.media.video import Frames, quantise
 from disagg_ray.request import resolve
-from disagg_ray.video import Frames, quantise
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 FRAMES: Frames = np.random.default_rng(0).random((3, 16, 32, 3), np.float32)
@@ -348,7 +348,7 @@ def test_a_failing_folder_leaves_the_old_one_and_nothing_else(tmp_path: Path, mo
     result("png").save(tmp_path / "out")
     before = (tmp_path / "out" / "frame_00000.png").read_bytes()
     written = iter([b"whole"])
-    monkeypatch.setattr("disagg_ray.output.encode_png", lambda frame: next(written, None) or disk_is_full())
+    monkeypatch.setattr("disagg_ray.media.output.encode_png", lambda frame: next(written, None) or disk_is_full())
     with pytest.raises(OutputError, match="No space left"):
         result("png").save(tmp_path / "out")
     assert (tmp_path / "out" / "frame_00000.png").read_bytes() == before

@@ -14,19 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from disagg_ray.config import Config, StageConfig, TransportConfig
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import Config, StageConfig, TransportConfig
 from disagg_ray.errors import Cancelled
 from disagg_ray.graph import FRAMES, build_graph
-from disagg_ray.handoff import AttemptKey, Handoff
-from disagg_ray.loading import load_config
 from disagg_ray.local import LocalPipeline
-from disagg_ray.messages import Reply, Task
-from disagg_ray.models.shapes import get_shape
-from disagg_ray.replica import Replica
+from disagg_ray.media.video import to_array
+from disagg_ray.models.wan.shapes import get_shape
+from disagg_ray.replica.actor import Replica
+from disagg_ray.replica.messages import Reply, Task
+from disagg_ray.replica.sizing import frame_bytes
 from disagg_ray.request import Request, ResolvedRequest, resolve
-from disagg_ray.stage import frame_bytes
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
-from disagg_ray.video import to_array
 
 HOST = "127.0.0.1"
 CONF = Path(__file__).parents[1] / "conf"
@@ -305,7 +305,7 @@ def test_frames_arrive_whole_in_pieces(
 ) -> None:
     model = models("t2v")
     split = splits(model)
-    monkeypatch.setattr("disagg_ray.stage.PIECE_BYTES", 2 * frame_bytes(32 * 48))
+    monkeypatch.setattr("disagg_ray.replica.sizing.PIECE_BYTES", 2 * frame_bytes(32 * 48))
     job = split.submit(model.request(GUIDED))
     for stage in split.graph.order:
         split.run(job, stage)

@@ -24,16 +24,17 @@ from helpers import free_ports
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_world import judge
+from tiny.world import judge
 
-from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError, journey
-from disagg_ray.config import LimitsConfig
-from disagg_ray.journey import Journey
-from disagg_ray.latents import write_latents
+from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
+from disagg_ray.config.schema import LimitsConfig
+from disagg_ray.driver import run
+from disagg_ray.driver.latents import write_latents
+from disagg_ray.driver.run import Journey
+from disagg_ray.driver.signals import terminated
+from disagg_ray.media.video import quantise
+from disagg_ray.replica.sizing import frame_bytes, frames_in_piece, most_piece_bytes
 from disagg_ray.result import StageTiming
-from disagg_ray.signals import terminated
-from disagg_ray.stage import frame_bytes, frames_in_piece, most_piece_bytes
-from disagg_ray.video import quantise
 
 pytestmark = pytest.mark.slow
 
@@ -267,7 +268,7 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
         assert go.wait(60)
         write_latents(*arguments)
 
-    monkeypatch.setattr(journey, "write_latents", write)
+    monkeypatch.setattr(run, "write_latents", write)
     handle = pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=1), latents_file=tmp_path / "latents")
     assert began.wait(60)
     running = next(iter(pipeline._journeys))

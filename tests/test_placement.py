@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import ray
 
-from disagg_ray import CheckpointError, Config, StartError, load_config, placement
-from disagg_ray.placement import Actor, Placement, gather_ready, total_resources
+from disagg_ray import CheckpointError, Config, StartError, load_config
+from disagg_ray.driver import calls, placement
+from disagg_ray.driver.calls import Actor, gather_ready
+from disagg_ray.driver.cluster import total_resources
+from disagg_ray.driver.placement import Placement
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +87,7 @@ def test_groups_of_a_stage_get_their_own_resources_and_labels(launch: Launch) ->
 def test_a_replica_that_fits_nowhere_is_waited_for_visibly_until_the_deadline(
     launch: Launch, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "NOTICE_S", 0.5)
+    monkeypatch.setattr(calls, "NOTICE_S", 0.5)
     config, actors = launch("stages.decoder={label_selector: {zone: nowhere}}", "cluster.start_timeout_s=10")
     with caplog.at_level(logging.INFO, "disagg_ray"), pytest.raises(StartError, match=r"waiting for decoder-0.* CPU"):
         ask_all(config, actors)

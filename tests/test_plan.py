@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from disagg_ray.cli import main
+from disagg_ray.cli.command import main
+from disagg_ray.config.load import load_config
+from disagg_ray.driver.cluster import total_resources
 from disagg_ray.errors import PlanError
-from disagg_ray.loading import load_config
-from disagg_ray.placement import total_resources
 from disagg_ray.planning.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
 from disagg_ray.planning.plan import CALL_S, Hardware, Plan, equip, explain, make_plan, parse_gpus
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile, write_profile

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from peer import HOST, TRANSPORT, make_tensors
 
 from disagg_ray.errors import Cancelled, PoolError, TransferError
-from disagg_ray.handoff import AttemptKey, Handoff
 from disagg_ray.transfer import pool as module
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES, slot_bytes
 

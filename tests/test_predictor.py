@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_ray.predictor import NUM_SHAPES, Predictor
+from disagg_ray.scheduling.predictor import NUM_SHAPES, Predictor
 
 
 def test_nothing_known_predicts_nothing():

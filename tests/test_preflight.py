@@ -14,8 +14,8 @@ import pytest
 
 from disagg_ray import ConfigError, LocalPipeline, environment, load_config
 from disagg_ray.doctor.memory import check_model as examine_model
-from disagg_ray.placement import Cluster
-from disagg_ray.preflight import check_temporary_folder
+from disagg_ray.driver.cluster import Cluster
+from disagg_ray.models.preflight import check_temporary_folder
 
 T2V, A14B = "conf/tiny_t2v.yaml", "conf/tiny_a14b_t2v.yaml"
 LONG = "/tmp/" + "a" * 60

@@ -24,8 +24,9 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_ray import progress
-from disagg_ray.progress import MAX_BYTES, Credentials, Event, Listener, Receiver, Sender, State, pack, unpack
+from disagg_ray.progress import channel
+from disagg_ray.progress.channel import Credentials, Listener, Receiver, Sender
+from disagg_ray.progress.events import MAX_BYTES, Event, State, pack, unpack
 
 HOST = "127.0.0.1"
 DEADLINE_S = 20
@@ -382,7 +383,7 @@ def test_a_listener_s_callback_that_fails_is_reported_once_and_events_go_on(capl
 
 
 def test_a_callback_that_hangs_does_not_keep_close_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "CLOSE_S", 0.05)
+    monkeypatch.setattr(channel, "CLOSE_S", 0.05)
     entered, leave = threading.Event(), threading.Event()
 
     def watch(_event: Event) -> None:

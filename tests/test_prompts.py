@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from disagg_ray import LocalPipeline, Request, RequestError, load_config
 from disagg_ray.batch.requests_file import RequestsFile
-from disagg_ray.config import Config
-from disagg_ray.models.blocks import TextEncoder
+from disagg_ray.config.schema import Config
 from disagg_ray.models.prompts import check_prompts, clean
+from disagg_ray.models.wan.blocks import TextEncoder
 from disagg_ray.request import resolve
 
 CONF = Path(__file__).parents[1] / "conf" / "tiny_t2v.yaml"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_ray.queues import OLDEST_EVERY, FairQueue, Heap, PriorityQueue
+from disagg_ray.scheduling.queues import OLDEST_EVERY, FairQueue, Heap, PriorityQueue
 
 STEPS = st.lists(st.tuples(st.sampled_from(["push", "remove", "pop"]), st.integers(0, 9), st.integers(-3, 3)))
 

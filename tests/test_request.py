@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from disagg_ray import InputError, Request, RequestError, load_config
-from disagg_ray.config import Config
+from disagg_ray.config.schema import Config
 from disagg_ray.request import MAX_SEED, TYPES, ResolvedRequest, resolve
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -15,9 +15,9 @@ from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, sha256_of, stat
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import MAX_SHOWN, Options, Plan, make_plan, picture_of
-from disagg_ray.config import Config
-from disagg_ray.identity import identify_setup
-from disagg_ray.video import blank, digest_pixels
+from disagg_ray.config.schema import Config
+from disagg_ray.media.video import blank, digest_pixels
+from disagg_ray.models.identity import identify_setup
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 LINES: list[dict[str, Any]] = [{"id": name, "prompt": f"a {name}"} for name in ("cat", "dog", "cow", "ant")]

@@ -15,9 +15,9 @@ import helpers
 import pytest
 import ray
 
-from disagg_ray import Connection, Pipeline, Request, StartError, cli, load_config
-from disagg_ray.roster import find_replicas, find_supervisor
-from disagg_ray.standing import stand
+from disagg_ray import Connection, Request, StartError, cli, connect, load_config
+from disagg_ray.driver.names import find_replicas, find_supervisor
+from disagg_ray.service import lifecycle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
@@ -37,7 +37,7 @@ def service(name: str, *overrides: str) -> Iterator[tuple[list[str], Connection]
     up = ["up", name, "--config", T2V, *overrides]
     assert cli.main(up) == 0
     try:
-        with Pipeline.connect(name) as connection:
+        with connect(name) as connection:
             yield up, connection
     finally:
         assert cli.main(["down", name]) == 0
@@ -107,7 +107,7 @@ def test_without_room_for_one_more_the_old_one_is_put_back_when_the_new_one_does
 def test_a_supervisor_that_dies_in_a_rollout_goes_back_to_the_configuration_in_force(cluster: None) -> None:
     with service("broken-off", "stages.transformer.replicas=2") as (up, connection), ThreadPoolExecutor(1) as thread:
         before = pids(connection)
-        rolling = thread.submit(stand.up, "broken-off", load_config(T2V, *up[4:], MEMORY))
+        rolling = thread.submit(lifecycle.up, "broken-off", load_config(T2V, *up[4:], MEMORY))
         wait_until(lambda: pids(connection).get("transformer-0") != before["transformer-0"], "nothing is replaced")
         os.kill(connection.snapshot().pid, signal.SIGKILL)
         with pytest.raises(StartError, match="broken-off stays as it was: the supervisor died"):

@@ -14,19 +14,20 @@ from helpers import connect_stages, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_ray.config import REPLICA_WINDOW, num_rooms
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import build_graph
-from disagg_ray.handoff import AttemptKey
-from disagg_ray.loading import load_config
-from disagg_ray.messages import Task
 from disagg_ray.planning.layouts import CPU, Layout, Seat
 from disagg_ray.planning.plan import Hardware, seat_bytes
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
-from disagg_ray.replica import Replica, pool_bytes
+from disagg_ray.replica.actor import Replica
+from disagg_ray.replica.messages import Task
+from disagg_ray.replica.sizing import num_rooms, pool_bytes
+from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, resolve
-from disagg_ray.scheduler import Job, Place, StageScheduler
-from disagg_ray.stage import Stage
+from disagg_ray.scheduling.scheduler import Job, Place, StageScheduler
+from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.slots import Span
 
 INPUTS = {"text": (), "image": (), "denoise": ("text", "image"), "decode": ("denoise",)}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peer import HOST, TRANSPORT, make_tensors, publish
 
-from disagg_ray.handoff import AttemptKey, Handoff, Session
 from disagg_ray.transfer import routes
+from disagg_ray.transfer.handoff import AttemptKey, Handoff, Session
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.routes import FIRST_PAUSE_S, LONGEST_PAUSE_S, FailedRoutes, open_endpoints
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from disagg_ray.scheduler import Job, Place, StageScheduler
+from disagg_ray.scheduling.scheduler import Job, Place, StageScheduler
 
 SPEEDS = {"fast": 1.0, "slow": 4.0}
 """Seconds per unit of work, by group."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from disagg_ray.segments import plain_segments
+from disagg_ray.transfer.allocator import plain_segments
 
 read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # torch 2.11 has none
 

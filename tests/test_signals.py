@@ -13,8 +13,8 @@ from queue import SimpleQueue
 
 import pytest
 
+from disagg_ray.driver.signals import LOOK_S, Latch, take, terminated, until, wait_for
 from disagg_ray.errors import StageError
-from disagg_ray.signals import LOOK_S, Latch, take, terminated, until, wait_for
 
 
 def handlers() -> list[object]:

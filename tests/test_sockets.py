@@ -5,7 +5,16 @@ from contextlib import closing
 
 import pytest
 
-from disagg_ray.sockets import NOBODY, THIS_MACHINE, admit, filter_of, listen, listeners, listening_ports, local_port
+from disagg_ray.transfer.sockets import (
+    NOBODY,
+    THIS_MACHINE,
+    admit,
+    filter_of,
+    listen,
+    listeners,
+    listening_ports,
+    local_port,
+)
 
 
 def connect(listener: socket.socket, own_port: int = 0) -> None:

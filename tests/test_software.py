@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from disagg_ray.errors import StartError
-from disagg_ray.software import PACKAGE, Software, check_same, software
+from disagg_ray.replica.software import PACKAGE, Software, check_same, software
 
 CONFIG = Path("conf/tiny_t2v.yaml").resolve()
 GENERATE = ["generate", "--config", str(CONFIG), "--prompt", "a red circle", "--height", "32", "--width", "32"]

@@ -20,9 +20,9 @@ import pytest
 import ray
 from PIL import Image
 
-from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Pipeline, Request, RequestError, cli
+from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Request, RequestError, cli, connect
+from disagg_ray.driver.names import find_replicas, standing
 from disagg_ray.environment import cache_folder
-from disagg_ray.roster import find_replicas, standing
 
 pytestmark = pytest.mark.proof
 
@@ -37,7 +37,7 @@ SETTINGS = ["standing.driver_timeout_s=4", "limits.max_queued=16", "stages.trans
 def pipeline(cluster: None) -> Iterator[str]:
     """Give the name of the pipeline that stands; nothing of it may be left when it is down."""
     assert cli.main(["up", NAME, "--config", T2V, *SETTINGS]) == 0
-    with Pipeline.connect(NAME) as connection:
+    with connect(NAME) as connection:
         pids = [connection.snapshot().pid, *(replica.pid for replica in connection.replicas)]
     yield NAME
     assert cli.main(["down", NAME]) == 0
@@ -71,7 +71,7 @@ def small(seed: int, **more: object) -> Request:
 
 def test_results_equal_those_of_one_process(pipeline: str, local: Callable[[Request], bytes]) -> None:
     requests = [small(seed) for seed in range(4)]
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         results = {result.request.seed: result.data for result in connection.generate_all(requests)}
         assert results == {request.seed: local(request) for request in requests}
         raw = connection.generate(small(1, format="npy")).frames
@@ -82,7 +82,7 @@ def test_results_equal_those_of_one_process(pipeline: str, local: Callable[[Requ
 def test_a_dead_supervisor_comes_back_to_its_replicas_and_loses_no_request(
     pipeline: str, local: Callable[[Request], bytes]
 ) -> None:
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         before = connection.snapshot()
         handles = [connection.submit(small(seed)) for seed in range(6)]
         os.kill(before.pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ def die(event):
     if (event.request_id, event.stage, event.state) == ("short", "transformer", "done"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-connection = Pipeline.connect(sys.argv[1], address=sys.argv[2], run_id="child", on_event=die)
+connection = connect(sys.argv[1], address=sys.argv[2], run_id="child", on_event=die)
 for request_id, steps in (("short", 4), ("long", 100)):
     size = {"height": 64, "width": 64} if request_id == "short" else {"height": 256, "width": 256}
     connection.submit(Request(prompt="a cat", seed=1, num_frames=9, num_inference_steps=steps, id=request_id, **size))
@@ -113,10 +113,10 @@ def test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept(pipeline
     address = ray.get_runtime_context().gcs_address
     child = subprocess.run([sys.executable, "-c", DRIVER, pipeline, address], check=False, timeout=120)
     assert child.returncode == -signal.SIGKILL
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         wait_until(lambda: "child" not in connection.snapshot().drivers, "the dead driver is still known")
         wait_until_empty(connection)
-    with Pipeline.connect(pipeline, run_id="child") as again:
+    with connect(pipeline, run_id="child") as again:
         result = again.generate(Request(prompt="a cat", seed=1, height=64, width=64, **SMALL, id="short"))
     assert [timing.stage for timing in result.stages] == ["decoder"]
 
@@ -130,7 +130,7 @@ def test_a_driver_that_reconnects_gets_what_was_computed_meanwhile(pipeline: str
 
 
 def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -> None:
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
         with pytest.raises(Overloaded, match=r"limits\.max_queued: 16 requests of this driver"):
             connection.submit(LONG, wait=False)
@@ -144,7 +144,7 @@ def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -
 
 
 def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed(pipeline: str) -> None:
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(connection.submit, replace(LONG, id="17"))
@@ -159,7 +159,7 @@ def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed
 
 
 def test_what_is_given_up_while_it_waits_to_be_submitted_is_not_computed(pipeline: str) -> None:
-    with Pipeline.connect(pipeline) as connection, ThreadPoolExecutor(1) as thread:
+    with connect(pipeline) as connection, ThreadPoolExecutor(1) as thread:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
         waiting = thread.submit(connection.submit, replace(LONG, id="17"))
         wait_until(lambda: "17" in connection._in_flight, "it was not submitted")
@@ -174,7 +174,7 @@ def test_what_is_given_up_while_it_waits_to_be_submitted_is_not_computed(pipelin
 
 def test_a_late_modest_driver_is_not_starved_by_an_early_greedy_one(pipeline: str) -> None:
     order: list[str] = []
-    with Pipeline.connect(pipeline) as greedy, Pipeline.connect(pipeline) as modest:
+    with connect(pipeline) as greedy, connect(pipeline) as modest:
         handles = [greedy.submit(small(seed)) for seed in range(16)]
         handles += [modest.submit(small(seed)) for seed in range(4)]
         for number, handle in enumerate(handles):
@@ -185,7 +185,7 @@ def test_a_late_modest_driver_is_not_starved_by_an_early_greedy_one(pipeline: st
 
 
 def test_replicas_are_added_and_retired_while_requests_run(pipeline: str, local: Callable[[Request], bytes]) -> None:
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         handles = [connection.submit(small(seed)) for seed in range(4)]
         assert cli.main(["scale", pipeline, "transformer=1"]) == 0
         assert [handle.result(60).data for handle in handles] == [local(small(seed)) for seed in range(4)]
@@ -196,7 +196,7 @@ def test_replicas_are_added_and_retired_while_requests_run(pipeline: str, local:
 
 
 def test_a_replica_that_retires_is_listed_until_it_is_done(pipeline: str) -> None:
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         handles = [connection.submit(replace(LONG, id=f"last-{number}")) for number in range(2)]
         wait_until(lambda: all(h.progress and h.progress.step for h in handles), "not both compute")
         assert cli.main(["scale", pipeline, "transformer=1"]) == 0
@@ -211,7 +211,7 @@ def test_a_replica_that_retires_is_listed_until_it_is_done(pipeline: str) -> Non
 def test_a_new_configuration_replaces_replicas_without_losing_requests(
     pipeline: str, local: Callable[[Request], bytes]
 ) -> None:
-    with Pipeline.connect(pipeline) as connection:
+    with connect(pipeline) as connection:
         before = {replica.name: replica.pid for replica in connection.replicas}
         handles = [connection.submit(small(seed)) for seed in range(4)]
         assert cli.main(["up", pipeline, "--config", T2V, *SETTINGS, "stages.encoder.cache_bytes=1000000"]) == 0
@@ -281,7 +281,7 @@ def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None, image
     assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 2
     assert "parts" not in standing()
     assert cli.main(["up", "parts", *arguments, "--only", "transformer", "--here"]) == 0
-    with Pipeline.connect("parts") as connection:
+    with connect("parts") as connection:
         request = small(1, image=image(90, 60))
         assert connection.generate(request).data == LocalPipeline.from_config(I2V).generate(request).data
         waiting = connection.submit(replace(LONG, image=image(128, 128)))

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from disagg_ray import tasks
-from disagg_ray.tasks import BackgroundTasks
+from disagg_ray.driver import tasks
+from disagg_ray.driver.tasks import BackgroundTasks
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from disagg_ray.threads import Workers, off_loop, within
+from disagg_ray.driver.threads import Workers, off_loop, within
 
 
 def test_answers_and_errors_come_back() -> None:
@@ -61,7 +61,7 @@ def test_the_loop_goes_on_while_a_call_blocks() -> None:
 
 def test_a_process_ends_while_calls_hang() -> None:
     code = (
-        "import threading; from disagg_ray.threads import Workers, begin; forever = threading.Event().wait;"
+        "import threading; from disagg_ray.driver.threads import Workers, begin; forever = threading.Event().wait;"
         "begin(forever, 'x'); Workers(1, 'w').submit(forever)"
     )
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)

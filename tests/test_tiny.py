@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_tiny
-from tiny_world import HELD_OUT, TRAINING, agreement, held_out_prompts, judge, render, scene_table, to_pixels
-
-from disagg_ray.models import tiny
+from tiny import networks, train
+from tiny.world import HELD_OUT, TRAINING, agreement, held_out_prompts, judge, render, scene_table, to_pixels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,24 +37,24 @@ def test_held_out_scenes_do_not_train_but_every_pair_of_values_does() -> None:
 
 def test_whole_pass_of_the_vae_equals_the_chunked_one() -> None:
     torch.manual_seed(0)
-    vae = tiny.build_vae().eval()
+    vae = networks.build_vae().eval()
     for parameter in vae.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
     clips = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     with torch.no_grad():
         posterior = vae._encode(clips)
-        assert torch.allclose(tiny.encode_whole(vae, clips), posterior, atol=1e-4)
-        decoded = tiny.decode_whole(vae, posterior[:, :16]).clamp(-1, 1)
+        assert torch.allclose(networks.encode_whole(vae, clips), posterior, atol=1e-4)
+        decoded = networks.decode_whole(vae, posterior[:, :16]).clamp(-1, 1)
         assert torch.allclose(decoded, vae.decode(posterior[:, :16]).sample, atol=1e-4)
 
 
 @pytest.mark.proof
 def test_smoke_training_lowers_each_loss_and_can_go_on(tmp_path: Path) -> None:
-    losses = train_tiny.main(["--out", str(tmp_path), "--smoke"])
+    losses = train.main(["--out", str(tmp_path), "--smoke"])
     assert all(sum(stage[-3:]) < 0.9 * sum(stage[:3]) for stage in losses.values()), losses
     saved = torch.load(tmp_path / "t2v.pt")["transformer"]["proj_out.weight"]
-    again = train_tiny.build_modules(tmp_path, with_image=False)["transformer"].proj_out.weight
+    again = train.build_modules(tmp_path, with_image=False)["transformer"].proj_out.weight
     assert torch.equal(saved, again) and saved.abs().max() > 0
-    assert train_tiny.load_vae(tmp_path, "cpu").config.latents_std is not None
-    pipeline = tiny.load_stock_pipeline(tmp_path / "tiny-wan-i2v")
+    assert train.load_vae(tmp_path, "cpu").config.latents_std is not None
+    pipeline = networks.load_stock_pipeline(tmp_path / "tiny-wan-i2v")
     assert pipeline.transformer.config.in_channels == 36

@@ -16,11 +16,11 @@ import torch
 from helpers import free_ports
 from peer import HOST, TRANSPORT, Peer, flip_bit, make_tensors, publish
 
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.errors import ConfigError, PoolError, TransferError
-from disagg_ray.handoff import AttemptKey, Handoff, TensorMeta
 from disagg_ray.transfer import routes
 from disagg_ray.transfer.engine import TIMED_OUT
+from disagg_ray.transfer.handoff import AttemptKey, Handoff, TensorMeta
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES, slot_bytes
 

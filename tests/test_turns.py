@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from disagg_ray.errors import ConfigError
-from disagg_ray.turns import Turns
+from disagg_ray.models.gpu_lock import Turns
 
 GPU = "GPU-of-a-test"
 CHILD = f"""
 import sys, time
-from disagg_ray.turns import Turns
+from disagg_ray.models.gpu_lock import Turns
 turns = Turns({GPU!r})
 for _ in range(int(sys.argv[1])):
     with turns.take():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from disagg_ray.video import Frames, encode, encode_png, quantise, to_array, to_image
+from disagg_ray.media.video import Frames, encode, encode_png, quantise, to_array, to_image
 
 
 def clip(num_frames: int, height: int = 64, width: int = 96) -> Frames:

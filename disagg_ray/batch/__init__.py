@@ -1,1 +1,1 @@
-"""Many requests from a file, their videos into a folder."""
+"""Many requests from a file: checked, resumed, run, recorded in a manifest."""

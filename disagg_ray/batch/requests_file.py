@@ -20,12 +20,12 @@ import numpy as np
 
 from disagg_ray.batch.lines import load_json, read_lines
 from disagg_ray.batch.records import Picture
-from disagg_ray.config import Config
+from disagg_ray.config.schema import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import TYPES, Request, check, whole
-from disagg_ray.units import nearest, printable, shown
+from disagg_ray.text import nearest, printable, shown
 
 MAX_LINE_BYTES = 2**20
 """A longer line is refused unread: the longest prompts a request may have fit in far less."""

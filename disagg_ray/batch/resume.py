@@ -23,11 +23,11 @@ import numpy as np
 from disagg_ray.batch.manifest import INVALID, Folder, read_manifest, sha256_of, stat_of
 from disagg_ray.batch.records import Picture, Record
 from disagg_ray.batch.requests_file import RequestsFile
-from disagg_ray.config import Config
+from disagg_ray.config.schema import Config
 from disagg_ray.errors import OutputError, RequestError
-from disagg_ray.identity import identify_setup
+from disagg_ray.media.video import digest_pixels, load_image
+from disagg_ray.models.identity import identify_setup
 from disagg_ray.request import Request
-from disagg_ray.video import digest_pixels, load_image
 
 logger = logging.getLogger("disagg_ray")
 

@@ -17,15 +17,15 @@ from disagg_ray.batch.records import Picture, Record
 from disagg_ray.batch.requests_file import IMAGES, Line, RequestsFile
 from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
 from disagg_ray.batch.summary import Summary, Tally
-from disagg_ray.config import Config
-from disagg_ray.connection import Connection
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.handle import Handle
+from disagg_ray.driver.signals import until, wait_for
 from disagg_ray.errors import Cancelled, DisaggError, OutputError, ReplicaLost, RequestError, StartError
-from disagg_ray.handle import Handle
-from disagg_ray.output import try_folder
+from disagg_ray.media.output import try_folder
 from disagg_ray.pipeline import Pipeline
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, rescued
-from disagg_ray.signals import until, wait_for
+from disagg_ray.service.client import Connection
 
 logger = logging.getLogger("disagg_ray")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from disagg_ray.config import Config, StageConfig, TransportConfig
+from disagg_ray.config.schema import Config, StageConfig, TransportConfig
 from disagg_ray.doctor.check import Check, at, exit_status, fail
 from disagg_ray.doctor.cluster import check_cluster, check_resources
 from disagg_ray.doctor.files import check_place
@@ -18,9 +18,9 @@ from disagg_ray.doctor.probe import Probe, check_link
 from disagg_ray.doctor.security import check_auth
 from disagg_ray.doctor.standing import examine_standing
 from disagg_ray.doctor.table import print_checks, to_json
+from disagg_ray.driver.cluster import Cluster
 from disagg_ray.environment import ray_auth_mode
 from disagg_ray.errors import DisaggError
-from disagg_ray.placement import Cluster
 
 __all__ = ["Check", "check_place", "examine", "examine_standing", "exit_status", "print_checks", "to_json"]
 

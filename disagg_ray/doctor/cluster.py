@@ -14,13 +14,13 @@ from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from disagg_ray.config import Config, StageConfig, TransportConfig
+from disagg_ray.config.schema import Config, StageConfig, TransportConfig
 from disagg_ray.doctor.check import Check, at, fail, ok, skipped, warn
 from disagg_ray.doctor.machine import Survey
 from disagg_ray.doctor.probe import Opened, Probe, check_link
 from disagg_ray.doctor.security import check_mooncake_ports
+from disagg_ray.driver.cluster import total_resources
 from disagg_ray.errors import DisaggError
-from disagg_ray.placement import total_resources
 
 logger = logging.getLogger("disagg_ray")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from disagg_ray.doctor.check import Check, fail, ok
 from disagg_ray.errors import EncodeError, OutputError
-from disagg_ray.output import check_output, try_folder
-from disagg_ray.video import check_writer
+from disagg_ray.media.output import check_output, try_folder
+from disagg_ray.media.video import check_writer
 
 
 def check_ffmpeg() -> Check:

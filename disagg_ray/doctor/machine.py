@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
 from disagg_ray.doctor.files import check_ffmpeg, check_temporary
 from disagg_ray.doctor.security import check_dashboard, check_metrics_ports, check_ports, check_token, listening_ports
@@ -24,9 +24,9 @@ from disagg_ray.doctor.software import (
     see_gpus,
 )
 from disagg_ray.environment import cache_folder, ray_token_path
-from disagg_ray.software import installed_wheels, versions
+from disagg_ray.replica.software import installed_wheels, versions
+from disagg_ray.text import human_bytes
 from disagg_ray.transfer import routes
-from disagg_ray.units import human_bytes
 
 LEAST_SHM_BYTES = 10**9
 LEAST_DISK_BYTES = 5 * 10**9

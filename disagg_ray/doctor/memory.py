@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from disagg_ray.config import MAX_VIDEOS, Config, StageConfig
+from disagg_ray.config.schema import Config, StageConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
 from disagg_ray.doctor.software import Gpu
 from disagg_ray.errors import InputError
 from disagg_ray.graph import FRAMES, build_graph
-from disagg_ray.holdings import driver_pool_bytes
-from disagg_ray.replica import pool_bytes
-from disagg_ray.stage import Stage, frame_bytes
-from disagg_ray.units import human_bytes
+from disagg_ray.replica.sizing import MAX_VIDEOS, driver_pool_bytes, frame_bytes, pool_bytes
+from disagg_ray.replica.stage import Stage
+from disagg_ray.text import human_bytes
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.doctor.check import Check, fail, ok, warn
 from disagg_ray.doctor.machine import Survey, survey
 from disagg_ray.doctor.security import Port, own_ports
 from disagg_ray.errors import ConfigError, PoolError, TransferError
-from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.routes import HINTS, ROUTES
 from disagg_ray.transfer.slots import slot_bytes

@@ -14,8 +14,8 @@ import torch
 from packaging.requirements import Requirement
 
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
-from disagg_ray.software import COMPARED, WHEELS, version_of
-from disagg_ray.units import human_bytes
+from disagg_ray.replica.software import COMPARED, WHEELS, version_of
+from disagg_ray.text import human_bytes
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from disagg_ray.config import Config
-from disagg_ray.connection import Connection, take_snapshot
+from disagg_ray.config.schema import Config
 from disagg_ray.doctor.check import Check, fail, ok, warn
+from disagg_ray.driver.calls import Actor, ask
+from disagg_ray.driver.cluster import join
+from disagg_ray.driver.placement import living
 from disagg_ray.errors import DisaggError, StartError
-from disagg_ray.placement import Actor, ask, join, living
+from disagg_ray.media.video import blank
 from disagg_ray.request import IMAGES_OF, Request
-from disagg_ray.service import Snapshot, StageState
-from disagg_ray.video import blank
+from disagg_ray.service.client import Connection, take_snapshot
+from disagg_ray.service.protocol import Snapshot, StageState
 
 logger = logging.getLogger("disagg_ray")
 

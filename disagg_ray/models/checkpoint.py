@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagg_ray.config import ModelConfig
+from disagg_ray.config.options import tile_tensors
+from disagg_ray.config.schema import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import (
@@ -22,8 +23,7 @@ from disagg_ray.models.components import (
     weight_files,
 )
 from disagg_ray.models.files import read_json
-from disagg_ray.options import tile_tensors
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")
 
@@ -215,7 +215,7 @@ def _find(model: ModelConfig) -> Path:
     if model.path.startswith(BUILTIN):
         return _builtin(model.path.removeprefix(BUILTIN))
     if model.path.startswith(RANDOM):
-        from disagg_ray.models.maker import make_checkpoint  # costs an import of every model class
+        from disagg_ray.models.wan.random import make_checkpoint
 
         shape = model.path.removeprefix(RANDOM)
         try:

@@ -17,14 +17,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.files import Tensor, one_line, quote, read_header, read_json
-from disagg_ray.models.shapes import (
+from disagg_ray.models.wan.shapes import (
     ImageEncoderConfig,
     SchedulerConfig,
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
 )
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 Library = Literal["diffusers", "transformers"]
 

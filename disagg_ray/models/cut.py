@@ -14,13 +14,13 @@ import transformers
 from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
 from diffusers.modular_pipelines.wan import Wan22Blocks, Wan22Image2VideoBlocks, WanBlocks, WanImage2VideoAutoBlocks
 
-from disagg_ray.config import StageConfig
+from disagg_ray.config.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeConfig, parse_part
+from disagg_ray.config.schema import StageConfig
 from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
-from disagg_ray.models.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
+from disagg_ray.models.gpu_lock import Turns
 from disagg_ray.models.load import check_scheduler, load_component
-from disagg_ray.models.tiles import Blend, DecodePart
 from disagg_ray.models.tuning import (
     choose_scheduler,
     offload_groups,
@@ -29,10 +29,10 @@ from disagg_ray.models.tuning import (
     tune_transformer,
     tune_vae,
 )
+from disagg_ray.models.wan.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
+from disagg_ray.models.wan.tiles import Blend, DecodePart
 from disagg_ray.models.warm_up import example_tensors
-from disagg_ray.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeConfig, parse_part
 from disagg_ray.request import ResolvedRequest
-from disagg_ray.turns import Turns
 
 SPARE_BYTES = 2**21
 """More than is lost when torch rounds tensors up."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from disagg_ray.errors import CheckpointError
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 MAX_JSON_BYTES = 64 * 2**20
 """Of a configuration or an index; published ones take less than one MiB."""

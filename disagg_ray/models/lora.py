@@ -14,13 +14,13 @@ import torch
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
+from disagg_ray.config.options import LoraConfig
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import MAX_NUMBER
 from disagg_ray.models.files import one_line
 from disagg_ray.models.lora_files import check_header
-from disagg_ray.options import LoraConfig
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")
 

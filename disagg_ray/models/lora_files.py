@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from disagg_ray.config import Config
+from disagg_ray.config.schema import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import MAX_LAYERS
 from disagg_ray.models.files import one_line, read_header
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 PREFIXES = ("transformer.", "diffusion_model.", "lora_unet_")
 """Of the formats that diffusers reads: its own, the original model's, and musubi's."""

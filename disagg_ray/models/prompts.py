@@ -11,7 +11,7 @@ from typing import Any
 
 import ftfy
 
-from disagg_ray.config import ModelConfig
+from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import CheckpointError, RequestError
 from disagg_ray.models.checkpoint import find_here
 from disagg_ray.models.components import check_component, read_components

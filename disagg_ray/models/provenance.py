@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from disagg_ray.config import ModelConfig
+from disagg_ray.config.schema import ModelConfig
 from disagg_ray.environment import expand_home
 from disagg_ray.models.checkpoint import BUILTIN, RANDOM
 

@@ -24,10 +24,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 
-from disagg_ray.config import ModelConfig
+from disagg_ray.config.options import DenoiserConfig, StepCacheConfig, VaeConfig
+from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.models.lora import load_loras
-from disagg_ray.options import DenoiserConfig, StepCacheConfig, VaeConfig
 
 logger = logging.getLogger("disagg_ray")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from disagg_ray.config.options import TILES
 from disagg_ray.graph import IMAGES
 from disagg_ray.models.checkpoint import Checkpoint
-from disagg_ray.options import TILES
 from disagg_ray.request import ResolvedRequest
 
 

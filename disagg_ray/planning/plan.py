@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disagg_ray.config import REPLICA_WINDOW, slots_bytes
+from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages, layouts
 from disagg_ray.planning.profile import Load, Profile, StageProfile
-from disagg_ray.units import shown
+from disagg_ray.replica.sizing import slots_bytes
+from disagg_ray.text import shown
 
 MEMORY_GB = {"B200": 180, "H200": 141, "H100": 80, "L40S": 48, "L40": 48, "A40": 48, "A10G": 24, "L4": 24, "T4": 16}
 """Published memory of a GPU, by Ray's name of it."""
@@ -201,8 +202,8 @@ def predict(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: S
 def _rates(layout: Layout, kinds: Mapping[str, Hardware], load: Load, stages: Stages) -> dict[str, float]:
     """Return the videos a second that each part could do, were the others without limit.
 
-    Helpers beside a transformer take turns with it (`disagg_ray.turns`): they wait for one forward each time, and the
-    transformers have what is left. With the rates of all transformers, of those beside some helpers, and of these
+    Helpers beside a transformer take turns with it (`models.gpu_lock`): they wait for one forward each time, and
+    the transformers have what is left. With the rates of all transformers, of those beside some helpers, and of these
     helpers, rate = denoise - sum of rate / helpers x beside.
     """
     if layout.fused:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.errors import PlanError
-from disagg_ray.output import write_text
+from disagg_ray.media.output import write_text
 
 VERSION = 2
 """Of the file's schema."""
@@ -39,7 +39,7 @@ class Point:
     load: Load
     compute_s: float
     turn_s: float
-    """Of it what keeps others off the GPU: its models' calls (`disagg_ray.turns`)."""
+    """Of it what keeps others off the GPU: its models' calls (`disagg_ray.models.gpu_lock`)."""
     finish_s: float
     """Encoding the file, for the last stage."""
     work_bytes: int

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from disagg_ray.config import Config, TransportConfig
+from disagg_ray.config.schema import Config, TransportConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.graph import Graph, build_graph
-from disagg_ray.handoff import AttemptKey
+from disagg_ray.media.video import encode
 from disagg_ray.planning.layouts import CPU
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
+from disagg_ray.replica.stage import RAW, Outputs, Stage
 from disagg_ray.request import Request, ResolvedRequest, resolve
-from disagg_ray.stage import RAW, Outputs, Stage
+from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import slot_bytes
-from disagg_ray.video import encode
 
 logger = logging.getLogger("disagg_ray")
 

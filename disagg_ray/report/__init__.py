@@ -1,1 +1,1 @@
-"""What people read about finished work."""
+"""Where a finished run's time went: tables, a timeline, a trace for Perfetto, a page."""

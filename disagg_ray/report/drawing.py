@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg_ray.report.timeline import PHASES, Lane, Phase, Span, Timeline, shares
-from disagg_ray.units import printable
+from disagg_ray.text import printable
 
 WIDTH, LEFT, RIGHT, TOP, MARGIN = 1600, 190, 84, 60, 24
 """Pixels: the whole drawing, and what lies beside and above the lanes."""

@@ -18,7 +18,7 @@ from disagg_ray.batch.manifest import MANIFEST, read_manifest
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.summary import Tally, bottleneck
 from disagg_ray.errors import OutputError
-from disagg_ray.output import atomic_file
+from disagg_ray.media.output import atomic_file
 from disagg_ray.planning.plan import Plan
 from disagg_ray.planning.profile import Profile
 from disagg_ray.report.drawing import draw
@@ -26,8 +26,8 @@ from disagg_ray.report.page import Sheet, render
 from disagg_ray.report.timeline import PHASES, Timeline, is_whole, lay_out, shares
 from disagg_ray.report.trace import to_trace
 from disagg_ray.result import Result
-from disagg_ray.service import Snapshot
-from disagg_ray.units import human_bytes
+from disagg_ray.service.protocol import Snapshot
+from disagg_ray.text import human_bytes
 
 PERCENTILES = (50, 90, 99, 100)
 

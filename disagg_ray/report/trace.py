@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from disagg_ray.errors import OutputError
-from disagg_ray.output import atomic_file
+from disagg_ray.media.output import atomic_file
 from disagg_ray.report.timeline import Span, Task, Timeline, Works, lay_out
 
 Event: TypeAlias = dict[str, Any]

@@ -18,12 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 from disagg_ray import environment
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
-from disagg_ray.handoff import Session
-from disagg_ray.sockets import admit, filter_of, listeners, listening_ports
+from disagg_ray.text import mask
 from disagg_ray.transfer.guard import Guard
-from disagg_ray.units import mask
+from disagg_ray.transfer.handoff import Session
+from disagg_ray.transfer.sockets import admit, filter_of, listeners, listening_ports
 
 logger = logging.getLogger("disagg_ray")
 

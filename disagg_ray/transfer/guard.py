@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 
-from disagg_ray.sockets import BACKLOG, NOBODY, Program, admit, listen, local_port
+from disagg_ray.transfer.sockets import BACKLOG, NOBODY, Program, admit, listen, local_port
 
 logger = logging.getLogger("disagg_ray")
 

@@ -21,13 +21,13 @@ from itertools import zip_longest
 
 import torch
 
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
-from disagg_ray.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
-from disagg_ray.segments import plain_segments
+from disagg_ray.transfer.allocator import plain_segments
 from disagg_ray.transfer.cache import TensorCache
 from disagg_ray.transfer.checksum import NAME, checksum
 from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file
+from disagg_ray.transfer.handoff import AttemptKey, Handoff, Session, TensorMeta, TensorSpec
 from disagg_ray.transfer.routes import HINTS, FailedRoutes, open_endpoints, shared_sessions
 from disagg_ray.transfer.slots import HEADER_BYTES, SlotAllocator, Span, align, slot_bytes
 

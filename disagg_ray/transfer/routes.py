@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from disagg_ray.config import TransportConfig
+from disagg_ray.config.schema import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
-from disagg_ray.handoff import Session
 from disagg_ray.transfer.engine import Engine
+from disagg_ray.transfer.handoff import Session
 
 logger = logging.getLogger("disagg_ray")
 

@@ -14,7 +14,7 @@ from peer import HOST, TRANSPORT
 from worker import MIB, Worker, growing, make_tensors, publish, pull, usage
 
 from disagg_ray.errors import ConfigError, PoolError, TransferError
-from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peer import HOST, TRANSPORT
 
-from disagg_ray.handoff import AttemptKey, Handoff
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 
 PUBLISHED = AttemptKey("published", 0)

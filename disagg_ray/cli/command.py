@@ -1,0 +1,144 @@
+"""The `disagg-ray` command.
+
+Exit status: 0 done, 2 what was given cannot be used, 1 it failed, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from disagg_ray.cli import console, logs
+from disagg_ray.cli.arguments import Parser, config_parser
+from disagg_ray.cli.generate import generate
+from disagg_ray.cli.plan import plan, profile
+from disagg_ray.cli.service import down, ls, scale, up
+from disagg_ray.config.load import load_config, to_yaml
+from disagg_ray.driver.signals import terminated
+from disagg_ray.errors import DisaggError, InputError
+from disagg_ray.media.output import check_folder, local_path
+from disagg_ray.version import VERSION
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    console.set_up()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in COMMANDS:
+        status = _run(name, arguments[1:])
+    elif name == "--version":
+        print(f"disagg-ray {VERSION}")
+        status = 0
+    else:
+        status = 0 if name in ("-h", "--help") else 2
+        print(_usage(), file=sys.stderr if status else sys.stdout)
+    return status if console.flush() else max(status, 1)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    logs.set_up()
+    try:
+        with terminated():
+            return COMMANDS[name](arguments)
+    except InputError as error:
+        console.fail("error", error)
+        return 2
+    except DisaggError as error:
+        console.fail("failed", error)
+        return 1
+    except KeyboardInterrupt:
+        print("disagg-ray: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001 - the end of the process, which says what it was
+        console.crash(error)
+        return 1
+
+
+def show_config(argv: Sequence[str]) -> int:
+    """Print the resolved configuration."""
+    parser = config_parser("config", show_config)
+    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    options = parser.parse_intermixed_args(argv)
+    print(to_yaml(load_config(options.config, *options.overrides)), end="")
+    return 0
+
+
+def make_checkpoint(argv: Sequence[str]) -> int:
+    """Write a checkpoint of a known shape with seeded random weights."""
+    parser = Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
+    parser.add_argument("shape", help="as wan2.1-t2v-1.3b or tiny-t2v")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", help="where the weights are drawn")
+    options = parser.parse_args(argv)
+    from disagg_ray.models.wan import random
+
+    try:
+        path = random.make_checkpoint(
+            options.shape, options.folder, seed=options.seed, dtype=options.dtype, device=options.device
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
+    print(f"wrote {path}")
+    return 0
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Check this machine, the cluster's nodes and every way between them, or a pipeline that stands."""
+    parser = config_parser("doctor", doctor)
+    parser.add_argument("--config", help="YAML file of the model and its deployment, to check against it")
+    parser.add_argument("--connect", metavar="NAME", help="check this standing pipeline instead, with a small video")
+    parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
+    parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument("--output", help="check also that a video can be written there")
+    options = parser.parse_intermixed_args(argv)
+    if options.overrides and not options.config:
+        raise InputError(f"--config: not given, so {options.overrides[0]!r} has nothing to override; give a YAML file")
+    if options.connect and (options.config or options.local):
+        raise InputError("--connect: it goes without --config and --local: what stands is checked as it stands")
+    config = load_config(options.config, *options.overrides) if options.config else None
+    from disagg_ray.doctor import check_place, examine, examine_standing, exit_status, print_checks, to_json
+
+    if options.connect:
+        checks = examine_standing(options.connect, options.address)
+    else:
+        checks = examine(config, options.address, local=options.local)
+    if options.output is not None:
+        checks.append(check_place(options.output))
+    print(to_json(checks)) if options.json else print_checks(checks)
+    return exit_status(checks)
+
+
+def report(argv: Sequence[str]) -> int:
+    """Show where a finished run's time went: numbers, a picture, a trace and a page with the videos."""
+    parser = Parser(prog="disagg-ray report", description=report.__doc__)
+    parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
+    parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
+    options = parser.parse_args(argv)
+    if options.output is not None:
+        check_folder(options.output)
+    from disagg_ray.report.tables import write_report
+
+    for path in write_report(local_path(options.folder), local_path(options.output or options.folder)):
+        print(f"wrote {path}")
+    return 0
+
+
+COMMANDS = {
+    "generate": generate, "report": report, "up": up, "ls": ls, "scale": scale, "down": down, "config": show_config,
+    "make-checkpoint": make_checkpoint, "doctor": doctor, "profile": profile, "plan": plan,
+}  # fmt: skip
+
+
+def _usage() -> str:
+    lines = [f"  {name:<16} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
+    return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` says more."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

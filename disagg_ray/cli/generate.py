@@ -1,0 +1,230 @@
+"""`disagg-ray generate`: one video, or a batch of them."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disagg_ray.cli import logs
+from disagg_ray.cli.arguments import config_parser
+from disagg_ray.cli.service import joined
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.signals import terminated
+from disagg_ray.environment import expand_home, in_ray_job
+from disagg_ray.errors import InputError, OutputError, SaveError
+from disagg_ray.media.output import check_folder, check_output, check_trace, format_of, local_path
+from disagg_ray.media.video import check_writer
+from disagg_ray.models.prompts import check_prompts
+from disagg_ray.request import TYPES, Request, resolve
+from disagg_ray.result import Result, rescued
+
+if TYPE_CHECKING:
+    from disagg_ray.local import LocalPipeline
+    from disagg_ray.pipeline import Pipeline
+    from disagg_ray.progress.display import Display
+    from disagg_ray.report.timeline import Works
+    from disagg_ray.service.client import Connection
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Generate one video, or with --requests many."""
+    parser = config_parser("generate", generate)
+    parser.add_argument("--config", help="YAML file of the model and its deployment")
+    parser.add_argument("--connect", metavar="NAME", help="use the pipeline that `disagg-ray up NAME` put up")
+    parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
+    parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--quiet", action="store_true", help="show no progress, and only warnings")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or json: an object a line")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="where to write a .json that ui.perfetto.dev shows: who did what"
+    )
+    _add_request_flags(parser)
+    _add_batch_flags(parser)
+    options = parser.parse_intermixed_args(argv)
+    _check_source(options)
+    logs.set_up(options.log_format, quiet=options.quiet)
+    if options.trace is not None:
+        check_trace(options.trace, in_job=in_ray_job())
+    single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
+    if options.requests is not None:
+        _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
+    else:
+        _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
+    with joined(None) if options.connect is not None else nullcontext():
+        return _generate_one(options) if options.requests is None else _generate_many(options)
+
+
+def _generate_one(options: argparse.Namespace) -> int:
+    if options.output is None:
+        raise InputError("--output: not given; write one such as video.mp4, or for many --requests and --output-dir")
+    config = _config_of(options)
+    check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
+    given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
+    request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
+    resolved, _ = resolve(request, config)  # what is wrong with it should show before anything starts
+    check_prompts(resolved, config.model)
+    if options.local:
+        check_writer(request.format)
+
+    from disagg_ray.report.tables import print_result
+
+    with _start(config, options, 1) as pipeline:
+        result = pipeline.generate(request)
+        path = _save(result, options)
+        print_result(result, pipeline.weights, pipeline.pools)
+        print(f"wrote {path}")
+    if options.trace is not None:
+        _write_trace(options.trace, [(result.request.id, result.stages)])
+    return 0
+
+
+def _save(result: Result, options: argparse.Namespace) -> Path | str:
+    """Write the video where it was to go, or else anywhere.
+
+    Raises:
+        SaveError: says where it is.
+    """
+    try:
+        return result.save(options.output, overwrite=options.overwrite)
+    except OutputError as error:
+        raise SaveError(f"{error}; {rescued(result)}") from error
+
+
+def _generate_many(options: argparse.Namespace) -> int:
+    if options.output_dir is None:
+        raise InputError("--output-dir: not given; write the folder the videos go to")
+    check_folder(options.output_dir, in_job=in_ray_job())
+    config = _config_of(options)
+
+    from disagg_ray.batch import run as batch
+    from disagg_ray.batch.manifest import read_manifest
+    from disagg_ray.batch.resume import Options
+
+    given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
+    asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
+    began = time.time()
+    summary = batch.generate(asked, config, partial(_start_split, config, options))
+    if options.trace is not None:
+        records = [record for record in read_manifest(asked.output_dir) if record.finished >= began]
+        _write_trace(options.trace, [(record.id, record.stages) for record in records])
+    return 0 if summary.complete else 1
+
+
+def _write_trace(path: str, works: Works) -> None:
+    from disagg_ray.report.trace import write_trace
+
+    print(f"wrote {write_trace(local_path(path), works)}")
+
+
+BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
+
+
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    many = parser.add_argument_group("many videos")
+    many.add_argument("--requests", metavar="FILE", help="JSON lines: any field of a request, `id` names the video")
+    many.add_argument("--output-dir", metavar="FOLDER", help="where videos and manifest.jsonl go; run again to go on")
+    many.add_argument(
+        "--verify", action="store_true", help="tell what is done by its digest, not by its time of change"
+    )
+    many.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
+    many.add_argument("--skip-invalid", action="store_true", help="go on without lines that cannot be used")
+
+
+def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> None:
+    for name in names:
+        if getattr(options, name, None) not in (None, False):
+            raise InputError(
+                f"--{name.replace('_', '-')}: given {'with' if options.requests else 'without'} --requests: {remedy}"
+            )
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    if (options.config is None) == (options.connect is None):
+        raise InputError("--config: give it, or the NAME of a standing pipeline as --connect, and not both")
+    if options.connect is not None and (options.overrides or options.local):
+        given = options.overrides[0] if options.overrides else "--local"
+        raise InputError(f"--connect: {given} has no effect on a pipeline that stands; leave it out, or use `up`")
+
+
+def _config_of(options: argparse.Namespace) -> Config:
+    if options.config is not None:
+        return load_config(options.config, *options.overrides)
+    from disagg_ray.service.client import fetch_config
+
+    return fetch_config(options.connect)
+
+
+@contextmanager
+def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[LocalPipeline | Pipeline | Connection]:
+    """Start the pipeline, show its progress, and end it whatever happens."""
+    if options.local:
+        from disagg_ray.local import LocalPipeline
+
+        with _display(options, total) as display, LocalPipeline(config, display.on_event) as pipeline:
+            yield pipeline
+        return
+    with _start_split(config, options, total) as split:
+        yield split
+
+
+@contextmanager
+def _start_split(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline | Connection]:
+    if options.connect is not None:
+        from disagg_ray.service.client import Connection
+
+        run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
+        with (
+            _display(options, total) as display,
+            Connection(options.connect, run_id=run_id, on_event=display.on_event) as connection,
+        ):
+            yield connection
+        return
+    from disagg_ray.driver.cluster import Cluster
+    from disagg_ray.pipeline import Pipeline
+
+    Pipeline.check(config)
+    with (
+        _display(options, total) as display,
+        closing(Cluster(config)),
+        terminated(),  # Ray took the handler when it started
+        Pipeline(config, display.on_event) as split,
+    ):
+        yield split
+
+
+def _display(options: argparse.Namespace, total: int) -> Display:
+    from disagg_ray.progress.display import Display
+
+    return Display(total, "quiet" if options.quiet or options.log_format == "json" else "auto")
+
+
+def _add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a kebab-case flag for every field of Request but `format`, which the output's suffix decides."""
+    docs = field_docs(Request)
+    for f in fields(Request):
+        if f.name != "format":
+            kind = TYPES.get(f.name, (str,))[-1]
+            parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=kind.__name__, help=docs[f.name])
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
+    return docs

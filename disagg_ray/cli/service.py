@@ -1,0 +1,117 @@
+"""The commands about pipelines that stand: up, ls, scale, down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from disagg_ray.cli.arguments import EPILOG, Parser
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import check_joining
+from disagg_ray.driver.signals import terminated
+from disagg_ray.errors import InputError
+from disagg_ray.models.preflight import check_model
+from disagg_ray.text import shown
+
+
+def up(argv: Sequence[str]) -> int:
+    """Put a pipeline up that stays, for many drivers; one that stands becomes what is given, replica by replica."""
+    parser = Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
+    parser.add_argument("name", metavar="NAME", help="what drivers will call it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--only", metavar="STAGE", help="start this stage; the last one makes the pipeline ready")
+    parser.add_argument("--here", action="store_true", help="with --only: on this machine")
+    options = parser.parse_intermixed_args(argv)
+    if options.here and options.only is None:
+        raise InputError("--here: it goes with --only STAGE; give both, or neither")
+    config = load_config(options.config, *options.overrides)
+    check_joining(config.cluster, config.cluster.address or "this machine")
+    check_model(config, whole=False)
+    with _joined_for(options.name, config.cluster.address):
+        from disagg_ray.service import lifecycle
+
+        if options.only is not None:
+            snapshot = lifecycle.up_stage(options.name, options.only, config, here=options.here)
+        else:
+            snapshot = lifecycle.up(options.name, config)
+    if snapshot is not None:
+        stages = ", ".join(f"{state.stage} {state.ready}" for state in snapshot.stages)
+        print(f"{snapshot.name} is {snapshot.state}: {stages}")
+    return 0
+
+
+def ls(argv: Sequence[str]) -> int:
+    """List the pipelines that stand."""
+    parser = Parser(prog="disagg-ray ls", description=ls.__doc__)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(argv)
+    with joined(None):
+        from disagg_ray.report.tables import print_standing, standing_to_json
+        from disagg_ray.service import lifecycle
+
+        snapshots = lifecycle.list_all()
+    if options.json:
+        print(standing_to_json(snapshots))
+    else:
+        print_standing(snapshots)
+    return 0
+
+
+def down(argv: Sequence[str]) -> int:
+    """Take a standing pipeline down."""
+    parser = Parser(prog="disagg-ray down", description=down.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--drain", action="store_true", help="let what runs finish first")
+    parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
+    options = parser.parse_args(argv)
+    if not 0 <= options.grace < math.inf:
+        raise InputError(f"invalid --grace={options.grace:g}: must be at least 0 seconds")
+    with _joined_for(options.name, None):
+        from disagg_ray.service import lifecycle
+
+        lifecycle.down(options.name, options.grace if options.drain else 0.0)
+    print(f"{options.name} is down")
+    return 0
+
+
+def scale(argv: Sequence[str]) -> int:
+    """Change how many replicas a stage of a standing pipeline has."""
+    parser = Parser(prog="disagg-ray scale", description=scale.__doc__)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
+    options = parser.parse_args(argv)
+    asked = [_parse_scale(text) for text in options.stages]
+    with _joined_for(options.name, None):
+        from disagg_ray.service import lifecycle
+
+        for stage, number in asked:
+            lifecycle.scale(options.name, stage, number)
+            print(f"{options.name}: {stage} gets {number} replicas")
+    return 0
+
+
+def _parse_scale(text: str) -> tuple[str, int]:
+    stage, _, number = text.partition("=")
+    if not stage or not number.isdecimal() or int(number) < 1:
+        raise InputError(f"invalid STAGE=NUMBER {shown(text)}: must be a stage and at least 1, as transformer=4")
+    return stage, int(number)
+
+
+def _joined_for(name: str, address: str | None) -> AbstractContextManager[None]:
+    """Join the cluster that is there for the sake of a pipeline, whose name is checked first."""
+    from disagg_ray.driver.names import check_name
+
+    check_name(name)
+    return joined(address)
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """Join the cluster that is there."""
+    from disagg_ray.driver.cluster import join
+
+    join(address)
+    with terminated():  # Ray took the handler when it joined
+        yield

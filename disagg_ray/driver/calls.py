@@ -1,0 +1,158 @@
+"""Replicas as the driver knows them: where each belongs, how it is called, and what its errors become."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.cluster import total_resources
+from disagg_ray.driver.threads import off_loop
+from disagg_ray.errors import DisaggError, ReplicaLost, StageError, StartError
+
+logger = logging.getLogger("disagg_ray")
+
+GROUPS = {"compute": 1, "pull": 2, "encode": 1, "control": 2}
+"""Threads of each kind in a replica."""
+
+GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "encode"}
+"""Every other call is a control call."""
+
+AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Pauses before a replica that cannot be reached is asked again; after the last it is lost."""
+
+NOTICE_S = 10.0
+"""How often a wait says what it waits for."""
+
+
+@dataclass(frozen=True)
+class Post:
+    """A place in the deployment, which one actor after another may hold."""
+
+    stage: str
+    index: int
+    group: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.index}"
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A launched replica."""
+
+    post: Post
+    incarnation: int
+    """How many held the post before."""
+    handle: ActorHandle[Any]
+
+    @property
+    def stage(self) -> str:
+        return self.post.stage
+
+    @property
+    def name(self) -> str:
+        return self.post.name
+
+    @property
+    def id(self) -> str:
+        """Tells the actors of a post apart."""
+        return f"{self.name}.{self.incarnation}"
+
+    def call(self, method: str, *args: Any) -> Awaitable[Any]:
+        """Call a method, under a title for Ray's dashboard.
+
+        Titles name no request: Ray keeps each for good, tens of kilobytes of the driver's and a series of its metrics.
+        """
+        if not ray.is_initialized():  # Ray would start a cluster
+            raise ReplicaLost(f"{self.name}: the cluster was left")
+        title = f"{self.name} {method}"
+        bound = getattr(self.handle, method)
+        return bound.options(name=title, concurrency_group=GROUP_OF.get(method, "control")).remote(*args)  # type: ignore[no-any-return]
+
+
+async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *args: Any) -> list[Any]:
+    """Call every replica and wait until all have answered; say every few seconds what is missing.
+
+    Raises:
+        StartError: not all had by `cluster.start_timeout_s`.
+        DisaggError: what a replica raised.
+    """
+    deadline = time.monotonic() + config.cluster.start_timeout_s
+    calls = {actor.name: asyncio.ensure_future(ask(actor, method, *args)) for actor in actors}
+    try:
+        while missing := sorted(name for name, call in calls.items() if not call.done()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                waiting = await off_loop(_waiting_for, config, missing)
+                raise StartError(f"{waiting}: not ready within cluster.start_timeout_s")
+            pending = [calls[name] for name in missing]
+            done, _ = await asyncio.wait(pending, timeout=min(NOTICE_S, left), return_when=asyncio.FIRST_EXCEPTION)
+            for call in done:
+                call.result()
+            if not done:
+                logger.info(await off_loop(_waiting_for, config, missing))
+        return [calls[actor.name].result() for actor in actors]
+    finally:
+        for call in calls.values():
+            call.cancel()
+
+
+async def ask(actor: Actor, method: str, *args: Any) -> Any:
+    """Call a replica and await its answer, its errors made ours.
+
+    One that cannot be reached is asked again for a while: it may have done what was asked, and does it once.
+
+    Raises:
+        ReplicaLost: it died or cannot be reached; it may have done what was asked or not.
+        DisaggError: what it raised.
+    """
+    for pause_s in (*AGAIN_S, None):
+        try:
+            answer = await actor.call(method, *args)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, DisaggError):
+                raise cause from None
+            raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.ActorUnavailableError as error:
+            if pause_s is None:  # nobody is left there to say that it died
+                reason = f"{actor.name}: the replica cannot be reached: {_reason(error)}"
+                raise ReplicaLost(reason, with_node=True) from error
+            logger.info("%s cannot be reached; it is asked again: %s", actor.name, _reason(error))
+            await asyncio.sleep(pause_s)
+        except ray.exceptions.RayError as error:
+            reason = _reason(error)
+            with_node = "node has died" in reason or getattr(error, "preempted", False)
+            raise ReplicaLost(f"{actor.name}: the replica died: {reason}", with_node=with_node) from error
+        else:
+            break
+    if isinstance(answer, DisaggError):
+        raise answer
+    return answer
+
+
+def _reason(error: ray.exceptions.RayError) -> str:
+    """Return the line of Ray's message that says why."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and "creation task" in lines[0]:
+        return lines[-1]  # what the constructor raised
+    return next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
+
+
+def _waiting_for(config: Config, missing: Sequence[str]) -> str:
+    free: Mapping[str, float] = ray.available_resources()
+    shares = ", ".join(
+        f"{kind} {number:g} (free now {free.get(kind, 0):g})"
+        for kind, number in total_resources(config.stages).items()
+        if number
+    )
+    return f"waiting for {', '.join(missing)}; the pipeline asks for {shares}"

@@ -1,0 +1,166 @@
+"""The Ray cluster that replicas run on: joined, or started on this machine and shut down again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import psutil
+import ray
+from ray.job_config import JobConfig
+
+from disagg_ray import environment
+from disagg_ray.config.schema import Config, StageConfig, check_joining
+from disagg_ray.driver.address import LOCAL, STATUS, find_cluster
+from disagg_ray.errors import ConfigError, DisaggError, StartError
+from disagg_ray.models.preflight import check_model, check_temporary_folder
+from disagg_ray.replica.software import PACKAGE, is_installed
+from disagg_ray.text import mask, printable, shown
+from disagg_ray.version import VERSION
+
+DIGITS = 4
+"""After the point, in Ray's numbers of resources: 7 x 0.1 + 7 x 0.8 + 7 x 0.1 GPUs are 7."""
+
+
+def join(address: str | None) -> None:
+    """Join the Ray cluster at an address, or the one that RAY_ADDRESS or this machine knows, unless one is joined.
+
+    Raises:
+        ConfigError: it is no address of a cluster.
+        StartError: there is none, or it does not let this machine in within seconds.
+    """
+    if ray.is_initialized():
+        return
+    found = find_cluster(address)
+    try:
+        ray.init(address=found, job_config=_job({}), logging_level=logging.ERROR)
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
+        reason = printable(str(error.__cause__ or error).strip())
+        raise StartError(f"cluster.address: '{found}' cannot be joined: {reason}; {STATUS}") from error
+
+
+class Cluster:
+    """A Ray cluster that was joined, or started and then shut down again."""
+
+    def __init__(self, config: Config) -> None:
+        self._started = False
+        self._auth_mode = environment.ray_auth_mode()
+        address = config.cluster.address or environment.ray_address() or LOCAL
+        check_model(config, whole=address == LOCAL and not ray.is_initialized())
+        if ray.is_initialized():
+            check_joining(config.cluster, "this process")
+            return
+        if address != LOCAL:
+            check_joining(config.cluster, address)
+            join(config.cluster.address)
+        else:
+            self._start(config)
+
+    def _start(self, config: Config) -> None:
+        """Start one on this machine, reachable with a token only."""
+        check_temporary_folder()
+        _make_token()
+        ray.init(address="local", logging_level=logging.ERROR, **own_cluster(config))
+        self._started = True
+        try:
+            _check_gpus(config, ray.cluster_resources().get("GPU", 0))
+        except DisaggError:
+            self.close()
+            raise
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was started here, so that all of it is on this machine."""
+        return self._started
+
+    def close(self) -> None:
+        if self._started:
+            ray.shutdown()
+            environment.replace("RAY_AUTH_MODE", self._auth_mode)
+            self._started = False
+
+
+def own_cluster(config: Config) -> dict[str, Any]:
+    """Return what a cluster of our own is started with."""
+    asked = total_resources(config.stages)
+    return {
+        "num_cpus": max(psutil.cpu_count() or 1, int(asked["CPU"]) + 1),  # bookkeeping: let the stages share cores
+        "num_gpus": config.cluster.num_gpus,
+        "resources": {name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
+        "include_dashboard": config.cluster.dashboard,
+        "job_config": _job(_metadata(config)),
+    }
+
+
+def _job(metadata: dict[str, str]) -> JobConfig:
+    """Describe a job whose workers look for modules where any Python of their node does.
+
+    Ray would put the working folder first, so that a `numpy.py` or another version of this package there was taken; it
+    does not for jobs that it believes to come by Ray Client. A package that is not installed is taken from its folder.
+    """
+    if environment.in_ray_job():
+        return JobConfig(metadata=metadata)  # the job's own working folder is part of it
+    folders = [] if is_installed() else [str(PACKAGE.parent)]
+    return JobConfig(metadata=metadata, _client_job=True, _py_driver_sys_path=folders)
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    """Return what a stranger should see of the job in Ray's dashboard."""
+    stages = ", ".join(f"{name} x {stage.num_replicas}" for name, stage in config.stages.items())
+    return {"disagg_ray": VERSION, "model": mask(config.model.path), "stages": stages}
+
+
+def total_resources(stages: Mapping[str, StageConfig]) -> dict[str, float]:
+    """Return what all replicas together ask of a cluster, by Ray's names."""
+    groups = [group for stage in stages.values() for group in stage.replica_groups.values()]
+    return {"CPU": 0, "GPU": 0} | add_up((group.replicas, resources_of(group)) for group in groups)
+
+
+def add_up(asked: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the sum of resources, each taken so many times."""
+    total: dict[str, float] = {}
+    for count, resources in asked:
+        for name, number in resources.items():
+            total[name] = total.get(name, 0) + count * number
+    return {name: round(number, DIGITS) for name, number in total.items()}
+
+
+def resources_of(settings: StageConfig) -> dict[str, float]:
+    """Return what one replica asks for, by Ray's names."""
+    memory = {"memory": float(settings.memory)} if settings.memory is not None else {}
+    return {"CPU": settings.num_cpus, "GPU": settings.num_gpus} | memory | settings.resources
+
+
+def _check_gpus(config: Config, available: float) -> None:
+    asked = total_resources(config.stages)["GPU"]
+    if asked > available:
+        by_stage = ", ".join(
+            f"{name} {group.replicas} x {group.num_gpus:g}"
+            for name, stage in config.stages.items()
+            for group in stage.replica_groups.values()
+        )
+        raise ConfigError(
+            f"stages.*.num_gpus: {asked:g} GPUs are asked for ({by_stage}) and this machine has {available:g}; "
+            f"lower num_gpus or replicas, or join a cluster with cluster.address"
+        )
+
+
+def _make_token() -> None:
+    """Write Ray's token so that only its owner can read it; Ray itself would leave it open to all users."""
+    path = environment.ray_token_path()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"HOME: Ray's token {shown(str(path))} cannot be written: {error.strerror}; set HOME to a folder that can "
+            f"be written to, or RAY_AUTH_TOKEN_PATH to a file of your own"
+        ) from error

@@ -1,0 +1,144 @@
+"""What the driver holds in a pool of its own: a request's images, finished latents, raw frames on their way in."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+from disagg_ray.config.schema import REPLICA_WINDOW, Config
+from disagg_ray.driver.threads import Workers, within
+from disagg_ray.errors import PoolError, TransferError
+from disagg_ray.graph import FRAMES, Graph
+from disagg_ray.media.video import Frames
+from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.replica.sizing import driver_pool_bytes, most_piece_bytes
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
+from disagg_ray.transfer.pool import Pool
+
+T = TypeVar("T")
+
+logger = logging.getLogger("disagg_ray")
+
+NUM_THREADS = 2 * REPLICA_WINDOW
+"""Copies of each kind at once; of raw frames, as many again may wait for their slot to be free once more."""
+
+CLOSE_S = 5.0
+"""How long closing waits for copies that are under way."""
+
+
+class Holdings:
+    """Copies in and out of the driver's pool, off the event loop.
+
+    No copy waits for another kind's room or threads: raw frames have slots of their own, and each kind its threads.
+    """
+
+    def __init__(
+        self, name: str, config: Config, graph: Graph, geometry: Geometry, host: str, taken: frozenset[str]
+    ) -> None:
+        nbytes = driver_pool_bytes(config, graph, geometry)
+        self._pool = Pool(name, nbytes, host, config.transport, taken=taken)
+        self._threads = {kind: Workers(NUM_THREADS, f"{name}-{kind}") for kind in ("out", "hold", "frames")}
+        self._piece_bytes = most_piece_bytes(config.limits)
+        self._pieces: queue.SimpleQueue[AttemptKey | None] = queue.SimpleQueue()
+        """Slots for raw frames that are free; None: the pool is closed."""
+        self._patience_s = config.failures.stall_s
+        self._serial = itertools.count()
+        for _ in range(REPLICA_WINDOW):
+            self._add_piece()
+        self._own_bytes = self._pool.bytes_in_use
+
+    def _add_piece(self) -> None:
+        key = AttemptKey("frames", next(self._serial))
+        self._pool.reserve(key, {FRAMES: self._piece_bytes})
+        self._pieces.put(key)
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Mooncake's names of the ways into the driver's pool."""
+        return tuple(session.name for session in self._pool.sessions)
+
+    @property
+    def met(self) -> frozenset[str]:
+        """Names of the sessions that were read from here."""
+        return self._pool.met
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes that requests take."""
+        return self._pool.bytes_in_use - self._own_bytes
+
+    @property
+    def capacity(self) -> int:
+        return self._pool.capacity
+
+    async def publish(self, key: AttemptKey, tensors: Mapping[str, torch.Tensor]) -> Handoff:
+        """Put tensors where stages can pull them."""
+
+        def publish() -> Handoff:
+            self._pool.reserve(key, {name: tensor.nbytes for name, tensor in tensors.items()})
+            return self._pool.publish(key, tensors)
+
+        return await self._run("out", publish)
+
+    async def hold(self, key: AttemptKey, handoff: Handoff) -> tuple[Handoff, dict[str, torch.Tensor]]:
+        """Pull a verified copy; return where it lies now, and the tensors, good until `key` is released."""
+
+        def pull() -> tuple[Handoff, dict[str, torch.Tensor]]:
+            self._pool.reserve(key, {meta.name: meta.spec.nbytes for meta in handoff.tensors})
+            tensors = self._pool.pull(key, handoff)
+            return self._pool.relay(key, handoff), tensors
+
+        return await self._run("hold", pull)
+
+    async def pull_frames(self, piece: Handoff, into: Frames) -> None:
+        """Bring a piece of raw frames to the start of `into`."""
+
+        def pull() -> None:
+            key = self._take_piece(piece)
+            try:
+                pulled = self._pool.pull(key, piece)[FRAMES]
+                into[: len(pulled)] = pulled.numpy()
+            except BaseException:
+                self._pool.release(key)  # what a late answer may still write to is not used again
+                self._threads["frames"].submit(self._add_piece)  # that may wait until the peer is known to be dead
+                raise
+            self._pieces.put(key)
+
+        await self._run("frames", pull)
+
+    def _take_piece(self, piece: Handoff) -> AttemptKey:
+        try:
+            key = self._pieces.get(timeout=self._patience_s)
+        except queue.Empty:
+            session, waited = piece.sessions[0].name, f"within failures.stall_s={self._patience_s:g} s"
+            raise TransferError(f"no slot for raw frames became free {waited}", session, piece.nbytes, 0) from None
+        if key is None:
+            self._pieces.put(None)  # for the next
+            raise PoolError("the driver's pool is closed")
+        return key
+
+    def release(self, key: AttemptKey) -> None:
+        self._pool.release(key)
+
+    def forget(self, sessions: tuple[str, ...]) -> None:
+        """Free what a dead process might still have written to."""
+        for session in sessions:
+            self._pool.forget(session)
+
+    def close(self) -> None:
+        """End every wait and give the memory back; a copy that hangs is left behind."""
+        self._pieces.put(None)
+        within(CLOSE_S, self._pool.close, "closing the driver's pool")
+        deadline = time.monotonic() + CLOSE_S
+        for kind, threads in self._threads.items():
+            if not threads.close(deadline - time.monotonic()):
+                logger.warning("a copy of the driver's (%s) has hung for %g s: left behind", kind, CLOSE_S)
+
+    async def _run(self, kind: str, work: Callable[[], T]) -> T:
+        return await self._threads[kind].run(work)

@@ -1,0 +1,51 @@
+"""Results that go to a URL: the only place that imports fsspec. Each kind of storage has errors of its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import fsspec
+
+from disagg_ray.errors import OutputError
+from disagg_ray.text import printable
+
+
+def exists(url: str) -> bool:
+    """Raises OutputError: the storage cannot be reached."""
+    with _mapped(url, "reached"):
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return bool(filesystem.exists(path))
+
+
+def attempt(url: str, prefix: str) -> None:
+    """Write a small object beside what a URL names, and remove it.
+
+    Raises:
+        OutputError: that is not allowed, or not possible.
+    """
+    with _mapped(url, "written, as a small object beside it shows"):
+        filesystem, path = fsspec.core.url_to_fs(f"{url.rpartition('/')[0]}/{prefix}{uuid.uuid4().hex}")
+        filesystem.pipe_file(path, b"a test")
+        filesystem.rm_file(path)
+
+
+def write(url: str, fill: Callable[[IO[bytes]], None]) -> None:
+    """Write an object; storage that knows no other names shows it once it is whole.
+
+    Raises:
+        OutputError: it could not be.
+    """
+    with _mapped(url, "written"), fsspec.open(url, "wb") as sink:
+        fill(sink)
+
+
+@contextmanager
+def _mapped(url: str, done: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        said = printable(f"{type(error).__name__}: {error}")
+        raise OutputError(f"output: {url!r} cannot be {done}: {said}") from error

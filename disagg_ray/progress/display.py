@@ -1,0 +1,293 @@
+"""What a person sees while videos are made: live bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Literal, Protocol, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.file_proxy import FileProxy
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from disagg_ray.progress.board import Board, Totals, Track
+from disagg_ray.progress.events import Event
+
+Mode = Literal["auto", "bars", "lines", "quiet"]
+
+BARS_INTERVAL_S = 0.5
+LINE_INTERVAL_S = 1.0
+MAX_ROWS = 16
+MAX_ID_CHARS = 40
+NARROW_CHARS = 64
+"""Terminals below this width show no bars beside the numbers."""
+
+
+class View(Protocol):
+    """A way to show a board."""
+
+    interval_s: float
+
+    def draw(self) -> None:
+        """Show what is new."""
+
+    def close(self) -> None:
+        """Show what is left and put everything back as it was."""
+
+
+class Display:
+    """Shows progress while it is entered. Any thread may report to it, at the price of a dictionary update.
+
+    `total` is the number of requests, None if that is not known beforehand; `mode` auto means bars on a terminal and
+    lines elsewhere; `stream` is standard error by default, so that what a command prints stays clean.
+    """
+
+    def __init__(self, total: int | None, mode: Mode = "auto", stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._mode = mode if mode != "auto" else _fitting(self._stream)
+        self._board = Board(total)
+        self._changed: dict[str, Track] = {}
+        self._ended: list[tuple[str, bool]] = []
+        self._closing = threading.Event()
+
+    def __enter__(self) -> Display:
+        if self._mode != "quiet":
+            self._view = self._make_view()
+            self._thread = threading.Thread(target=self._run, name="disagg_ray-display", daemon=True)
+            self._thread.start()
+        return self
+
+    def _make_view(self) -> View:
+        if self._mode == "bars":
+            return _Bars(self._board, self._stream)
+        return _Lines(self._board, self._changed, self._ended, self._stream)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mode != "quiet":
+            self._closing.set()
+            self._thread.join()
+            with suppress(OSError, ValueError):
+                self._view.close()
+
+    def on_event(self, event: Event) -> None:
+        """Take note of an event."""
+        if self._mode == "quiet":
+            return
+        if not event.stage:
+            self.finished(event.request_id, event.state == "done")
+            return
+        with self._board.lock:
+            track = self._board.on_event(event)
+            if track is not None and self._mode == "lines":
+                self._changed[event.request_id] = track
+
+    def finished(self, request_id: str, ok: bool) -> None:
+        """Take note that a request is over; events of it that are still on their way are ignored."""
+        if self._mode == "quiet":
+            return
+        with self._board.lock:
+            self._board.finished(request_id, ok)
+            if self._mode == "lines":
+                self._changed.pop(request_id, None)
+                self._ended.append((request_id, ok))
+
+    def _run(self) -> None:
+        with suppress(OSError, ValueError):  # the stream is gone or closed: nobody watches any more
+            while not self._closing.wait(self._view.interval_s):
+                self._view.draw()
+
+
+def _fitting(stream: TextIO) -> Literal["bars", "lines"]:
+    """Return what a stream can show."""
+    terminal = stream.isatty() and not Console(file=stream, force_terminal=True).is_dumb_terminal
+    return "bars" if terminal else "lines"
+
+
+class _Lines:
+    """A line when something changed, at most one a second: for logs."""
+
+    interval_s = LINE_INTERVAL_S
+
+    def __init__(self, board: Board, changed: dict[str, Track], ended: list[tuple[str, bool]], stream: TextIO) -> None:
+        self._board, self._changed, self._ended, self._stream = board, changed, ended, stream
+
+    def draw(self) -> None:
+        with self._board.lock:
+            line = self._next()
+        if line is not None:
+            encoding = self._stream.encoding or "utf-8"
+            self._stream.write(f"{line}\n".encode(encoding, "replace").decode(encoding))  # at once: others write too
+            self._stream.flush()
+
+    def _next(self) -> str | None:
+        """Return what to say: the requests that ended, else the one whose change has waited longest.
+
+        One that waits for a replica has least to tell.
+        """
+        request_id: str | None
+        if self._ended:
+            request_id, ok = min(self._ended, key=lambda ended: ended[1])  # one that failed, if any did
+            others = len(self._ended) - 1
+            self._ended.clear()
+            more = f" and {others} more ended" if others else ""
+            totals = self._board.totals()
+            overall = f"; {summary(totals)}" if totals.total != 1 else ""
+            return f"request {printable(request_id)}: {'done' if ok else 'failed'}{more}{overall}"
+        working = (key for key, track in self._changed.items() if track.event.state != "waiting")
+        request_id = next(working, next(iter(self._changed), None))
+        if request_id is not None:
+            track = self._changed.pop(request_id)
+            return f"request {printable(request_id)}: {describe(track, time.monotonic())}"
+        return None
+
+    def close(self) -> None:
+        if self._ended:
+            self.draw()
+
+
+class _Bars:
+    """Live bars: a row for each request that is worked on, and the whole below."""
+
+    interval_s = BARS_INTERVAL_S
+
+    def __init__(self, board: Board, stream: TextIO) -> None:
+        self._board, self._stream = board, stream
+        self._console = Console(file=stream, force_terminal=True, markup=False, highlight=False, emoji=False)
+        self._handlers = list(_handlers(stream))
+        self._live = Live(
+            console=self._console, get_renderable=self._render, auto_refresh=False, transient=True,
+            redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty(),
+        )  # fmt: skip
+        self._live.start()
+        for handler in self._handlers:  # log lines go above the bars
+            handler.setStream(FileProxy(self._console, stream))  # type: ignore[arg-type]
+
+    def draw(self) -> None:
+        self._live.refresh()
+
+    def close(self) -> None:
+        try:
+            self._live.stop()
+        finally:
+            for handler in self._handlers:
+                handler.setStream(self._stream)
+        with self._board.lock:
+            totals = self._board.totals()
+        if totals.total != 1 and totals.done + totals.failed:
+            self._console.print(summary(totals))
+
+    def _render(self) -> RenderableType:
+        width, height = self._console.size
+        wide = width >= NARROW_CHARS
+        with self._board.lock:
+            active, totals = self._board.active(), self._board.totals()
+            rows = active[: max(min(MAX_ROWS, height - 5), 1)]
+            table = _table(rows, time.monotonic(), wide=wide)
+        parts: list[RenderableType] = [table] if rows else []
+        if len(active) > len(rows):
+            parts.append(_line(f"and {len(active) - len(rows)} more"))
+        if totals.total != 1:
+            parts.append(_overall(totals, wide=wide))
+        if totals.waiting:
+            parts.append(_line("waiting: " + ", ".join(f"{stage} {n}" for stage, n in totals.waiting.items())))
+        return Group(*parts)
+
+
+def _table(rows: list[Track], now: float, *, wide: bool) -> Table:
+    table = Table.grid(padding=(0, 1), expand=wide)
+    table.add_column(max_width=20)  # the one that gives way where the terminal is narrow
+    table.add_column(no_wrap=True)
+    if wide:
+        table.add_column(ratio=1)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True, justify="right")
+    for track in rows:
+        event = track.event
+        bar = [ProgressBar(event.steps, event.step) if event.steps else ""] if wide else []
+        progress = f"{event.step}/{event.steps}" if event.steps else event.state
+        table.add_row(_line(printable(event.request_id)), _line(event.replica), *bar, progress, _clock(track, now))
+    return table
+
+
+def _overall(totals: Totals, *, wide: bool) -> RenderableType:
+    line = _line(summary(totals))
+    if not wide or not totals.total:
+        return line
+    table = Table.grid(padding=(0, 1))
+    table.add_row(line, ProgressBar(totals.total, totals.done + totals.failed, width=20))
+    return table
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _clock(track: Track, now: float) -> str:
+    """Return the time left, or what has passed where that is not known."""
+    left = track.seconds_left(now)
+    return f"{human_seconds(now - track.since)} so far" if left is None else f"{human_seconds(left)} left"
+
+
+def describe(track: Track, now: float) -> str:
+    """Return where a request stands, as `transformer-0 step 12/50, 38 s left`."""
+    event = track.event
+    if event.state == "waiting":
+        return f"waiting for {event.stage}{_attempt(event)}"
+    if event.state != "running" or not event.step:
+        return f"{event.replica} {event.state}{_attempt(event)}"
+    left = track.seconds_left(now)
+    time_left = "" if left is None else f", {human_seconds(left)} left"
+    return f"{event.replica} step {event.step}/{event.steps}{time_left}{_attempt(event)}"
+
+
+def _attempt(event: Event) -> str:
+    return f", attempt {event.attempt + 1}" if event.attempt else ""
+
+
+def summary(totals: Totals) -> str:
+    """Return how far the whole is, as `3 of 60 videos done, 1 failed, 4.2 a minute, 12 min left`."""
+    of = "" if totals.total is None else f" of {totals.total}"
+    parts = [f"{totals.done}{of} videos done"]
+    if totals.failed:
+        parts.append(f"{totals.failed} failed")
+    if totals.videos_per_min is not None:
+        parts.append(_rate(totals.videos_per_min))
+    if totals.seconds_left:
+        parts.append(f"{human_seconds(totals.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _rate(per_min: float) -> str:
+    return f"{per_min:.1f} a minute" if per_min >= 1 else f"{per_min * 60:.1f} an hour"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration to the precision that matters, as 38 s, 12 min or 3 h 5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def printable(text: str) -> str:
+    """Return a user's text as one short run of printable characters."""
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= MAX_ID_CHARS else f"{text[: MAX_ID_CHARS - 3]}..."
+
+
+def _handlers(stream: TextIO) -> Iterator[logging.StreamHandler[TextIO]]:
+    """Yield every log handler that writes to a stream."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", []):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                yield handler

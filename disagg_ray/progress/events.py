@@ -1,0 +1,90 @@
+"""What is reported of a request, as it travels: small, bounded, checked when it arrives."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import msgpack
+import zmq
+
+State = Literal["waiting", "pulling", "running", "publishing", "done", "failed", "cancelled"]
+
+STATES = frozenset(get_args(State))
+
+FINAL = frozenset({"done", "failed", "cancelled"})
+"""States that end an attempt."""
+
+MAX_BYTES = 1024
+"""Of an event on the wire."""
+
+MAX_CHARS = 200
+
+MAX_COUNT = 1_000_000
+"""Of steps, and of attempts."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of an attempt of a stage for a request."""
+
+    request_id: str
+    stage: str
+    """Empty: the request as a whole, which is over."""
+    replica: str
+    """As transformer-0; empty while the request waits for one."""
+    attempt: int
+    """0 is the first."""
+    state: State
+    step: int = 0
+    """Denoising steps done."""
+    steps: int = 0
+    """Denoising steps in all; 0 where there are none."""
+    time: float = field(default_factory=time.time)
+    """Seconds since the epoch, by the clock of the node it happened on."""
+
+
+def _leaves(push: zmq.Socket[bytes], data: bytes) -> bool:
+    """Send a message if that can be done at once; return whether it was."""
+    if len(data) > MAX_BYTES:  # the receiver would cut the connection
+        return False
+    try:
+        push.send(data, zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True
+
+
+def pack(event: Event) -> bytes:
+    """Return an event as it travels: a msgpack array of its fields."""
+    fields = (event.request_id, event.stage, event.replica, event.attempt, event.state, event.step, event.steps)
+    data: bytes = msgpack.packb((*fields, event.time))
+    return data
+
+
+WIRE = (str, str, str, int, str, int, int, float)
+
+
+def unpack(data: bytes) -> Event:
+    """Return the event that `data` is.
+
+    Raises:
+        ValueError: it is none, or an impossible one.
+    """
+    limits = {"max_str_len": 4 * MAX_CHARS, "max_array_len": len(WIRE)}
+    fields = msgpack.unpackb(data, use_list=False, max_bin_len=0, max_map_len=0, max_ext_len=0, **limits)
+    if not isinstance(fields, tuple) or tuple(map(type, fields)) != WIRE:
+        raise ValueError("not the fields of an event")
+    event = Event(*fields)
+    names = (event.request_id, event.stage, event.replica)
+    if not all(1 <= len(name) <= MAX_CHARS and name.isprintable() for name in names) or event.state not in STATES:
+        raise ValueError("not the names in an event")
+    if not (0 <= event.attempt <= MAX_COUNT and 0 <= event.step <= event.steps <= MAX_COUNT and _is_time(event.time)):
+        raise ValueError("not the numbers in an event")
+    return event
+
+
+def _is_time(seconds: float) -> bool:
+    return math.isfinite(seconds) and seconds >= 0

@@ -1,0 +1,75 @@
+"""Finished latents of drivers that may come back, on the supervisor's disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from disagg_ray.environment import cache_folder
+from disagg_ray.media.output import TEMPORARY
+
+logger = logging.getLogger("disagg_ray")
+
+
+class Keep:
+    """Files by run id and request id: at most so many bytes, the oldest give way, and none older than `expire_s`."""
+
+    def __init__(self, name: str, max_bytes: int, expire_s: float) -> None:
+        self._folder = cache_folder() / "standing" / name
+        self._max_bytes, self._expire_s = max_bytes, expire_s
+        self._tidying = threading.Lock()
+
+    def file(self, run_id: str, request_id: str) -> Path:
+        """Return where a request's latents are kept."""
+        return self._folder / _digest(run_id) / f"{_digest(request_id)}.safetensors"
+
+    def drop(self, run_id: str, request_ids: Iterable[str]) -> None:
+        """Remove files, those that there are."""
+        for request_id in request_ids:
+            self.file(run_id, request_id).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove what is too old or too much, unless another thread does so now; others may write and drop files."""
+        if not self._tidying.acquire(blocking=False):
+            return
+        try:
+            self._tidy()
+        except OSError as error:  # no reason to fail a request
+            logger.warning("finished latents in %s are not tidied: %s", self._folder, error)
+        finally:
+            self._tidying.release()
+
+    def _tidy(self) -> None:
+        files = sorted(self._files())
+        excess = sum(size for _, size, path in files if _is_whole(path)) - self._max_bytes
+        for changed, size, path in files:
+            if (_is_whole(path) and excess > 0) or changed < time.time() - self._expire_s:
+                path.unlink(missing_ok=True)
+                excess -= size if _is_whole(path) else 0
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """Yield when each file was changed, and its bytes."""
+        for path in self._folder.glob("*/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # renamed or dropped meanwhile
+                continue
+            yield status.st_mtime, status.st_size, path
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is not one that is still being written, or was when its writer died."""
+    return not path.name.startswith(TEMPORARY)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

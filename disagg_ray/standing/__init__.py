@@ -1,1 +1,0 @@
-"""Pipelines that outlive a driver and are shared by many."""
