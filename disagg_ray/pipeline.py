@@ -23,8 +23,8 @@ from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.loop import Driver
 from disagg_ray.driver.metrics import Metrics, Outcome
-from disagg_ray.driver.pool import Holdings
-from disagg_ray.driver.run import Crew, Journey
+from disagg_ray.driver.pool import DriverPool
+from disagg_ray.driver.run import RequestRun, RunContext
 from disagg_ray.driver.tasks import BackgroundTasks
 from disagg_ray.driver.threads import off_loop, within
 from disagg_ray.environment import trim
@@ -34,7 +34,7 @@ from disagg_ray.media.video import to_array
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.progress.channel import Receiver
 from disagg_ray.progress.events import Event
-from disagg_ray.replica.messages import Health, Leader, ReplicaInfo
+from disagg_ray.replica.messages import DriverInfo, Health, ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.result import Result
 from disagg_ray.scheduling.admission import Admission
@@ -68,11 +68,11 @@ class Pipeline(Driver):
         self.check(config)
         super().__init__(pipeline_id or uuid.uuid4().hex[:8], on_event)
         self.config = config
-        self.life = uuid.uuid4().hex[:8]
+        self.driver_epoch = uuid.uuid4().hex[:8]
         """Tells the pipelines apart that one after the other drive the same replicas."""
-        self._journeys: dict[asyncio.Task[Result], Journey] = {}
+        self._journeys: dict[asyncio.Task[Result], RequestRun] = {}
         """Of admitted requests."""
-        self._travelling: dict[str, tuple[Journey, Handle]] = {}
+        self._travelling: dict[str, tuple[RequestRun, Handle]] = {}
         """The same, by request id."""
         self._waiting: set[asyncio.Task[Result]] = set()
         """Of requests before the gate."""
@@ -83,7 +83,7 @@ class Pipeline(Driver):
         self._failed: dict[asyncio.Task[Result], DisaggError] = {}
         """Requests that end for that reason."""
         self._fleet: Fleet | None = None
-        self._holdings: Holdings | None = None
+        self._driver_pool: DriverPool | None = None
         self._receiver: Receiver | None = None
         self._background = BackgroundTasks(self._count_restart)
         try:
@@ -135,10 +135,16 @@ class Pipeline(Driver):
         ports = {description.ports.stage: description.ports for description in described}
         self.graph = build_graph([ports[stage] for stage in self.config.stages])
         geometry, taken = described[0].geometry, await fleet.met()
-        holdings = self._holdings = Holdings(f"driver-{self.id}", self.config, self.graph, geometry, host, taken)
+        driver_pool = self._driver_pool = DriverPool(
+            f"driver-{self.id}", self.config, self.graph, geometry, host, taken
+        )
         credentials = self._receiver.credentials if self._receiver is not None else None
-        await fleet.load(self.graph, Leader(self.life, holdings.sessions, credentials), lambda: holdings.met)
-        self._crew = Crew(self.config, self.graph, geometry, fleet, holdings, metrics, self._tell, self.life)
+        await fleet.load(
+            self.graph, DriverInfo(self.driver_epoch, driver_pool.sessions, credentials), lambda: driver_pool.met
+        )
+        self._context = RunContext(
+            self.config, self.graph, geometry, fleet, driver_pool, metrics, self._tell, self.driver_epoch
+        )
         self._background.start("count", self._count)
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
 
@@ -199,7 +205,7 @@ class Pipeline(Driver):
             self._waiting.discard(task)
             self._admission.leave_queue(handle)
         entered = next(self._sequence)  # stages go by the order of admission: the gate's fairness holds there too
-        journey = Journey(self._crew, request, images, uuid.uuid4().hex[:8], entered, latents_file)
+        journey = RequestRun(self._context, request, images, uuid.uuid4().hex[:8], entered, latents_file)
         self._journeys[task] = journey
         self._travelling[request.id] = journey, handle
         self._metrics.in_flight(len(self._journeys))
@@ -224,7 +230,7 @@ class Pipeline(Driver):
             self._metrics.in_flight(len(self._journeys))
             self._metrics.request_finished(outcome, time.monotonic() - began)
 
-    async def _travel(self, journey: Journey) -> Result:
+    async def _travel(self, journey: RequestRun) -> Result:
         limit_s = self.config.failures.timeout_s
         try:
             async with asyncio.timeout(limit_s):
@@ -263,10 +269,10 @@ class Pipeline(Driver):
 
     async def _count(self) -> None:
         """Keep the metrics' gauges fresh."""
-        assert self._fleet is not None and self._holdings is not None
+        assert self._fleet is not None and self._driver_pool is not None
         while True:
             self._fleet.count()
-            self._metrics.driver_pool(self._holdings.bytes_in_use, self._holdings.capacity)
+            self._metrics.driver_pool(self._driver_pool.bytes_in_use, self._driver_pool.capacity)
             self._metrics.refresh()
             await off_loop(trim)
             await asyncio.sleep(COUNT_S)
@@ -277,8 +283,8 @@ class Pipeline(Driver):
 
     def _lose(self, actor: Actor, info: ReplicaInfo) -> None:
         """A replica is gone."""
-        if self._holdings is not None:
-            self._holdings.forget(info.sessions)
+        if self._driver_pool is not None:
+            self._driver_pool.forget(info.sessions)
         for journey in self._journeys.values():
             journey.lose(actor)
 
@@ -311,7 +317,7 @@ class Pipeline(Driver):
     @property
     def driver_bytes_in_use(self) -> int:
         """Bytes of the driver's own pool that requests take."""
-        return self._holdings.bytes_in_use if self._holdings is not None else 0
+        return self._driver_pool.bytes_in_use if self._driver_pool is not None else 0
 
     def drain(self, grace_s: float) -> None:
         """Admit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
@@ -340,8 +346,8 @@ class Pipeline(Driver):
         if self._receiver is not None:
             self._receiver.close()
         self._end_loop()
-        if self._holdings is not None:
-            self._holdings.close()
+        if self._driver_pool is not None:
+            self._driver_pool.close()
         if self._listener is not None:
             self._listener.close()
         if hasattr(self, "_cluster"):

@@ -94,16 +94,16 @@ class Killer:
 
 def watch_copies(pipeline: Pipeline) -> dict[str, float]:
     """Return a dictionary that gets the time at which the driver held each request's latents."""
-    holdings, held = pipeline._holdings, {}
-    assert holdings is not None
-    hold = holdings.hold
+    driver_pool, held = pipeline._driver_pool, {}
+    assert driver_pool is not None
+    hold = driver_pool.hold
 
     async def watched(key: Any, handoff: Any) -> Any:
         copy = await hold(key, handoff)
         held.setdefault(key.request_id.rpartition(".")[0], time.time())
         return copy
 
-    holdings.hold = watched  # type: ignore[method-assign]
+    driver_pool.hold = watched  # type: ignore[method-assign]
     return held
 
 

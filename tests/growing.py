@@ -1,4 +1,4 @@
-"""A cluster that grows: Ray's autoscaler, its provider of fake nodes, and a standing pipeline that needs more of them.
+"""A cluster that grows: Ray's autoscaler, its provider of fake nodes, and a service that needs more of them.
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(openssl rand -hex 32)
 python tests/growing.py FOLDER    # prints what is waited for; ends with 0 if nodes came, were used, and went again
@@ -25,14 +25,14 @@ from helpers import free_port, ray_folder
 
 from disagg_ray import Connection, Request, cli, connect
 from disagg_ray.driver.address import why_unreachable
-from disagg_ray.driver.names import find_replicas, standing
+from disagg_ray.driver.names import find_replicas, services
 from disagg_ray.service import lifecycle
 
 T2V = "conf/tiny_t2v.yaml"
 RAY = str(Path(sys.executable).with_name("ray"))
 OVERRIDES = (
-    "stages.transformer={replicas: {min: 1, max: 2}, num_cpus: 2, num_threads: 1}", "standing.cluster_grows=true",
-    "standing.target_wait_s=2", "standing.patience_s=1", "standing.idle_s=5",
+    "stages.transformer={replicas: {min: 1, max: 2}, num_cpus: 2, num_threads: 1}", "service.cluster_grows=true",
+    "service.target_wait_s=2", "service.patience_s=1", "service.idle_s=5",
 )  # fmt: skip
 NODE = {"resources": {"CPU": 2}, "node_config": {}}
 """Room for one transformer, or for an encoder and a decoder."""
@@ -119,7 +119,7 @@ def main() -> None:
             wait_until(lambda: num_replicas(connection) == 1, "it did not scale in")
             tell("it has scaled in")
         assert cli.main(["down", "grow"]) == 0
-        assert (standing(), find_replicas("grow")) == ([], {})
+        assert (services(), find_replicas("grow")) == ([], {})
         wait_until(lambda: num_nodes() == 1, "idle nodes stay")
         tell("it is down")
         ray.shutdown()

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from disagg_ray import Request, cli, connect
-from disagg_ray.driver.names import NAMESPACE, find_replicas, standing
+from disagg_ray.driver.names import NAMESPACE, find_replicas, services
 
 T2V = "conf/tiny_t2v.yaml"
 SMALL = Request(prompt="a red circle", seed=1, num_frames=9, num_inference_steps=2)
@@ -68,7 +68,7 @@ def groups() -> list[str]:
 
 
 def check_nothing_left(name: str) -> None:
-    assert (name in standing(), find_replicas(name), groups()) == (False, {}, [])
+    assert (name in services(), find_replicas(name), groups()) == (False, {}, [])
     wait_until(lambda: ray.available_resources().get("GPU") == 6, "GPUs are not given back")
 
 

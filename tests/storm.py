@@ -42,7 +42,7 @@ from disagg_ray.service.supervisor import Supervisor
 I2V = "conf/tiny_i2v.yaml"
 OVERRIDES = (
     "stages.transformer.replicas=2", "stages.decoder.replicas=2", "failures.stall_s=10", "failures.answer_s=8",
-    "failures.max_attempts=5", "failures.shutdown_grace_s=1", "transport.timeout_s=5", "standing.driver_timeout_s=20",
+    "failures.max_attempts=5", "failures.shutdown_grace_s=1", "transport.timeout_s=5", "service.client_timeout_s=20",
 )  # fmt: skip
 NUM_PICTURES, NUM_SEEDS = 4, 3
 GROUP = 25

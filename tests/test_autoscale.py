@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from disagg_ray.config.schema import StandingConfig
+from disagg_ray.config.schema import ServiceConfig
 from disagg_ray.service.autoscale import Load, Scaler
 
-SETTINGS = StandingConfig(target_wait_s=10, patience_s=5, idle_s=20)
+SETTINGS = ServiceConfig(target_wait_s=10, patience_s=5, idle_s=20)
 CALM = Load(least=1, most=4, wanted=1, ready=1, starting=0, busy=1, outstanding_s=5, room=10)
 LATE = replace(CALM, outstanding_s=25)
 SPARE = replace(CALM, wanted=3, ready=3, busy=1, outstanding_s=1)

@@ -64,7 +64,7 @@ def test_under_a_cap_the_largest_stages_are_offloaded_as_far_as_needed(
         return
     given = dict(override.split("=") for override in asked)
     assert [name.split(".")[1] for name, value in given.items() if value == "group"] == offloaded
-    shares = [int(value) for name, value in given.items() if name.endswith("gpu_bytes")]
+    shares = [int(value) for name, value in given.items() if name.endswith("max_vram_bytes")]
     assert 0.99 * cap_gib * 2**30 < sum(shares) <= cap_gib * 2**30
     assert row[0] == "all" + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
 

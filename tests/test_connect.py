@@ -1,4 +1,4 @@
-"""What a user does with a pipeline that stands: batches, signals, the doctor, metrics. One serves every test here."""
+"""What a user does with a service: batches, signals, the doctor, metrics. One serves every test here."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> Non
 
 REFUSED = [
     (["--connect", "us"], "no pipeline 'us' stands here; there are: used"),
-    (["--connect", NAME, "--config", T2V], "--config: give it, or the NAME of a standing pipeline as --connect"),
+    (["--connect", NAME, "--config", T2V], "--config: give it, or the NAME of a service as --connect"),
     (["--connect", NAME, "stages.transformer.replicas=2"], "stages.transformer.replicas=2 has no effect"),
     (["--connect", NAME], "1 lines of"),
 ]

@@ -14,19 +14,19 @@ from helpers import HOST, connect_stages, wait_until
 from peer import Peer
 
 from disagg_ray import load_config
-from disagg_ray.driver.pool import NUM_THREADS, Holdings
+from disagg_ray.driver.pool import NUM_THREADS, DriverPool
 from disagg_ray.errors import PoolError, TransferError
 from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.transfer.handoff import Handoff
 
 
 @pytest.fixture
-def holdings() -> Iterator[Holdings]:
+def driver_pool() -> Iterator[DriverPool]:
     config = load_config("conf/tiny_t2v.yaml", "transport.timeout_s=5", "failures.stall_s=10")
     stages = connect_stages(config)
     graph = build_graph([stage.ports for stage in stages.values()])
-    with closing(Holdings("driver", config, graph, stages["decoder"].geometry, HOST, frozenset())) as holdings:
-        yield holdings
+    with closing(DriverPool("driver", config, graph, stages["decoder"].geometry, HOST, frozenset())) as driver_pool:
+        yield driver_pool
 
 
 def frames_of(peer: Peer) -> Handoff:
@@ -35,36 +35,38 @@ def frames_of(peer: Peer) -> Handoff:
     return replace(peer.handoff, tensors=(replace(meta, name=FRAMES),))
 
 
-def pull(holdings: Holdings, piece: Handoff, times: int) -> list[object]:
+def pull(driver_pool: DriverPool, piece: Handoff, times: int) -> list[object]:
     """Pull as often at once; return what comes of each."""
 
     async def all_at_once() -> list[object]:
         into = np.empty((1, 16, 3, 8, 8), np.float32)
-        return await asyncio.gather(*(holdings.pull_frames(piece, into) for _ in range(times)), return_exceptions=True)
+        return await asyncio.gather(
+            *(driver_pool.pull_frames(piece, into) for _ in range(times)), return_exceptions=True
+        )
 
     return asyncio.run(all_at_once())
 
 
 @pytest.mark.slow
-def test_closing_ends_more_pulls_from_a_hung_decoder_than_there_are_slots(holdings: Holdings) -> None:
+def test_closing_ends_more_pulls_from_a_hung_decoder_than_there_are_slots(driver_pool: DriverPool) -> None:
     with Peer() as peer, ThreadPoolExecutor(1) as thread:
         piece = frames_of(peer)
-        assert pull(holdings, piece, 1) == [None]
+        assert pull(driver_pool, piece, 1) == [None]
         peer.stop()
-        pulling = thread.submit(pull, holdings, piece, NUM_THREADS)
-        wait_until(holdings._pieces.empty, "nothing is pulled", 60)
-        holdings.close()
+        pulling = thread.submit(pull, driver_pool, piece, NUM_THREADS)
+        wait_until(driver_pool._pieces.empty, "nothing is pulled", 60)
+        driver_pool.close()
         assert all(isinstance(error, TransferError | PoolError) for error in pulling.result(60))
 
 
 @pytest.mark.proof
-def test_pulls_from_a_hung_decoder_end_and_its_slots_are_used_again_once_it_is_dead(holdings: Holdings) -> None:
+def test_pulls_from_a_hung_decoder_end_and_its_slots_are_used_again_once_it_is_dead(driver_pool: DriverPool) -> None:
     with Peer() as peer:
         piece = frames_of(peer)
-        assert pull(holdings, piece, 1) == [None]
+        assert pull(driver_pool, piece, 1) == [None]
         peer.stop()
-        assert all(isinstance(error, TransferError) for error in pull(holdings, piece, NUM_THREADS))
-    holdings.forget((peer.session,))
+        assert all(isinstance(error, TransferError) for error in pull(driver_pool, piece, NUM_THREADS))
+    driver_pool.forget((peer.session,))
     with Peer() as other:
-        assert pull(holdings, frames_of(other), NUM_THREADS) == [None] * NUM_THREADS
-    holdings.close()
+        assert pull(driver_pool, frames_of(other), NUM_THREADS) == [None] * NUM_THREADS
+    driver_pool.close()

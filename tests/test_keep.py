@@ -11,7 +11,7 @@ import torch
 
 from disagg_ray.driver.latents import write_latents
 from disagg_ray.media.output import TEMPORARY
-from disagg_ray.service.latents_store import Keep
+from disagg_ray.service.latents_store import LatentsStore
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fill(keep: Keep, run_id: str, request_id: str, nbytes: int = 10, age_s: float = 0.0) -> Path:
+def fill(keep: LatentsStore, run_id: str, request_id: str, nbytes: int = 10, age_s: float = 0.0) -> Path:
     path = keep.file(run_id, request_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * nbytes)
@@ -29,28 +29,28 @@ def fill(keep: Keep, run_id: str, request_id: str, nbytes: int = 10, age_s: floa
 
 
 def test_each_request_of_each_run_has_its_own_file_within_the_folder(cache: Path) -> None:
-    keep = Keep("wan", 100, 60)
+    keep = LatentsStore("wan", 100, 60)
     names = {keep.file(run_id, request_id) for run_id in ("a", "../..") for request_id in ("1", "/etc/passwd")}
     assert len(names) == 4
     assert all(cache in path.parents and ".." not in path.parts for path in names)
 
 
 def test_the_oldest_give_way_when_there_are_too_many_bytes() -> None:
-    keep = Keep("wan", 25, 60)
+    keep = LatentsStore("wan", 25, 60)
     paths = [fill(keep, "run", str(age), age_s=age) for age in (30, 20, 10)]
     keep.tidy()
     assert [path.exists() for path in paths] == [False, True, True]
 
 
 def test_what_is_too_old_goes() -> None:
-    keep = Keep("wan", 100, 60)
+    keep = LatentsStore("wan", 100, 60)
     old, young = fill(keep, "run", "old", age_s=61), fill(keep, "run", "young", age_s=1)
     keep.tidy()
     assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_tidying_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFixture) -> None:
-    keep, ended = Keep("wan", 20_000, 60), threading.Event()
+    keep, ended = LatentsStore("wan", 20_000, 60), threading.Event()
 
     def write(run_id: str) -> None:
         for number in range(60):
@@ -72,7 +72,7 @@ def test_tidying_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFix
 
 
 def test_a_file_that_is_being_written_counts_for_nothing_until_its_writer_is_long_dead() -> None:
-    keep = Keep("wan", 25, 60)
+    keep = LatentsStore("wan", 25, 60)
     whole = fill(keep, "run", "1", 20, age_s=30)
     young, old = (whole.with_name(f"{TEMPORARY}{age}") for age in (20, 70))
     for path, age in ((young, 20), (old, 70)):
@@ -83,7 +83,7 @@ def test_a_file_that_is_being_written_counts_for_nothing_until_its_writer_is_lon
 
 
 def test_what_is_dropped_and_cleared_is_gone(cache: Path) -> None:
-    keep, other = Keep("wan", 100, 60), Keep("other", 100, 60)
+    keep, other = LatentsStore("wan", 100, 60), LatentsStore("other", 100, 60)
     path, kept = fill(keep, "run", "1"), fill(other, "run", "1")
     keep.drop("run", ["1"])
     keep.drop("run", ["1"])

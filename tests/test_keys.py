@@ -24,7 +24,7 @@ from disagg_ray.progress.events import Event
 from disagg_ray.replica.sizing import driver_pool_bytes, pool_bytes
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import resolve
-from disagg_ray.service.latents_store import Keep
+from disagg_ray.service.latents_store import LatentsStore
 
 TESTS = Path(__file__).parent
 CONF = TESTS.parent / "conf"
@@ -151,7 +151,7 @@ def joined(config: Config) -> Any:
 
 def kept(config: Config) -> list[str]:
     """Return which of two files of 1 kB are still there after tidying."""
-    keep = Keep("keys", config.standing.latents_bytes, config.standing.latents_expire_s)
+    keep = LatentsStore("keys", config.service.latents_bytes, config.service.latents_expire_s)
     for path in (cache_folder() / "standing/keys/a/1", cache_folder() / "standing/keys/a/2"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
@@ -215,7 +215,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "stages.*.num_threads": Seen(f"{T}.num_threads=3", threads),
     "stages.*.dtype": Seen(f"{T}.dtype=float16", precision),
     "stages.*.device": Seen(f"{T}.device=cpu", turns, (f"{T}.num_gpus=0.5",)),
-    "stages.*.gpu_bytes": Refused(f"{T}.gpu_bytes=1000", "must be null: the stage runs on the CPU"),
+    "stages.*.max_vram_bytes": Refused(f"{T}.max_vram_bytes=1000", "must be null: the stage runs on the CPU"),
     "stages.*.cache_bytes": Seen("stages.encoder.cache_bytes=1000000", pools),
     "stages.*.denoiser.attention": Shown(OPTIONS + "test_option_changes_nothing_but_rounding"),
     "stages.*.denoiser.compile": Shown(OPTIONS + "test_compiled_denoiser_goes_with_cache_and_offload"),
@@ -256,15 +256,15 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "failures.answer_s": Shown("test_connect.py::test_the_doctor_asks_every_replica_and_a_silent_one_is_replaced"),
     "failures.timeout_s": Shown(REPLAY + "test_a_request_over_its_time_fails_and_frees_its_slots"),
     "failures.shutdown_grace_s": Shown("test_connect.py::test_sigterm_ends_a_batch_and_the_next_run_goes_on"),
-    "standing.driver_timeout_s": Shown(
+    "service.client_timeout_s": Shown(
         "test_standing.py::test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept"
     ),
-    "standing.target_wait_s": Shown(SCALER),
-    "standing.patience_s": Shown(SCALER),
-    "standing.idle_s": Shown(SCALER),
-    "standing.cluster_grows": Shown(SCALER),
-    "standing.latents_bytes": Seen("standing.latents_bytes=1500", kept),
-    "standing.latents_expire_s": Seen("standing.latents_expire_s=1e-9", kept),
+    "service.target_wait_s": Shown(SCALER),
+    "service.patience_s": Shown(SCALER),
+    "service.idle_s": Shown(SCALER),
+    "service.cluster_grows": Shown(SCALER),
+    "service.latents_bytes": Seen("service.latents_bytes=1500", kept),
+    "service.latents_expire_s": Seen("service.latents_expire_s=1e-9", kept),
     "progress": Shown("test_keys.py::test_without_progress_replicas_tell_of_no_step"),
     "output.scale": Shown("test_cli.py::test_local_run_writes_a_video_that_decodes"),
     "fused": Seen("fused=true", graph),

@@ -30,7 +30,7 @@ from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
 from disagg_ray.config.schema import LimitsConfig
 from disagg_ray.driver import run
 from disagg_ray.driver.latents import write_latents
-from disagg_ray.driver.run import Journey
+from disagg_ray.driver.run import RequestRun
 from disagg_ray.driver.signals import terminated
 from disagg_ray.media.video import quantise
 from disagg_ray.replica.sizing import frame_bytes, frames_in_piece, most_piece_bytes
@@ -245,14 +245,14 @@ def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
 def test_cancel_at_the_moment_a_stage_is_done_frees_its_slots(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    note_success = Journey._note_success
+    note_success = RequestRun._note_success
 
-    def cancel(self: Journey, done: str, timing: StageTiming, elapsed: float) -> None:
+    def cancel(self: RequestRun, done: str, timing: StageTiming, elapsed: float) -> None:
         note_success(self, done, timing, elapsed)
         if done == stage:
             next(task for task, other in pipeline._journeys.items() if other is self).cancel()
 
-    monkeypatch.setattr(Journey, "_note_success", cancel)
+    monkeypatch.setattr(RequestRun, "_note_success", cancel)
     with pytest.raises(Cancelled):
         pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
     wait_until_empty(pipeline)

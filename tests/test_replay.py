@@ -83,9 +83,9 @@ def kill(pid: int, how: int = signal.SIGKILL) -> None:
 
 def at_hold(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, strike: Callable[[str], None], *, after: bool) -> None:
     """Have `strike` called with the producer's name, once, right before or after the driver copies its latents."""
-    holdings = pipeline._holdings
-    assert holdings is not None
-    hold, left = holdings.hold, [strike]
+    driver_pool = pipeline._driver_pool
+    assert driver_pool is not None
+    hold, left = driver_pool.hold, [strike]
 
     async def striking(key: Any, handoff: Any) -> Any:
         if not after and left:
@@ -95,7 +95,7 @@ def at_hold(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, strike: Callabl
             left.pop()(handoff.producer)
         return held
 
-    monkeypatch.setattr(holdings, "hold", striking)
+    monkeypatch.setattr(driver_pool, "hold", striking)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from disagg_ray.replica.messages import Task
 from disagg_ray.replica.sizing import num_rooms, pool_bytes
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, resolve
-from disagg_ray.scheduling.scheduler import Job, Place, StageScheduler
+from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.slots import Span
 
@@ -170,7 +170,7 @@ class Factory:
         job = Job(f"{request} {stage}", 1.0, 1.0, priority, sequence, lambda place: self.move(job, place))
         self.schedulers[stage].push(job, self.now)
 
-    def move(self, job: Job, place: Place | None) -> None:
+    def move(self, job: Job, place: Assignment | None) -> None:
         here = self.inside.get(job.request_id) or next((n for n, q in self.queues.items() if job in q), None)
         if here is not None and (place is None or here != place.replica):
             self.leave(job, here)

@@ -8,13 +8,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from disagg_ray.scheduling.scheduler import Job, Place, StageScheduler
+from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 
 SPEEDS = {"fast": 1.0, "slow": 4.0}
 """Seconds per unit of work, by group."""
 
 
-def make_jobs(count: int = 1, work: float = 1.0, told: list[tuple[str, Place | None]] | None = None) -> list[Job]:
+def make_jobs(count: int = 1, work: float = 1.0, told: list[tuple[str, Assignment | None]] | None = None) -> list[Job]:
     """Return jobs 0, 1, ... of equal size; what they are told is noted."""
     notes = [] if told is None else told
     return [Job(n := str(i), work, work, 0, i, lambda place, n=n: notes.append((n, place))) for i in range(count)]
@@ -62,8 +62,8 @@ def test_what_is_prefetched_runs_when_the_job_before_it_is_done_and_the_next_is_
     scheduler.finish(jobs[0], 1.0, 1.0)
     assert places(jobs) == "- fast0! fast0"
     assert told == [
-        ("0", Place("fast0", run=True)), ("1", Place("fast0", run=False)),
-        ("1", Place("fast0", run=True)), ("2", Place("fast0", run=False)),
+        ("0", Assignment("fast0", run=True)), ("1", Assignment("fast0", run=False)),
+        ("1", Assignment("fast0", run=True)), ("2", Assignment("fast0", run=False)),
     ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_an_idle_replica_takes_over_what_another_has_prefetched():
     assert places(jobs) == "fast0! fast1! fast0"
     scheduler.finish(jobs[1], 1.0, 1.0)
     assert places(jobs) == "fast0! - fast1!"
-    assert told[-1] == ("2", Place("fast1", run=True))
+    assert told[-1] == ("2", Assignment("fast1", run=True))
     scheduler.push(jobs[1], 1.0)
     assert places(jobs) == "fast0! fast0 fast1!"
 
@@ -186,7 +186,7 @@ def test_a_prefetched_job_that_moves_at_once_is_told_only_its_new_place():
     scheduler.remove("fast1", 1.0)
     assert (places(jobs), told) == (
         "fast2 fast2! -",
-        [("0", Place("fast1", run=False)), ("0", Place("fast2", run=False))],
+        [("0", Assignment("fast1", run=False)), ("0", Assignment("fast2", run=False))],
     )
 
 
@@ -231,7 +231,7 @@ def test_outstanding_seconds_count_what_runs_is_prefetched_and_waits():
 def test_a_callback_may_call_the_scheduler():
     scheduler, order = StageScheduler(), []
 
-    def finish_at_once(job: Job, place: Place | None) -> None:
+    def finish_at_once(job: Job, place: Assignment | None) -> None:
         order.append((job.request_id, place.run))
         if place.run:
             scheduler.finish(job, 0.0, 1.0)
@@ -250,7 +250,7 @@ def test_what_a_callback_changes_is_told_after_it_and_not_to_jobs_withdrawn_in_i
     order = []
     scheduler = start("fast", jobs := make_jobs(3, told=order))
 
-    def lose_the_other_replica(place: Place | None) -> None:
+    def lose_the_other_replica(place: Assignment | None) -> None:
         scheduler.remove("fast0", 1.0)
         if withdraw:
             scheduler.withdraw(jobs[1], 1.0)
@@ -259,7 +259,7 @@ def test_what_a_callback_changes_is_told_after_it_and_not_to_jobs_withdrawn_in_i
     jobs[2].on_place = lose_the_other_replica
     del order[:]
     scheduler.add("fast1", "fast", 1.0)
-    assert order == (["lost"] if withdraw else ["lost", ("1", Place("fast1", run=False))])
+    assert order == (["lost"] if withdraw else ["lost", ("1", Assignment("fast1", run=False))])
 
 
 def test_a_callback_that_fails_leaves_the_others_to_be_told():
@@ -271,7 +271,7 @@ def test_a_callback_that_fails_leaves_the_others_to_be_told():
     with pytest.raises(ZeroDivisionError):
         scheduler.add("fast0", "fast", 0.0)
     scheduler.rebalance(0.0)
-    assert told == [("1", Place("fast0", run=False))]
+    assert told == [("1", Assignment("fast0", run=False))]
 
 
 def test_a_replica_that_retires_finishes_what_it_runs_and_gets_nothing_more():
@@ -331,12 +331,12 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.now = 0.0
         self.numbers = itertools.count()
         self.groups: dict[str, str] = {}
-        self.jobs: dict[Job, Place | None] = {}
+        self.jobs: dict[Job, Assignment | None] = {}
         """Those that are with the scheduler, and where they were last told to be."""
         self.retiring: set[str] = set()
 
     def running(self, replica: str) -> Job | None:
-        return next((job for job, place in self.jobs.items() if place == Place(replica, run=True)), None)
+        return next((job for job, place in self.jobs.items() if place == Assignment(replica, run=True)), None)
 
     def some_job(self, number: int) -> Job:
         return list(self.jobs)[number % len(self.jobs)]
@@ -385,7 +385,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def make_job(self, number: int, work: float, priority: int, avoid: frozenset[str] = frozenset()) -> Job:
         return (job := Job(str(number), work, work, priority, number, lambda place: self.move(job, place), avoid))
 
-    def move(self, job: Job, place: Place | None) -> None:
+    def move(self, job: Job, place: Assignment | None) -> None:
         assert place is None or place.replica not in job.avoid or set(self.groups) <= job.avoid
         self.jobs[job] = place
 
@@ -429,7 +429,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         known = [place.run for place in self.staying() if place]
         assert counts(self.scheduler) == (len(self.staying()) - len(known), known.count(True), known.count(False))
 
-    def staying(self) -> list[Place | None]:
+    def staying(self) -> list[Assignment | None]:
         """Return the places of jobs, but for those on replicas that retire."""
         return [place for place in self.jobs.values() if not place or place.replica not in self.retiring]
 
@@ -443,7 +443,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         taken = Counter(place for place in self.staying() if place)
         assert all(count == 1 for count in taken.values())
         assert {place.replica for place in taken} <= set(self.groups) == set(self.scheduler.replicas)
-        assert all(Place(place.replica, run=True) in taken for place in taken)
+        assert all(Assignment(place.replica, run=True) in taken for place in taken)
 
     @invariant()
     def no_place_is_free_while_jobs_wait_that_may_go_there(self):

@@ -21,7 +21,7 @@ import ray
 from PIL import Image
 
 from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Request, RequestError, cli, connect
-from disagg_ray.driver.names import find_replicas, standing
+from disagg_ray.driver.names import find_replicas, services
 from disagg_ray.environment import cache_folder
 
 pytestmark = pytest.mark.proof
@@ -30,7 +30,7 @@ T2V, I2V = "conf/tiny_t2v.yaml", "conf/tiny_i2v.yaml"
 NAME = "tests"
 SMALL: dict[str, int] = {"num_frames": 9, "num_inference_steps": 4}
 LONG = Request(prompt="a red circle", height=128, width=128, num_frames=17, num_inference_steps=100, id="long")
-SETTINGS = ["standing.driver_timeout_s=4", "limits.max_queued=16", "stages.transformer.replicas=2"]
+SETTINGS = ["service.client_timeout_s=4", "limits.max_queued=16", "stages.transformer.replicas=2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def pipeline(cluster: None) -> Iterator[str]:
         pids = [connection.snapshot().pid, *(replica.pid for replica in connection.replicas)]
     yield NAME
     assert cli.main(["down", NAME]) == 0
-    assert (standing(), find_replicas(NAME)) == ([], {})
-    assert not (cache_folder() / "standing" / NAME).exists()
+    assert (services(), find_replicas(NAME)) == ([], {})
+    assert not (cache_folder() / "service" / NAME).exists()
     wait_until(lambda: not any(map(psutil.pid_exists, pids)), "processes are left")
 
 
@@ -279,7 +279,7 @@ def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None, image
     arguments = ["--config", I2V, "stages.encoder=null", f"stages.transformer.blocks=[{blocks}]"]
     assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 0
     assert cli.main(["up", "parts", *arguments, "--only", "decoder"]) == 2
-    assert "parts" not in standing()
+    assert "parts" not in services()
     assert cli.main(["up", "parts", *arguments, "--only", "transformer", "--here"]) == 0
     with connect("parts") as connection:
         request = small(1, image=image(90, 60))

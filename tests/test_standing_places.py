@@ -1,4 +1,4 @@
-"""Where standing pipelines stand: scripts with clusters of their own, in processes of their own."""
+"""Where services stand: scripts with clusters of their own, in processes of their own."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from disagg_ray.errors import ConfigError
-from disagg_ray.models.gpu_lock import Turns
+from disagg_ray.models.gpu_lock import GpuLock
 
 GPU = "GPU-of-a-test"
 CHILD = f"""
 import sys, time
-from disagg_ray.models.gpu_lock import Turns
-turns = Turns({GPU!r})
+from disagg_ray.models.gpu_lock import GpuLock
+turns = GpuLock({GPU!r})
 for _ in range(int(sys.argv[1])):
     with turns.take():
         began = time.monotonic()
@@ -62,7 +62,7 @@ def spans(child: subprocess.Popen[str]) -> list[tuple[float, float]]:
 
 
 def test_turns_of_two_processes_never_overlap_and_alternate(start: Callable[..., subprocess.Popen[str]]) -> None:
-    child, turns, mine = start(20, 0.02), Turns(GPU), []
+    child, turns, mine = start(20, 0.02), GpuLock(GPU), []
     for _ in range(10):
         with turns.take():
             began = time.monotonic()
@@ -76,14 +76,14 @@ def test_turns_of_two_processes_never_overlap_and_alternate(start: Callable[...,
 
 
 def test_killed_holder_leaves_its_turn(start: Callable[..., subprocess.Popen[str]]) -> None:
-    child, turns = start(1, 600), Turns(GPU)
+    child, turns = start(1, 600), GpuLock(GPU)
     threading.Timer(0.2, child.kill).start()
     with turns.take():
         assert child.wait(10) == -9
 
 
 def test_waiting_is_told_from_hanging(start: Callable[..., subprocess.Popen[str]]) -> None:
-    child, turns, asked = start(1, 600), Turns(GPU), time.monotonic()
+    child, turns, asked = start(1, 600), GpuLock(GPU), time.monotonic()
     had = threading.Event()
 
     def take() -> None:
@@ -101,7 +101,7 @@ def test_waiting_is_told_from_hanging(start: Callable[..., subprocess.Popen[str]
 
 @pytest.mark.parametrize("names", [("forward",), ("encode", "decode")])
 def test_each_call_of_a_model_is_a_turn(folder: Path, names: tuple[str, ...]) -> None:
-    turns, done = Turns(GPU), []
+    turns, done = GpuLock(GPU), []
     model: torch.nn.Module = torch.nn.Identity()
     for name in names:
         setattr(model, name, lambda x: x * 2 if turns.began else None)
@@ -111,19 +111,19 @@ def test_each_call_of_a_model_is_a_turn(folder: Path, names: tuple[str, ...]) ->
 
 
 def test_failing_call_gives_its_turn_back(folder: Path) -> None:
-    turns, model = Turns(GPU), torch.nn.Linear(2, 2)
+    turns, model = GpuLock(GPU), torch.nn.Linear(2, 2)
     turns.apply(model, lambda: None)
     for _ in range(2):
         with pytest.raises(RuntimeError):
             model(torch.zeros(3))
-    other = Turns(GPU)
+    other = GpuLock(GPU)
     with other.take():
         assert other.began > turns.began
 
 
 def test_folder_of_somebody_else_is_refused(folder: Path) -> None:
-    Turns(GPU)
+    GpuLock(GPU)
     (locks,) = folder.iterdir()
     locks.chmod(0o777)
     with pytest.raises(ConfigError, match="gpu_turns"):
-        Turns(GPU)
+        GpuLock(GPU)

@@ -32,7 +32,7 @@ logger = logging.getLogger("disagg_ray")
 NUM_WRITERS = 4
 """Threads that write, hash and record while others are generated."""
 GONE = (StartError, ReplicaLost, Cancelled)
-"""A stage has no replica left, a standing pipeline's supervisor did not come back, or it was taken down."""
+"""A stage has no replica left, a service's supervisor did not come back, or it was taken down."""
 SETTLE_S = 10.0
 """How long a stopped run waits for its last files to be written."""
 

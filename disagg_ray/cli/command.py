@@ -88,10 +88,10 @@ def make_checkpoint(argv: Sequence[str]) -> int:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Check this machine, the cluster's nodes and every way between them, or a pipeline that stands."""
+    """Check this machine, the cluster's nodes and every way between them, or a service."""
     parser = config_parser("doctor", doctor)
     parser.add_argument("--config", help="YAML file of the model and its deployment, to check against it")
-    parser.add_argument("--connect", metavar="NAME", help="check this standing pipeline instead, with a small video")
+    parser.add_argument("--connect", metavar="NAME", help="check this service instead, with a small video")
     parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
     parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")

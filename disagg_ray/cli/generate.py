@@ -151,10 +151,10 @@ def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> N
 
 def _check_source(options: argparse.Namespace) -> None:
     if (options.config is None) == (options.connect is None):
-        raise InputError("--config: give it, or the NAME of a standing pipeline as --connect, and not both")
+        raise InputError("--config: give it, or the NAME of a service as --connect, and not both")
     if options.connect is not None and (options.overrides or options.local):
         given = options.overrides[0] if options.overrides else "--local"
-        raise InputError(f"--connect: {given} has no effect on a pipeline that stands; leave it out, or use `up`")
+        raise InputError(f"--connect: {given} has no effect on a service; leave it out, or use `up`")
 
 
 def _config_of(options: argparse.Namespace) -> Config:

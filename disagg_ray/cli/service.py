@@ -1,4 +1,4 @@
-"""The commands about pipelines that stand: up, ls, scale, down."""
+"""The commands about services: up, ls, scale, down."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def up(argv: Sequence[str]) -> int:
 
 
 def ls(argv: Sequence[str]) -> int:
-    """List the pipelines that stand."""
+    """List the services."""
     parser = Parser(prog="disagg-ray ls", description=ls.__doc__)
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args(argv)
@@ -60,7 +60,7 @@ def ls(argv: Sequence[str]) -> int:
 
 
 def down(argv: Sequence[str]) -> int:
-    """Take a standing pipeline down."""
+    """Take a service down."""
     parser = Parser(prog="disagg-ray down", description=down.__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--drain", action="store_true", help="let what runs finish first")
@@ -77,7 +77,7 @@ def down(argv: Sequence[str]) -> int:
 
 
 def scale(argv: Sequence[str]) -> int:
-    """Change how many replicas a stage of a standing pipeline has."""
+    """Change how many replicas a stage of a service has."""
     parser = Parser(prog="disagg-ray scale", description=scale.__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")

@@ -170,7 +170,7 @@ FUSED: dict[str, Callable[[str, Stages], Any]] = {
     "num_threads": _threads,
     "dtype": _dtype,
     "device": _device,
-    "gpu_bytes": _same,
+    "max_vram_bytes": _same,
     "cache_bytes": _cache,
     "denoiser": _only,
     "vae": _only,

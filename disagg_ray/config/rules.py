@@ -35,8 +35,8 @@ if TYPE_CHECKING:
         FailuresConfig,
         LimitsConfig,
         ModelConfig,
+        ServiceConfig,
         StageConfig,
-        StandingConfig,
         TransportConfig,
     )
 
@@ -125,7 +125,7 @@ def config_checks(config: Config) -> Iterator[Check]:
     yield from _stage_checks(config.stages, config.limits)
     yield from _sharing_checks(config)
     yield from _failure_checks(config.failures)
-    yield from _standing_checks(config.standing)
+    yield from _service_checks(config.service)
     yield from _transport_checks(config.transport)
     yield "output.scale", config.output.scale, 1 <= config.output.scale <= 16, "must be from 1 to 16"
     yield from _cluster_checks(config.cluster)
@@ -196,16 +196,16 @@ def _stage_checks(stages: Mapping[str, StageConfig], limits: LimitsConfig) -> It
 
 
 def _running_checks(key: str, stage: StageConfig) -> Iterator[Check]:
-    threads, most, cache, tile = stage.num_threads, stage.gpu_bytes, stage.cache_bytes, stage.vae.tile_pixels
+    threads, most, cache, tile = stage.num_threads, stage.max_vram_bytes, stage.cache_bytes, stage.vae.tile_pixels
     yield f"{key}.num_threads", threads, threads is None or threads >= 1, "must be at least 1, or null"
     yield one_of(f"{key}.dtype", stage.dtype, DTYPES, null=True)
     yield one_of(f"{key}.device", stage.device, DEVICES)
     yield one_of(f"{key}.placement", stage.placement, PLACEMENTS)
     yield one_of(f"{key}.offload", stage.offload, OFFLOADS)
-    yield f"{key}.gpu_bytes", most, most is None or most > 0, "must be a number of bytes, or null"
+    yield f"{key}.max_vram_bytes", most, most is None or most > 0, "must be a number of bytes, or null"
     on_gpu = any(group.torch_device == "cuda" for group in stage.replica_groups.values())
     remedy = "must be null: the stage runs on the CPU; give it num_gpus, or leave this out"
-    yield f"{key}.gpu_bytes", most, most is None or on_gpu, remedy
+    yield f"{key}.max_vram_bytes", most, most is None or on_gpu, remedy
     remedy = "must be none: the stage runs on the CPU, where its weights are; give it num_gpus, or leave this out"
     yield f"{key}.offload", stage.offload, stage.offload == "none" or on_gpu, remedy
     tunes = stage.vae.autotune
@@ -290,11 +290,11 @@ def _failure_checks(failures: FailuresConfig) -> Iterator[Check]:
     yield "failures.shutdown_grace_s", grace, 0 <= grace < math.inf, at_least(0)
 
 
-def _standing_checks(standing: StandingConfig) -> Iterator[Check]:
-    for f in fields(standing):
-        value = getattr(standing, f.name)
+def _service_checks(service: ServiceConfig) -> Iterator[Check]:
+    for f in fields(service):
+        value = getattr(service, f.name)
         if not isinstance(value, bool):
-            yield f"standing.{f.name}", value, 0 < value < math.inf, "must be a positive number"
+            yield f"service.{f.name}", value, 0 < value < math.inf, "must be a positive number"
 
 
 def _transport_checks(transport: TransportConfig) -> Iterator[Check]:

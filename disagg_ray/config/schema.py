@@ -143,7 +143,7 @@ class StageConfig:
     """Overrides model.dtype for every component of this stage."""
     device: str = "auto"
     """auto (cuda with num_gpus, else cpu), cpu or cuda."""
-    gpu_bytes: int | None = None
+    max_vram_bytes: int | None = None
     """Most memory that torch takes of the GPU for each replica; more fails there alone. null: all there is. For stages
     on a GPU only."""
     cache_bytes: int = 64 * 2**20
@@ -245,10 +245,10 @@ class FailuresConfig:
 
 
 @dataclass(frozen=True)
-class StandingConfig:
+class ServiceConfig:
     """Pipelines that stay up and serve many drivers (`disagg-ray up`)."""
 
-    driver_timeout_s: float = 60.0
+    client_timeout_s: float = 60.0
     """A driver that is not heard of for so long has its requests cancelled."""
     target_wait_s: float = 60.0
     """A stage with {min, max} replicas gets another one while new work would wait longer than this."""
@@ -297,7 +297,7 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     failures: FailuresConfig = field(default_factory=FailuresConfig)
-    standing: StandingConfig = field(default_factory=StandingConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
     progress: bool = True
     """Have replicas tell of their steps, over an encrypted port that the driver opens on its node."""
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -68,7 +68,7 @@ def measure(config: Config) -> Needs:
 
 def without_gpu(stage: StageConfig) -> StageConfig:
     """Return a stage as it would be where there is no GPU."""
-    return replace(stage, device="cpu", gpu_bytes=None, offload="none", vae=replace(stage.vae, autotune=False))
+    return replace(stage, device="cpu", max_vram_bytes=None, offload="none", vae=replace(stage.vae, autotune=False))
 
 
 def _need(config: Config, stage: Stage) -> Need:

@@ -1,4 +1,4 @@
-"""The checks of a pipeline that stands: its replicas are there and answer, and a video comes through."""
+"""The checks of a service: its replicas are there and answer, and a video comes through."""
 
 from __future__ import annotations
 

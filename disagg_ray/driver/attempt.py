@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.replica.messages import Task
-from disagg_ray.scheduling.scheduler import Place
+from disagg_ray.scheduling.scheduler import Assignment
 
 
 class Turn:
     """Where the scheduler wants a job to be, as something to wait for."""
 
     def __init__(self) -> None:
-        self._place: Place | None = None
+        self._place: Assignment | None = None
         self._moved = asyncio.Event()
         self.actor: Actor | None = None
         """The replica that it came to last."""
 
-    def move(self, place: Place | None) -> None:
+    def move(self, place: Assignment | None) -> None:
         self._place = place
         self._moved.set()
 
-    async def next(self) -> Place | None:
+    async def next(self) -> Assignment | None:
         """Wait until the place has changed; None: the job waits in the queue again."""
         await self._moved.wait()
         self._moved.clear()
@@ -79,7 +79,7 @@ async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visi
         raise
 
 
-async def _next_place(turn: Turn, visit: Visit | None) -> Place | None:
+async def _next_place(turn: Turn, visit: Visit | None) -> Assignment | None:
     """Wait for the scheduler's word, or for a prefetch to fail."""
     moved = asyncio.ensure_future(turn.next())
     try:

@@ -22,7 +22,7 @@ from disagg_ray.driver.tasks import BackgroundTasks
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import DisaggError, InputError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
-from disagg_ray.replica.messages import Description, Health, Leader, ReplicaInfo
+from disagg_ray.replica.messages import Description, DriverInfo, Health, ReplicaInfo
 from disagg_ray.replica.software import check_same
 from disagg_ray.scheduling.blame import MAX_IN_A_ROW, Ledger
 from disagg_ray.scheduling.scheduler import StageScheduler
@@ -77,7 +77,7 @@ class Fleet:
         """Ids of replicas that were given up because they hung."""
         self._background = BackgroundTasks(metrics.task_restarted)
         self._graph: Graph | None = None
-        self._leader: Leader
+        self._driver_info: DriverInfo
         self._driver_met: Callable[[], frozenset[str]]
 
     @property
@@ -169,9 +169,9 @@ class Fleet:
         """Return those that have a pool and live."""
         return self.actors
 
-    async def load(self, graph: Graph, leader: Leader, driver_met: Callable[[], frozenset[str]]) -> None:
-        """Load every replica and put it to work for `leader`; `driver_met` tells whom the driver has read from."""
-        self._graph, self._leader, self._driver_met = graph, leader, driver_met
+    async def load(self, graph: Graph, driver_info: DriverInfo, driver_met: Callable[[], frozenset[str]]) -> None:
+        """Load every replica and put it to work for `driver_info`; `driver_met` tells whom the driver has read from."""
+        self._graph, self._driver_info, self._driver_met = graph, driver_info, driver_met
         actors = list(self._starting.values())
         for actor, info in zip(actors, await self._load(actors), strict=True):
             self._enlist(actor, info)
@@ -179,7 +179,7 @@ class Fleet:
     async def _load(self, actors: list[Actor]) -> list[ReplicaInfo]:
         await self._describe(actors)  # they are up: what is met from here on lives
         taken = await self.met() | self._driver_met()
-        return await gather_ready(self.config, actors, "load", self._graph, self._leader.credentials, taken)
+        return await gather_ready(self.config, actors, "load", self._graph, self._driver_info.credentials, taken)
 
     def _enlist(self, actor: Actor, info: ReplicaInfo) -> None:
         self._starting.pop(actor.post, None)

@@ -22,7 +22,7 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
-class Stander:
+class ReplicaName:
     """A standing replica's name, taken apart."""
 
     stage: str
@@ -31,7 +31,7 @@ class Stander:
 
 
 def check_name(name: str) -> str:
-    """Return the name of a standing pipeline.
+    """Return the name of a service.
 
     Raises:
         InputError: it is none.
@@ -55,7 +55,7 @@ def group_name(name: str, index: int) -> str:
 
 
 def find_groups(name: str) -> dict[str, PlacementGroup]:
-    """Return the placement groups of a standing pipeline by name, whoever made them: Ray's own search sees those of
+    """Return the placement groups of a service by name, whoever made them: Ray's own search sees those of
     its caller's namespace only."""
     with _answering():
         found: dict[str, Any] = placement_group_table()
@@ -67,19 +67,19 @@ def find_groups(name: str) -> dict[str, PlacementGroup]:
 
 
 def release_groups(name: str) -> None:
-    """Give back the GPUs that a standing pipeline's stages share."""
+    """Give back the GPUs that a service's stages share."""
     for group in find_groups(name).values():
         remove_placement_group(group)
 
 
-def standing() -> list[str]:
-    """Return the names of the pipelines that stand, those whose supervisor is being restarted included."""
+def services() -> list[str]:
+    """Return the names of the services, those whose supervisor is being restarted included."""
     return sorted(name.removeprefix(PREFIX) for name in _actors() if "/" not in name)
 
 
 def gathering() -> dict[str, list[str]]:
     """Return which stages are there of pipelines that were started one by one and lack some, by name."""
-    stood, found = set(standing()), dict[str, list[str]]()
+    stood, found = set(services()), dict[str, list[str]]()
     for actor in _actors():
         name, _, post = actor.removeprefix(PREFIX).partition("/")
         if post and name not in stood:
@@ -88,7 +88,7 @@ def gathering() -> dict[str, list[str]]:
 
 
 def find_supervisor(name: str) -> ActorHandle[Any]:
-    """Return the supervisor of a standing pipeline.
+    """Return the supervisor of a service.
 
     Raises:
         InputError: no such pipeline stands; names those that do.
@@ -97,12 +97,12 @@ def find_supervisor(name: str) -> ActorHandle[Any]:
         with _answering():
             return ray.get_actor(supervisor_name(check_name(name)), namespace=NAMESPACE)
     except ValueError:
-        known = ", ".join(standing()) or "none"
+        known = ", ".join(services()) or "none"
         raise InputError(f"NAME: no pipeline {name!r} stands here; there are: {known}") from None
 
 
-def find_replicas(name: str) -> dict[Stander, ActorHandle[Any]]:
-    """Return the replicas of a standing pipeline, dead ones not among them."""
+def find_replicas(name: str) -> dict[ReplicaName, ActorHandle[Any]]:
+    """Return the replicas of a service, dead ones not among them."""
     pattern = re.compile(re.escape(f"{PREFIX}{name}/") + r"(\w+)-(\d+)\.(\d+)")
     found = {}
     for actor in _actors():
@@ -112,7 +112,7 @@ def find_replicas(name: str) -> dict[Stander, ActorHandle[Any]]:
                     handle = ray.get_actor(actor, namespace=NAMESPACE)
             except ValueError:  # it died meanwhile
                 continue
-            found[Stander(match[1], int(match[2]), int(match[3]))] = handle
+            found[ReplicaName(match[1], int(match[2]), int(match[3]))] = handle
     return found
 
 

@@ -38,7 +38,7 @@ def posts_of(config: Config) -> list[Post]:
 
 
 class Placement:
-    """Puts actors where the configuration wants them; those of a standing pipeline outlive their driver."""
+    """Puts actors where the configuration wants them; those of a service outlive their driver."""
 
     def __init__(self, config: Config, pipeline_id: str, *, standing: bool = False) -> None:
         self.config = config
@@ -51,7 +51,7 @@ class Placement:
             self._shared.extend(self._share())
 
     def _share(self) -> Iterator[PlacementGroup]:
-        """Yield what each GPU is reserved with that stages share; a standing pipeline's may be there already."""
+        """Yield what each GPU is reserved with that stages share; a service's may be there already."""
         found = names.find_groups(self._pipeline_id) if self._standing else {}
         for index in range(self.config.stages[self.config.share_gpu[0]].replicas):
             name = names.group_name(self._pipeline_id, index)
@@ -84,7 +84,7 @@ class Placement:
 
     def has_room(self, post: Post, config: Config) -> bool:
         """Return whether some node has room for one more replica at a post, or one that has is to come."""
-        if post.stage in config.share_gpu or config.standing.cluster_grows:
+        if post.stage in config.share_gpu or config.service.cluster_grows:
             return post.stage not in config.share_gpu
         settings = config.for_group(post.stage, post.group).stages[post.stage]
         asked = {name: number for name, number in resources_of(settings).items() if number}
@@ -127,7 +127,7 @@ class Placement:
 
 
 def living(name: str) -> list[Actor]:
-    """Return a standing pipeline's actors, whoever launched them; their posts' groups are not known."""
+    """Return a service's actors, whoever launched them; their posts' groups are not known."""
     found = names.find_replicas(name)
     return [Actor(Post(who.stage, who.index, ""), who.incarnation, handle) for who, handle in found.items()]
 

@@ -32,7 +32,7 @@ CLOSE_S = 5.0
 """How long closing waits for copies that are under way."""
 
 
-class Holdings:
+class DriverPool:
     """Copies in and out of the driver's pool, off the event loop.
 
     No copy waits for another kind's room or threads: raw frames have slots of their own, and each kind its threads.

@@ -19,7 +19,7 @@ from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.driver.metrics import Cause, Metrics
-from disagg_ray.driver.pool import Holdings
+from disagg_ray.driver.pool import DriverPool
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import Cancelled, DisaggError, EncodeError, PoolError, ReplicaLost, StageError, TransferError
 from disagg_ray.graph import LATENTS, Graph
@@ -43,18 +43,18 @@ MAX_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Crew:
+class RunContext:
     """What every journey works with."""
 
     config: Config
     graph: Graph
     geometry: Geometry
     fleet: Fleet
-    holdings: Holdings
+    driver_pool: DriverPool
     metrics: Metrics
     tell: Callable[[Event], None]
     """Hears what the driver itself knows of a request's progress."""
-    life: str = ""
+    driver_epoch: str = ""
     """Which driver this is."""
 
 
@@ -70,12 +70,12 @@ class _Output:
     num_failed_pulls: int = 0
 
 
-class Journey:
+class RequestRun:
     """Lives on the driver's event loop: `travel` once; cancel that to give the request up."""
 
     def __init__(
         self,
-        crew: Crew,
+        context: RunContext,
         request: ResolvedRequest,
         images: Mapping[str, torch.Tensor],
         run_id: str,
@@ -83,8 +83,18 @@ class Journey:
         latents_file: Path | None = None,
     ) -> None:
         self.request = request
-        self._config, self._graph, self._fleet, self._holdings = crew.config, crew.graph, crew.fleet, crew.holdings
-        self._metrics, self._hear, self._life, self._geometry = crew.metrics, crew.tell, crew.life, crew.geometry
+        self._config, self._graph, self._fleet, self._driver_pool = (
+            context.config,
+            context.graph,
+            context.fleet,
+            context.driver_pool,
+        )
+        self._metrics, self._hear, self._driver_epoch, self._geometry = (
+            context.metrics,
+            context.tell,
+            context.driver_epoch,
+            context.geometry,
+        )
         self._images, self._sequence, self._latents_file = images, sequence, latents_file
         self._id = f"{request.id}.{run_id}"
         self._keys: list[AttemptKey] = []
@@ -127,7 +137,7 @@ class Journey:
         started = time.monotonic()
         try:
             if self._images:
-                self._given = await self._holdings.publish(self._new_key(), self._images)
+                self._given = await self._driver_pool.publish(self._new_key(), self._images)
             await self._resume()
             while True:
                 await self._reach(self._graph.last)
@@ -256,7 +266,7 @@ class Journey:
         handoffs = [self._outputs[producer].handoff for producer in self._graph.producers(stage)]
         if self._given is not None and self._graph.image_inputs(stage):
             handoffs.append(self._given)
-        return Task(self._new_key(), self.request, tuple(handoffs), self._tries[stage], self._life)
+        return Task(self._new_key(), self.request, tuple(handoffs), self._tries[stage], self._driver_epoch)
 
     def _end(self, stage: str, state: State, cause: Cause, replica: str = "") -> None:
         """Tell how an attempt ended."""
@@ -336,10 +346,10 @@ class Journey:
         """Copy latents here, and to their file; from then on nothing that dies costs the denoise."""
         key = self._new_key()
         try:
-            handoff, tensors = await self._holdings.hold(key, output.handoff)
+            handoff, tensors = await self._driver_pool.hold(key, output.handoff)
         except (TransferError, PoolError, Cancelled) as error:
             self._log(logging.INFO, "the driver has no copy of the %s's output: %s", stage, error)
-            self._holdings.release(key)
+            self._driver_pool.release(key)
             return
         self._held[stage] = _Output(key, handoff, None)
         self._outputs.setdefault(stage, self._held[stage])
@@ -361,7 +371,7 @@ class Journey:
         if latents is None:
             return
         key, tensors = self._new_key(), {LATENTS: latents}
-        self._held[stage] = self._outputs[stage] = _Output(key, await self._holdings.publish(key, tensors), None)
+        self._held[stage] = self._outputs[stage] = _Output(key, await self._driver_pool.publish(key, tensors), None)
         self._log(logging.INFO, "goes on from %s", self._latents_file)
 
     async def _bring(self) -> tuple[bytes | None, Frames | None] | None:
@@ -399,13 +409,13 @@ class Journey:
         frames = np.empty((num_frames, request.height, request.width, 3), np.float32)
         for start in range(0, num_frames, frames_in_piece(request.height * request.width, num_frames)):
             piece = await self._fleet.ask(output.holder, "piece", output.key, start)
-            await self._holdings.pull_frames(piece, frames[start:])
+            await self._driver_pool.pull_frames(piece, frames[start:])
         return frames
 
     def _release(self, output: _Output) -> None:
         """Free an output's slots where they are; a dead replica has none."""
         if output.holder is None:
-            self._holdings.release(output.key)
+            self._driver_pool.release(output.key)
         else:
             self._fleet.send(output.holder, "release", output.key)
 
@@ -426,4 +436,4 @@ class Journey:
 
     def _release_held(self, _: object = None) -> None:
         for key in self._keys:
-            self._holdings.release(key)
+            self._driver_pool.release(key)

@@ -19,7 +19,7 @@ from disagg_ray.config.schema import StageConfig
 from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
-from disagg_ray.models.gpu_lock import Turns
+from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.load import check_scheduler, load_component
 from disagg_ray.models.tuning import (
     choose_scheduler,
@@ -101,7 +101,7 @@ class Cut:
         self._pipeline.register_components(**loaded)
         return weights
 
-    def take_turns(self, turns: Turns) -> None:
+    def take_turns(self, turns: GpuLock) -> None:
         """Have every call of a model take a turn on the GPU, which ends when its stream is done."""
         for name in self.components:
             if isinstance(model := self.component(name), torch.nn.Module):

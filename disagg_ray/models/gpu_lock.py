@@ -24,7 +24,7 @@ CALLS = ("encode", "decode")
 """What is called of a VAE; of any other model, `forward`."""
 
 
-class Turns:
+class GpuLock:
     """A GPU's turns, as one process takes them.
 
     Two locks of the kernel's make them fair: who waits for the turn holds the other one, so a process that has just had

@@ -63,7 +63,7 @@ class Prediction:
     """Videos, in steady state."""
     latency_s: float
     """Of one request alone."""
-    gpu_bytes: tuple[int, ...]
+    max_vram_bytes: tuple[int, ...]
     """Taken of a GPU, by seat."""
     bottleneck: str
     """What limits the throughput."""
@@ -292,12 +292,12 @@ def explain(plan: Plan) -> str:
     seconds = f"{best.latency_s:.2f} s for one alone" + (
         f" ({fused.latency_s:.2f} fused)" if fused and best is not fused else ""
     )
-    memory = max(zip(best.gpu_bytes, best.layout.seats, strict=True), key=lambda pair: pair[0])
+    memory = max(zip(best.max_vram_bytes, best.layout.seats, strict=True), key=lambda pair: pair[0])
     lines = [
         f"Best: {best.layout.name}: {best.per_minute:.4g} videos a minute{against}, {seconds}.",
         f"Why: {_why(plan)}",
         f"Memory: {memory[0] / 1e9:.1f} GB at most, of a {memory[1].kind} with {' and '.join(memory[1].stages)}; "
-        + (f"fused takes {max(fused.gpu_bytes) / 1e9:.1f}." if fused else f"fused does not fit: {_misfit(plan)}."),
+        + (f"fused takes {max(fused.max_vram_bytes) / 1e9:.1f}." if fused else f"fused does not fit: {_misfit(plan)}."),
     ]
     return "\n".join(lines)
 

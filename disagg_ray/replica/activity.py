@@ -11,10 +11,10 @@ from contextlib import contextmanager
 class Activity:
     """One piece of work of one thread."""
 
-    def __init__(self, name: str, excused_until: Callable[[], float]) -> None:
+    def __init__(self, name: str, lock_wait_until: Callable[[], float]) -> None:
         self.name = name
         self._progressed = time.monotonic()
-        self._excused_until = excused_until
+        self._excused_until = lock_wait_until
 
     def progress(self) -> None:
         self._progressed = time.monotonic()
@@ -34,12 +34,12 @@ class Activities:
         self._running: set[Activity] = set()
 
     @contextmanager
-    def working(self, name: str, excused_until: Callable[[], float] = lambda: 0.0) -> Iterator[Activity]:
+    def working(self, name: str, lock_wait_until: Callable[[], float] = lambda: 0.0) -> Iterator[Activity]:
         """Count what is done inside as work that has to make progress.
 
-        `excused_until` returns the monotonic time until which none could be made.
+        `lock_wait_until` returns the monotonic time until which none could be made.
         """
-        activity = Activity(name, excused_until)
+        activity = Activity(name, lock_wait_until)
         with self._lock:
             self._running.add(activity)
         try:

@@ -30,14 +30,14 @@ from disagg_ray.progress.channel import Credentials, Sender
 from disagg_ray.progress.events import Event, State
 from disagg_ray.replica.activity import Activities
 from disagg_ray.replica.messages import (
-    Charter,
     Description,
+    DriverInfo,
     Encoded,
     Health,
-    Leader,
-    Recollection,
     ReplicaInfo,
+    ReplicaState,
     Reply,
+    Spec,
     Task,
 )
 from disagg_ray.replica.once import Once
@@ -78,10 +78,10 @@ class Replica:
         self._known: set[AttemptKey] = set()
         """Tasks that were begun here and not released."""
         self._changed = threading.Condition()
-        """Of the three above, and of the leader."""
-        self._leader: Leader | None = None
+        """Of the three above, and of the driver_info."""
+        self._driver_info: DriverInfo | None = None
         """None: whoever asks is served."""
-        self._charter: Charter | None = None
+        self._spec: Spec | None = None
         self._info: ReplicaInfo | None = None
         self._loading = False
         """Or done with that."""
@@ -139,23 +139,23 @@ class Replica:
         )
         return self._info
 
-    def recall(self) -> Recollection:
+    def state(self) -> ReplicaState:
         """Tell a new driver what is known here."""
-        return Recollection(self._charter, self._config, self.describe(), self._info, fresh=not self._loading)
+        return ReplicaState(self._spec, self._config, self.describe(), self._info, fresh=not self._loading)
 
-    def follow(self, leader: Leader, charter: Charter) -> None:
+    def follow(self, driver_info: DriverInfo, spec: Spec) -> None:
         """Work for this driver from now on; what was begun for one that is dead is given up and its slots are freed."""
         with self._changed:
-            before, self._leader, self._charter = self._leader, leader, charter
+            before, self._driver_info, self._spec = self._driver_info, driver_info, spec
             known = list(self._known)
-        if before is not None and before.life == leader.life:
+        if before is not None and before.driver_epoch == driver_info.driver_epoch:
             return
         for key in known:
             self.release(key)
         if before is not None:
             self.forget(before.sessions)
         self._sender.close()
-        self._sender = Sender(leader.credentials)
+        self._sender = Sender(driver_info.credentials)
 
     def prefetch(self, task: Task) -> None:
         """Reserve room for a task and pull its inputs, while another computes."""
@@ -198,7 +198,7 @@ class Replica:
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
         with self._changed:
-            if self._leader is not None and self._leader.life != task.life:
+            if self._driver_info is not None and self._driver_info.driver_epoch != task.driver_epoch:
                 raise Cancelled(f"request {task.request.id} was a dead driver's")
             self._known.add(task.key)
         self._tell(task, "pulling")
@@ -237,7 +237,7 @@ class Replica:
 
         began, started = time.time(), time.monotonic()
         self._tell(task, "running")
-        with self._activities.working("compute", lambda: self._stage.excused_until) as activity:
+        with self._activities.working("compute", lambda: self._stage.lock_wait_until) as activity:
             outputs = self._stage.compute(request, pulled.tensors, stop_when_released)
         computed = time.monotonic()
         self._tell(task, "publishing")
@@ -362,8 +362,8 @@ class ServedReplica(Replica):
             return self._refusal
         return self._once.answer("load", None, partial(self._answer, super().load, *args))
 
-    def recall(self) -> Recollection | DisaggError:  # type: ignore[override]
-        return self._refusal or super().recall()
+    def state(self) -> ReplicaState | DisaggError:  # type: ignore[override]
+        return self._refusal or super().state()
 
     def prefetch(self, task: Task) -> DisaggError | None:  # type: ignore[override]
         return self._once.answer("prefetch", task.key, partial(self._answer, super().prefetch, task))

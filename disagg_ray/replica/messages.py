@@ -56,15 +56,15 @@ class Task:
     """Where its inputs lie; each producer keeps them until it is told to release."""
     attempt: int = 0
     """How often the stage was begun for this request before."""
-    life: str = ""
+    driver_epoch: str = ""
     """Of the driver that asks."""
 
 
 @dataclass(frozen=True)
-class Leader:
+class DriverInfo:
     """Who drives a replica."""
 
-    life: str
+    driver_epoch: str
     """The one that its tasks bear."""
     sessions: tuple[str, ...]
     """Mooncake's names of the ways into the driver's pool."""
@@ -73,18 +73,18 @@ class Leader:
 
 
 @dataclass(frozen=True)
-class Charter:
-    """What a standing pipeline is to be. Each of its replicas keeps a copy: they outlive their driver."""
+class Spec:
+    """What a service is to be. Each of its replicas keeps a copy: they outlive their driver."""
 
     revision: int
     config: Config
 
 
 @dataclass(frozen=True)
-class Recollection:
+class ReplicaState:
     """What a standing replica tells a new driver."""
 
-    charter: Charter | None
+    spec: Spec | None
     config: Config
     """With which it was launched."""
     description: Description

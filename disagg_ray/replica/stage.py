@@ -15,7 +15,7 @@ from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
 from disagg_ray.media.video import Frames, to_image
 from disagg_ray.models.checkpoint import open_checkpoint
-from disagg_ray.models.gpu_lock import Turns
+from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.preflight import check_fit
 from disagg_ray.models.warm_up import example_request, example_tensors
 from disagg_ray.replica.sizing import PoolNeeds, frame_bytes, frames_in_piece, most_piece_bytes
@@ -56,7 +56,7 @@ class Stage:
         self.weights: dict[str, int] = {}
         """Bytes of each loaded component."""
         self._stream: torch.cuda.Stream | None = None
-        self._turns: Turns | None = None
+        self._turns: GpuLock | None = None
         self._short = False
         """Of GPU memory, at least once."""
 
@@ -87,7 +87,7 @@ class Stage:
         return self._settings.torch_device
 
     @property
-    def excused_until(self) -> float:
+    def lock_wait_until(self) -> float:
         """Monotonic time until which it waited for its turn on the GPU, and so could not make progress."""
         if self._turns is None:
             return 0.0
@@ -118,7 +118,7 @@ class Stage:
                 f"stages.{self.name}.device: cuda is not available to this process; write cpu, give the "
                 f"stage num_gpus, or see whether CUDA_VISIBLE_DEVICES hides the GPU"
             )
-        most = self._settings.gpu_bytes
+        most = self._settings.max_vram_bytes
         if self.device == "cuda" and most is not None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, most / total))
@@ -134,7 +134,7 @@ class Stage:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             if self.config.takes_turns(self.name):
-                self._turns = Turns(str(torch.cuda.get_device_properties(0).uuid))
+                self._turns = GpuLock(str(torch.cuda.get_device_properties(0).uuid))
                 self._cut.take_turns(self._turns)
         for size in self._settings.warm_up:
             tensors = example_tensors(self._checkpoint, self._inputs, size)

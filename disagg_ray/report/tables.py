@@ -93,7 +93,7 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
             table.add_row(
                 prediction.layout.name, f"{prediction.per_minute:.2f}",
                 f"{prediction.per_minute / plan.fused.per_minute:.2f}" if plan.fused else "-",
-                f"{prediction.latency_s:.2f}", f"{max(prediction.gpu_bytes) / 1e9:.1f}", f"{prediction.busy:.0%}",
+                f"{prediction.latency_s:.2f}", f"{max(prediction.max_vram_bytes) / 1e9:.1f}", f"{prediction.busy:.0%}",
                 prediction.bottleneck, *([f"{prediction.makespan_s(num_requests):.1f}"] if num_requests else []),
             )  # fmt: skip
     for layout, reason in plan.misfits[:3]:
@@ -102,7 +102,7 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
 
 
 def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
-    """Print how standing pipelines are; a word or two say so where no supervisor answers."""
+    """Print how services are; a word or two say so where no supervisor answers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
         table.add_column(column)
@@ -112,15 +112,15 @@ def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
             continue
         stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}" for s in shown.stages)
         waiting = shown.queued + sum(s.waiting for s in shown.stages)
-        gpu_bytes = sum(s.gpu_bytes for s in shown.stages)
+        max_vram_bytes = sum(s.max_vram_bytes for s in shown.stages)
         age = f"{(time.time() - shown.began) / 60:.0f} min"
-        held = human_bytes(gpu_bytes) if gpu_bytes else "-"
+        held = human_bytes(max_vram_bytes) if max_vram_bytes else "-"
         table.add_row(name, shown.config.model.path, shown.state, stages, str(waiting), age, held, shown.address)
     _print(table)
 
 
 def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
-    """Return how standing pipelines are, as a JSON list."""
+    """Return how services are, as a JSON list."""
 
     def describe(name: str, shown: Snapshot | str) -> dict[str, object]:
         if isinstance(shown, str):

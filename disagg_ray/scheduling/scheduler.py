@@ -19,7 +19,7 @@ OVERDUE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Place:
+class Assignment:
     """Where a job is to be."""
 
     replica: str
@@ -40,12 +40,12 @@ class Job:
     """Higher first."""
     sequence: int
     """Order of admission, kept when the job is tried again."""
-    on_place: Callable[[Place | None], None]
+    on_place: Callable[[Assignment | None], None]
     """Called when its place has changed; with None when the replica it was prefetched on is gone and it waits again.
     May call the scheduler."""
     avoid: frozenset[str] = frozenset()
     """Replicas that failed it: it goes to others as long as the stage has any."""
-    place: Place | None = None
+    place: Assignment | None = None
     """Set by the scheduler alone."""
 
 
@@ -98,7 +98,7 @@ class StageScheduler:
         """Those of them that stand in no group's offers, or stand there wrongly, since nobody has looked."""
         self._waiting: PriorityQueue[Job] = PriorityQueue()
         self._waiting_work = 0.0
-        self._changed: OrderedDict[Job, Place | None] = OrderedDict()
+        self._changed: OrderedDict[Job, Assignment | None] = OrderedDict()
         """Jobs whose place has changed, and the place that they were last told."""
         self._telling = False
 
@@ -327,7 +327,7 @@ class StageScheduler:
         self._prefetched[replica] = job
         self._unoffered[replica] = None
         replica.group.open.remove(replica)
-        self._place(job, Place(replica.name, run=False))
+        self._place(job, Assignment(replica.name, run=False))
 
     def _take_prefetched(self, replica: _Replica) -> Job:
         self._unoffered.pop(replica, None)
@@ -340,7 +340,7 @@ class StageScheduler:
         replica.group.idle.remove(replica)
         replica.running, replica.started = job, now
         self._expect(replica, now + self.predict(replica.group.name, job))
-        self._place(job, Place(replica.name, run=True))
+        self._place(job, Assignment(replica.name, run=True))
 
     def _free(self, replica: _Replica, now: float) -> None:
         """Go on with what is prefetched, or be idle."""
@@ -382,7 +382,7 @@ class StageScheduler:
         job.place = None
         self._changed.pop(job, None)
 
-    def _place(self, job: Job, place: Place | None) -> None:
+    def _place(self, job: Job, place: Assignment | None) -> None:
         self._changed.setdefault(job, job.place)
         job.place = place
 

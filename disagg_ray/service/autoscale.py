@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from disagg_ray.config.schema import StandingConfig
+from disagg_ray.config.schema import ServiceConfig
 
 if TYPE_CHECKING:
     from disagg_ray.driver.metrics import Reason
@@ -56,7 +56,7 @@ class _Memory:
 class Scaler:
     """Decides for each stage, from what it is shown every few seconds."""
 
-    def __init__(self, settings: StandingConfig) -> None:
+    def __init__(self, settings: ServiceConfig) -> None:
         self._settings = settings
         self._memories: dict[str, _Memory] = {}
 

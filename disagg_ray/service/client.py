@@ -1,4 +1,4 @@
-"""A driver's end of a standing pipeline."""
+"""A driver's end of a service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from disagg_ray.replica.messages import Health, ReplicaInfo
 from disagg_ray.replica.software import Software, check_same
 from disagg_ray.request import Request, resolve
 from disagg_ray.result import Result
-from disagg_ray.service.protocol import Asked, NotHere, Snapshot
+from disagg_ray.service.protocol import Snapshot, SubmitMessage, UnknownRequest
 
 logger = logging.getLogger("disagg_ray")
 
@@ -42,7 +42,7 @@ LEAVE_S = 5.0
 
 
 class Connection(Driver):
-    """Has `Pipeline`'s methods; the work is done by a pipeline that stands in the cluster.
+    """Has `Pipeline`'s methods; the work is done by a service in the cluster.
 
     What was asked under a run id can be asked again under it, by another process too: what is finished or on its way
     there is not computed again. While it is on its way, the same id with another prompt, image or other field is
@@ -100,13 +100,13 @@ class Connection(Driver):
             raise Cancelled("the connection is closed")
         keep = self._keep or latents_file is not None
         pixels = {name: to_array(image) for name, image in images.items()}
-        asked, handle = Asked(resolved, pixels, keep, self._client), Handle(resolved)
+        asked, handle = SubmitMessage(resolved, pixels, keep, self._client), Handle(resolved)
         return self._launch(handle, partial(self._run, asked, wait=wait))
 
     def note_written(self, seconds: float) -> None:
         """Nothing: the metrics are the pipeline's, and what a driver writes is not."""
 
-    async def _run(self, asked: Asked, taken: Callable[[], None], *, wait: bool) -> Result:
+    async def _run(self, asked: SubmitMessage, taken: Callable[[], None], *, wait: bool) -> Result:
         """Have a request computed; submit it again whenever the supervisor has forgotten it."""
         request_id = asked.request.id
         try:
@@ -119,7 +119,7 @@ class Connection(Driver):
                 answer: Result | DisaggError = await self._ask("result", self.id, request_id, asked.ticket)
                 if isinstance(answer, Result):
                     return answer
-                if not isinstance(answer, NotHere):
+                if not isinstance(answer, UnknownRequest):
                     raise answer
         except asyncio.CancelledError:
             self._actor.cancel.remote(self.id, request_id, asked.ticket)
@@ -252,7 +252,7 @@ class Connection(Driver):
 
 
 def fetch_config(name: str) -> Config:
-    """Return the configuration of a pipeline that stands in the cluster that was joined.
+    """Return the configuration of a service in the cluster that was joined.
 
     Raises:
         InputError: no such pipeline stands; names those that do.

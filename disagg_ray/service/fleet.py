@@ -19,13 +19,13 @@ from disagg_ray.driver.placement import living, posts_of
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import DisaggError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
-from disagg_ray.replica.messages import Charter, Description, Health, Leader, Recollection, ReplicaInfo
+from disagg_ray.replica.messages import Description, DriverInfo, Health, ReplicaInfo, ReplicaState, Spec
 from disagg_ray.replica.software import check_same
 from disagg_ray.service.rollout import Rollout, kind, kind_of
 
 logger = logging.getLogger("disagg_ray")
 
-RECALL_S = 30.0
+STATE_S = 30.0
 """A living replica that has not told of itself by then is replaced."""
 EMPTY_S = 60.0
 """How long a replica that retires waits for others to have pulled what it made; what is left is made again."""
@@ -34,10 +34,10 @@ RETRY_S = 300.0
 """Longest pause before what a rollout left behind is replaced again."""
 
 
-class StandingFleet(Fleet):
+class ServiceFleet(Fleet):
     """A fleet of detached actors.
 
-    What it is to be, the charter, is kept by the replicas: whoever drives them next learns it from them.
+    What it is to be, the spec, is kept by the replicas: whoever drives them next learns it from them.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class StandingFleet(Fleet):
         """Ids of actors."""
         self._rolling = asyncio.Lock()
         self._unsettled = asyncio.Event()
-        """Some replica may have been launched with something else than the charter says."""
+        """Some replica may have been launched with something else than the spec says."""
         self._target: frozenset[Post] = frozenset()
-        """Posts that a rollout wants beside the charter's."""
+        """Posts that a rollout wants beside the spec's."""
         self.held: set[Post] = set()
         """Posts that only a rollout fills."""
         self.rollout = ""
@@ -78,16 +78,16 @@ class StandingFleet(Fleet):
 
     async def _adopt(self) -> list[Description]:
         there = sorted(await off_loop(living, self._name), key=lambda actor: actor.incarnation)
-        recalled = await asyncio.gather(*(self._recall(actor) for actor in there))
-        charters = [told.charter for told in recalled if told is not None and told.charter is not None]
-        if charters:
-            charter = max(charters, key=lambda charter: charter.revision)
-            self._revision, self.config, self._placement.config = charter.revision, charter.config, charter.config
+        states = await asyncio.gather(*(self._ask_state(actor) for actor in there))
+        specs = [told.spec for told in states if told is not None and told.spec is not None]
+        if specs:
+            spec = max(specs, key=lambda spec: spec.revision)
+            self._revision, self.config, self._placement.config = spec.revision, spec.config, spec.config
         described = []
         posts = {post.name: post for post in self._placement.posts()}
         for actor in there:
             self._incarnations[actor.name] = actor.incarnation + 1
-        for actor, told in sorted(zip(there, recalled, strict=True), key=self._worth, reverse=True):
+        for actor, told in sorted(zip(there, states, strict=True), key=self._worth, reverse=True):
             post = posts.get(actor.name)
             if post is None or told is None or (told.info is None and not told.fresh):
                 ray.kill(actor.handle)
@@ -101,7 +101,7 @@ class StandingFleet(Fleet):
             described.append(told.description)
         return described
 
-    def _worth(self, found: tuple[Actor, Recollection | None]) -> tuple[bool, bool, int]:
+    def _worth(self, found: tuple[Actor, ReplicaState | None]) -> tuple[bool, bool, int]:
         """Order the actors of one post, of which a rollout that was broken off may leave two; the greatest takes it."""
         actor, told = found
         if told is None or actor.stage not in self.config.stages:
@@ -110,21 +110,21 @@ class StandingFleet(Fleet):
         return told.info is not None, kind(told.config.stages[actor.stage]) == wanted.get(actor.name), actor.incarnation
 
     @staticmethod
-    async def _recall(actor: Actor) -> Recollection | None:
+    async def _ask_state(actor: Actor) -> ReplicaState | None:
         try:
-            async with asyncio.timeout(RECALL_S):
-                told: Recollection = await ask(actor, "recall")
+            async with asyncio.timeout(STATE_S):
+                told: ReplicaState = await ask(actor, "state")
             check_same(actor.name, told.description.software)
         except (TimeoutError, DisaggError) as error:
-            logger.warning("replica %s is not adopted: %s", actor.name, error or f"no answer for {RECALL_S:g} s")
+            logger.warning("replica %s is not adopted: %s", actor.name, error or f"no answer for {STATE_S:g} s")
             return None
         return told
 
     def _loaded(self) -> Sequence[Actor]:
         return [*self._adopted, *self.actors]
 
-    async def load(self, graph: Graph, leader: Leader, driver_met: Callable[[], frozenset[str]]) -> None:
-        self._graph, self._leader, self._driver_met = graph, leader, driver_met
+    async def load(self, graph: Graph, driver_info: DriverInfo, driver_met: Callable[[], frozenset[str]]) -> None:
+        self._graph, self._driver_info, self._driver_met = graph, driver_info, driver_met
         for actor, info in self._adopted.items():
             try:
                 await self._follow(actor)
@@ -135,7 +135,7 @@ class StandingFleet(Fleet):
         if self._adopted:
             logger.info("%d replicas adopted", len(self._actors))
         self._adopted.clear()
-        await super().load(graph, leader, driver_met)
+        await super().load(graph, driver_info, driver_met)
         self._reconcile()
         self._unsettled.set()
         self._spawn(self._settle)
@@ -147,10 +147,10 @@ class StandingFleet(Fleet):
 
     async def _follow(self, actor: Actor) -> None:
         try:
-            async with asyncio.timeout(RECALL_S):
-                await ask(actor, "follow", self._leader, Charter(self._revision, self.config))
+            async with asyncio.timeout(STATE_S):
+                await ask(actor, "follow", self._driver_info, Spec(self._revision, self.config))
         except TimeoutError:
-            raise ReplicaLost(f"{actor.name}: no answer for {RECALL_S:g} s") from None
+            raise ReplicaLost(f"{actor.name}: no answer for {STATE_S:g} s") from None
 
     async def _launch(self, post: Post, config: Config | None = None) -> Actor:
         launched_with = kind_of(config or self.config, post)
@@ -175,7 +175,7 @@ class StandingFleet(Fleet):
     async def roll_out(self, config: Config) -> None:
         """Become what `config` says, replica by replica; returns when all that it asks for serve.
 
-        The charter stays as it was until then: if this process dies, the next one goes back to that.
+        The spec stays as it was until then: if this process dies, the next one goes back to that.
 
         Raises:
             DisaggError: why one did not start; what was replaced by then is put back.
@@ -200,7 +200,7 @@ class StandingFleet(Fleet):
             self._reconcile()
 
     async def _settle(self) -> None:
-        """Replace what was launched with something else than the charter says, as a rollout that failed leaves it."""
+        """Replace what was launched with something else than the spec says, as a rollout that failed leaves it."""
         while True:
             await self._unsettled.wait()
             self._unsettled.clear()
@@ -212,7 +212,7 @@ class StandingFleet(Fleet):
                             await Rollout(self, self.config).replace_outdated()
                     except DisaggError as error:
                         pause_s = min(2 * pause_s, RETRY_S)
-                        logger.warning("not every replica is what the charter says: %s", error)
+                        logger.warning("not every replica is what the spec says: %s", error)
                 await asyncio.sleep(pause_s)
 
     async def start(self, post: Post, config: Config, limit_s: float | None = None) -> bool:

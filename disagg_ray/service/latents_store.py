@@ -16,11 +16,11 @@ from disagg_ray.media.output import TEMPORARY
 logger = logging.getLogger("disagg_ray")
 
 
-class Keep:
+class LatentsStore:
     """Files by run id and request id: at most so many bytes, the oldest give way, and none older than `expire_s`."""
 
     def __init__(self, name: str, max_bytes: int, expire_s: float) -> None:
-        self._folder = cache_folder() / "standing" / name
+        self._folder = cache_folder() / "service" / name
         self._max_bytes, self._expire_s = max_bytes, expire_s
         self._tidying = threading.Lock()
 

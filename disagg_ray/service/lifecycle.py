@@ -21,14 +21,14 @@ from disagg_ray.driver.names import (
     find_supervisor,
     gathering,
     release_groups,
-    standing,
+    services,
     supervisor_name,
 )
 from disagg_ray.driver.placement import Placement, living
 from disagg_ray.errors import ConfigError, DisaggError, InputError, StartError
-from disagg_ray.replica.messages import Recollection
+from disagg_ray.replica.messages import ReplicaState
 from disagg_ray.service.client import ANSWER_S, take_snapshot
-from disagg_ray.service.latents_store import Keep
+from disagg_ray.service.latents_store import LatentsStore
 from disagg_ray.service.pipeline import check_change
 from disagg_ray.service.protocol import Snapshot
 from disagg_ray.service.supervisor import Supervisor
@@ -50,7 +50,7 @@ def up(name: str, config: Config) -> Snapshot:
         InputError: the name is not possible, or a pipeline of this name has another graph or model.
         DisaggError: why a replica did not start; of a new pipeline nothing is left.
     """
-    if check_name(name) in standing():
+    if check_name(name) in services():
         _roll_out(name, config)
         return take_snapshot(name)
     if find_replicas(name):
@@ -108,7 +108,7 @@ def up_stage(name: str, stage: str, config: Config, *, here: bool) -> Snapshot |
     """
     if stage not in config.stages:
         raise InputError(f"--only: no stage {stage!r}; there are {', '.join(config.stages)}")
-    if check_name(name) in standing():
+    if check_name(name) in services():
         raise InputError(f"NAME: {name!r} stands already; `disagg-ray scale` changes how many replicas it has")
     if here:
         settings = config.stages[stage]
@@ -126,8 +126,8 @@ async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
     """Start a stage's replicas; return with which configuration each stage was started."""
     placement = Placement(config, name, standing=True)
     there = living(name)
-    told: list[Recollection] = await gather_ready(config, there, "recall")
-    found = {actor.stage: recalled.config for actor, recalled in zip(there, told, strict=True)}
+    told: list[ReplicaState] = await gather_ready(config, there, "state")
+    found = {actor.stage: states.config for actor, states in zip(there, told, strict=True)}
     if stage in found:
         raise InputError(f"--only: {stage} was started already")
     for other in found.values():
@@ -148,7 +148,7 @@ async def _gathered(name: str, stage: str, config: Config) -> dict[str, Config]:
 def list_all() -> dict[str, Snapshot | str]:
     """Return how each pipeline is, by name; of one without a supervisor that answers, in a word or two."""
     asked: dict[str, Any] = {}
-    for name in standing():
+    for name in services():
         try:
             asked[name] = find_supervisor(name).snapshot.remote()
         except InputError:  # taken down meanwhile
@@ -163,7 +163,7 @@ def list_all() -> dict[str, Snapshot | str]:
 
 
 def scale(name: str, stage: str, replicas: int) -> None:
-    """Have a stage of a standing pipeline get so many replicas; returns at once.
+    """Have a stage of a service get so many replicas; returns at once.
 
     Raises:
         InputError: there is no such pipeline or stage, or it cannot have so many.
@@ -180,7 +180,7 @@ def down(name: str, grace_s: float) -> None:
     Raises:
         InputError: no such pipeline stands.
     """
-    if check_name(name) not in standing() and find_replicas(name):
+    if check_name(name) not in services() and find_replicas(name):
         _wipe(name, None)
         return
     supervisor = find_supervisor(name)
@@ -196,14 +196,14 @@ def _wipe(name: str, supervisor: ActorHandle[Any] | None) -> None:
     if supervisor is not None:
         ray.kill(supervisor, no_restart=True)
     deadline = time.monotonic() + END_S
-    while name in standing() or find_replicas(name):
+    while name in services() or find_replicas(name):
         for replica in find_replicas(name).values():
             ray.kill(replica, no_restart=True)
         if time.monotonic() > deadline:
             raise StartError(f"{name}: its actors did not end within {END_S:g} s")
         time.sleep(0.1)
     release_groups(name)
-    Keep(name, 0, 0).clear()
+    LatentsStore(name, 0, 0).clear()
 
 
 def _told(answer: Any, timeout_s: float) -> None:

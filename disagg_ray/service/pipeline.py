@@ -29,7 +29,7 @@ from disagg_ray.result import Result
 from disagg_ray.scheduling.admission import Admission
 from disagg_ray.scheduling.work import measure
 from disagg_ray.service.autoscale import Load, Scaler
-from disagg_ray.service.fleet import StandingFleet
+from disagg_ray.service.fleet import ServiceFleet
 from disagg_ray.service.protocol import StageState
 
 logger = logging.getLogger("disagg_ray")
@@ -42,7 +42,7 @@ FREE = ("replicas", "min_replicas", "max_replicas", "num_gpus", "num_cpus", "mem
 little: whoever gives them wants that."""
 
 
-class Standing(Pipeline):
+class ServicePipeline(Pipeline):
     """What the supervisor drives."""
 
     def __init__(self, config: Config, name: str, on_event: Callable[[Event], None]) -> None:
@@ -55,7 +55,7 @@ class Standing(Pipeline):
         """Check nothing: replicas may follow the load."""
 
     def _make_fleet(self, metrics: Metrics) -> Fleet:
-        return StandingFleet(self.config, self.id, self._lose, self._fail, metrics)
+        return ServiceFleet(self.config, self.id, self._lose, self._fail, metrics)
 
     async def _start(self) -> None:
         self._admission = Admission(sys.maxsize, 0)  # how much waits is bounded driver by driver
@@ -66,8 +66,8 @@ class Standing(Pipeline):
         self._background.start("scale", self._scale)
 
     @property
-    def fleet(self) -> StandingFleet:
-        assert isinstance(self._fleet, StandingFleet)
+    def fleet(self) -> ServiceFleet:
+        assert isinstance(self._fleet, ServiceFleet)
         return self._fleet
 
     def enqueue(
@@ -115,17 +115,17 @@ class Standing(Pipeline):
             if reason == "config":
                 self.setup = await asyncio.to_thread(identify_setup, config)
             self.config = config
-            self._crew = replace(self._crew, config=config)
+            self._context = replace(self._context, config=config)
             self._admission.resize(_room(config))
 
     async def _scale(self) -> None:
         """Let the load decide how many replicas there are, where the configuration leaves that open."""
-        scaler = Scaler(self.config.standing)
-        settings = self.config.standing
+        scaler = Scaler(self.config.service)
+        settings = self.config.service
         while True:
             await asyncio.sleep(DECIDE_S)
-            if settings != self.config.standing:
-                settings = self.config.standing
+            if settings != self.config.service:
+                settings = self.config.service
                 scaler = Scaler(settings)
             for stage, limits in self.config.stages.items():
                 if limits.max_replicas is None or limits.min_replicas is None:
@@ -174,13 +174,13 @@ class Standing(Pipeline):
     def _state(self, stage: str) -> StageState:
         settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]
         names = {info.name for info in self.fleet.replicas if info.stage == stage}
-        gpu_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
+        max_vram_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
         numbers = settings.num_replicas, len(scheduler.replicas), scheduler.num_running, scheduler.num_waiting
-        return StageState(stage, *numbers, gpu_bytes)
+        return StageState(stage, *numbers, max_vram_bytes)
 
 
 def check_change(before: Config, after: Config) -> None:
-    """Check that a standing pipeline can become what a configuration says.
+    """Check that a service can become what a configuration says.
 
     Raises:
         ConfigError: names the key that stands in the way.

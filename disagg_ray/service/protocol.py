@@ -1,4 +1,4 @@
-"""What a standing pipeline and its drivers say to each other."""
+"""What a service and its drivers say to each other."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from disagg_ray.replica.messages import ReplicaInfo
 from disagg_ray.request import ResolvedRequest
 
 
-class NotHere(DisaggError):
+class UnknownRequest(DisaggError):
     """The supervisor does not know the request: it has been restarted since, or another of this id took its place."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class SubmitMessage:
     """A request as a driver sends it."""
 
     request: ResolvedRequest
@@ -42,13 +42,13 @@ class StageState:
     busy: int
     waiting: int
     """Requests that wait for a replica."""
-    gpu_bytes: int
+    max_vram_bytes: int
     """GPU memory that its replicas have taken."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How a standing pipeline is."""
+    """How a service is."""
 
     name: str
     state: str

@@ -14,7 +14,7 @@ from disagg_ray.driver.placement import posts_of
 from disagg_ray.driver.threads import off_loop
 
 if TYPE_CHECKING:
-    from disagg_ray.service.fleet import StandingFleet
+    from disagg_ray.service.fleet import ServiceFleet
 
 logger = logging.getLogger("disagg_ray")
 
@@ -28,7 +28,7 @@ LOOK_S = 0.5
 class Rollout:
     """Makes a fleet's replicas those of `config`, one at a time; raises, at the first that does not start, why."""
 
-    def __init__(self, fleet: StandingFleet, config: Config) -> None:
+    def __init__(self, fleet: ServiceFleet, config: Config) -> None:
         self._fleet, self._config = fleet, config
         self._posts = {post.name: post for post in posts_of(config)}
 
@@ -77,7 +77,7 @@ class Rollout:
 
     async def _surge(self, post: Post) -> bool:
         """Have one more replica serve; return False where it found no room after all."""
-        limit_s = None if self._config.standing.cluster_grows else SURGE_S
+        limit_s = None if self._config.service.cluster_grows else SURGE_S
         return await self._fleet.start(post, self._config, limit_s)
 
     async def _add(self) -> None:

@@ -1,4 +1,4 @@
-"""The detached actor that owns a standing pipeline and hands its work to many drivers.
+"""The detached actor that owns a service and hands its work to many drivers.
 
 A plain class, started by `stand`. Ray restarts it when it dies; it then adopts the replicas that live, and drivers
 submit again what was not answered.
@@ -29,9 +29,9 @@ from disagg_ray.replica.messages import Health
 from disagg_ray.replica.software import software
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
-from disagg_ray.service.latents_store import Keep
-from disagg_ray.service.pipeline import Standing
-from disagg_ray.service.protocol import Asked, NotHere, Snapshot
+from disagg_ray.service.latents_store import LatentsStore
+from disagg_ray.service.pipeline import ServicePipeline
+from disagg_ray.service.protocol import Snapshot, SubmitMessage, UnknownRequest
 
 logger = logging.getLogger("disagg_ray")
 
@@ -46,20 +46,20 @@ MAX_GIVEN_UP = 1_000
 
 @dataclass(eq=False)
 class _Entry:
-    asked: Asked
+    asked: SubmitMessage
     handle: Handle
     setup: str
     """Of the pipeline when it was asked for (`identity.identify_setup`)."""
     tickets: set[str]
     """Of all that asked for this video: nobody else gets it, though it bears their request's id."""
 
-    def answers(self, asked: Asked, setup: str) -> bool:
+    def answers(self, asked: SubmitMessage, setup: str) -> bool:
         """Return whether it makes the same video, and neither failed nor was given up."""
         future = self.handle._future
         lost = future.done() and (future.cancelled() or future.exception() is not None)
         return not lost and setup == self.setup and _video(self.asked.request) == _video(asked.request)
 
-    def stands_in_the_way(self, asked: Asked) -> bool:
+    def stands_in_the_way(self, asked: SubmitMessage) -> bool:
         """Return whether another connection waits for something else of this id."""
         return not self.handle.done() and self.asked.client != asked.client
 
@@ -69,7 +69,7 @@ def _video(request: ResolvedRequest) -> tuple[str, int, str]:
     return identify_request(request), request.fps, request.format
 
 
-def _make_way(entry: _Entry, asked: Asked) -> None:
+def _make_way(entry: _Entry, asked: SubmitMessage) -> None:
     """Give up what an id named before; a request that differs takes its place.
 
     Raises:
@@ -85,7 +85,7 @@ def _make_way(entry: _Entry, asked: Asked) -> None:
     entry.handle.cancel()
 
 
-class _Driver:
+class _Client:
     """Whoever submits under one run id."""
 
     def __init__(self, run_id: str) -> None:
@@ -117,24 +117,24 @@ class Supervisor:
     def __init__(self, name: str, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self._name, self._config, self._began = name, config, time.time()
-        self._keep = Keep(name, config.standing.latents_bytes, config.standing.latents_expire_s)
-        self._drivers: dict[str, _Driver] = {}
+        self._keep = LatentsStore(name, config.service.latents_bytes, config.service.latents_expire_s)
+        self._drivers: dict[str, _Client] = {}
         self._background = BackgroundTasks(self._count_restart)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starter = ThreadPoolExecutor(1, "disagg_ray-start")
-        self._starting: Future[Standing] = self._starter.submit(self._start)
+        self._starting: Future[ServicePipeline] = self._starter.submit(self._start)
 
-    def _start(self) -> Standing:
+    def _start(self) -> ServicePipeline:
         for left in reversed(range(MAX_STARTS)):
             try:
-                return Standing(self._config, self._name, self._relay)
+                return ServicePipeline(self._config, self._name, self._relay)
             except DisaggError as error:
                 if isinstance(error, ValueError) or not left:
                     raise
                 logger.warning("pipeline %s did not start: %s", self._name, error)
         raise AssertionError("unreachable")
 
-    async def _standing(self) -> Standing:
+    async def _standing(self) -> ServicePipeline:
         self._loop = asyncio.get_running_loop()
         return await asyncio.shield(asyncio.wrap_future(self._starting))
 
@@ -151,7 +151,7 @@ class Supervisor:
             return error
         return None
 
-    async def submit(self, run_id: str, asked: Asked, *, wait: bool) -> DisaggError | None:
+    async def submit(self, run_id: str, asked: SubmitMessage, *, wait: bool) -> DisaggError | None:
         """Take a request on, or find that it is here already; wait for room, or answer `Overloaded`."""
         try:
             pipeline = await self._standing()
@@ -181,7 +181,7 @@ class Supervisor:
         handle.add_done_callback(lambda _: self._soon(driver))
         return None
 
-    async def _make_room(self, driver: _Driver, asked: Asked, config: Config, *, wait: bool) -> None:
+    async def _make_room(self, driver: _Client, asked: SubmitMessage, config: Config, *, wait: bool) -> None:
         limit = config.limits.max_queued
         async with driver.changed:
             if asked.request.id not in driver.entries and driver.num_unfinished >= limit and not wait:
@@ -190,7 +190,7 @@ class Supervisor:
                 lambda: asked.request.id in driver.entries or driver.num_unfinished < config.limits.max_queued
             )
 
-    def _soon(self, driver: _Driver) -> None:
+    def _soon(self, driver: _Client) -> None:
         async def tell() -> None:
             async with driver.changed:
                 driver.changed.notify_all()
@@ -203,7 +203,7 @@ class Supervisor:
         driver = self._drivers.get(run_id)
         entry = driver.entries.get(request_id) if driver is not None else None
         if entry is None or ticket not in entry.tickets:
-            return NotHere(f"request {request_id} is not here")
+            return UnknownRequest(f"request {request_id} is not here")
         try:
             result = await asyncio.shield(asyncio.wrap_future(entry.handle._future))
         except asyncio.CancelledError:
@@ -237,7 +237,7 @@ class Supervisor:
         if done:
             await asyncio.to_thread(self._keep.drop, run_id, done)
         try:
-            async with asyncio.timeout(pipeline.config.standing.driver_timeout_s / 4):
+            async with asyncio.timeout(pipeline.config.service.client_timeout_s / 4):
                 await driver.told.wait()
         except TimeoutError:
             return []
@@ -251,9 +251,9 @@ class Supervisor:
         if (driver := self._drivers.pop(run_id, None)) is not None:
             driver.cancel()
 
-    def _driver(self, run_id: str) -> _Driver:
+    def _driver(self, run_id: str) -> _Client:
         if run_id not in self._drivers:
-            driver = self._drivers[run_id] = _Driver(run_id)
+            driver = self._drivers[run_id] = _Client(run_id)
             self._background.start("supervisor_watch", self._watch, driver)
         self._drivers[run_id].seen = time.monotonic()
         return self._drivers[run_id]
@@ -262,9 +262,9 @@ class Supervisor:
         if self._starting.done() and self._starting.exception() is None:
             self._starting.result().note_restart(name)
 
-    async def _watch(self, driver: _Driver) -> None:
-        """Cancel what a driver asked for once it has not been heard of for `standing.driver_timeout_s`."""
-        timeout_s = (await self._standing()).config.standing.driver_timeout_s
+    async def _watch(self, driver: _Client) -> None:
+        """Cancel what a driver asked for once it has not been heard of for `service.client_timeout_s`."""
+        timeout_s = (await self._standing()).config.service.client_timeout_s
         while (left := driver.seen + timeout_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
         if self._drivers.get(driver.run_id) is driver:

@@ -28,7 +28,7 @@ from disagg_ray.transfer.sockets import admit, filter_of, listeners, listening_p
 logger = logging.getLogger("disagg_ray")
 
 TIMED_OUT = -1000
-"""Code of a peer that gave no sign of life; Mooncake's own codes are small."""
+"""Code of a peer that gave no sign of driver_epoch; Mooncake's own codes are small."""
 
 SILENT = "no answer within transport.timeout_s"
 GONE = "the peer is gone or refused the read"
@@ -112,7 +112,7 @@ class Engine:
         return code
 
     def _meet(self, peer: Session, nbytes: int) -> None:
-        """Wait for a sign of life before the first read of a peer.
+        """Wait for a sign of driver_epoch before the first read of a peer.
 
         That read opens a session, and Mooncake lets no other read pass until the peer has answered: up to a minute.
         """

@@ -20,7 +20,7 @@ from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.planning.layouts import Layout
 from disagg_ray.planning.plan import Hardware, Plan, Prediction, equip, make_plan, parse_gpus
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile
-from disagg_ray.scheduling.scheduler import Job, Place, StageScheduler
+from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 
 CLUSTERS = {"2xH200": {}, "4xH200": {}, "8xH200,4xL40S": {"L40S": 0.35}, "700xH200,300xL40S": {"L40S": 0.35}}
 """GPUs, and the speeds of those that the profile is not of."""
@@ -136,7 +136,7 @@ class Simulation:
         job.on_place = partial(self._on_place, job, request, place)
         self._schedulers[place].push(job, self._now)
 
-    def _on_place(self, job: Job, request: int, place: int, at: Place | None) -> None:
+    def _on_place(self, job: Job, request: int, place: int, at: Assignment | None) -> None:
         if at is None or not at.run:
             return
         kind, gpu = self._homes[at.replica]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from disagg_ray.scheduling.scheduler import Job, Place, StageScheduler
+from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 
 SPEEDS = {"slow": 1.0, "middle": 2.0, "fast": 4.0}
 """Units of work a second, by group; the groups are equally large as far as the number of replicas allows."""
@@ -137,7 +137,7 @@ class Simulation:
         self.scheduler.finish(job, self._now, seconds)
         self.cpu_s.append(time.thread_time() - began)
 
-    def _on_place(self, number: int, place: Place | None) -> None:
+    def _on_place(self, number: int, place: Assignment | None) -> None:
         if place and place.run:
             self.starts[number] = self._now
             seconds = float(self._requests.work[number]) / SPEEDS[self._replicas[place.replica]]

@@ -1,4 +1,4 @@
-"""A standing pipeline under bursts and deaths.
+"""A service under bursts and deaths.
 
 python jobs/bench.py service bursts outputs/standing.png   # first video after connect; replicas, queue, waits
 python jobs/bench.py service deaths                        # three drivers share one while its processes are killed
@@ -33,7 +33,7 @@ IMAGE_CONFIG = "conf/tiny_i2v.yaml"
 """Its encoder computes long enough to be asked meanwhile."""
 OVERRIDES = (
     "stages.transformer.replicas={min: 1, max: 3}", "stages.decoder.replicas={min: 1, max: 2}",
-    "standing.target_wait_s=8", "standing.patience_s=2", "standing.idle_s=12",
+    "service.target_wait_s=8", "service.patience_s=2", "service.idle_s=12",
 )  # fmt: skip
 BURSTS = ((0.0, 2), (10.0, 24))
 """(seconds, requests that come at once)."""
@@ -46,7 +46,7 @@ LINE_SHIFT = 0.04
 
 DEATHS = (
     "stages.encoder.replicas=2", "stages.transformer.replicas=3", "stages.decoder.replicas=2",
-    "standing.driver_timeout_s=5",
+    "service.client_timeout_s=5",
 )  # fmt: skip
 NUM_ASKS, ASK_EVERY_S = 50, 0.05
 """Of each stage, while it computes."""
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         {"deaths": measure_deaths, "answers": measure_answers, "bursts": measure_bursts}[what](*arguments)
     finally:
         lifecycle.down(NAME, 0.0)
-        print(f"left when down: {names.standing()}, {list(names.find_replicas(NAME))}")
+        print(f"left when down: {names.services()}, {list(names.find_replicas(NAME))}")
         ray.shutdown()
 
 

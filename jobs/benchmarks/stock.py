@@ -57,7 +57,7 @@ class Stock:
     format: str
     offload: str = ""
     """Nothing, or one of OFFLOADS."""
-    gpu_bytes: int | None = None
+    max_vram_bytes: int | None = None
     """Most memory of the GPU that torch may take."""
 
 
@@ -159,9 +159,9 @@ def _load(stock: Stock, index: int) -> tuple[Any, str]:
         return load_stock_pipeline(folder, dtypes, "cpu"), "cpu"
     device = f"cuda:{index}"
     torch.cuda.set_device(index)
-    if stock.gpu_bytes is not None:
+    if stock.max_vram_bytes is not None:
         total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, stock.gpu_bytes / total), index)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, stock.max_vram_bytes / total), index)
     pipeline = load_stock_pipeline(folder, dtypes, "cpu" if stock.offload else device)
     if stock.offload == "model":
         pipeline.enable_model_cpu_offload(gpu_id=index)

@@ -336,7 +336,7 @@ def measure_capped(
     overrides = [f"stages.{stage}.offload=group" for stage in offloaded]
     for stage in bench.stages.order if bench.on_gpu else ():
         most = min(int(peaks[stage] * cap / needed[seat]) for seat in way.seats if stage in seat.stages)
-        overrides.append(f"stages.{stage}.gpu_bytes={most}")
+        overrides.append(f"stages.{stage}.max_vram_bytes={most}")
     bench.row(name, cap_gib, lambda: measure_way(bench, way, *overrides))
 
 
