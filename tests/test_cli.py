@@ -17,8 +17,9 @@ import numpy as np
 import psutil
 import pytest
 
-from disagg_ray import cli
+from disagg_ray import Request, cli
 from disagg_ray.cli.command import COMMANDS
+from disagg_ray.config.docs import field_docs, to_markdown
 
 T2V = "conf/tiny_t2v.yaml"
 COMMAND = [sys.executable, "-m", "disagg_ray.cli"]
@@ -154,7 +155,7 @@ def test_every_request_field_has_a_flag_with_its_meaning(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    for field, meaning in cli.field_docs(cli.Request).items():
+    for field, meaning in field_docs(Request).items():
         if field != "format":
             assert f"--{field.replace('_', '-')}" in out
             assert meaning.split(";")[0][:40] in out
@@ -312,3 +313,8 @@ def test_a_signal_leaves_no_process_and_no_shared_memory(
         time.sleep(0.1)
     assert set(Path("/dev/shm").iterdir()) <= shared_before
     assert not output.exists()
+
+
+def test_the_page_of_keys_is_that_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "config", "--docs")[:2] == (0, to_markdown())
+    assert Path("docs/configuration.md").read_text() == to_markdown(), "write it anew: disagg-ray config --docs"

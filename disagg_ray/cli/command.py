@@ -15,6 +15,7 @@ from disagg_ray.cli.arguments import Parser, config_parser
 from disagg_ray.cli.generate import generate
 from disagg_ray.cli.plan import plan, profile
 from disagg_ray.cli.service import down, ls, scale, up
+from disagg_ray.config.docs import to_markdown
 from disagg_ray.config.load import load_config, to_yaml
 from disagg_ray.driver.signals import terminated
 from disagg_ray.errors import DisaggError, InputError
@@ -58,11 +59,14 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def show_config(argv: Sequence[str]) -> int:
-    """Print the resolved configuration."""
+    """Print the resolved configuration, or with --docs what every key means."""
     parser = config_parser("config", show_config)
-    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--config", help="YAML file of the model and its deployment")
+    parser.add_argument("--docs", action="store_true", help="print every key with its default and meaning, as Markdown")
     options = parser.parse_intermixed_args(argv)
-    print(to_yaml(load_config(options.config, *options.overrides)), end="")
+    if options.docs == (options.config is not None):
+        raise InputError("--config: give a YAML file to resolve, or --docs for every key, and not both")
+    print(to_markdown() if options.docs else to_yaml(load_config(options.config, *options.overrides)), end="")
     return 0
 
 

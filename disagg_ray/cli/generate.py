@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
-import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING
 from disagg_ray.cli import logs
 from disagg_ray.cli.arguments import config_parser
 from disagg_ray.cli.service import joined
+from disagg_ray.config.docs import field_docs
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.signals import terminated
@@ -216,15 +214,3 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
         if f.name != "format":
             kind = TYPES.get(f.name, (str,))[-1]
             parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=kind.__name__, help=docs[f.name])
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(statement.target, ast.Name)
-            docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
-    return docs
