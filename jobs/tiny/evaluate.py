@@ -2,7 +2,7 @@
 
     python jobs/tiny_model.py evaluate conf/tiny_t2v.yaml
     python jobs/tiny_model.py evaluate conf/tiny_i2v.yaml --sheet i2v.png
-    python jobs/tiny_model.py evaluate out/tiny/tiny-wan-t2v --num-prompts 50    # a folder: the stock diffusers pipeline
+    python jobs/tiny_model.py evaluate out/tiny/tiny-wan-t2v --num-prompts 50  # a folder: the stock diffusers pipeline
 
 The prompts name combinations of attributes that no training clip had. The judge is classical image analysis: the first
 rows show that it reads ground-truth clips right, and that shuffled captions score as chance does. Size and speed count
