@@ -152,11 +152,11 @@ def joined(config: Config) -> Any:
 def kept(config: Config) -> list[str]:
     """Return which of two files of 1 kB are still there after tidying."""
     keep = LatentsStore("keys", config.service.latents_bytes, config.service.latents_expire_s)
-    for path in (cache_folder() / "standing/keys/a/1", cache_folder() / "standing/keys/a/2"):
+    for path in (cache_folder() / "service/keys/a/1", cache_folder() / "service/keys/a/2"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
     keep.tidy()
-    left = sorted(path.name for path in (cache_folder() / "standing/keys").glob("*/*"))
+    left = sorted(path.name for path in (cache_folder() / "service/keys").glob("*/*"))
     keep.clear()
     return left
 

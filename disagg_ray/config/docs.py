@@ -21,6 +21,15 @@ HEAD = """# Configuration
 Every key, its default and its meaning; made by `disagg-ray config --docs` from
 [disagg_ray/config/schema.py](../disagg_ray/config/schema.py). `base: FILE` names a file below, whose keys a file
 changes; `KEY=VALUE` arguments come last. `disagg-ray config --config FILE` prints what came of it.
+
+Text is read as its key's type says: `revision: 0123456` and `negative_prompt: no` are text, and so is all that follows
+`=` in an override. `${...}` is refused but in `defaults.negative_prompt`: nothing is put in its place. `~` is your home
+in paths; variables are for the shell to expand. A key that has no effect (`offload` on a CPU, `cluster.dashboard` of a
+cluster that is joined) is refused by name. Passwords in URLs are hidden wherever a configuration is printed.
+
+`fused=true` puts all blocks into one stage, with the largest of their resources and the sum of their `memory`; what
+one stage cannot have at once is refused, naming both. A stage set to `null` is left out, so that others can take its
+blocks.
 """
 
 

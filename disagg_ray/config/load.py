@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
 
 from disagg_ray.config.fusing import fuse
 from disagg_ray.config.schema import Config
 from disagg_ray.config.tree import Tree, parse
-from disagg_ray.config.typed import build, child_type, is_mapping, is_text, refuse
+from disagg_ray.config.typed import build, child_type, is_mapping, is_section, is_text, refuse
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import ConfigError
 from disagg_ray.text import mask, nearest, printable, shown
@@ -29,7 +29,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     """
     merged = Tree({})
     for layer in (*_layers(expand_home(path)), *map(_parse_override, overrides)):
-        merged = _merge(Config, _drop_stages(merged, layer), _spread_bounds(layer))
+        merged = _merge(_drop_stages(merged, layer), _spread_bounds(layer))
     _check_groups(merged)
     config = build(Config, merged)
     assert isinstance(config, Config)
@@ -39,16 +39,45 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     return fuse(config) if config.fused else config
 
 
-def _merge(kind: Any, below: Tree, above: Tree) -> Tree:
-    """Lay one tree over another: sections key by key, all else as the upper one says; `{}` empties a mapping."""
-    if above.is_empty and isinstance(below.value, dict):
-        return below  # a section whose keys are all commented out
-    if not (isinstance(below.value, dict) and isinstance(above.value, dict)) or (is_mapping(kind) and not above.value):
-        return above
-    merged = dict(below.value)
-    for key, value in above.value.items():
-        merged[key] = _merge(child_type(kind, key), merged[key], value) if key in merged else value
-    return Tree(merged, above.place)
+def _merge(below: Tree, above: Tree) -> Tree:
+    """Lay one tree over another, as OmegaConf does: sections key by key, all else as the upper one says."""
+    layers = [OmegaConf.create(_sections(Config, tree), flags={"allow_objects": True}) for tree in (below, above)]
+    return _tree(OmegaConf.merge(*layers), [above, below])
+
+
+def _sections(kind: Any, tree: Tree) -> dict[str, Any]:
+    """Return a tree's sections as dictionaries, and values as they were written.
+
+    A section that says nothing changes nothing; a mapping that is empty, `{}`, empties the one below.
+    """
+    found: dict[str, Any] = {}
+    assert isinstance(tree.value, dict)
+    for key, value in tree.value.items():
+        of_key = child_type(kind, key)
+        if isinstance(value.value, dict) and (value.value or not is_mapping(of_key)):
+            found[key] = _sections(of_key, value)
+        else:
+            found[key] = {} if value.is_empty and is_section(of_key) else Written(value)
+    return found
+
+
+def _tree(merged: Any, sources: list[Tree]) -> Tree:
+    """Return what was merged as a tree again; each section's place is that of the uppermost source that has it."""
+    if isinstance(merged, Written):
+        return merged.tree
+    values = {}
+    for key in merged:
+        below = [tree.value[key] for tree in sources if isinstance(tree.value, dict) and key in tree.value]
+        values[key] = _tree(merged[key], below)
+    place = next((tree.place for tree in sources if isinstance(tree.value, dict)), "")
+    return Tree(values, place)
+
+
+class Written:
+    """A value as OmegaConf carries it: of a kind that it does not look into."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
 
 
 def _stages(tree: Tree) -> dict[str, Tree]:
@@ -196,7 +225,7 @@ def _parse_text(key: str, text: str) -> Tree:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML, passwords hidden."""
-    return str(yaml.safe_dump(_masked(asdict(config)), sort_keys=False, allow_unicode=True, width=120))
+    return OmegaConf.to_yaml(OmegaConf.create(_masked(asdict(config))))
 
 
 def _masked(value: Any) -> Any:

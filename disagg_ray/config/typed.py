@@ -50,6 +50,12 @@ def is_mapping(kind: Any) -> bool:
     return get_origin(kind) is dict and not is_dataclass(get_args(kind)[1])
 
 
+def is_section(kind: Any) -> bool:
+    """Return whether keys stand there, the schema's or of the user's choice."""
+    kind, _ = _split_null(kind)
+    return is_dataclass(kind) or get_origin(kind) is dict
+
+
 def is_text(kind: Any) -> bool:
     kind, _ = _split_null(kind)
     return kind is str or (str in get_args(kind) and get_origin(kind) in (Union, types.UnionType))
