@@ -37,7 +37,8 @@ class Faults:
     """A folder of files named STAGE.POINT or STAGE.POINT.REQUEST; each holds what is to happen there.
 
     `die`, `stall`, `break` and `poison`: once, to whichever replica comes first. `break`: from then on that replica
-    fails whenever it computes. `poison`: as after a CUDA error. `die always`, `fail always`: to every one. `wait`:
+    fails whenever it computes. `poison`: as after a CUDA error; `assert`: after
+    a real one. `die always`, `fail always`: to every one. `wait`:
     until the file is gone. The file `computed` gets a line whenever a stage begins to compute.
     """
 
@@ -69,7 +70,7 @@ class Faults:
         deadline = time.monotonic() + PATIENCE_S
         while what == "wait" and path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        if what in ("die", "stall", "break", "poison"):
+        if what in ("die", "stall", "break", "poison", "assert"):
             try:
                 path.unlink()
             except FileNotFoundError:
@@ -83,6 +84,8 @@ class Faults:
             raise RuntimeError("this replica breaks")
         if what == "poison":
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        if what == "assert":  # on a GPU: every CUDA call of this process fails from now on
+            torch.zeros(2, device="cuda")[torch.tensor([7], device="cuda")].cpu()
         if what == "fail always":
             raise RuntimeError("this request fails")
 
