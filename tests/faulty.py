@@ -36,10 +36,9 @@ RESUMED = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num
 class Faults:
     """A folder of files named STAGE.POINT or STAGE.POINT.REQUEST; each holds what is to happen there.
 
-    `die`, `stall`, `break` and `poison`: once, to whichever replica comes first. `break`: from then on that replica
-    fails whenever it computes. `poison`: as after a CUDA error; `assert`: after
-    a real one. `die always`, `fail always`: to every one. `wait`:
-    until the file is gone. The file `computed` gets a line whenever a stage begins to compute.
+    `die`, `stall`, `break`, `poison` and `assert`: once, to whichever replica comes first. `break`: from then on that
+    replica fails whenever it computes. `poison`: as after a CUDA error; `assert`: after a real one. `die always`,
+    `fail always`: to every one. `wait`: until the file is gone. The file `computed` gets a line whenever a stage begins to compute.
     """
 
     def __init__(self, folder: Path) -> None:

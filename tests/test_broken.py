@@ -76,6 +76,7 @@ def test_a_replica_that_lives_and_fails_costs_no_request(
     wait_until(lambda: pipeline.num_restarts["fused"] == 1, "the broken replica was not replaced")
 
 
+@pytest.mark.quick
 def test_a_replica_that_dies_in_mid_batch_costs_its_request_an_attempt(
     pipeline: Pipeline, faults: Faults, video: bytes | None
 ) -> None:

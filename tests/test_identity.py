@@ -51,6 +51,7 @@ def local() -> LocalPipeline:
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 def test_a_resume_under_another_picture_or_lora_computes_anew(
     cluster: None, tmp_path: Path, local: LocalPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:

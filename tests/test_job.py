@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import pytest
 from helpers import free_port, ray_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proof
 
 RAY = str(Path(sys.executable).with_name("ray"))
 

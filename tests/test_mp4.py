@@ -148,7 +148,7 @@ def test_each_frame_is_told_and_none_is_copied_before_its_turn() -> None:
     assert (len(told), peak < frames.nbytes / 4) == (len(frames), True)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_request_survives_a_file_that_failed_once(tmp_path: Path, ffmpeg: Path) -> None:
     ffmpeg.write_text(
         f"#!/bin/sh\necho . >> {tmp_path}/calls\n[ $(wc -l < {tmp_path}/calls) != 2 ] && exec {REAL} $*\n"

@@ -309,7 +309,7 @@ def _receive_with_few_descriptors(connection: Connection) -> None:
     _receive(connection)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_strangers_who_stay_do_not_use_up_the_descriptors() -> None:
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_receive_with_few_descriptors, args=(theirs,), daemon=True)

@@ -47,6 +47,7 @@ def pids(connection: Connection) -> dict[str, int]:
     return {replica.name: replica.pid for replica in connection.replicas}
 
 
+@pytest.mark.quick
 def test_a_rollout_that_cannot_start_leaves_the_service_as_it_was(
     cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

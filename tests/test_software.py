@@ -43,7 +43,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_working_folder_shadows_nothing(other: Path) -> None:
     for name in ("numpy", "torch", "ray"):
         (other / f"{name}.py").write_text("raise ImportError('shadowed')\n")
