@@ -38,7 +38,8 @@ class Faults:
 
     `die`, `stall`, `break`, `poison` and `assert`: once, to whichever replica comes first. `break`: from then on that
     replica fails whenever it computes. `poison`: as after a CUDA error; `assert`: after a real one. `die always`,
-    `fail always`: to every one. `wait`: until the file is gone. The file `computed` gets a line whenever a stage begins to compute.
+    `fail always`: to every one. `wait`: until the file is gone. The file `computed` gets a line whenever a stage begins
+    to compute.
     """
 
     def __init__(self, folder: Path) -> None:

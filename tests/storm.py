@@ -49,6 +49,8 @@ GROUP = 25
 """Requests that share an image file, whose content may change until the first of them is done."""
 EVERY_S = (3.0, 12.0)
 """Between two strikes."""
+RUN_S = 60.0
+"""Between two strikes that end a run, which has to start again."""
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4}
 
 
@@ -94,8 +96,14 @@ class Groups:
 class Storm:
     """Strikes, one after the other, from a thread of its own."""
 
-    def __init__(self, rng: random.Random, faults: Faults, more: dict[str, Callable[[], None]]) -> None:
-        self._random, self._faults = rng, faults
+    def __init__(
+        self,
+        rng: random.Random,
+        faults: Faults,
+        more: dict[str, Callable[[], None]],
+        ending: dict[str, Callable[[], None]] | None = None,
+    ) -> None:
+        self._random, self._faults, self._ending = rng, faults, ending or {}
         self.counts: Counter[str] = Counter()
         self._over = threading.Event()
         self._strikes: dict[str, Callable[[], None]] = {
@@ -117,11 +125,15 @@ class Storm:
         self._thread.join()
 
     def _run(self) -> None:
+        ended = time.monotonic()
         while not self._over.wait(self._random.uniform(*EVERY_S)):
-            name = self._random.choice(list(self._strikes))
+            choice = self._strikes
+            if self._ending and time.monotonic() > ended + RUN_S:
+                choice, ended = self._ending, time.monotonic()
+            name = self._random.choice(list(choice))
             print("strike:", name, flush=True)
             self.counts[name] += 1
-            self._strikes[name]()
+            choice[name]()
 
     def _set(self, where: str, what: str) -> None:
         self._faults.set(where, what)
@@ -173,8 +185,8 @@ def storm_batch(folder: Path, number: int, rng: random.Random, expected: dict[tu
     with ExitStack() as stack:
         fill = stack.enter_context(small_disk(out))
         faults = stack.enter_context(faulty_replicas(folder))
-        told = {"full disk": fill, "SIGTERM": partial(os.kill, os.getpid(), signal.SIGTERM)}
-        storm = stack.enter_context(Storm(rng, faults, told))
+        ending = {"full disk": fill, "SIGTERM": partial(os.kill, os.getpid(), signal.SIGTERM)}
+        storm = stack.enter_context(Storm(rng, faults, {}, ending))
         for runs in range(1, 200):
             for path, kind in zip(files, groups.kinds, strict=True):
                 picture(kind).save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,12 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import record, simulate, write_manifest
 
-from disagg_ray import RequestError, cli, load_config
+from disagg_ray import ConfigError, RequestError, cli, load_config
 from disagg_ray.batch.manifest import MANIFEST, Folder
 from disagg_ray.batch.requests_file import RequestsFile, parse
 from disagg_ray.batch.resume import Options, make_plan
+from disagg_ray.config.load import to_yaml
 from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.request import check
+from disagg_ray.text import printable
 
 pytestmark = pytest.mark.proof
 
@@ -95,3 +98,19 @@ def test_request_lines_are_requests_or_faults(data: st.DataObject, cuts: list[tu
             check(parse(line, Path("/tmp")).request, CONFIG)
         except RequestError as error:
             assert str(error)
+
+
+@given(
+    CUTS, st.sampled_from(("conf/tiny_t2v.yaml", "conf/tiny.yaml", "conf/wan22_i2v_a14b.yaml")), st.text(max_size=40)
+)
+@settings(MANY, max_examples=60)
+def test_configuration_text_is_a_configuration_or_one_line(cuts: list[tuple[int, bytes]], name: str, text: str) -> None:
+    with TemporaryDirectory() as folder:
+        shutil.copytree("conf", folder, dirs_exist_ok=True)
+        path = Path(folder) / Path(name).name
+        path.write_bytes(mutate(path.read_bytes(), cuts))
+        for overrides in ((), (f"model.path={text}",), (f"{text}=1",), (f"stages.{text}",)):
+            try:
+                to_yaml(load_config(path, *overrides))
+            except ConfigError as error:
+                assert printable(str(error), 10_000) == str(error)
