@@ -45,6 +45,7 @@ def report(metrics: Metrics, health: Health) -> None:
         metrics.replicas(stage, ready=1, starting=1)
         metrics.replica_health(stage, replica, health)
     metrics.written(0.03)
+    metrics.task_restarted("count")
     metrics.request_finished("done", 4.0)
     metrics.in_flight(2)
     metrics.refresh()
