@@ -176,7 +176,7 @@ def faulty_replicas(folder: Path) -> Iterator[Faults]:
 def main() -> None:
     folder, latents = map(Path, sys.argv[1:])
     with faulty_replicas(folder), Pipeline.from_config("conf/tiny_t2v.yaml") as pipeline:
-        print(*[actor.pid for replica in pipeline.replicas], flush=True)
+        print(*[replica.pid for replica in pipeline.replicas], flush=True)
         pipeline.submit(RESUMED, latents_file=latents).result(PATIENCE_S)
 
 
