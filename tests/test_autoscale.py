@@ -3,9 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from test_hangs import fail_once
 
+from disagg_ray import load_config
 from disagg_ray.config.schema import ServiceConfig
+from disagg_ray.service import lifecycle
 from disagg_ray.service.autoscale import Load, Scaler
+from disagg_ray.service.pipeline import ServicePipeline
 
 SETTINGS = ServiceConfig(target_wait_s=10, patience_s=5, idle_s=20)
 CALM = Load(least=1, most=4, wanted=1, ready=1, starting=0, busy=1, outstanding_s=5, room=10)
@@ -69,3 +73,17 @@ def test_never_fewer_than_the_least_nor_while_work_waits():
     idle = replace(SPARE, least=2, busy=0)
     assert decide((0, idle), (20, idle)) == [2]
     assert decide((0, replace(SPARE, outstanding_s=50)), (20, replace(SPARE, outstanding_s=50, room=0))) == []
+
+
+@pytest.mark.proof
+def test_scaling_goes_on_after_it_failed(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bounds = [f"stages.{stage}.replicas={{min: 1, max: 2}}" for stage in ("encoder", "transformer", "decoder")]
+    decided_again = fail_once(monkeypatch, Scaler, "decide")
+    with ServicePipeline(load_config("conf/tiny_t2v.yaml", "fused=true", *bounds), "scaling", lambda _: None):
+        try:
+            assert decided_again.wait(120)
+        finally:
+            lifecycle.down("scaling", 0.0)
+    assert "background task scale failed; it is started again" in caplog.text
