@@ -95,7 +95,7 @@ def test_a_dead_supervisor_comes_back_to_its_replicas_and_loses_no_request(
 
 DRIVER = """
 import os, signal, sys
-from disagg_ray import Pipeline, Request
+from disagg_ray import Request, connect
 
 def die(event):
     if (event.request_id, event.stage, event.state) == ("short", "transformer", "done"):

@@ -59,7 +59,7 @@ SUPERVISOR_DIES, DRIVER_DIES = (1, 4), 2
 """At which deaths."""
 DOOMED = """
 import sys
-from disagg_ray import Pipeline, Request
+from disagg_ray import Request, connect
 connection = connect(sys.argv[1], address=sys.argv[2], run_id="doomed")
 handles = [connection.submit(Request(prompt="a cat", num_inference_steps=20, num_frames=17, seed=seed))
            for seed in range(int(sys.argv[3]))]
