@@ -148,7 +148,7 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
 def test_a_supervisor_that_hangs_is_named_by_a_deadline(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(pipeline) as client:
         pid = client.snapshot().pid
-        monkeypatch.setattr(client, "RETURN_S", 1.0)
+        monkeypatch.setattr("disagg_ray.service.client.RETURN_S", 1.0)
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(ReplicaLost, match="its supervisor does not answer within 1 s"):

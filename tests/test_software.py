@@ -38,7 +38,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
 def other(tmp_path: Path) -> Path:
     """Give a folder with another version of the package."""
     shutil.copytree(PACKAGE, tmp_path / "disagg_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "disagg_ray" / "units.py").open("a") as file:
+    with (tmp_path / "disagg_ray" / "text.py").open("a") as file:
         file.write("# another version\n")
     return tmp_path
 

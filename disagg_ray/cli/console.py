@@ -59,7 +59,8 @@ def _text(descriptor: int, before: TextIO | None) -> TextIO:
 def flush() -> bool:
     """Write what is left of standard output; say so, and return False, where that fails, as on a full disk."""
     sys.stdout.flush()
-    failure = getattr(getattr(sys.stdout.buffer, "raw", None), "failure", None)
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    failure = getattr(raw, "failure", None)
     if failure is not None:
         fail("failed", f"standard output cannot be written: {failure.strerror}")
     return failure is None

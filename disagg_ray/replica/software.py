@@ -22,7 +22,7 @@ WHEELS = {
 COMPARED = ("ray", "torch", "diffusers", "transformers")
 """Packages that must be the same on every node, beside Python, Mooncake and this one."""
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
