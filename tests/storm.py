@@ -198,6 +198,7 @@ def storm_batch(folder: Path, number: int, rng: random.Random, expected: dict[tu
             print(f"run {runs}: status {status}, {len(done)} of {number} done", flush=True)
             if status == 0:
                 break
+            time.sleep(1)  # a disk that is full refuses at once
             groups.change({g for g in range(len(files)) if not done & set(range(g * GROUP, (g + 1) * GROUP))})
         records = [record for record in read_manifest(out) if record.status == "done"]
         twice = [name for name, count in Counter(record.id for record in records).items() if count > 1]
