@@ -11,7 +11,7 @@ test: check
 quick: check # under 90 s on two cores: what is decided in one process, and one kill, one rollout and one resume
 	.venv/bin/python -m pytest -q -m 'quick or not slow and not proof' $(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY)))
 
-HEAVY = bench_scheduler bench_tables checkpoint doctor guard lora options parity sockets tiles transfer
+HEAVY = bench_scheduler bench_tables checkpoint doctor guard holdings lora options parity plan pool sockets tiles transfer video
 
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some twenty minutes
 	@.ci/setup test
