@@ -8,7 +8,7 @@ demo:
 test: check
 	.venv/bin/python -m pytest
 
-quick: check # under 90 s on two cores: what is decided in one process, and one kill, one rollout and one resume
+quick: check # under two minutes on two cores: what is decided in one process, and one kill, one rollout and one resume
 	.venv/bin/python -m pytest -q -m 'quick or not slow and not proof' $(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY)))
 
 HEAVY = bench_scheduler bench_tables checkpoint doctor guard holdings lora options parity plan pool sockets tiles transfer video
