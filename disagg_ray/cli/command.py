@@ -106,10 +106,10 @@ def doctor(argv: Sequence[str]) -> int:
     if options.connect and (options.config or options.local):
         raise InputError("--connect: it goes without --config and --local: what stands is checked as it stands")
     config = load_config(options.config, *options.overrides) if options.config else None
-    from disagg_ray.doctor import check_place, examine, examine_standing, exit_status, print_checks, to_json
+    from disagg_ray.doctor import check_place, examine, examine_service, exit_status, print_checks, to_json
 
     if options.connect:
-        checks = examine_standing(options.connect, options.address)
+        checks = examine_service(options.connect, options.address)
     else:
         checks = examine(config, options.address, local=options.local)
     if options.output is not None:

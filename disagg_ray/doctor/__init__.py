@@ -16,13 +16,13 @@ from disagg_ray.doctor.machine import Survey, survey
 from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model, without_gpu
 from disagg_ray.doctor.probe import Probe, check_link
 from disagg_ray.doctor.security import check_auth
-from disagg_ray.doctor.standing import examine_standing
+from disagg_ray.doctor.service import examine_service
 from disagg_ray.doctor.table import print_checks, to_json
 from disagg_ray.driver.cluster import Cluster
 from disagg_ray.environment import ray_auth_mode
 from disagg_ray.errors import DisaggError
 
-__all__ = ["Check", "check_place", "examine", "examine_standing", "exit_status", "print_checks", "to_json"]
+__all__ = ["Check", "check_place", "examine", "examine_service", "exit_status", "print_checks", "to_json"]
 
 logger = logging.getLogger("disagg_ray")
 

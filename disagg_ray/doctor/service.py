@@ -29,7 +29,7 @@ VIDEO_S = 300.0
 """Until the video must be there; others may be before it."""
 
 
-def examine_standing(name: str, address: str | None) -> list[Check]:
+def examine_service(name: str, address: str | None) -> list[Check]:
     """Make every check of a pipeline of a cluster.
 
     Raises:
