@@ -19,12 +19,13 @@ from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.cluster import Cluster
+from disagg_ray.driver.context import RunContext
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.loop import Driver
 from disagg_ray.driver.metrics import Metrics, Outcome
 from disagg_ray.driver.pool import DriverPool
-from disagg_ray.driver.run import RequestRun, RunContext
+from disagg_ray.driver.run import RequestRun
 from disagg_ray.driver.tasks import BackgroundTasks
 from disagg_ray.driver.threads import off_loop, within
 from disagg_ray.environment import trim
@@ -192,6 +193,7 @@ class Pipeline(Driver):
     ) -> Result:
         request, sequence, task = handle.request, next(self._sequence), asyncio.current_task()
         assert task is not None
+        task.set_name(f"request {request.id}")
         self._waiting.add(task)
         try:
             await self._admission.queue(handle, wait=wait)
@@ -234,7 +236,7 @@ class Pipeline(Driver):
         limit_s = self.config.failures.timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                return await journey.travel()
+                return await journey.run()
         except TimeoutError:
             raise StageError(
                 f"request {journey.request.id}: not done within failures.timeout_s={limit_s:g} s"
@@ -254,7 +256,7 @@ class Pipeline(Driver):
     def _hear(self, event: Event) -> None:
         """Pass on what a replica tells, unless it is over already."""
         journey, _ = self._travelling.get(event.request_id, (None, None))
-        if journey is not None and journey.note(event):
+        if journey is not None and journey.handle_event(event):
             self._tell(event)
 
     def _tell(self, event: Event) -> None:
@@ -286,7 +288,7 @@ class Pipeline(Driver):
         if self._driver_pool is not None:
             self._driver_pool.forget(info.sessions)
         for journey in self._journeys.values():
-            journey.lose(actor)
+            journey.lose_replica(actor)
 
     def _fail(self, error: StartError | None) -> None:
         """A stage has had no replica for too long: nothing can be served; or, with None, everything can again."""

@@ -28,13 +28,13 @@ from tiny.world import judge
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request, RequestError
 from disagg_ray.config.schema import LimitsConfig
-from disagg_ray.driver import run
+from disagg_ray.driver import outputs
+from disagg_ray.driver.calls import Actor
+from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.latents import write_latents
-from disagg_ray.driver.run import RequestRun
 from disagg_ray.driver.signals import terminated
 from disagg_ray.media.video import quantise
 from disagg_ray.replica.sizing import frame_bytes, frames_in_piece, most_piece_bytes
-from disagg_ray.result import StageTiming
 
 pytestmark = pytest.mark.slow
 
@@ -241,20 +241,25 @@ def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
         pipeline.submit(LONG)
 
 
+def cancel_task(name: str) -> None:
+    """Cancel a request on the pipeline's own thread, in the midst of what runs there."""
+    next(task for task in asyncio.all_tasks() if task.get_name() == f"request {name}").cancel()
+
+
 @pytest.mark.parametrize("stage", ["encoder", "transformer", "decoder"])
 def test_cancel_at_the_moment_a_stage_is_done_frees_its_slots(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    note_success = RequestRun._note_success
+    note_success = Fleet.note_success
 
-    def cancel(self: RequestRun, done: str, timing: StageTiming, elapsed: float) -> None:
-        note_success(self, done, timing, elapsed)
-        if done == stage:
-            next(task for task, other in pipeline._journeys.items() if other is self).cancel()
+    def cancel(self: Fleet, actor: Actor) -> None:
+        note_success(self, actor)
+        if actor.stage == stage:
+            cancel_task("moment")
 
-    monkeypatch.setattr(RequestRun, "_note_success", cancel)
+    monkeypatch.setattr(Fleet, "note_success", cancel)
     with pytest.raises(Cancelled):
-        pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
+        pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1, id="moment"))
     wait_until_empty(pipeline)
 
 
@@ -268,12 +273,12 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
         assert go.wait(60)
         write_latents(*arguments)
 
-    monkeypatch.setattr(run, "write_latents", write)
-    handle = pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=1), latents_file=tmp_path / "latents")
+    monkeypatch.setattr(outputs, "write_latents", write)
+    request = Request(prompt=PROMPT, **SMALL, seed=1, id="written")
+    handle = pipeline.submit(request, latents_file=tmp_path / "latents")
     assert began.wait(60)
-    running = next(iter(pipeline._journeys))
     for _ in range(2):  # as by a caller that does not wait, and then by the end of the pipeline
-        pipeline._loop.call_soon_threadsafe(running.cancel)
+        pipeline._loop.call_soon_threadsafe(cancel_task, "written")
         time.sleep(0.2)  # the second finds it leaving
     with pytest.raises(Cancelled):
         handle.result(10)

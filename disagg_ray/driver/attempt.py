@@ -1,92 +1,130 @@
-"""One attempt's way to the replica that computes it: to wherever the scheduler says, prefetching where it waits."""
+"""One attempt to compute a stage for a request, from the scheduler's queue to the replica's answer."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Literal
 
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
-from disagg_ray.replica.messages import Task
-from disagg_ray.scheduling.scheduler import Assignment
+from disagg_ray.replica.messages import Reply, Task
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.scheduling.scheduler import Assignment, Job
+from disagg_ray.scheduling.work import measure
+
+AttemptState = Literal["waiting", "prefetching", "running", "done", "failed", "cancelled"]
 
 
-class Turn:
-    """Where the scheduler wants a job to be, as something to wait for."""
+class Attempt:
+    """Call `run` once; cancel it to abandon the attempt.
 
-    def __init__(self) -> None:
-        self._place: Assignment | None = None
-        self._moved = asyncio.Event()
-        self.actor: Actor | None = None
-        """The replica that it came to last."""
-
-    def move(self, place: Assignment | None) -> None:
-        self._place = place
-        self._moved.set()
-
-    async def next(self) -> Assignment | None:
-        """Wait until the place has changed; None: the job waits in the queue again."""
-        await self._moved.wait()
-        self._moved.clear()
-        return self._place
-
-
-@dataclass(eq=False)
-class Visit:
-    """A task at a replica."""
-
-    actor: Actor
-    task: Task
-    fetch: asyncio.Task[None] | None = None
-    """Of its inputs, ahead of its turn."""
-
-    def leave(self, fleet: Fleet) -> None:
-        """Give the task up there: it stops within a denoising step, and its slots are freed, now or when it ends."""
-        if self.fetch is not None:
-            self.fetch.cancel()
-        fleet.send(self.actor, "release", self.task.key)
-
-
-async def follow(turn: Turn, fleet: Fleet, new_task: Callable[[], Task]) -> Visit:
-    """Go where the scheduler says until that is a replica that computes the task now.
-
-    Raises:
-        DisaggError: what failed a prefetch.
+    It waits in the stage's queue, prefetches its inputs at the replica that the scheduler assigns, which may change
+    meanwhile, and runs there once the scheduler says so.
     """
-    visit: Visit | None = None
-    try:
+
+    def __init__(
+        self, fleet: Fleet, stage: str, number: int, request: ResolvedRequest, sequence: int, avoid: frozenset[str]
+    ) -> None:
+        """Prepare attempt `number` (0 is the first); it goes to replicas in `avoid` only if there are no others."""
+        self.number = number
+        self.state: AttemptState = "waiting"
+        self.actor: Actor | None = None
+        """The replica that it was last assigned to."""
+        self.num_steps = 0
+        """Denoising steps that are known to be done."""
+        self.has_run = False
+        """A replica was asked to compute it."""
+        self._created = time.monotonic()
+        work, shape = measure(request, fleet.config.stages[stage].blocks)
+        self._job = Job(request.id, work, shape, request.priority, sequence, self._assign, avoid)
+        self._fleet, self._scheduler = fleet, fleet.schedulers[stage]
+        self._assignment: Assignment | None = None
+        self._assigned = asyncio.Event()
+        """Set when the assignment has changed."""
+        self._task: Task | None = None
+        """At `actor`, which has to release its slots."""
+        self._prefetch: asyncio.Task[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("done", "failed", "cancelled")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was created."""
+        return time.monotonic() - self._created
+
+    async def run(self, make_task: Callable[[], Task]) -> tuple[Task, Reply]:
+        """Have a replica compute the stage; from then on the caller releases the output's slots there.
+
+        `make_task` is called whenever a replica is assigned.
+
+        Raises:
+            DisaggError: what failed a prefetch or the computation, or what `make_task` raised.
+        """
+        self._scheduler.push(self._job, self._created)
+        try:
+            actor, task = await self._wait_for_replica(make_task)
+            self.state, self.has_run = "running", True
+            reply: Reply = await self._fleet.ask(actor, "run", task)
+            self._scheduler.finish(self._job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
+            self._fleet.note_success(actor)
+            self.state, self._task = "done", None
+            return task, reply
+        except asyncio.CancelledError:
+            self.state = "cancelled"
+            raise
+        except BaseException:
+            self.state = "failed"
+            raise
+        finally:
+            self._scheduler.withdraw(self._job, time.monotonic())
+            self._leave_replica()
+
+    def _assign(self, assignment: Assignment | None) -> None:
+        self._assignment = assignment
+        self._assigned.set()
+
+    async def _wait_for_replica(self, make_task: Callable[[], Task]) -> tuple[Actor, Task]:
+        """Follow the scheduler's assignments, prefetching at each, until one says to run."""
         while True:
-            place = await _next_place(turn, visit)
-            if visit is not None and (place is None or place.replica != visit.actor.id):
-                visit.leave(fleet)
-                visit = None
-            if place is None:
+            await self._next_assignment()
+            assignment = self._assignment
+            if self.actor is not None and (assignment is None or assignment.replica != self.actor.id):
+                self._leave_replica()
+            if assignment is None:
                 continue
-            if visit is None:
-                turn.actor = fleet.actor(place.replica)
-                visit = Visit(turn.actor, new_task())
-            if visit.fetch is None:  # also where it computes at once: what dies before `run` has computed nothing
-                fetching = fleet.ask(visit.actor, "prefetch", visit.task)
-                visit.fetch = asyncio.ensure_future(fetching)
-                visit.fetch.add_done_callback(lambda fetch: fetch.cancelled() or fetch.exception())  # if only here
-            if place.run:
-                await visit.fetch
-                return visit
-    except BaseException:
-        if visit is not None:
-            visit.leave(fleet)
-        raise
+            if self._task is None:
+                self.state, self.actor = "prefetching", self._fleet.actor(assignment.replica)
+                self._task = make_task()
+            assert self.actor is not None
+            if self._prefetch is None:  # even if it runs at once: a replica lost before `run` has computed nothing
+                self._prefetch = asyncio.ensure_future(self._fleet.ask(self.actor, "prefetch", self._task))
+                self._prefetch.add_done_callback(lambda call: call.cancelled() or call.exception())  # retrieved
+            if assignment.run:
+                await self._prefetch
+                return self.actor, self._task
 
+    async def _next_assignment(self) -> None:
+        """Wait until the assignment changes; raise what fails the prefetch meanwhile."""
+        changed = asyncio.ensure_future(self._assigned.wait())
+        try:
+            if self._prefetch is not None:
+                await asyncio.wait({changed, self._prefetch}, return_when=asyncio.FIRST_COMPLETED)
+                if self._prefetch.done() and not changed.done():
+                    self._prefetch.result()
+            await changed
+            self._assigned.clear()
+        finally:
+            changed.cancel()
 
-async def _next_place(turn: Turn, visit: Visit | None) -> Assignment | None:
-    """Wait for the scheduler's word, or for a prefetch to fail."""
-    moved = asyncio.ensure_future(turn.next())
-    try:
-        if visit is not None and visit.fetch is not None:
-            await asyncio.wait({moved, visit.fetch}, return_when=asyncio.FIRST_COMPLETED)
-            if visit.fetch.done() and not moved.done():
-                visit.fetch.result()
-        return await moved
-    finally:
-        moved.cancel()
+    def _leave_replica(self) -> None:
+        """Abandon the task at its replica: it stops within a denoising step, and its slots are freed."""
+        if self._prefetch is not None:
+            self._prefetch.cancel()
+        if self._task is not None:
+            assert self.actor is not None
+            self._fleet.send(self.actor, "release", self._task.key)
+        self._task = self._prefetch = None

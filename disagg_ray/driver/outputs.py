@@ -1,0 +1,237 @@
+"""What the stages of one request made, from a stage's answer to the release of the slots, and each stage's state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from disagg_ray.driver.attempt import Attempt
+from disagg_ray.driver.calls import Actor
+from disagg_ray.driver.context import RunContext
+from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
+from disagg_ray.driver.threads import off_loop
+from disagg_ray.errors import Cancelled, PoolError, ReplicaLost, TransferError
+from disagg_ray.graph import LATENTS
+from disagg_ray.replica.messages import Reply
+from disagg_ray.request import ResolvedRequest
+from disagg_ray.result import StageTiming
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
+
+logger = logging.getLogger("disagg_ray")
+
+
+@dataclass(eq=False)
+class Output:
+    """Tensors or frames of a stage, and who holds them."""
+
+    key: AttemptKey
+    handoff: Handoff
+    holder: Actor | None
+    """None: the driver's pool."""
+    reply: Reply | None = None
+    """Of the replica that made it."""
+    num_failed_pulls: int = 0
+
+
+@dataclass(eq=False)
+class StageRun:
+    """One stage of one request."""
+
+    name: str
+    output: Output | None = None
+    """What consumers pull: of a replica, or the copy."""
+    copy: Output | None = None
+    """Of finished latents, in the driver's pool."""
+    blocks: dict[str, str] = field(default_factory=dict)
+    """Digests of the blocks that made the output."""
+    timing: StageTiming | None = None
+    computing: asyncio.Task[None] | None = None
+    """Runs the present attempt."""
+    copying: asyncio.Task[None] | None = None
+    """Copies the output into the driver's pool."""
+    attempt: Attempt | None = None
+    """The latest."""
+    num_attempts: int = 0
+    num_run: int = 0
+    """Attempts that a replica was asked to compute."""
+    num_failures: int = 0
+    """Failed computations, each charged to the request."""
+    failed_at: set[str] = field(default_factory=set)
+    """Ids of replicas that failed to compute it, or twice to pull its inputs."""
+    failed_pulls: Counter[str] = field(default_factory=Counter)
+    """Failures to pull its inputs, by id of the replica."""
+
+    @property
+    def is_busy(self) -> bool:
+        return self.computing is not None or self.copying is not None
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        return [task for task in (self.computing, self.copying) if task is not None]
+
+
+class Outputs:
+    """Owns every slot that a request takes; `close` leaves none behind, here or at any replica."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        request: ResolvedRequest,
+        run_id: str,
+        stages: Mapping[str, StageRun],
+        latents_file: Path | None,
+    ) -> None:
+        """Start without outputs; `run_id` names the request's slots in every pool."""
+        self._context, self._graph, self._driver_pool = context, context.graph, context.driver_pool
+        self._request, self._run_id, self._stages, self._latents_file = request, run_id, stages, latents_file
+        self._keys: list[AttemptKey] = []
+        self._images: Handoff | None = None
+        self._saving: asyncio.Task[None] | None = None
+
+    def new_key(self) -> AttemptKey:
+        key = AttemptKey(self._run_id, len(self._keys))
+        self._keys.append(key)
+        return key
+
+    async def publish_images(self, images: Mapping[str, torch.Tensor]) -> None:
+        """Put the request's images where stages can pull them."""
+        if images:
+            self._images = await self._driver_pool.publish(self.new_key(), images)
+
+    async def resume(self) -> None:
+        """Start from the latents file of an earlier run, if it holds this request's latents."""
+        name, request = self._graph.kept, self._request
+        if self._latents_file is None or name is None or self._graph.outputs(name) != (LATENTS,):
+            return
+        blocks: dict[str, set[str]] = {}
+        for maker in self._graph.upstream(name):
+            blocks |= self._context.fleet.digests_of(maker)
+        shape = self._context.geometry.latents_shape(request.height, request.width, request.num_frames)
+        latents = await off_loop(read_latents, self._latents_file, Wanted(request, blocks, shape))
+        if latents is None:
+            return
+        key, stage = self.new_key(), self._stages[name]
+        stage.copy = stage.output = Output(key, await self._driver_pool.publish(key, {LATENTS: latents}), None)
+        self._log("resumes from %s", self._latents_file)
+
+    def handoffs(self, stage: str) -> tuple[Handoff, ...]:
+        """Return where the inputs of a stage are now.
+
+        Raises:
+            ReplicaLost: one was lost.
+        """
+        found = []
+        for producer in self._graph.producers(stage):
+            if (output := self._stages[producer].output) is None:
+                raise ReplicaLost(f"the output of {producer} was lost")
+            found.append(output.handoff)
+        if self._images is not None and self._graph.image_inputs(stage):
+            found.append(self._images)
+        return tuple(found)
+
+    def add(self, stage: StageRun, key: AttemptKey, actor: Actor, reply: Reply) -> None:
+        """Take what a replica has just computed, unless it died right after its answer; start to copy latents."""
+        if not self._context.fleet.is_serving(actor):
+            return
+        output = stage.output = Output(key, reply.handoff, actor, reply)
+        stage.blocks = self._context.fleet.blocks_of(actor)
+        if stage.name == self._graph.kept:
+            stage.copying = asyncio.ensure_future(self._copy(stage, output))
+
+    async def _copy(self, stage: StageRun, output: Output) -> None:
+        """Copy latents into the driver's pool and their file; from then on no replica's death costs the denoise."""
+        key = self.new_key()
+        try:
+            handoff, tensors = await self._driver_pool.hold(key, output.handoff)
+        except (TransferError, PoolError, Cancelled) as error:
+            self._log("the driver has no copy of the %s's output: %s", stage.name, error)
+            self._driver_pool.release(key)
+            return
+        stage.copy = Output(key, handoff, None)
+        stage.output = stage.output or stage.copy
+        if self._latents_file is not None and set(tensors) == {LATENTS}:
+            blocks: dict[str, str] = {}
+            for maker in self._graph.upstream(stage.name):
+                blocks |= self._stages[maker].blocks
+            about = describe(self._request, blocks)
+            saving = off_loop(write_latents, self._latents_file, tensors[LATENTS], about)
+            self._saving = asyncio.ensure_future(saving)
+            await asyncio.shield(self._saving)
+
+    def drop(self, stage: StageRun) -> None:
+        """Do without a stage's output: the driver's copy replaces it, or it has to be computed again."""
+        assert stage.output is not None
+        self._release(stage.output)
+        stage.output = stage.copy
+        if stage.copy is not None:
+            return
+        for consumer in (self._stages[name] for name in self._graph.consumers(stage.name)):
+            if consumer.computing and consumer.attempt and consumer.attempt.actor is None:  # it only waits
+                consumer.computing.cancel()
+                consumer.computing = None
+
+    def drop_all_of(self, actor: Actor) -> None:
+        """Do without the outputs of a replica that is gone."""
+        for stage in self._stages.values():
+            if stage.output is not None and stage.output.holder is actor:
+                self.drop(stage)
+
+    def count_failed_pull(self, consumer: StageRun, error: TransferError) -> None:
+        """Drop the input that did not arrive if the driver has a copy, or at its second failure."""
+        for producer in (self._stages[name] for name in self._graph.producers(consumer.name)):
+            output = producer.output
+            if output is None or output.holder is None:
+                continue
+            if error.session in {session.name for session in output.handoff.sessions}:
+                output.num_failed_pulls += 1
+                if producer.copy is not None or output.num_failed_pulls > 1:
+                    self.drop(producer)
+
+    def release_used(self) -> None:
+        """Release outputs that no consumer can need again.
+
+        Latents and the inputs of the last stage stay until the end, and inputs of the latents until the driver has its
+        copy of them.
+        """
+        last, kept = self._graph.last, self._graph.kept
+        for stage in self._stages.values():
+            consumers = [self._stages[name] for name in self._graph.consumers(stage.name)]
+            if stage.output is None or not consumers or stage.name == kept or self._stages[last] in consumers:
+                continue
+            if all((c.copy if c.name == kept else c.output) is not None for c in consumers):
+                self._release(stage.output)
+                stage.output = None
+
+    def _release(self, output: Output) -> None:
+        if output.holder is None:
+            self._driver_pool.release(output.key)
+        else:
+            self._context.fleet.send(output.holder, "release", output.key)
+
+    async def close(self) -> None:
+        """Cancel what computes and copies, and release every slot; one that is being written out stays until then."""
+        tasks: list[asyncio.Future[None]] = [task for stage in self._stages.values() for task in stage.tasks]
+        for task in tasks:
+            task.cancel()
+        for stage in self._stages.values():
+            if stage.output is not None and stage.output.holder is not None:
+                self._release(stage.output)
+        if self._saving is None:
+            self._release_own(self._keys)
+        else:
+            self._saving.add_done_callback(lambda _: self._release_own(self._keys))
+            tasks.append(asyncio.shield(self._saving))
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _release_own(self, keys: Iterable[AttemptKey]) -> None:
+        for key in keys:
+            self._driver_pool.release(key)
+
+    def _log(self, message: str, *args: object) -> None:
+        logger.info(f"request %s: {message}", self._request.id, *args, extra={"request_id": self._request.id})
