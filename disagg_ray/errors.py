@@ -5,6 +5,7 @@ DisaggError
 │   ├── ConfigError             a configuration key
 │   │   └── GraphError          the cut of the model into stages
 │   ├── RequestError            a request
+│   │   └── RequestInFlight     another request has its id and is not finished
 │   ├── CheckpointError         a model folder or hub repository
 │   ├── OutputError             where or how to write a result
 │   └── PlanError               a profile, or the GPUs to plan for
@@ -40,6 +41,10 @@ class GraphError(ConfigError):
 
 class RequestError(InputError):
     """A request asks for something this model or this configuration cannot do."""
+
+
+class RequestInFlight(RequestError):
+    """A service still computes another request of this id, for another client."""
 
 
 class CheckpointError(InputError):

@@ -124,6 +124,19 @@ def test_what_was_denoised_when_a_driver_stopped_is_only_decoded_by_the_next(pip
         assert [timing.stage for timing in second.generate(request).stages] == ["decoder"]
 
 
+def test_a_batch_waits_for_another_request_of_its_id_that_an_earlier_run_left(
+    pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, out = write_requests(tmp_path, 2), tmp_path / "out"
+    with connect(pipeline, run_id=str(out)) as earlier:
+        left = earlier.submit(Request("a blue square", id="clip-0", num_frames=17, num_inference_steps=60))
+        assert cli.main(generate(pipeline, requests)) == 0
+        assert left.result(60).request.prompt == "a blue square"
+    assert "id: 'clip-0' is in flight" in capsys.readouterr().err
+    prompts = {name: record.request and record.request.prompt for name, record in records(out).items()}
+    assert prompts == {"clip-0": "a red circle", "clip-1": "a red circle"}
+
+
 def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,7 +154,7 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     shown = capsys.readouterr().out
     assert status == 1
     assert "stopped: " in shown
-    assert "run it again to go on" in shown
+    assert "run it again to resume" in shown
     assert {record.status for record in records(out).values()} == {"done"}
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runs import record, simulate, write_manifest
 
 from disagg_ray import cli
-from disagg_ray.batch.manifest import MANIFEST, MAX_NAMED, read_manifest
+from disagg_ray.batch.lines import MAX_SHOWN
+from disagg_ray.batch.manifest import MANIFEST, read_manifest
 from disagg_ray.batch.records import MAX_LINE_BYTES, Record, parse
 
 GOOD = record(simulate(1, {"encoder": 1, "decoder": 1})[0], "a cat")
@@ -93,10 +94,10 @@ def test_a_bad_line_is_named_and_left_out_and_the_report_of_the_others_is_made(
 def test_of_many_bad_lines_the_first_are_named_and_the_others_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / MANIFEST).write_text("{\n" * (MAX_NAMED + 7))
+    (tmp_path / MANIFEST).write_text("{\n" * (MAX_SHOWN + 7))
     assert list(read_manifest(tmp_path)) == []
-    assert caplog.text.count("not a record") == MAX_NAMED
-    assert "and 7 bad lines more" in caplog.text
+    assert caplog.text.count("not a record") == MAX_SHOWN
+    assert "and 7 invalid lines more" in caplog.text
 
 
 def test_text_that_nothing_can_show_is_shown_as_far_as_it_can_be() -> None:

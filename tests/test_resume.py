@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from disagg_ray import OutputError, RequestError, load_config
+from disagg_ray.batch.lines import MAX_SHOWN
 from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, sha256_of, stat_of
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
-from disagg_ray.batch.resume import MAX_SHOWN, Options, Plan, make_plan, picture_of
+from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
 from disagg_ray.config.schema import Config
 from disagg_ray.media.video import blank, digest_pixels
 from disagg_ray.models.identity import identify_setup
@@ -168,7 +169,7 @@ def test_every_bad_line_is_in_the_file_and_the_first_are_printed(
     with pytest.raises(RequestError, match=f"{MAX_SHOWN + 10} lines of"):
         plan(tmp_path, lines)
     assert caplog.text.count("not JSON") == MAX_SHOWN
-    assert "and 10 bad lines more" in caplog.text
+    assert "and 10 invalid lines more" in caplog.text
     invalid = [json.loads(line) for line in (tmp_path / "out" / INVALID).read_text().splitlines()]
     assert [line["line"] for line in invalid] == list(range(2, MAX_SHOWN + 12))
     pending, made = plan(tmp_path, lines, skip_invalid=True)
@@ -179,7 +180,7 @@ def test_every_bad_line_is_in_the_file_and_the_first_are_printed(
 
 @pytest.mark.parametrize("lines", [[], ["{"]], ids=["empty", "only bad ones"])
 def test_a_file_without_a_request_is_refused(lines: list[str], tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holds no request"):
+    with pytest.raises(RequestError, match="has no valid request"):
         plan(tmp_path, lines, skip_invalid=True)
 
 

@@ -1,14 +1,42 @@
-"""Lines of a file that somebody else may have written: none is read whole that is longer than it may be."""
+"""Lines of a file that may hold anything: bounded in length, and reported where they are invalid."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from disagg_ray.text import printable
+
+logger = logging.getLogger("disagg_ray")
+
+MAX_SHOWN = 50
+"""Invalid lines of a file that are logged one by one."""
+
+
+class InvalidLines:
+    """Counts the invalid lines of a file and logs the first `MAX_SHOWN`."""
+
+    def __init__(self, path: Path) -> None:
+        self.count = 0
+        self._path = path
+
+    def report(self, number: int, fault: str) -> None:
+        """Count the line with a number, from 1, and say what is wrong with it."""
+        self.count += 1
+        if self.count <= MAX_SHOWN:
+            logger.warning("%s:%d: %s", self._path, number, printable(fault, 300))
+
+    def log_rest(self) -> None:
+        """Log how many more there were."""
+        if self.count > MAX_SHOWN:
+            logger.warning("%s: and %d invalid lines more", self._path, self.count - MAX_SHOWN)
 
 
 def read_lines(source: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (offset, number, bytes) of each line; of one that is too long, some bytes more than `max_bytes`."""
+    """Yield (offset, number, bytes) of each line; a longer line is cut to `max_bytes` + 1 or + 2 bytes."""
     offset = number = 0
     while raw := source.readline(max_bytes + 1):
         number += 1
@@ -21,12 +49,12 @@ def read_lines(source: BinaryIO, max_bytes: int) -> Iterator[tuple[int, int, byt
 
 
 def load_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Read JSON.
+    """Parse JSON; `pairs` builds each object from its (name, value) pairs.
 
     Raises:
-        ValueError: it is none, or cannot be used: a number of too many digits, a thousand brackets.
+        ValueError: not JSON, a number of too many digits, or nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError as error:
-        raise ValueError("too deep") from error
+        raise ValueError("nested too deeply") from error

@@ -1,4 +1,4 @@
-"""What a batch came to: counts, pace, and which stage holds it up."""
+"""How a batch went: counts, throughput, utilisation of the stages, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from disagg_ray.result import StageTiming
+from disagg_ray.batch.records import Record
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,9 @@ class StageShare:
     stage: str
     num_replicas: int
     mean_s: float
-    """Computing and publishing of one request; pulling hides behind the request before."""
+    """Computing and publishing of one request; pulls overlap with the request before."""
     busy: float
-    """Share of its replicas' time, from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Bottleneck:
-    stage: str
-    speedup: float
-    """Predicted videos a minute with one more replica of it, over those now, while nothing else waits."""
+    """Utilisation of its replicas, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +29,17 @@ class Summary:
     """Written by this run."""
     already_done: int
     failed: int
-    """In this run, or in an earlier one and not tried again."""
+    """In this run, or in an earlier one and not retried."""
     invalid: int
-    """Lines left out."""
+    """Lines that were skipped."""
     missing: int
-    """Not finished: the run was stopped before."""
+    """Not finished, because the run was stopped."""
     retried: int
-    """Of those done, how many needed a stage more than once."""
+    """Of those done: requests of which a stage had several attempts."""
     seconds: float
     shares: tuple[StageShare, ...]
     stopped: str | None
-    """Why the run ended before its end."""
+    """Why the run was stopped, if it was."""
 
     @property
     def complete(self) -> bool:
@@ -54,7 +47,7 @@ class Summary:
         return not (self.failed or self.invalid or self.missing or self.stopped)
 
     def lines(self) -> list[str]:
-        """Return it in words."""
+        """Return it as lines of text."""
         pace = 60 * self.done / self.seconds if self.seconds else 0.0
         text = [
             f"{self.done} done, {self.already_done} done before, {self.failed} failed, {self.invalid} invalid, "
@@ -65,31 +58,34 @@ class Summary:
             for share in self.shares
         ]
         if self.stopped:
-            text.append(f"stopped: {self.stopped}; run it again to go on")
-        if found := bottleneck(self.shares):
-            text.append(f"bottleneck: {found.stage}; one more replica of it: {found.speedup:.2f} x as many videos")
-        return text
+            text.append(f"stopped: {self.stopped}; run it again to resume")
+        return text + name_bottleneck(self.shares)
 
 
 class Tally:
-    """Adds up where the time of finished requests went; holds a few numbers a stage."""
+    """Counts finished requests, and adds up the seconds of each stage."""
 
     def __init__(self) -> None:
-        self.done = 0
-        self.retried = 0
+        self.done = self.failed = self.retried = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
 
-    def add(self, stages: tuple[StageTiming, ...]) -> None:
-        """Count one finished request."""
+    @property
+    def finished(self) -> int:
+        return self.done + self.failed
+
+    def add(self, record: Record) -> None:
+        if record.status == "failed":
+            self.failed += 1
+            return
         self.done += 1
-        self.retried += any(timing.attempts > 1 for timing in stages)
-        for timing in stages:
+        self.retried += any(timing.attempts > 1 for timing in record.stages)
+        for timing in record.stages:
             self._seconds[timing.stage] += timing.compute_s + timing.publish_s
             self._counts[timing.stage] += 1
 
     def shares(self, replicas: Mapping[str, int], seconds: float) -> tuple[StageShare, ...]:
-        """Return each stage's part in a run of so many seconds; `replicas` counts them by stage."""
+        """Return each stage's part in a run of `seconds`, given the number of replicas by stage."""
         return tuple(
             StageShare(
                 stage, count, self._seconds[stage] / max(1, self._counts[stage]),
@@ -99,11 +95,11 @@ class Tally:
         )  # fmt: skip
 
 
-def bottleneck(shares: tuple[StageShare, ...]) -> Bottleneck | None:
-    """Return the stage whose replicas together make the fewest videos a second, and what one more would give.
+def bottleneck(shares: tuple[StageShare, ...]) -> tuple[str, float] | None:
+    """Return the slowest stage, and the factor by which one more replica of it would raise the throughput.
 
-    A pipeline that never runs dry is as fast as its slowest stage; one more replica helps until the next one is.
-    None: nothing was made.
+    A pipeline that is always full is as fast as its slowest stage; one more replica helps until another stage is the
+    slowest. None: nothing was made.
     """
     paces = {share.stage: share.num_replicas / share.mean_s for share in shares if share.mean_s > 0}
     if not paces:
@@ -111,4 +107,11 @@ def bottleneck(shares: tuple[StageShare, ...]) -> Bottleneck | None:
     slowest = min(paces, key=paces.__getitem__)
     (share,) = (share for share in shares if share.stage == slowest)
     faster = paces | {slowest: (share.num_replicas + 1) / share.mean_s}
-    return Bottleneck(slowest, min(faster.values()) / paces[slowest])
+    return slowest, min(faster.values()) / paces[slowest]
+
+
+def name_bottleneck(shares: tuple[StageShare, ...]) -> list[str]:
+    """Return the line that names the bottleneck, if anything was made."""
+    if (found := bottleneck(shares)) is None:
+        return []
+    return [f"bottleneck: {found[0]}; one more replica of it: {found[1]:.2f} x as many videos"]

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from disagg_ray.batch.manifest import MANIFEST, read_manifest
 from disagg_ray.batch.records import Record
-from disagg_ray.batch.summary import Tally, bottleneck
+from disagg_ray.batch.summary import Tally, name_bottleneck
 from disagg_ray.errors import OutputError
 from disagg_ray.media.output import atomic_file
 from disagg_ray.planning.plan import Plan
@@ -179,17 +179,14 @@ def _notes(records: Sequence[Record], timeline: Timeline) -> list[str]:
     """Return in a few lines how it went."""
     tally = Tally()
     for record in records:
-        if record.status == "done":
-            tally.add(record.stages)
+        tally.add(record)
     pace = 60 * tally.done / timeline.seconds if timeline.seconds else 0.0
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(timeline.began))
     notes = [
-        f"{tally.done} done, {len(records) - tally.done} failed, {tally.retried} retried; began {began}, "
+        f"{tally.done} done, {tally.failed} failed, {tally.retried} retried; began {began}, "
         f"{timeline.seconds:.1f} s{' without pauses' if timeline.pauses else ''}, {pace:.2f} videos a minute"
     ]
-    if found := bottleneck(tally.shares(timeline.num_replicas, timeline.seconds)):
-        notes.append(f"bottleneck: {found.stage}; one more replica of it: {found.speedup:.2f} x as many videos")
-    return notes
+    return notes + name_bottleneck(tally.shares(timeline.num_replicas, timeline.seconds))
 
 
 def _busy(timeline: Timeline) -> Sheet:

@@ -22,7 +22,7 @@ import torch
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.tasks import BackgroundTasks
-from disagg_ray.errors import Cancelled, DisaggError, Overloaded, RequestError
+from disagg_ray.errors import Cancelled, DisaggError, Overloaded, RequestInFlight
 from disagg_ray.models.identity import identify_request
 from disagg_ray.progress.events import Event
 from disagg_ray.replica.messages import Health
@@ -73,11 +73,11 @@ def _make_way(entry: _Entry, asked: SubmitMessage) -> None:
     """Give up what an id named before; a request that differs takes its place.
 
     Raises:
-        RequestError: another connection waits for that.
+        RequestInFlight: another connection waits for that.
     """
     name = asked.request.id
     if entry.stands_in_the_way(asked):
-        raise RequestError(
+        raise RequestInFlight(
             f"id: {name!r} is in flight under this run id, asked for by another client with another prompt, image or "
             f"other field, or before the configuration changed; wait for it, or give another id"
         )
