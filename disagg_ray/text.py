@@ -24,6 +24,14 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def human_seconds(seconds: float) -> str:
+    """Return a duration to the precision that matters, as 38 s, 12 min or 3 h 5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def printable(text: str, limit: int = 200) -> str:
     r"""Return text of a file or a stranger for a terminal or a log: one line of at most `limit` characters.
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from disagg_ray.progress import display
 from disagg_ray.progress.board import Board, Totals
-from disagg_ray.progress.display import Display, describe, human_seconds, printable, summary
+from disagg_ray.progress.display import Display, describe, summary
 from disagg_ray.progress.events import Event
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
@@ -103,8 +103,7 @@ def test_what_a_user_wrote_cannot_reach_the_terminal_raw() -> None:
     hostile = "\x1b[2J[bold]\r\n\u202eevil\x07" + "x" * 300
     line = draw_lines([replace(EVENT, request_id=hostile, replica="transformer-0")], {})[0]
     assert line.isprintable()
-    assert "?[2J[bold]???evil?" in line
-    assert len(printable(hostile)) == display.MAX_ID_CHARS
+    assert line.startswith("request \\x1b[2J[bold]\\r\\n\\u202eevil\\x07xxxxxxxx…: ")
 
 
 def test_a_stream_that_knows_only_ascii_gets_ascii() -> None:
@@ -287,14 +286,6 @@ def test_output_that_goes_to_a_file_stays_there_while_bars_run() -> None:
     output = terminal.close()
     assert "transformer-0" in output
     assert "careful\r\n" in output
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (38, "38 s"), (99.4, "99 s"), (150, "2 min"), (5900, "98 min"), (11_100, "3 h 5 min")],
-)
-def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
 
 
 def test_the_rate_is_a_number_that_says_something() -> None:

@@ -59,7 +59,7 @@ def run(env: dict[str, str | None], *overrides: str) -> subprocess.CompletedProc
     ("env", "override", "said"),
     [
         ({}, "model.path=/nonexistent/wan", "model.path: '/nonexistent/wan' is no folder on this node"),
-        ({}, "model.path=random:tiny-t2w", "did you mean 'tiny-t2v'?"),
+        ({}, "model.path=random:tiny-t2w", "did you mean tiny-t2v?"),
         ({"HOME": "/proc/none"}, "fused=true", "HOME: Ray's token '/proc/none/.ray/auth_token' cannot be written"),
         ({"TMPDIR": LONG}, "fused=true", f"invalid TMPDIR='{LONG}': must be at most 39 characters"),
         ({"RAY_TMPDIR": LONG}, "fused=true", f"invalid RAY_TMPDIR='{LONG}': must be at most 39 characters"),

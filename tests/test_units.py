@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_ray.text import printable
+from disagg_ray.text import human_seconds, printable
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_long_text_is_cut_with_an_ellipsis(text: str) -> None:
 
 def test_printable_text_can_be_encoded() -> None:
     assert printable("".join(map(chr, range(0x110000))), limit=10_000_000).encode()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (38, "38 s"), (99.4, "99 s"), (150, "2 min"), (5900, "98 min"), (11_100, "3 h 5 min")],
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text

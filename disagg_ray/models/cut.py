@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import diffusers
@@ -33,6 +32,7 @@ from disagg_ray.models.wan.blocks import EmbeddingCache, Guidance, OnStep, TextE
 from disagg_ray.models.wan.tiles import Blend, DecodePart
 from disagg_ray.models.warm_up import example_tensors
 from disagg_ray.request import ResolvedRequest
+from disagg_ray.text import did_you_mean
 
 SPARE_BYTES = 2**21
 """More than is lost when torch rounds tensors up."""
@@ -215,9 +215,8 @@ def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str], num_parts:
     known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
     for name in names:
         if name not in (*known, *parts):
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}; {hint}")
+            hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+            raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}{hint}")
     return {name: block for name, block in leaves.items() if name.split(".")[0] in names} | parts
 
 

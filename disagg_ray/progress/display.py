@@ -20,6 +20,7 @@ from rich.text import Text
 
 from disagg_ray.progress.board import Board, Totals, Track
 from disagg_ray.progress.events import Event
+from disagg_ray.text import human_seconds, printable
 
 Mode = Literal["auto", "bars", "lines", "quiet"]
 
@@ -142,12 +143,12 @@ class _Lines:
             more = f" and {others} more ended" if others else ""
             totals = self._board.totals()
             overall = f"; {summary(totals)}" if totals.total != 1 else ""
-            return f"request {printable(request_id)}: {'done' if ok else 'failed'}{more}{overall}"
+            return f"request {printable(request_id, MAX_ID_CHARS)}: {'done' if ok else 'failed'}{more}{overall}"
         working = (key for key, track in self._changed.items() if track.event.state != "waiting")
         request_id = next(working, next(iter(self._changed), None))
         if request_id is not None:
             track = self._changed.pop(request_id)
-            return f"request {printable(request_id)}: {describe(track, time.monotonic())}"
+            return f"request {printable(request_id, MAX_ID_CHARS)}: {describe(track, time.monotonic())}"
         return None
 
     def close(self) -> None:
@@ -215,7 +216,9 @@ def _table(rows: list[Track], now: float, *, wide: bool) -> Table:
         event = track.event
         bar = [ProgressBar(event.steps, event.step) if event.steps else ""] if wide else []
         progress = f"{event.step}/{event.steps}" if event.steps else event.state
-        table.add_row(_line(printable(event.request_id)), _line(event.replica), *bar, progress, _clock(track, now))
+        table.add_row(
+            _line(printable(event.request_id, MAX_ID_CHARS)), _line(event.replica), *bar, progress, _clock(track, now)
+        )
     return table
 
 
@@ -269,20 +272,6 @@ def summary(totals: Totals) -> str:
 
 def _rate(per_min: float) -> str:
     return f"{per_min:.1f} a minute" if per_min >= 1 else f"{per_min * 60:.1f} an hour"
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a duration to the precision that matters, as 38 s, 12 min or 3 h 5 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def printable(text: str) -> str:
-    """Return a user's text as one short run of printable characters."""
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return text if len(text) <= MAX_ID_CHARS else f"{text[: MAX_ID_CHARS - 3]}..."
 
 
 def _handlers(stream: TextIO) -> Iterator[logging.StreamHandler[TextIO]]:

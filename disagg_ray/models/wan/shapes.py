@@ -6,8 +6,11 @@ the keyword arguments there. Numbers of the published shapes: `scripts/convert_w
 """
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
+
+from disagg_ray.text import did_you_mean
+
+Pipeline = Literal["WanPipeline", "WanImageToVideoPipeline"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class Shape:
 
     name: str
     """Name in this table."""
-    pipeline: Literal["WanPipeline", "WanImageToVideoPipeline"]
+    pipeline: Pipeline
     """Class of the stock diffusers pipeline."""
     text_encoder: TextEncoderConfig
     """UMT5 encoder."""
@@ -191,11 +194,14 @@ class Shape:
 
 
 def get_shape(name: str) -> Shape:
-    """The shape of that name; a ValueError names the nearest right one."""
+    """Return the shape of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
     if name in SHAPES:
         return SHAPES[name]
-    nearest = get_close_matches(name, SHAPES, n=1, cutoff=0.0)[0]
-    raise ValueError(f"no model shape {name!r}: did you mean {nearest!r}? Known: {', '.join(SHAPES)}")
+    raise ValueError(f"no model shape {name!r}; known: {', '.join(SHAPES)}{did_you_mean(name, SHAPES)}")
 
 
 _UMT5_XXL = TextEncoderConfig()
@@ -207,56 +213,26 @@ _I2V_A14B = replace(_T2V_14B, in_channels=36)
 _I2V_14B = replace(_I2V_A14B, image_dim=1280, added_kv_proj_dim=5120)
 _FLF2V_14B = replace(_I2V_14B, pos_embed_seq_len=514)
 
+
+def _image_shape(name: str, transformer: TransformerConfig, flow_shift: float) -> Shape:
+    """Return a Wan 2.1 model that takes an image."""
+    scheduler = SchedulerConfig(flow_shift)
+    return Shape(name, "WanImageToVideoPipeline", _UMT5_XXL, _VAE, transformer, scheduler, _CLIP_VIT_H)
+
+
+def _two_transformers(name: str, pipeline: Pipeline, transformer: TransformerConfig, boundary_ratio: float) -> Shape:
+    """Return a Wan 2.2 model: transformers of one shape for high and for low noise."""
+    return Shape(name, pipeline, _UMT5_XXL, _VAE, transformer, SchedulerConfig(), None, transformer, boundary_ratio)
+
+
 _PUBLISHED = (
     Shape("wan2.1-t2v-1.3b", "WanPipeline", _UMT5_XXL, _VAE, _T2V_1_3B, SchedulerConfig()),
     Shape("wan2.1-t2v-14b", "WanPipeline", _UMT5_XXL, _VAE, _T2V_14B, SchedulerConfig()),
-    Shape(
-        "wan2.1-i2v-14b-480p",
-        "WanImageToVideoPipeline",
-        _UMT5_XXL,
-        _VAE,
-        _I2V_14B,
-        SchedulerConfig(),
-        image_encoder=_CLIP_VIT_H,
-    ),
-    Shape(
-        "wan2.1-i2v-14b-720p",
-        "WanImageToVideoPipeline",
-        _UMT5_XXL,
-        _VAE,
-        _I2V_14B,
-        SchedulerConfig(flow_shift=5.0),
-        image_encoder=_CLIP_VIT_H,
-    ),
-    Shape(
-        "wan2.1-flf2v-14b-720p",
-        "WanImageToVideoPipeline",
-        _UMT5_XXL,
-        _VAE,
-        _FLF2V_14B,
-        SchedulerConfig(flow_shift=16.0),
-        image_encoder=_CLIP_VIT_H,
-    ),
-    Shape(
-        "wan2.2-t2v-a14b",
-        "WanPipeline",
-        _UMT5_XXL,
-        _VAE,
-        _T2V_14B,
-        SchedulerConfig(),
-        transformer_2=_T2V_14B,
-        boundary_ratio=0.875,
-    ),
-    Shape(
-        "wan2.2-i2v-a14b",
-        "WanImageToVideoPipeline",
-        _UMT5_XXL,
-        _VAE,
-        _I2V_A14B,
-        SchedulerConfig(),
-        transformer_2=_I2V_A14B,
-        boundary_ratio=0.9,
-    ),
+    _image_shape("wan2.1-i2v-14b-480p", _I2V_14B, flow_shift=3.0),
+    _image_shape("wan2.1-i2v-14b-720p", _I2V_14B, flow_shift=5.0),
+    _image_shape("wan2.1-flf2v-14b-720p", _FLF2V_14B, flow_shift=16.0),
+    _two_transformers("wan2.2-t2v-a14b", "WanPipeline", _T2V_14B, boundary_ratio=0.875),
+    _two_transformers("wan2.2-i2v-a14b", "WanImageToVideoPipeline", _I2V_A14B, boundary_ratio=0.9),
 )
 
 _TINY_TEXT = TextEncoderConfig(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
