@@ -11,7 +11,8 @@ from disagg_ray.config.load import load_config
 from disagg_ray.driver.cluster import total_resources
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
-from disagg_ray.planning.plan import CALL_S, Hardware, Plan, equip, explain, make_plan, parse_gpus
+from disagg_ray.planning.plan import Plan, equip, explain, make_plan, parse_gpus
+from disagg_ray.planning.predict import CALL_S, Hardware
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile, write_profile
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -115,7 +116,7 @@ def test_where_the_whole_does_not_fit_a_split_is_best() -> None:
 
 
 def test_weights_that_fit_nowhere_are_an_error() -> None:
-    with pytest.raises(PlanError, match=r"fits in no way; .* 102\.\d GB of 95\.0"):
+    with pytest.raises(PlanError, match=r"no layout fits; .* 102\.\d GB of 95\.0"):
         plan(2, transformer_gb=100)
 
 
@@ -175,7 +176,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 2}', "not whole")],
+    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 2}', "incomplete")],
 )
 def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "profile.json"

@@ -18,8 +18,8 @@ from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import build_graph
-from disagg_ray.planning.layouts import CPU, Layout, Seat
-from disagg_ray.planning.plan import Hardware, seat_bytes
+from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages
+from disagg_ray.planning.predict import Hardware, Predictor
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
 from disagg_ray.replica.actor import Replica
 from disagg_ray.replica.messages import Task
@@ -76,8 +76,9 @@ def test_a_plan_counts_the_pools_that_stages_make(stages: dict[str, Stage]) -> N
         for name, stage in stages.items()
     ]  # fmt: skip
     cores = Hardware(CPU, 16, 0, Profile(VERSION, CPU, "", 0, "", "mp4", 1.0, tuple(profiles)))
+    predictor = Predictor({CPU: cores}, Stages(tuple(counts), "transformer"), load)
     for seat in layout.seats:
-        assert seat_bytes(seat, layout, cores, load) == pool_bytes(config, stages[seat.stages[0]])
+        assert predictor.seat_bytes(seat, layout) == pool_bytes(config, stages[seat.stages[0]])
 
 
 def test_room_for_one_request_alone_is_too_little(stages: dict[str, Stage]) -> None:

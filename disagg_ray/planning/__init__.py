@@ -1,1 +1,1 @@
-"""Which layout pays on which GPUs: measured profiles in, predicted seconds, memory and throughput out."""
+"""Measures a model's stages on one GPU, and predicts the memory and throughput of layouts on other clusters."""

@@ -1,4 +1,4 @@
-"""The ways to lay a model's stages out over GPUs that are worth a thought, and the YAML that asks for one."""
+"""Lists the sensible ways to place a model's stages on GPUs, and writes the YAML of one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from itertools import permutations
 
 CPU = "CPU"
-"""The kind of a core where there is no GPU."""
+"""The kind of a core, where there is no GPU."""
 MAIN_SHARE, HELPER_SHARE = 0.8, 0.2
-"""Of a GPU that the transformer shares with other stages: Ray's bookkeeping, no limit."""
+"""`num_gpus` of a transformer and of all helpers on one GPU: for Ray's bookkeeping, not a limit."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """GPUs of one kind that hold the same stages, a process each."""
+    """GPUs of one kind with the same stages, one process for each stage."""
 
     kind: str
     count: int
@@ -25,11 +25,15 @@ class Seat:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which stages lie on which GPUs; `fused`: in one process there."""
+    """Which stages are on which GPUs; `fused`: in one process there."""
 
     name: str
     seats: tuple[Seat, ...]
     fused: bool = False
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(stage for seat in self.seats for stage in seat.stages))
 
     def replicas(self, stage: str) -> int:
         return sum(seat.count for seat in self.seats if stage in seat.stages)
@@ -37,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stages:
-    """A model's stages by what they do."""
+    """A model's stages in the order of the graph; all but the denoiser are helpers."""
 
     order: tuple[str, ...]
     denoiser: str
@@ -48,69 +52,65 @@ class Stages:
 
 
 def layouts(counts: Mapping[str, int], stages: Stages) -> list[Layout]:
-    """Return every sensible way to use all of the GPUs (`counts` by kind), each once.
+    """Return every sensible layout that uses all GPUs (`counts` by kind), each once.
 
-    Fused; every stage on every GPU; helpers together on some GPUs and the transformer on the others; helpers apart;
-    helpers beside a transformer, together on one GPU or on all of a kind, or each on another. Helpers take one kind
-    after the other, in any order.
+    Fused; all stages on every GPU; helpers together on some GPUs and the transformer on the others; each helper on
+    GPUs of its own; helpers beside a transformer, together on some GPUs or each on another. Helpers fill one kind
+    after the other, in any order of kinds.
     """
     everywhere = tuple(Seat(kind, count, stages.order) for kind, count in counts.items())
-    found = [Layout("fused", everywhere, fused=True), Layout("all stages on every GPU", everywhere)]
-    for kinds in permutations(counts):
-        found += _one_beside_each(counts, kinds, stages)
-        ordered = {kind: counts[kind] for kind in kinds}
-        for num_helpers in range(1, sum(counts.values())):
-            found += _with_helpers(ordered, num_helpers, stages)
+    found = [Layout("fused", everywhere, fused=True)]
+    if stages.helpers:
+        found.append(Layout("all stages on every GPU", everywhere))
+        for kinds in permutations(counts):
+            ordered = {kind: counts[kind] for kind in kinds}
+            found += _one_beside_each(ordered, stages)
+            for num_helpers in range(1, sum(counts.values())):
+                found += _with_helpers(ordered, num_helpers, stages)
     once: dict[object, Layout] = {}
     for layout in found:
-        if stages.helpers or layout.fused:
-            once.setdefault((layout.fused, frozenset(layout.seats)), layout)
+        once.setdefault((layout.fused, frozenset(layout.seats)), layout)
     return list(once.values())
 
 
-def _one_beside_each(counts: Mapping[str, int], kinds: Sequence[str], stages: Stages) -> Iterator[Layout]:
+def _one_beside_each(counts: Mapping[str, int], stages: Stages) -> Iterator[Layout]:
     """Yield the layout with a transformer on every GPU and each helper beside one of them."""
-    left = {kind: counts[kind] for kind in kinds}
-    seats = []
-    for helper in stages.helpers if 1 < len(stages.helpers) <= sum(counts.values()) else ():
+    if not 1 < len(stages.helpers) <= sum(counts.values()):
+        return
+    left, seats = dict(counts), []
+    for helper in stages.helpers:
         (kind,), left = _take(left, 1)
         seats.append(Seat(kind, 1, tuple(stage for stage in stages.order if stage in (helper, stages.denoiser))))
-    rest = [Seat(kind, count, (stages.denoiser,)) for kind, count in left.items()]
-    if seats:
-        yield Layout(f"{stages.denoiser} on all, {', '.join(stages.helpers)} beside one each", (*seats, *rest))
+    seats += _seats(left, (stages.denoiser,))
+    yield Layout(f"{stages.denoiser} on all, {', '.join(stages.helpers)} beside one each", tuple(seats))
 
 
 def _with_helpers(counts: Mapping[str, int], num_helpers: int, stages: Stages) -> Iterator[Layout]:
+    """Yield the layouts with helpers on the first `num_helpers` GPUs."""
     taken, left = _take(counts, num_helpers)
-    denoise = [Seat(kind, count, (stages.denoiser,)) for kind, count in left.items()]
+    denoise = _seats(left, (stages.denoiser,))
     names = " and ".join(stages.helpers)
-    helpers = [Seat(kind, count, stages.helpers) for kind, count in taken.items()]
-    yield Layout(f"{names} on {num_helpers}, {stages.denoiser} on the others", (*helpers, *denoise))
-    if num_helpers == 1 or not set(taken) & set(left):  # else nothing says on which GPU which helper would lie
-        both = [Seat(kind, count, stages.order) for kind, count in taken.items()]
-        yield Layout(f"{stages.denoiser} on all, {names} beside it on {num_helpers}", (*both, *denoise))
-    for few in stages.helpers if 1 < len(stages.helpers) <= num_helpers else ():
-        last = [stage for stage in stages.helpers if stage != few]
-        apart, rest = _spread(taken, dict.fromkeys(last, 1), few)
-        alone = [Seat(kind, count, (stage,)) for stage, kind, count in apart]
-        ones = ", ".join(f"{stage} on 1" for stage in last)
-        name = f"{few} on {num_helpers - len(last)}, {ones}, {stages.denoiser} on the others"
-        yield Layout(name, (*alone, *rest, *denoise))
+    together = (*_seats(taken, stages.helpers), *denoise)
+    yield Layout(f"{names} on {num_helpers}, {stages.denoiser} on the others", together)
+    if num_helpers == 1 or not set(taken) & set(left):  # else no YAML says which helper goes to which GPU of a kind
+        beside = (*_seats(taken, stages.order), *denoise)
+        yield Layout(f"{stages.denoiser} on all, {names} beside it on {num_helpers}", beside)
+    for many in stages.helpers if 1 < len(stages.helpers) <= num_helpers else ():
+        singles, rest, seats = [stage for stage in stages.helpers if stage != many], taken, list[Seat]()
+        for stage in singles:
+            one, rest = _take(rest, 1)
+            seats += _seats(one, (stage,))
+        ones = ", ".join(f"{stage} on 1" for stage in singles)
+        name = f"{many} on {num_helpers - len(singles)}, {ones}, {stages.denoiser} on the others"
+        yield Layout(name, (*seats, *_seats(rest, (many,)), *denoise))
 
 
-def _spread(
-    taken: Mapping[str, int], ones: Mapping[str, int], few: str
-) -> tuple[list[tuple[str, str, int]], list[Seat]]:
-    """Give each of some stages its GPUs, and what is left to another stage."""
-    placed, left = [], dict(taken)
-    for stage, number in ones.items():
-        mine, left = _take(left, number)
-        placed += [(stage, kind, count) for kind, count in mine.items()]
-    return placed, [Seat(kind, count, (few,)) for kind, count in left.items()]
+def _seats(counts: Mapping[str, int], stages: tuple[str, ...]) -> list[Seat]:
+    return [Seat(kind, count, stages) for kind, count in counts.items()]
 
 
 def _take(counts: Mapping[str, int], number: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Take so many GPUs, kind after kind; return those taken and those left."""
+    """Take `number` GPUs, kind after kind; return those taken and those left."""
     taken, left = {}, {}
     for kind, count in counts.items():
         taken[kind] = min(count, number)
@@ -120,48 +120,45 @@ def _take(counts: Mapping[str, int], number: int) -> tuple[dict[str, int], dict[
 
 
 def to_settings(layout: Layout, stages: Stages) -> dict[str, object]:
-    """Return the configuration that asks for a layout, as nested mappings."""
-    kinds = {seat.kind for seat in layout.seats}
+    """Return the configuration of a layout, as nested mappings."""
     if layout.fused:
-        on = 0 if kinds == {CPU} else 1
-        replicas = layout.replicas(stages.denoiser)
-        return {"fused": True, "stages": {stage: {"replicas": replicas, "num_gpus": on} for stage in stages.order}}
-    settings = {stage: _stage_settings(stage, layout, stages, mixed=len(kinds) > 1) for stage in stages.order}
-    return {"fused": False, "stages": settings, "share_gpu": _sharing(layout)}
+        num_gpus = 0 if {seat.kind for seat in layout.seats} == {CPU} else 1
+        each = {"replicas": layout.replicas(stages.denoiser), "num_gpus": num_gpus}
+        return {"fused": True, "stages": dict.fromkeys(stages.order, each)}
+    settings = {stage: _stage_settings(stage, layout, stages) for stage in stages.order}
+    return {"fused": False, "stages": settings, "share_gpu": _share_gpu(layout)}
 
 
-def _stage_settings(stage: str, layout: Layout, stages: Stages, *, mixed: bool) -> dict[str, object]:
-    seats = [seat for seat in layout.seats if stage in seat.stages]
-    shares = {seat: _share(stage, seat, stages) for seat in seats}
+def _stage_settings(stage: str, layout: Layout, stages: Stages) -> dict[str, object]:
+    shares = {seat: _share(stage, seat, stages) for seat in layout.seats if stage in seat.stages}
     least = min(shares.values())
-    if not mixed:
+    if len({seat.kind for seat in layout.seats}) == 1:
         return {"replicas": layout.replicas(stage), "num_gpus": least}
-    if len(seats) == 1:
-        return {"replicas": seats[0].count, "num_gpus": least, "accelerator_type": seats[0].kind}
+    if len(shares) == 1:
+        (seat,) = shares
+        return {"replicas": seat.count, "num_gpus": least, "accelerator_type": seat.kind}
     groups = {
         f"{seat.kind.lower()}_{place}": {
-            "accelerator_type": seat.kind,
-            "replicas": seat.count,
-            "num_gpus": shares[seat],
+            "accelerator_type": seat.kind, "replicas": seat.count, "num_gpus": share
         }
-        for place, seat in enumerate(seats)
-    }
+        for place, (seat, share) in enumerate(shares.items())
+    }  # fmt: skip
     return {"groups": groups}
 
 
 def _share(stage: str, seat: Seat, stages: Stages) -> float:
-    """Return the share of a GPU that a stage asks for where it sits."""
+    """Return `num_gpus` of a stage in a seat."""
     if seat.kind == CPU:
         return 0
     helpers = [name for name in seat.stages if name != stages.denoiser]
     if stage == stages.denoiser:
         return MAIN_SHARE if helpers else 1
     share = HELPER_SHARE if stages.denoiser in seat.stages else 1
-    return math.floor(1e4 * share / len(helpers)) / 1e4  # they are to add up to 1 at most
+    return math.floor(1e4 * share / len(helpers)) / 1e4  # rounded down, so that they sum to at most 1
 
 
-def _sharing(layout: Layout) -> list[str]:
-    """Return the stages that `share_gpu` can keep together: each wholly on the same GPUs as the others."""
+def _share_gpu(layout: Layout) -> list[str]:
+    """Return the stages for the key `share_gpu`, which keeps replicas of whole stages on the same GPUs."""
     shared = [seat for seat in layout.seats if len(seat.stages) > 1 and seat.kind != CPU]
     if len(shared) != 1:
         return []
@@ -169,7 +166,7 @@ def _sharing(layout: Layout) -> list[str]:
 
 
 def to_yaml(settings: Mapping[str, object]) -> str:
-    """Return nested mappings as YAML, one line a stage."""
+    """Return nested mappings as YAML, one line for each stage."""
     lines = []
     for key, value in settings.items():
         if key == "stages" and isinstance(value, Mapping):

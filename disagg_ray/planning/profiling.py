@@ -1,4 +1,4 @@
-"""Measures a model's stages on the hardware at hand, one after the other, each alone in memory."""
+"""Measures a model's stages on this machine, one after the other, each alone in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -18,7 +18,7 @@ from disagg_ray.graph import Graph, build_graph
 from disagg_ray.media.video import encode
 from disagg_ray.planning.layouts import CPU
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
-from disagg_ray.replica.stage import RAW, Outputs, Stage
+from disagg_ray.replica.stage import RAW, Stage
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.pool import Pool
@@ -29,16 +29,15 @@ logger = logging.getLogger("disagg_ray")
 HOST = "127.0.0.1"
 NUM_PULLS = 5
 MIN_HANDOFF_BYTES = 4 * 2**20
-"""Of the tensor that is handed over to measure the bytes a second."""
+"""Least size of the tensor whose handoff is timed."""
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One request on its way through the stages."""
+    """One request, with the tensors that the stages so far made, in host memory."""
 
     request: ResolvedRequest
     tensors: dict[str, torch.Tensor]
-    """What the stages so far made, in host memory."""
 
     @property
     def load(self) -> Load:
@@ -48,41 +47,36 @@ class _Case:
 
 
 def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 2) -> Profile:
-    """Measure every stage with every request, the first time unmeasured.
+    """Measure every stage with every request, `repeats` times after a first time that is not measured.
 
     Raises:
-        PlanError: the configuration is fused, has groups or a decode in parts, or makes a video from images.
+        PlanError: the configuration is fused, has groups or a tiled decode, or is not text-to-video.
     """
     if config.fused or any(stage.groups for stage in config.stages.values()):
-        raise PlanError("profile: it measures stages apart and makes its own groups; leave fused and groups out")
+        raise PlanError("profile: fused stages and groups cannot be measured; leave fused and groups out")
     if config.num_parts:
-        raise PlanError("profile: it takes stages to work one after the other; write decode in place of its parts")
+        raise PlanError("profile: a tiled decode cannot be measured; write decode in place of its parts")
     if config.model.task != "t2v":
-        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v can be measured yet")
+        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v can be measured")
     cases = [_Case(resolve(request, config)[0], {}) for request in requests]
-    sharing = _share(config)
-    stages = {name: Stage(name, sharing) for name in config.stages}
-    graph = build_graph([stage.ports for stage in stages.values()])
-    profiles = tuple(_measure_stage(stages.pop(name), graph, cases, repeats) for name in graph.order)
-    device = "cuda" if any(stage.torch_device == "cuda" for stage in config.stages.values()) else "cpu"
-    kind, hardware, memory = describe_device(device)
-    largest = max((p.handoff_bytes for stage in profiles for p in stage.points), default=0)
-    path, made = config.model.path, cases[0].request.format
-    return Profile(VERSION, kind, hardware, memory, path, made, _handoff_rate(largest, device), profiles)
-
-
-def _share(config: Config) -> Config:
-    """Return a configuration whose stages take turns on their GPUs, so that the turns can be measured."""
-    stages = {
+    on_gpu = any(stage.torch_device == "cuda" for stage in config.stages.values())
+    shares = {  # so that stages take turns, which are measured
         name: replace(stage, num_gpus=0.5) if stage.torch_device == "cuda" else stage
         for name, stage in config.stages.items()
     }
-    return replace(config, gpu_turns=True, stages=stages)
+    sharing = replace(config, gpu_turns=True, stages=shares)
+    stages = {name: Stage(name, sharing) for name in config.stages}
+    graph = build_graph([stage.ports for stage in stages.values()])
+    profiles = tuple(_measure_stage(stages.pop(name), graph, cases, repeats) for name in graph.order)
+    largest = max((p.handoff_bytes for stage in profiles for p in stage.points), default=0)
+    rate = _handoff_rate(largest, "cuda" if on_gpu else "cpu")
+    format = cases[0].request.format
+    return Profile(VERSION, *_describe_device(on_gpu=on_gpu), config.model.path, format, rate, profiles)
 
 
-def describe_device(device: str) -> tuple[str, str, int]:
-    """Return Ray's name of the GPU (or CPU), its full name, and its bytes of memory (for a CPU, a core's share)."""
-    if device == "cpu":
+def _describe_device(*, on_gpu: bool) -> tuple[str, str, int]:
+    """Return Ray's name of the GPU (or CPU), its full name, and its bytes of memory (of a CPU: per core)."""
+    if not on_gpu:
         memory = psutil.virtual_memory().total // (psutil.cpu_count() or 1)
         return CPU, f"{psutil.cpu_count()} cores", memory
     properties = torch.cuda.get_device_properties(0)
@@ -99,8 +93,8 @@ def _measure_stage(stage: Stage, graph: Graph, cases: Sequence[_Case], repeats: 
     logger.info("profile: %s loaded in %.1f s", stage.name, load_s)
     points = []
     for case in cases:
-        torch.cuda.empty_cache()  # what a larger case needed is not this one's
-        outputs = stage.compute(case.request, case.tensors, None)  # the first time chooses kernels, and allocates
+        torch.cuda.empty_cache()  # of larger cases before
+        outputs = stage.compute(case.request, case.tensors, None)  # not measured: chooses kernels, and allocates
         points += [_measure_point(stage, case) for _ in range(repeats)]
         case.tensors.update({name: tensor.cpu() for name, tensor in outputs.tensors.items()})
         logger.info("profile: %s computed %s in %.3f s", stage.name, case.load, points[-1].compute_s)
@@ -123,40 +117,32 @@ def _measure_point(stage: Stage, case: _Case) -> Point:
     outputs = stage.compute(case.request, case.tensors, None)
     computed, turns_after = time.perf_counter(), stage.turns_s
     turn_s = computed - began if turns_before is None or turns_after is None else turns_after - turns_before
-    _finish(stage, case.request, outputs)
+    if outputs.frames is not None and case.request.format not in RAW:
+        encode(outputs.frames, case.request.fps, case.request.format, stage.config.output.scale)
     finished = time.perf_counter()
     handoff = sum(tensor.nbytes for tensor in outputs.tensors.values())
     work = max(0, stage.peak_bytes - before)
     return Point(case.load, computed - began, turn_s, finished - computed, work, handoff)
 
 
-def _finish(stage: Stage, request: ResolvedRequest, outputs: Outputs) -> None:
-    """Encode the file, as a replica of the last stage does."""
-    if outputs.frames is not None and request.format not in RAW:
-        encode(outputs.frames, request.fps, request.format, stage.config.output.scale)
-
-
 def _handoff_rate(nbytes: int, device: str) -> float:
-    """Return the bytes a second from pool to pool, publish and pull together, over tcp on this machine."""
-    tensor = torch.zeros(max(nbytes, MIN_HANDOFF_BYTES), dtype=torch.uint8, device=device)
-    room, transport = slot_bytes(tensor.nbytes), TransportConfig("tcp")
-    source, target = (Pool(f"profile-{end}", room, HOST, transport, device) for end in ("from", "to"))
+    """Return the bytes per second of publish and pull between two pools over loopback TCP."""
+    tensors = {"latents": torch.zeros(max(nbytes, MIN_HANDOFF_BYTES), dtype=torch.uint8, device=device)}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    capacity, transport = slot_bytes(sizes["latents"]), TransportConfig("tcp")
+    source, target = (Pool(f"profile-{end}", capacity, HOST, transport, device) for end in ("from", "to"))
+    seconds = []
     try:
-        return tensor.nbytes / statistics.median(list(_pulls(source, target, {"latents": tensor}))[1:])
+        for number in range(NUM_PULLS + 1):
+            key = AttemptKey("profile", number)
+            source.reserve(key, sizes)
+            target.reserve(key, sizes)
+            began = time.perf_counter()
+            target.pull(key, source.publish(key, tensors))
+            seconds.append(time.perf_counter() - began)
+            source.release(key)
+            target.release(key)
     finally:
         source.close()
         target.close()
-
-
-def _pulls(source: Pool, target: Pool, tensors: Mapping[str, torch.Tensor]) -> Iterator[float]:
-    """Yield the seconds of each handoff."""
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    for number in range(NUM_PULLS + 1):
-        key = AttemptKey("profile", number)
-        source.reserve(key, sizes)
-        target.reserve(key, sizes)
-        began = time.perf_counter()
-        target.pull(key, source.publish(key, tensors))
-        yield time.perf_counter() - began
-        source.release(key)
-        target.release(key)
+    return sizes["latents"] / statistics.median(seconds[1:])  # the first pull opens the connection

@@ -18,7 +18,8 @@ import numpy as np
 
 from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.planning.layouts import Layout
-from disagg_ray.planning.plan import Hardware, Plan, Prediction, equip, make_plan, parse_gpus
+from disagg_ray.planning.plan import Plan, equip, make_plan, parse_gpus
+from disagg_ray.planning.predict import Hardware, Prediction
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile
 from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 
