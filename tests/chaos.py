@@ -94,7 +94,7 @@ class Killer:
 
 def watch_copies(pipeline: Pipeline) -> dict[str, float]:
     """Return a dictionary that gets the time at which the driver held each request's latents."""
-    driver_pool, held = pipeline._driver_pool, {}
+    driver_pool, held = pipeline.engine.driver_pool, {}
     assert driver_pool is not None
     hold = driver_pool.hold
 

@@ -24,11 +24,11 @@ def test_a_cancelled_request_does_not_stop_the_others(resolved: ResolvedRequest)
         handle, end = Handle(resolved), next(ends)
         if end == "cancelled":
             handle.cancel()
-            handle._future.set_running_or_notify_cancel()  # as the event loop does when the request has ended
+            handle.future.set_running_or_notify_cancel()  # as the event loop does when the request has ended
         elif end == "failed":
-            handle._future.set_exception(StageError("no"))
+            handle.future.set_exception(StageError("no"))
         else:
-            handle._future.set_result(result)
+            handle.future.set_result(result)
         return handle
 
     done = []
@@ -41,12 +41,12 @@ def test_a_cancelled_request_does_not_stop_the_others(resolved: ResolvedRequest)
 
 def test_who_stops_early_cancels_the_rest(resolved: ResolvedRequest) -> None:
     handles = [Handle(resolved) for _ in range(3)]
-    handles[1]._future.set_result(Result(resolved, 1.0, (), b"", None))
+    handles[1].future.set_result(Result(resolved, 1.0, (), b"", None))
     left = iter(handles)
     results = gather(lambda _: next(left), [Request("a")] * 3, window=3)
     next(results)
     results.close()
-    assert [handle._future.cancelled() for handle in handles] == [True, False, True]
+    assert [handle.future.cancelled() for handle in handles] == [True, False, True]
 
 
 def test_who_awaits_a_request_that_another_cancels_is_told_so(resolved: ResolvedRequest) -> None:
@@ -67,4 +67,4 @@ def test_who_is_cancelled_while_awaiting_a_request_cancels_it(resolved: Resolved
 
     with pytest.raises(TimeoutError):
         asyncio.run(wait())
-    assert handle._future.cancelled()
+    assert handle.future.cancelled()

@@ -65,9 +65,11 @@ def test_background_tasks_that_fail_are_logged_and_go_on(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     counted: list[str] = []
-    monkeypatch.setattr(pipeline._metrics, "_count", lambda name, amount, **tags: counted.append(tags.get("task", "")))
+    monkeypatch.setattr(
+        pipeline.engine.metrics, "_count", lambda name, amount, **tags: counted.append(tags.get("task", ""))
+    )
     looked_again = fail_once(monkeypatch, fleet, "ask", when="health")
-    counted_again = fail_once(monkeypatch, pipeline._metrics, "refresh")
+    counted_again = fail_once(monkeypatch, pipeline.engine.metrics, "refresh")
     assert looked_again.wait(SURE) and counted_again.wait(SURE)
     assert {"fleet_watch", "count"} <= set(counted)
     assert "background task fleet_watch failed; it is started again" in caplog.text
@@ -78,12 +80,11 @@ def test_a_hung_encode_is_replaced_and_its_request_finishes(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The watch that failed above finds it."""
-    assert pipeline._fleet is not None
     faults.set("fused.encode", "stall")
     handle = pipeline.submit(ask("hung"))
     faults.await_arrival("fused.encode")
-    failures = replace(pipeline._fleet.config.failures, stall_s=1.0)
-    monkeypatch.setattr(pipeline._fleet, "config", replace(pipeline._fleet.config, failures=failures))
+    failures = replace(pipeline.engine.fleet.config.failures, stall_s=1.0)
+    monkeypatch.setattr(pipeline.engine.fleet, "config", replace(pipeline.engine.fleet.config, failures=failures))
     wait_until(lambda: not pipeline.replicas, "it was not found")
     monkeypatch.undo()
     assert handle.result(SURE).data == LocalPipeline.from_config(T2V).generate(ask("local")).data
@@ -120,15 +121,14 @@ def test_what_would_wait_for_the_pipelines_own_thread_raises_there(pipeline: Pip
 def test_a_request_whose_every_encode_hangs_fails_alone(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pipeline._fleet is not None
-    failures = replace(pipeline._fleet.config.failures, stall_s=1.0)
+    failures = replace(pipeline.engine.fleet.config.failures, stall_s=1.0)
     faults.set("fused.encode.deadly", "stall")
     handle = pipeline.submit(ask("deadly"))
     for _ in range(failures.max_attempts):
         faults.await_arrival("fused.encode.deadly")
         faults.set("fused.encode.deadly", "stall")  # for the next attempt
         with monkeypatch.context() as hung:
-            hung.setattr(pipeline._fleet, "config", replace(pipeline._fleet.config, failures=failures))
+            hung.setattr(pipeline.engine.fleet, "config", replace(pipeline.engine.fleet.config, failures=failures))
             wait_until(lambda: not pipeline.replicas, "it was not found")
     with pytest.raises(StageError, match="fused failed 3 times"):
         handle.result(SURE)
@@ -140,9 +140,8 @@ def test_a_request_whose_every_encode_hangs_fails_alone(
 def test_a_hung_load_is_ended_and_the_next_one_serves(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert pipeline._fleet is not None
-    cluster = replace(pipeline._fleet.config.cluster, start_timeout_s=25.0)
-    monkeypatch.setattr(pipeline._fleet, "config", replace(pipeline._fleet.config, cluster=cluster))
+    cluster = replace(pipeline.engine.fleet.config.cluster, start_timeout_s=25.0)
+    monkeypatch.setattr(pipeline.engine.fleet, "config", replace(pipeline.engine.fleet.config, cluster=cluster))
     faults.set("fused.load", "stall")
     os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
     wait_until(lambda: "replica fused-0 did not start" in caplog.text, "its load was not ended")
@@ -156,7 +155,7 @@ def test_closing_ends_whatever_hangs(
     cluster: None, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A loop that a callback holds up, and a replica that does not answer."""
-    monkeypatch.setattr("disagg_ray.pipeline.STOP_S", 3.0)
+    monkeypatch.setattr("disagg_ray.driver.host.STOP_S", 3.0)
     monkeypatch.setattr("disagg_ray.driver.loop.CLOSE_S", 1.0)
     go, held = threading.Event(), threading.Event()
     with Pipeline.from_config(T2V, "fused=true") as pipeline:
@@ -168,12 +167,12 @@ def test_closing_ends_whatever_hangs(
             held.set()
             go.wait(SURE)
 
-        pipeline._loop.call_soon_threadsafe(hold_up)
+        pipeline.loop.call_soon(hold_up)
         assert held.wait(SURE)
         pid = pipeline.replicas[0].pid
     assert hung.done()
     wait_until(lambda: not psutil.pid_exists(pid), "the replica lives on")
     assert "its event loop has hung" in caplog.text
     go.set()
-    pipeline._thread.join(SURE)
-    assert pipeline._loop.is_closed()
+    pipeline.loop.thread.join(SURE)
+    assert not pipeline.loop.thread.is_alive()

@@ -94,7 +94,7 @@ def test_a_service_computes_anew_what_is_asked_with_another_picture_under_the_sa
             assert np.array_equal(red.frames, local.generate(ASKED).frames)
             assert np.array_equal(blue.frames, local.generate(replace(ASKED, image=BLUE)).frames)
             long = first.submit(LONG)
-            assert isinstance(first._call(first._ask("result", "run", "one", "a ticket of before")), UnknownRequest)
+            assert isinstance(first.loop.call(first._ask("result", "run", "one", "a ticket of before")), UnknownRequest)
             long.cancel()
     finally:
         assert cli.main(["down", "pictures"]) == 0

@@ -34,7 +34,7 @@ from disagg_ray import Pipeline, Request
 with Pipeline.from_config({T2V!r}, "cluster.address={HEAD}:{PORT}", "stages.transformer.resources.far=1") as pipeline:
     result = pipeline.generate(Request(**{REQUEST!r}))
     hosts = {{replica.stage: replica.host for replica in pipeline.replicas}}
-    sessions = [name for info in pipeline._fleet._infos.values() for name in info.sessions]
+    sessions = [name for replica in pipeline.replicas for name in replica.sessions]
     print(json.dumps([sha256(result.data).hexdigest(), hosts, sessions, [stage.route for stage in result.stages]]))
 """
 

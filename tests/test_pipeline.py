@@ -102,9 +102,10 @@ def test_result_says_where_time_and_bytes_went(pipeline: Pipeline) -> None:
 
 def test_replicas_and_progress_listen_within_the_port_range(pipeline: Pipeline) -> None:
     """The driver's own pool need not here: Mooncake reads the range at a process's first engine."""
-    assert pipeline._receiver is not None and pipeline._receiver.credentials is not None
+    receiver = pipeline.engine.receiver
+    assert receiver is not None and receiver.credentials is not None
     names = [session for replica in pipeline.replicas for session in replica.sessions]
-    numbers = [int(name.rpartition(":")[2]) for name in [*names, pipeline._receiver.credentials.endpoint]]
+    numbers = [int(name.rpartition(":")[2]) for name in [*names, receiver.credentials.endpoint]]
     assert pipeline.config.transport.ports is not None
     assert len(numbers) == 4 and set(numbers) <= set(pipeline.config.transport.ports)
 
@@ -278,7 +279,7 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
     handle = pipeline.submit(request, latents_file=tmp_path / "latents")
     assert began.wait(60)
     for _ in range(2):  # as by a caller that does not wait, and then by the end of the pipeline
-        pipeline._loop.call_soon_threadsafe(cancel_task, "written")
+        pipeline.loop.call_soon(cancel_task, "written")
         time.sleep(0.2)  # the second finds it leaving
     with pytest.raises(Cancelled):
         handle.result(10)

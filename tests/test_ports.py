@@ -13,23 +13,23 @@ from helpers import free_ports, wait_until
 
 from disagg_ray import Pipeline, Request
 from disagg_ray.config.schema import TransportConfig
+from disagg_ray.driver.pool import DriverPool
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(300)]
 
 REQUEST = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=2)
 
 
-def test_replacements_serve_though_every_port_was_a_dead_ones(cluster: None) -> None:
+def test_replacements_serve_though_every_port_was_a_dead_ones(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = TransportConfig(port_range=free_ports(24)).ports
     assert ports is not None
     settings = ["fused=true", f"transport.port_range={ports[0]}-{ports[-1]}"]
     with Pipeline.from_config("conf/tiny_t2v.yaml", *settings) as pipeline:
         (first,) = pipeline.replicas
         video = pipeline.generate(REQUEST).data
-        assert pipeline._fleet is not None
         dead = {f"{first.host}:{port}" for port in ports}
-        met = pipeline._fleet._driver_met
-        pipeline._fleet._driver_met = lambda: met() | dead
+        met = DriverPool.met.fget
+        monkeypatch.setattr(DriverPool, "met", property(lambda self: met(self) | dead))
         for number in range(1, 3):
             os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
             wait_until(lambda: pipeline.num_restarts["fused"] == number, "no replacement", 120)  # noqa: B023

@@ -23,6 +23,7 @@ import ray
 from faulty import RESUMED, Faults, faulty_replicas
 
 from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, StageError, StartError, load_config
+from disagg_ray.driver.pool import DriverPool
 from disagg_ray.errors import ReplicaLost
 from disagg_ray.models.checkpoint import open_checkpoint
 
@@ -81,21 +82,19 @@ def kill(pid: int, how: int = signal.SIGKILL) -> None:
         wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", f"{pid} lives")
 
 
-def at_hold(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, strike: Callable[[str], None], *, after: bool) -> None:
+def at_copy(monkeypatch: pytest.MonkeyPatch, strike: Callable[[str], None], *, after: bool) -> None:
     """Have `strike` called with the producer's name, once, right before or after the driver copies its latents."""
-    driver_pool = pipeline._driver_pool
-    assert driver_pool is not None
-    hold, left = driver_pool.hold, [strike]
+    hold, left = DriverPool.hold, [strike]
 
-    async def striking(key: Any, handoff: Any) -> Any:
+    async def striking(self: DriverPool, key: Any, handoff: Any) -> Any:
         if not after and left:
             left.pop()(handoff.producer)
-        held = await hold(key, handoff)
+        held = await hold(self, key, handoff)
         if after and left:
             left.pop()(handoff.producer)
         return held
 
-    monkeypatch.setattr(driver_pool, "hold", striking)
+    monkeypatch.setattr(DriverPool, "hold", striking)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_a_transformer_that_dies_between_denoise_and_copy_costs_a_denoise(
     pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults.set("decoder.pull", "wait")
-    at_hold(pipeline, monkeypatch, lambda producer: kill(pid_of(pipeline, producer)), after=False)
+    at_copy(monkeypatch, lambda producer: kill(pid_of(pipeline, producer)), after=False)
     handle = pipeline.submit(ask("before-copy"))
     faults.await_arrival("decoder.pull")
     faults.clear("decoder.pull")
@@ -155,7 +154,7 @@ def test_a_transformer_that_dies_between_copy_and_decode_costs_nothing(
         faults.clear("decoder.pull")
 
     faults.set("decoder.pull", "wait")
-    at_hold(pipeline, monkeypatch, strike, after=True)
+    at_copy(monkeypatch, strike, after=True)
     assert pipeline.submit(ask("after-copy")).result(SURE).data == video(6)
     assert faults.times_computed("after-copy") == ONCE
 
@@ -164,8 +163,7 @@ def test_a_decoder_killed_by_ray_costs_a_decode(pipeline: Pipeline, faults: Faul
     faults.set("decoder.publish", "wait")
     handle = pipeline.submit(ask("ray-kill"))
     faults.await_arrival("decoder.publish")
-    assert pipeline._fleet is not None
-    ray.kill(next(actor.handle for actor in pipeline._fleet.actors if actor.stage == "decoder"))
+    ray.kill(next(actor.handle for actor in pipeline.engine.fleet.actors if actor.stage == "decoder"))
     faults.clear("decoder.publish")
     assert handle.result(SURE).data == video(6)
     assert faults.times_computed("ray-kill") == ONCE | {"decoder": 2}
@@ -178,9 +176,8 @@ def test_an_idle_encoder_that_dies_is_not_missed(pipeline: Pipeline, faults: Fau
 
 
 def test_a_replica_that_is_lost_on_the_way_to_it_is_lost_to_whoever_asks(pipeline: Pipeline) -> None:
-    assert pipeline._fleet is not None
     with pytest.raises(ReplicaLost, match=r"transformer-0\.99 was lost before it was reached"):
-        pipeline._fleet.actor("transformer-0.99")
+        pipeline.engine.fleet.actor("transformer-0.99")
 
 
 def test_a_transformer_that_dies_while_prefetching_costs_what_it_computed(
@@ -210,7 +207,7 @@ def test_a_transformer_that_stops_between_denoise_and_copy_costs_a_denoise(
     pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's copy runs out of time: where it was to lie is set aside until that replica is dead."""
-    at_hold(pipeline, monkeypatch, lambda producer: kill(pid_of(pipeline, producer), signal.SIGSTOP), after=False)
+    at_copy(monkeypatch, lambda producer: kill(pid_of(pipeline, producer), signal.SIGSTOP), after=False)
     assert pipeline.submit(ask("silent")).result(SURE).data == video(6)
     assert faults.times_computed("silent") == ONCE | {"transformer": 2}
 
@@ -262,7 +259,7 @@ def test_a_request_over_its_time_fails_and_frees_its_slots(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = replace(pipeline.config.failures, timeout_s=0.5)
-    monkeypatch.setattr(pipeline, "config", replace(pipeline.config, failures=failures))
+    monkeypatch.setattr(pipeline.engine, "config", replace(pipeline.config, failures=failures))
     faults.set("encoder.publish", "wait")
     handle = pipeline.submit(ask("over-time"))
     with pytest.raises(StageError, match=r"not done within failures.timeout_s=0.5 s"):

@@ -149,7 +149,7 @@ def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(connection.submit, replace(LONG, id="17"))
             assert connection._listening is not None
-            connection._loop.call_soon_threadsafe(connection._listening.cancel)
+            connection.loop.call_soon(connection._listening.cancel)
             with pytest.raises(Cancelled, match="not heard of"):
                 waiting.result(30)
         for handle in handles:
@@ -162,8 +162,9 @@ def test_what_is_given_up_while_it_waits_to_be_submitted_is_not_computed(pipelin
     with connect(pipeline) as connection, ThreadPoolExecutor(1) as thread:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
         waiting = thread.submit(connection.submit, replace(LONG, id="17"))
-        wait_until(lambda: "17" in connection._in_flight, "it was not submitted")
-        connection._in_flight["17"].cancel()
+        wait_until(lambda: len(connection.in_flight) == 17, "it was not submitted")
+        (last,) = [handle for handle in connection.in_flight if handle.request.id == "17"]
+        last.cancel()
         with pytest.raises(Cancelled):
             waiting.result(30)
         wait_until(lambda: not connection._finished, "the pipeline was not told")
@@ -260,7 +261,7 @@ REFUSED = [
     (["up", "Tests!", "--config", T2V], "invalid NAME='Tests!': must be 1 to 40"),
     (["scale", NAME, "transformer=0"], "'transformer=0': must be a stage and at least 1"),
     (["scale", NAME, "denoiser=2"], "denoiser: no such stage; there are encoder, transformer, decoder"),
-    (["up", NAME, "--config", "conf/tiny_i2v.yaml"], "model: it cannot change while the pipeline stands"),
+    (["up", NAME, "--config", "conf/tiny_i2v.yaml"], "model: it cannot change while the service runs"),
     (["up", NAME, "--config", T2V, "--only", "encoder"], "'tests' stands already"),
     (["generate", "--connect", NAME, "--local", "--prompt", "x", "--output", "x.mp4"], "--local has no effect"),
 ]

@@ -104,7 +104,8 @@ class Batch:
         Ctrl-C and SIGTERM raise here: running requests get `failures.shutdown_grace_s`; a second signal ends that.
         """
         began = time.monotonic()
-        self._note_written = pipeline.note_written
+        if isinstance(pipeline, Pipeline):
+            self._note_written = pipeline.note_written
         self._replicas = {name: stage.num_replicas for name, stage in pipeline.config.stages.items()}
         try:
             self._dispatch(pipeline)

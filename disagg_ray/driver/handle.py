@@ -1,64 +1,60 @@
-"""What whoever submits a request gets back, from a pipeline of its own or one that stands."""
+"""What submitting a request returns, to a pipeline of one's own or to a service."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.signals import Latch, take
 from disagg_ray.errors import Cancelled, DisaggError
 from disagg_ray.progress.events import Event
 from disagg_ray.request import Request, ResolvedRequest
 from disagg_ray.result import Result
 
-NOT_HERE = (
-    "this would wait for the pipeline's own thread, on which it is called, and never return: a done callback may run "
-    "there; call submit, result, health, drain and close from another thread"
-)
-
 
 class Handle:
     """A submitted request: wait for it with `result`, `await` it, or `cancel` it."""
 
-    def __init__(self, request: ResolvedRequest) -> None:
+    def __init__(self, request: ResolvedRequest, loop: LoopThread | None = None) -> None:
+        """Create the handle of a request that `loop` computes."""
         self.request = request
         self.progress: Event | None = None
-        """The latest word of how far it is."""
-        self._future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        self._thread: threading.Thread | None = None
-        """The one that finishes it, which must not wait for that."""
+        """The latest event."""
+        self.future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        """Of the result, for what takes futures; its owner completes it, anyone may cancel it."""
+        self._loop = loop
         self._done = Latch()
-        self._future.add_done_callback(self._done.set)
+        self.future.add_done_callback(self._done.set)
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait for the video.
 
         Raises:
-            TimeoutError: not finished within `timeout_s`; the request goes on.
+            TimeoutError: not finished within `timeout_s`; the request continues.
             Cancelled: it was cancelled, or the pipeline closed.
             DisaggError: what failed it.
             RuntimeError: called on the pipeline's own thread, as by another request's done callback.
         """
-        if threading.current_thread() is self._thread and not self.done():
-            raise RuntimeError(NOT_HERE)
+        if self._loop is not None and not self.done():
+            self._loop.check_thread()
         if timeout_s is None:
             self._done.wait()
         try:
-            return self._future.result(timeout_s)
+            return self.future.result(timeout_s)
         except concurrent.futures.CancelledError:
             raise self._cancelled() from None
 
     def __await__(self) -> Generator[Any, None, Result]:
-        """Wait as `result` does; whoever is cancelled while waiting cancels the request."""
+        """Wait as `result` does; a task that is cancelled while it waits cancels the request."""
         return self._wait().__await__()
 
     async def _wait(self) -> Result:
         try:
-            return await asyncio.wrap_future(self._future)
+            return await asyncio.wrap_future(self.future)
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
@@ -68,19 +64,19 @@ class Handle:
         return Cancelled(f"request {self.request.id} was cancelled")
 
     def done(self) -> bool:
-        return self._future.done()
+        return self.future.done()
 
     def add_done_callback(self, call: Callable[[Handle], None]) -> None:
-        """Have `call` called with this handle when the request is finished, failed or cancelled, in some thread.
+        """Call `call` with this handle when the request is finished, failed or cancelled, in some thread.
 
         That may be the pipeline's own: `call` must return soon, and what would wait for the pipeline, as `submit`
         does, raises RuntimeError there.
         """
-        self._future.add_done_callback(lambda _: call(self))
+        self.future.add_done_callback(lambda _: call(self))
 
     def cancel(self) -> bool:
-        """Give the request up: it leaves the queue, or stops within one denoising step. False: it is finished."""
-        return self._future.cancel()
+        """Cancel the request: it leaves the queue, or stops within one denoising step. False: it is finished."""
+        return self.future.cancel()
 
 
 def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], window: int) -> Iterator[Result]:
@@ -100,8 +96,8 @@ def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], win
                 except DisaggError as error:
                     failures.append(error)
                 else:
-                    pending[handle._future] = handle
-                    handle._future.add_done_callback(done.put)
+                    pending[handle.future] = handle
+                    handle.future.add_done_callback(done.put)
             if not pending:
                 break
             try:

@@ -15,9 +15,9 @@ from typing import Any
 import ray
 
 from disagg_ray.config.schema import Config
+from disagg_ray.driver.api import PipelineApi
 from disagg_ray.driver.cluster import join
 from disagg_ray.driver.handle import Handle
-from disagg_ray.driver.loop import Driver
 from disagg_ray.driver.names import find_supervisor
 from disagg_ray.driver.tasks import BackgroundTasks
 from disagg_ray.driver.threads import off_loop
@@ -41,7 +41,7 @@ ANSWER_S = 10.0
 LEAVE_S = 5.0
 
 
-class Connection(Driver):
+class Connection(PipelineApi):
     """Has `Pipeline`'s methods; the work is done by a service in the cluster.
 
     What was asked under a run id can be asked again under it, by another process too: what is finished or on its way
@@ -74,11 +74,11 @@ class Connection(Driver):
         self._background = BackgroundTasks()
         self._listening: asyncio.Task[None] | None = None
         try:
-            check_same(f"pipeline {name}", Software(*self._call(self._ask("software"))), "this client")
-            if (error := self._call(self._ask("ready"))) is not None:
+            check_same(f"pipeline {name}", Software(*self.loop.call(self._ask("software"))), "this client")
+            if (error := self.loop.call(self._ask("ready"))) is not None:
                 raise error
-            self.config = self.snapshot().config
-            self._call(self._begin_to_listen())
+            self._config = self.snapshot().config
+            self.loop.call(self._begin_to_listen())
         except BaseException:
             self.close()
             raise
@@ -100,21 +100,18 @@ class Connection(Driver):
             raise Cancelled("the connection is closed")
         keep = self._keep or latents_file is not None
         pixels = {name: to_array(image) for name, image in images.items()}
-        asked, handle = SubmitMessage(resolved, pixels, keep, self._client), Handle(resolved)
-        return self._launch(handle, partial(self._run, asked, wait=wait))
+        asked = SubmitMessage(resolved, pixels, keep, self._client)
+        return self._launch(resolved, partial(self._run, asked=asked, wait=wait))
 
-    def note_written(self, seconds: float) -> None:
-        """Nothing: the metrics are the pipeline's, and what a driver writes is not."""
-
-    async def _run(self, asked: SubmitMessage, taken: Callable[[], None], *, wait: bool) -> Result:
+    async def _run(self, handle: Handle, on_queued: Callable[[], None], asked: SubmitMessage, *, wait: bool) -> Result:
         """Have a request computed; submit it again whenever the supervisor has forgotten it."""
-        request_id = asked.request.id
+        request_id = handle.request.id
         try:
             while True:
                 error = await self._ask("submit", self.id, asked, wait=wait)
                 if error is not None:
                     raise error
-                taken()
+                on_queued()
                 wait = True
                 answer: Result | DisaggError = await self._ask("result", self.id, request_id, asked.ticket)
                 if isinstance(answer, Result):
@@ -143,8 +140,8 @@ class Connection(Driver):
             for event in events:
                 if (handle := self._in_flight.get(event.request_id)) is not None:
                     handle.progress = event
-                if self._listener is not None:
-                    self._listener.hear(event)
+                if self.listener is not None:
+                    self.listener.hear(event)
 
     async def _ask(self, method: str, *args: Any, **options: Any) -> Any:
         """Call the supervisor; wait for it when it died.
@@ -194,16 +191,21 @@ class Connection(Driver):
         Raises:
             ReplicaLost: it did not, or it hangs.
         """
-        self._call(self._ask_within(RETURN_S, "snapshot"))  # a supervisor that starts answers this too
-        self._call(self._ask("ready"))
-        snapshot: Snapshot = self._call(self._ask_within(RETURN_S, "snapshot"))
+        self.loop.call(self._ask_within(RETURN_S, "snapshot"))  # a supervisor that starts answers this too
+        self.loop.call(self._ask("ready"))
+        snapshot: Snapshot = self.loop.call(self._ask_within(RETURN_S, "snapshot"))
         return snapshot
 
     def health(self) -> dict[str, Health]:
         """Ask every replica how it is, by name."""
         timeout_s = self.config.failures.answer_s + RETURN_S
-        health: dict[str, Health] = self._call(self._ask_within(timeout_s, "health"))
+        health: dict[str, Health] = self.loop.call(self._ask_within(timeout_s, "health"))
         return health
+
+    @property
+    def config(self) -> Config:
+        """The service's configuration when this client connected."""
+        return self._config
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
@@ -222,24 +224,24 @@ class Connection(Driver):
 
     def drain(self, grace_s: float) -> None:
         """Submit nothing more, give what runs so many seconds, then cancel it. `close` comes after."""
-        self._check_thread()
+        self.loop.check_thread()
         self._closed = True
-        handles = list(self._in_flight.values())
-        concurrent.futures.wait([handle._future for handle in handles], timeout=grace_s)
+        handles = self.in_flight
+        concurrent.futures.wait([handle.future for handle in handles], timeout=grace_s)
         if self._listening is not None:  # what is cancelled from here on is not told as finished: its latents stay
-            self._soon(self._listening.cancel)
+            self.loop.call_soon(self._listening.cancel)
         for handle in handles:
             handle.cancel()
 
     def close(self) -> None:
         """Cancel what runs and leave; the pipeline stands on. Idempotent."""
-        if self._ended:
+        if self.loop.is_closed:
             return
         self.drain(0)
-        self._wait_for_loop(self._end(), 2 * LEAVE_S)
-        self._end_loop()
-        if self._listener is not None:
-            self._listener.close()
+        self.loop.call_in_time(self._end(), 2 * LEAVE_S)
+        self.loop.close()
+        if self.listener is not None:
+            self.listener.close()
 
     async def _end(self) -> None:
         if tasks := asyncio.all_tasks() - {asyncio.current_task()}:

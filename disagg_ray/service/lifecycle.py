@@ -27,9 +27,9 @@ from disagg_ray.driver.names import (
 from disagg_ray.driver.placement import Placement, living
 from disagg_ray.errors import ConfigError, DisaggError, InputError, StartError
 from disagg_ray.replica.messages import ReplicaState
+from disagg_ray.service.changes import check_change
 from disagg_ray.service.client import ANSWER_S, take_snapshot
 from disagg_ray.service.latents_store import LatentsStore
-from disagg_ray.service.pipeline import check_change
 from disagg_ray.service.protocol import Snapshot
 from disagg_ray.service.supervisor import Supervisor
 

@@ -55,7 +55,7 @@ class _Entry:
 
     def answers(self, asked: SubmitMessage, setup: str) -> bool:
         """Return whether it makes the same video, and neither failed nor was given up."""
-        future = self.handle._future
+        future = self.handle.future
         lost = future.done() and (future.cancelled() or future.exception() is not None)
         return not lost and setup == self.setup and _video(self.asked.request) == _video(asked.request)
 
@@ -205,7 +205,7 @@ class Supervisor:
         if entry is None or ticket not in entry.tickets:
             return UnknownRequest(f"request {request_id} is not here")
         try:
-            result = await asyncio.shield(asyncio.wrap_future(entry.handle._future))
+            result = await asyncio.shield(asyncio.wrap_future(entry.handle.future))
         except asyncio.CancelledError:
             if entry.handle.done():
                 return Cancelled(f"request {request_id} was cancelled")
@@ -298,9 +298,9 @@ class Supervisor:
         queued, stages = await asyncio.to_thread(pipeline.survey)
         state = f"failed: {pipeline.failure}" if pipeline.failure else "ready"
         return replace(
-            about, state=state, config=pipeline.config, queued=queued, stages=stages, replicas=pipeline.replicas,
-            num_restarts=pipeline.num_restarts, rollout=pipeline.fleet.rollout,
-            driver_bytes_in_use=pipeline.driver_bytes_in_use,
+            about, state=state, config=pipeline.config, queued=queued, stages=stages, replicas=pipeline.fleet.replicas,
+            num_restarts=dict(pipeline.fleet.num_restarts), rollout=pipeline.fleet.rollout,
+            driver_bytes_in_use=pipeline.engine.driver_bytes_in_use,
         )  # fmt: skip
 
     async def health(self) -> dict[str, Health]:

@@ -1,0 +1,80 @@
+"""An engine in a thread, on a Ray cluster: started, called from any other thread, and closed whatever hangs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.cluster import Cluster
+from disagg_ray.driver.engine import Engine, MakeFleet
+from disagg_ray.driver.fleet import Fleet
+from disagg_ray.driver.loop import LoopThread
+from disagg_ray.driver.threads import within
+from disagg_ray.progress.channel import Listener
+from disagg_ray.progress.events import Event
+from disagg_ray.scheduling.admission import Admission
+
+F = TypeVar("F", bound=Fleet)
+
+STOP_S = 20.0
+"""How long closing waits for requests that were cancelled and for the replicas."""
+KILL_S = 5.0
+"""The same, for replicas that did not end by then."""
+SHUTDOWN_S = 15.0
+"""The same, for Ray."""
+
+
+class EngineHost(Generic[F]):
+    """Owns the engine, the loop that it lives on, the listener that takes its events, and a Ray that it started."""
+
+    def __init__(
+        self,
+        config: Config,
+        id: str,
+        make_fleet: MakeFleet[F],
+        admission: Admission,
+        loop: LoopThread,
+        listener: Listener | None,
+    ) -> None:
+        """Join a Ray cluster or start one, and start the engine; close all if that fails."""
+        self._loop, self._listener = loop, listener
+        self._cluster: Cluster | None = None
+        self._engine: Engine[F] | None = None
+        try:
+            self._cluster = Cluster(config)
+            if self._cluster.is_own and config.transport.admit == "auto":
+                config = replace(config, transport=replace(config.transport, admit="host"))
+            self._engine = Engine(config, id, make_fleet, admission, self._publish)
+            loop.call(self._engine.start())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def engine(self) -> Engine[F]:
+        assert self._engine is not None
+        return self._engine
+
+    def _publish(self, event: Event) -> None:
+        if self._listener is not None:
+            self._listener.hear(event)
+
+    def close(self) -> None:
+        """Cancel every request, end the replicas, and shut down a Ray that was started here. Idempotent.
+
+        Returns within two minutes whatever hangs; that is left behind, which is logged, and ends with the process.
+        """
+        if self._loop.is_closed:
+            return
+        self._loop.check_thread()
+        engine = self._engine
+        if engine is not None and not self._loop.call_in_time(engine.stop(), STOP_S):
+            within(KILL_S, engine.fleet.kill, "killing the replicas")
+        self._loop.close()
+        if engine is not None:
+            engine.close()
+        if self._listener is not None:
+            self._listener.close()
+        if self._cluster is not None:
+            within(SHUTDOWN_S, self._cluster.close, "shutting Ray down")
