@@ -291,7 +291,7 @@ def test_a_second_signal_ends_the_grace(folder: Path) -> None:
     long = {"id": "long", "height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 100}
     with running(write_requests(folder, long), "failures.shutdown_grace_s=10000") as child:
         assert child.stderr is not None
-        for sent, moment in ((signal.SIGTERM, "transformer-0 step"), (signal.SIGINT, "what runs gets 10000 s")):
+        for sent, moment in ((signal.SIGTERM, "transformer-0 step"), (signal.SIGINT, "running requests get 10000 s")):
             assert next((line for line in child.stderr if moment in line), None), f"no {moment}"
             child.send_signal(sent)
         log = child.stderr.read()

@@ -99,7 +99,7 @@ def test_sigterm_ends_a_batch_and_the_next_run_goes_on(
         child.send_signal(signal.SIGTERM)
         shown += list(child.stderr)
         assert child.wait(60) == 143, shown
-    assert any("stopping: told to stop; what runs gets 1 s" in line for line in shown)
+    assert any("stopping: interrupted; running requests get 1 s" in line for line in shown)
     made = len(records(out))
     assert 1 <= made < 12
     assert cli.main(generate(pipeline, requests)) == 0

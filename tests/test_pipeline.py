@@ -32,7 +32,6 @@ from disagg_ray.driver import outputs
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.latents import write_latents
-from disagg_ray.driver.signals import terminated
 from disagg_ray.media.video import quantise
 from disagg_ray.replica.sizing import frame_bytes, frames_in_piece, most_piece_bytes
 
@@ -188,8 +187,8 @@ def test_a_process_at_work_is_titled_by_replica_and_call_and_never_by_request(pi
 
 def test_who_is_interrupted_leaves_nothing_that_runs(pipeline: Pipeline) -> None:
     """As by Ctrl-C in a notebook, whose next cell uses the same pipeline."""
-    threading.Timer(1, signal.raise_signal, (signal.SIGINT,)).start()
-    with terminated(), pytest.raises(KeyboardInterrupt):
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
         pipeline.generate(replace(LONG, height=256, width=256, num_frames=33))
     wait_until_empty(pipeline)
 

@@ -2,161 +2,178 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from disagg_ray.driver.signals import LOOK_S, Latch, take, terminated, until, wait_for
+from disagg_ray.driver.signals import Answer, Interrupts, exiting_on_sigterm, handler_kept, interruptible
 from disagg_ray.errors import StageError
+
+ENDS = [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+DEADLINE_S = 30.0
 
 
 def handlers() -> list[object]:
     return [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
 
-def kill_soon(signum: int, after_s: float) -> None:
-    threading.Timer(after_s, os.kill, (os.getpid(), signum)).start()
+def soon(call: Callable[..., object], *arguments: object) -> None:
+    threading.Timer(0.2, call, arguments).start()
 
 
-def test_it_waits_until_the_work_is_done() -> None:
-    before, done = handlers(), threading.Event()
-
-    def work() -> None:
-        time.sleep(3 * LOOK_S)  # it looks several times
-        done.set()
-
-    wait_for(work)
-    assert done.is_set()
-    assert handlers() == before
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
 
 
-def test_an_error_of_the_work_is_raised() -> None:
-    def fail() -> None:
-        raise StageError("no")
+@pytest.mark.parametrize("scope", [suppress, Interrupts])
+def test_a_wait_ends_with_what_it_waits_for(scope: Callable[[], suppress]) -> None:
+    answer, failed, late = Answer[int](), Answer[int](), Answer[int]()
+    soon(answer.set_result, 3)
+    soon(failed.set_exception, StageError("no"))
+    with scope():
+        assert answer.result(DEADLINE_S) == 3
+        with pytest.raises(StageError, match="no"):
+            failed.result(DEADLINE_S)
+        assert not late.wait(0.01)
+        with pytest.raises(TimeoutError):
+            late.result(0.01)
+        late.cancel()
+        assert late.wait()
 
-    with pytest.raises(StageError, match="no"):
-        wait_for(fail)
+
+def test_several_threads_wait_for_one_answer() -> None:
+    answer = Answer[int]()
+    waiting = [threading.Thread(target=answer.wait) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    answer.set_result(3)
+    for thread in waiting:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
 
 
-@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_ends_the_wait(signum: int, raised: type[BaseException]) -> None:
-    before, go = handlers(), threading.Event()
-    kill_soon(signum, 0.1)
-    with pytest.raises(raised) as caught:
-        wait_for(lambda: go.wait(60))  # type: ignore[arg-type, return-value]
-    go.set()
+@pytest.mark.parametrize(("signum", "raised"), ENDS)
+def test_a_signal_ends_a_wait_and_the_next_wait_goes_on(signum: int, raised: type[BaseException]) -> None:
+    before = handlers()
+    with Interrupts():
+        soon(send, signum)
+        with pytest.raises(raised) as caught:
+            Answer[None]().result(DEADLINE_S)
+        answer = Answer[int]()
+        soon(answer.set_result, 3)
+        assert answer.result(DEADLINE_S) == 3
     assert handlers() == before
     assert not isinstance(caught.value, SystemExit) or caught.value.code == 128 + signum
 
 
-@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_is_heard_though_it_comes_while_something_is_freed(signum: int, raised: type[BaseException]) -> None:
+def test_a_signal_that_another_thread_gets_ends_a_wait() -> None:
+    with Interrupts():
+        soon(lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            Answer[None]().result(DEADLINE_S)
+
+
+@pytest.mark.parametrize(("signum", "raised"), ENDS)
+def test_a_signal_while_something_is_freed_ends_the_next_wait(signum: int, raised: type[BaseException]) -> None:
     class Freed:
         def __del__(self) -> None:
             signal.raise_signal(signum)
-            handled.append(False)  # unreachable: the handler has raised
+            freed.append(self)
 
-    before, handled = sys.unraisablehook, [True]
-    with terminated():
+    freed: list[Freed] = []
+    with Interrupts():
         something = Freed()
         del something
-        assert handled == [True]
+        assert freed
         with pytest.raises(raised):
-            take(SimpleQueue())
-    assert sys.unraisablehook == before
+            Answer[None]().result(DEADLINE_S)
 
 
-def test_other_errors_that_cannot_be_raised_are_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Freed:
-        def __del__(self) -> None:
-            raise StageError("no")
-
-    told: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda swallowed: told.append(swallowed.exc_type))
-    with terminated():
-        something = Freed()
-        del something
-    assert told == [StageError]
+@pytest.mark.parametrize(("signum", "raised"), ENDS)
+def test_a_signal_that_ends_no_wait_is_raised_at_the_end(signum: int, raised: type[BaseException]) -> None:
+    passed = []
+    with pytest.raises(raised), Interrupts():
+        signal.raise_signal(signum)
+        passed.append(signum)
+    assert passed
 
 
-def test_on_another_thread_it_just_works() -> None:
-    done = threading.Event()
-    thread = threading.Thread(target=wait_for, args=(done.set,))
-    thread.start()
-    thread.join(10)
-    assert done.is_set()
+def test_a_second_signal_raises_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
 
-class Told(Exception):
-    """What a handler raises."""
+@pytest.mark.parametrize(("signum", "raised"), ENDS)
+def test_interruptible_work_is_interrupted(signum: int, raised: type[BaseException]) -> None:
+    with Interrupts():
+        with pytest.raises(raised), interruptible():
+            signal.raise_signal(signum)
+        signal.raise_signal(signum)
+        with pytest.raises(raised), interruptible():
+            pytest.fail("a signal that came before")
 
 
-@pytest.fixture
-def told_elsewhere() -> Iterator[None]:
-    """Have another thread get a signal soon whose handler raises; only the main thread ever runs it.
-
-    No garbage is collected meanwhile: Hypothesis is called when it is, and would swallow what the handler raises.
-    """
-    heard, woken = threading.Event(), []
-
-    def tell(*_: object) -> None:
-        heard.set()
-        raise Told
-
-    def get_told() -> None:
-        time.sleep(2 * LOOK_S)
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-        if not heard.wait(50 * LOOK_S):
-            woken.append("by a signal of its own")
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, tell)
-    gc.disable()
-    threading.Thread(target=get_told).start()
-    yield
-    gc.enable()
-    signal.signal(signal.SIGUSR1, before)
-    assert not woken
-
-
-CHANGED = threading.Condition()
-
-
-def wait_until_changed() -> None:
-    with CHANGED:
-        until(CHANGED, lambda: False)
-
-
-@pytest.mark.parametrize(
-    "wait", [lambda: take(SimpleQueue()), Latch().wait, wait_until_changed], ids=["take", "Latch", "until"]
-)
-@pytest.mark.usefixtures("told_elsewhere")
-def test_a_signal_that_another_thread_gets_ends_a_wait(wait: Callable[[], object]) -> None:
-    with pytest.raises(Told):
-        wait()
-    assert CHANGED.acquire(blocking=False)
-    CHANGED.release()
-
-
-def test_a_wait_ends_with_what_it_waits_for() -> None:
-    items: SimpleQueue[int] = SimpleQueue()
-    threading.Timer(2 * LOOK_S, items.put, (3,)).start()
-    assert take(items) == 3
-    with CHANGED:
-        until(CHANGED, lambda: True)
-    latch = Latch()
-    threading.Timer(2 * LOOK_S, latch.set).start()
-    waiting = [threading.Thread(target=latch.wait) for _ in range(3)]
-    for thread in waiting:
+def test_another_thread_waits_undisturbed() -> None:
+    answer, results = Answer[int](), []
+    thread = threading.Thread(target=lambda: results.append(answer.result()))
+    with pytest.raises(SystemExit), Interrupts():
         thread.start()
-    latch.wait()
-    for thread in waiting:
-        thread.join(10)
-        assert not thread.is_alive()
+        signal.raise_signal(signal.SIGTERM)
+        answer.set_result(3)
+        thread.join(DEADLINE_S)
+    assert results == [3]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As Ctrl-C is by what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_unwinds_a_program_with_its_status() -> None:
+    before = handlers()
+    with pytest.raises(SystemExit) as caught, exiting_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert handlers() == before
+
+
+def test_a_handler_that_is_taken_meanwhile_is_given_back() -> None:
+    with exiting_on_sigterm():
+        before = handlers()
+        with handler_kept():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        assert handlers() == before
+        with pytest.raises(SystemExit) as caught, handler_kept():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+            signal.raise_signal(signal.SIGTERM)
+        assert (handlers(), caught.value.code) == (before, 143)
+
+
+@pytest.mark.slow
+def test_ray_does_not_take_the_handler_of_a_command() -> None:
+    program = """
+import signal
+from disagg_ray.config.load import load_config
+from disagg_ray.driver.cluster import Cluster
+from disagg_ray.driver.signals import Interrupts
+
+with Interrupts():
+    before = signal.getsignal(signal.SIGTERM)
+    Cluster(load_config("conf/tiny_t2v.yaml")).close()
+    assert signal.getsignal(signal.SIGTERM) == before
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)

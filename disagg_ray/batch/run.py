@@ -20,7 +20,7 @@ from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
 from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
-from disagg_ray.driver.signals import until, wait_for
+from disagg_ray.driver.signals import Answer
 from disagg_ray.errors import (
     Cancelled,
     DisaggError,
@@ -85,8 +85,10 @@ class Batch:
         """Reports the seconds of writing a file to the pipeline's metrics."""
         self._limit = 2 * config.max_in_flight
         self._in_flight = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         """Guards what writers change: `_in_flight`, `_tally` and `_fatal`."""
+        self._changed: Answer[None] = Answer()
+        """Set, and replaced by a new one, whenever a writer has finished a request."""
         self._writers = ThreadPoolExecutor(NUM_WRITERS, "disagg_ray-writer")
 
     def summary(self) -> Summary:
@@ -101,7 +103,7 @@ class Batch:
     def run(self, pipeline: Pipeline | Connection) -> None:
         """Make all pending requests; stop, with the reason in the summary, if folder or requests file become unusable.
 
-        Ctrl-C and SIGTERM raise here: running requests get `failures.shutdown_grace_s`; a second signal ends that.
+        Ctrl-C and SIGTERM raise where this waits: running requests get `failures.shutdown_grace_s`; a second ends that.
         """
         began = time.monotonic()
         if isinstance(pipeline, Pipeline):
@@ -109,12 +111,11 @@ class Batch:
         self._replicas = {name: stage.num_replicas for name, stage in pipeline.config.stages.items()}
         try:
             self._dispatch(pipeline)
-            with self._changed:
-                until(self._changed, lambda: self._fatal or not self._in_flight)
+            self._wait_until(lambda: bool(self._fatal) or not self._in_flight)
             if self._fatal is not None:
                 self._drain(pipeline, str(self._fatal))
         except (KeyboardInterrupt, SystemExit):
-            self._drain(pipeline, "told to stop")
+            self._drain(pipeline, "interrupted")
             raise
         finally:
             self._seconds = time.monotonic() - began
@@ -127,8 +128,7 @@ class Batch:
         """Submit all pending requests, at most `_limit` at once, unless something stops the run."""
         pending = deque(map(int, self.plan.pending))
         while pending:
-            with self._changed:
-                until(self._changed, lambda: self._fatal or self._in_flight < self._limit)
+            self._wait_until(lambda: bool(self._fatal) or self._in_flight < self._limit)
             if self._fatal is not None:
                 return
             index = pending.popleft()
@@ -139,8 +139,7 @@ class Batch:
                 return
             if not taken:
                 pending.append(index)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._fatal, BUSY_S)
+                self._wait_until(lambda: bool(self._fatal), BUSY_S)
 
     def _submit(self, pipeline: Pipeline | Connection, line: Line) -> bool:
         """Submit one request, to be finished by a writer.
@@ -159,7 +158,7 @@ class Batch:
             return False
         except RequestError as error:  # its image, which is opened only now
             outcome = error
-        with self._changed:
+        with self._lock:
             self._in_flight += 1
         if isinstance(outcome, Handle):
             outcome.add_done_callback(partial(self._start_finish, line))
@@ -182,9 +181,10 @@ class Batch:
         except Exception as error:  # noqa: BLE001 - the end of a thread: `run` reports or raises it
             self._fatal = self._fatal or error
         finally:
-            with self._changed:
+            with self._lock:
                 self._in_flight -= 1
-                self._changed.notify_all()
+                changed, self._changed = self._changed, Answer()
+            changed.set_result(None)
 
     def _record(self, line: Line, outcome: Handle | RequestError) -> Record | None:
         """Write one request's video and return its record; None: it was cancelled with the run.
@@ -220,7 +220,7 @@ class Batch:
 
     def _count(self, record: Record) -> None:
         """Count a request whose record is on disk, and delete its latents once it is done."""
-        with self._changed:
+        with self._lock:
             self._tally.add(record)
             counts = self._tally.finished, len(self.plan.pending)
         level = logging.WARNING if record.error else logging.DEBUG  # the progress display counts done ones
@@ -232,14 +232,19 @@ class Batch:
     def _drain(self, pipeline: Pipeline | Connection, reason: str) -> None:
         """Give running requests `failures.shutdown_grace_s`, then cancel them."""
         grace_s = pipeline.config.failures.shutdown_grace_s
+        logger.warning("stopping: %s; running requests get %g s", reason, grace_s)
+        pipeline.drain(grace_s)
+        self._wait_until(lambda: not self._in_flight, SETTLE_S)
 
-        def drain() -> None:
-            logger.warning("stopping: %s; what runs gets %g s", reason, grace_s)
-            pipeline.drain(grace_s)
-            with self._changed:
-                self._changed.wait_for(lambda: not self._in_flight, SETTLE_S)
-
-        wait_for(drain)
+    def _wait_until(self, is_so: Callable[[], bool], timeout_s: float | None = None) -> None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if is_so():
+                    return
+                changed = self._changed
+            if not changed.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                return
 
 
 def save(result: Result, path: Path, folder: Folder) -> None:

@@ -17,7 +17,7 @@ from disagg_ray.cli.plan import plan, profile
 from disagg_ray.cli.service import down, ls, scale, up
 from disagg_ray.config.docs import to_markdown
 from disagg_ray.config.load import load_config, to_yaml
-from disagg_ray.driver.signals import terminated
+from disagg_ray.driver.signals import exiting_on_sigterm
 from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.media.output import check_folder, local_path
 from disagg_ray.version import VERSION
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, arguments: Sequence[str]) -> int:
     logs.set_up()
     try:
-        with terminated():
+        with exiting_on_sigterm():
             return COMMANDS[name](arguments)
     except InputError as error:
         console.fail("error", error)

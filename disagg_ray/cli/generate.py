@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from disagg_ray.cli import logs
 from disagg_ray.cli.arguments import config_parser
-from disagg_ray.cli.service import joined
 from disagg_ray.config.docs import field_docs
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
-from disagg_ray.driver.signals import terminated
+from disagg_ray.driver.signals import Interrupts, interruptible
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import InputError, OutputError, SaveError
 from disagg_ray.media.output import check_folder, check_output, check_trace, format_of, local_path
@@ -59,8 +58,11 @@ def generate(argv: Sequence[str]) -> int:
         _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
     else:
         _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
-    with joined(None) if options.connect is not None else nullcontext():
-        return _generate_one(options) if options.requests is None else _generate_many(options)
+    if options.connect is not None:
+        from disagg_ray.driver.cluster import join
+
+        join(None)
+    return _generate_one(options) if options.requests is None else _generate_many(options)
 
 
 def _generate_one(options: argparse.Namespace) -> int:
@@ -79,7 +81,8 @@ def _generate_one(options: argparse.Namespace) -> int:
 
     with _start(config, options, 1) as pipeline:
         result = pipeline.generate(request)
-        path = _save(result, options)
+        with interruptible():
+            path = _save(result, options)
         print_result(result, pipeline.weights, pipeline.pools)
         print(f"wrote {path}")
     if options.trace is not None:
@@ -183,6 +186,7 @@ def _start_split(config: Config, options: argparse.Namespace, total: int) -> Ite
 
         run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
         with (
+            Interrupts(),
             _display(options, total) as display,
             Connection(options.connect, run_id=run_id, on_event=display.on_event) as connection,
         ):
@@ -193,9 +197,9 @@ def _start_split(config: Config, options: argparse.Namespace, total: int) -> Ite
 
     Pipeline.check(config)
     with (
+        Interrupts(),
         _display(options, total) as display,
         closing(Cluster(config)),
-        terminated(),  # Ray took the handler when it started
         Pipeline(config, display.on_event) as split,
     ):
         yield split

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 
 from disagg_ray.cli.arguments import EPILOG, Parser
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import check_joining
-from disagg_ray.driver.signals import terminated
 from disagg_ray.errors import InputError
 from disagg_ray.models.preflight import check_model
 from disagg_ray.text import shown
@@ -29,13 +27,13 @@ def up(argv: Sequence[str]) -> int:
     config = load_config(options.config, *options.overrides)
     check_joining(config.cluster, config.cluster.address or "this machine")
     check_model(config, whole=False)
-    with _joined_for(options.name, config.cluster.address):
-        from disagg_ray.service import lifecycle
+    _join_for(options.name, config.cluster.address)
+    from disagg_ray.service import lifecycle
 
-        if options.only is not None:
-            snapshot = lifecycle.up_stage(options.name, options.only, config, here=options.here)
-        else:
-            snapshot = lifecycle.up(options.name, config)
+    if options.only is not None:
+        snapshot = lifecycle.up_stage(options.name, options.only, config, here=options.here)
+    else:
+        snapshot = lifecycle.up(options.name, config)
     if snapshot is not None:
         stages = ", ".join(f"{state.stage} {state.ready}" for state in snapshot.stages)
         print(f"{snapshot.name} is {snapshot.state}: {stages}")
@@ -47,11 +45,13 @@ def ls(argv: Sequence[str]) -> int:
     parser = Parser(prog="disagg-ray ls", description=ls.__doc__)
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args(argv)
-    with joined(None):
-        from disagg_ray.report.tables import print_standing, standing_to_json
-        from disagg_ray.service import lifecycle
+    from disagg_ray.driver.cluster import join
 
-        snapshots = lifecycle.list_all()
+    join(None)
+    from disagg_ray.report.tables import print_standing, standing_to_json
+    from disagg_ray.service import lifecycle
+
+    snapshots = lifecycle.list_all()
     if options.json:
         print(standing_to_json(snapshots))
     else:
@@ -68,10 +68,10 @@ def down(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not 0 <= options.grace < math.inf:
         raise InputError(f"invalid --grace={options.grace:g}: must be at least 0 seconds")
-    with _joined_for(options.name, None):
-        from disagg_ray.service import lifecycle
+    _join_for(options.name, None)
+    from disagg_ray.service import lifecycle
 
-        lifecycle.down(options.name, options.grace if options.drain else 0.0)
+    lifecycle.down(options.name, options.grace if options.drain else 0.0)
     print(f"{options.name} is down")
     return 0
 
@@ -83,12 +83,12 @@ def scale(argv: Sequence[str]) -> int:
     parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
     options = parser.parse_args(argv)
     asked = [_parse_scale(text) for text in options.stages]
-    with _joined_for(options.name, None):
-        from disagg_ray.service import lifecycle
+    _join_for(options.name, None)
+    from disagg_ray.service import lifecycle
 
-        for stage, number in asked:
-            lifecycle.scale(options.name, stage, number)
-            print(f"{options.name}: {stage} gets {number} replicas")
+    for stage, number in asked:
+        lifecycle.scale(options.name, stage, number)
+        print(f"{options.name}: {stage} gets {number} replicas")
     return 0
 
 
@@ -99,19 +99,10 @@ def _parse_scale(text: str) -> tuple[str, int]:
     return stage, int(number)
 
 
-def _joined_for(name: str, address: str | None) -> AbstractContextManager[None]:
-    """Join the cluster that is there for the sake of a pipeline, whose name is checked first."""
+def _join_for(name: str, address: str | None) -> None:
+    """Join the cluster of a service, whose name is checked first."""
+    from disagg_ray.driver.cluster import join
     from disagg_ray.driver.names import check_name
 
     check_name(name)
-    return joined(address)
-
-
-@contextmanager
-def joined(address: str | None) -> Iterator[None]:
-    """Join the cluster that is there."""
-    from disagg_ray.driver.cluster import join
-
     join(address)
-    with terminated():  # Ray took the handler when it joined
-        yield

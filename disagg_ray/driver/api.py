@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle, gather
 from disagg_ray.driver.loop import LoopThread
-from disagg_ray.driver.signals import take
+from disagg_ray.driver.signals import Answer
 from disagg_ray.errors import RequestError
 from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
@@ -109,12 +108,12 @@ class PipelineApi(ABC):
     def _launch(self, request: ResolvedRequest, run: Run) -> Handle:
         """Run a request on the loop and wait until it is queued; raise what kept it out of the queue."""
         handle = Handle(request, self.loop)
-        queued: SimpleQueue[object] = SimpleQueue()
-        handle.future.add_done_callback(queued.put)
+        queued: Answer[bool] = Answer()
+        handle.future.add_done_callback(lambda _: queued.set_once(False))
         try:
             self.loop.check_thread()
-            self.loop.start(handle.future, self._run_alone(handle, run, lambda: queued.put(None)))
-            if take(queued) is not None:
+            self.loop.start(handle.future, self._run_alone(handle, run, lambda: queued.set_once(True)))
+            if not queued.result():
                 handle.result()
         except BaseException:  # as KeyboardInterrupt: the caller gets no handle to cancel
             handle.cancel()

@@ -15,6 +15,7 @@ from ray.job_config import JobConfig
 from disagg_ray import environment
 from disagg_ray.config.schema import Config, StageConfig, check_joining
 from disagg_ray.driver.address import LOCAL, STATUS, find_cluster
+from disagg_ray.driver.signals import handler_kept
 from disagg_ray.errors import ConfigError, DisaggError, StartError
 from disagg_ray.models.preflight import check_model, check_temporary_folder
 from disagg_ray.replica.software import PACKAGE, is_installed
@@ -36,7 +37,8 @@ def join(address: str | None) -> None:
         return
     found = find_cluster(address)
     try:
-        ray.init(address=found, job_config=_job({}), logging_level=logging.ERROR)
+        with handler_kept():
+            ray.init(address=found, job_config=_job({}), logging_level=logging.ERROR)
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
         reason = printable(str(error.__cause__ or error).strip())
         raise StartError(f"cluster.address: '{found}' cannot be joined: {reason}; {STATUS}") from error
@@ -63,7 +65,8 @@ class Cluster:
         """Start one on this machine, reachable with a token only."""
         check_temporary_folder()
         _make_token()
-        ray.init(address="local", logging_level=logging.ERROR, **own_cluster(config))
+        with handler_kept():
+            ray.init(address="local", logging_level=logging.ERROR, **own_cluster(config))
         self._started = True
         try:
             _check_gpus(config, ray.cluster_resources().get("GPU", 0))

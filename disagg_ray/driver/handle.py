@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from disagg_ray.driver.loop import LoopThread
-from disagg_ray.driver.signals import Latch, take
+from disagg_ray.driver.signals import Answer
 from disagg_ray.errors import Cancelled, DisaggError
 from disagg_ray.progress.events import Event
 from disagg_ray.request import Request, ResolvedRequest
@@ -24,11 +24,9 @@ class Handle:
         self.request = request
         self.progress: Event | None = None
         """The latest event."""
-        self.future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self.future: Answer[Result] = Answer()
         """Of the result, for what takes futures; its owner completes it, anyone may cancel it."""
         self._loop = loop
-        self._done = Latch()
-        self.future.add_done_callback(self._done.set)
 
     def result(self, timeout_s: float | None = None) -> Result:
         """Wait for the video.
@@ -39,10 +37,8 @@ class Handle:
             DisaggError: what failed it.
             RuntimeError: called on the pipeline's own thread, as by another request's done callback.
         """
-        if self._loop is not None and not self.done():
+        if self._loop is not None and not self.future.wait(0):
             self._loop.check_thread()
-        if timeout_s is None:
-            self._done.wait()
         try:
             return self.future.result(timeout_s)
         except concurrent.futures.CancelledError:
@@ -101,7 +97,7 @@ def gather(submit: Callable[[Request], Handle], requests: Iterable[Request], win
             if not pending:
                 break
             try:
-                result = pending.pop(take(done)).result()
+                result = pending.pop(done.get()).result()
             except DisaggError as error:
                 failures.append(error)
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
@@ -12,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from disagg_ray.driver.signals import Latch
+from disagg_ray.driver.signals import Answer
 from disagg_ray.errors import Cancelled
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ class LoopThread:
         if threading.current_thread() is self.thread:
             raise RuntimeError(OWN_THREAD)
 
-    def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = math.inf) -> T:
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Run a coroutine on the loop and wait for it here.
 
         Raises:
@@ -60,8 +59,7 @@ class LoopThread:
             Cancelled: the loop was closed.
             RuntimeError: called on the loop's own thread.
         """
-        answer, done = Future[T](), Latch()
-        answer.add_done_callback(done.set)
+        answer: Answer[T] = Answer()
         try:
             self.check_thread()
         except RuntimeError:
@@ -69,7 +67,7 @@ class LoopThread:
             raise
         self.start(answer, coroutine)
         try:
-            if not done.wait(timeout_s):
+            if not answer.wait(timeout_s):
                 raise TimeoutError(f"{self.name}: no answer of its event loop within {timeout_s:g} s")
             return answer.result()
         except CancelledError:

@@ -1,130 +1,173 @@
-"""Leaving when told to by SIGTERM or Ctrl-C.
+"""Waits for other threads that Ctrl-C and SIGTERM end.
 
-Python runs a signal's handler between two instructions of the main thread. A signal that comes just before that thread
-begins to wait, or at another thread, does not wake it: a wait without a deadline would go on, and the handler never
-run. So the waits here look around every LOOK_S. And a handler that raises between two instructions may leave a lock
-taken for good, and with it whoever shares it: the main thread should share none with the event loop.
+Python runs a signal's handler between two instructions of the main thread. A handler that raises there, as Python's own
+for Ctrl-C does, may leave a lock taken that another thread needs. So waiting for an `Answer` takes no such lock, and
+within `Interrupts` a signal raises in such waits only.
 """
 
 from __future__ import annotations
 
-import math
-import os
+import select
 import signal
-import sys
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from queue import Empty, SimpleQueue
-from typing import NoReturn, TypeVar
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self, TypeVar
 
 T = TypeVar("T")
 
-LOOK_S = 0.1
+SIGNALS = signal.SIGTERM, signal.SIGINT
+
+_this_thread = threading.local()
+"""`interrupts`: those entered on this thread."""
 
 
-@contextmanager
-def terminated() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C unwind the program, so that every `with` closes what it holds.
+class Answer(Future[T]):
+    """A future that any thread may wait for; make it before the thread that sets it knows it."""
 
-    What a handler raises while an object is being freed goes no further; the signal is then sent again.
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_set = False
+        self._woken: SimpleQueue[None] = SimpleQueue()
+        self.add_done_callback(self._wake)
+
+    def _wake(self, _: object) -> None:
+        self._is_set = True
+        self._woken.put(None)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return whether it is done, or cancelled, within `timeout_s`."""
+        interrupts: Interrupts | None = getattr(_this_thread, "interrupts", None)
+        if interrupts is not None:
+            interrupts.wait(self, timeout_s)
+            return self.done()
+        if not self._is_set:
+            with suppress(Empty):
+                self._woken.get(timeout=timeout_s)
+                self._woken.put(None)  # for the next thread that waits
+        return self._is_set
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return the result, or raise the exception, as `Future.result`."""
+        self.wait(timeout)
+        return super().result(0)
+
+    def set_once(self, result: T) -> None:
+        """Set the result, unless it is done already."""
+        with suppress(InvalidStateError):
+            self.set_result(result)
+
+
+class Interrupts:
+    """While entered, Ctrl-C and SIGTERM raise on the main thread where it waits for an `Answer`, and nowhere else.
+
+    Each ends one wait, the current or the next, with KeyboardInterrupt or SystemExit; what ended none is raised at the
+    end. A second one that comes before that raises at once. A signal that is ignored stays ignored.
     """
-    before, hook = signal.signal(signal.SIGTERM, _leave), sys.unraisablehook
-    sys.unraisablehook = partial(_send_again, hook)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        signal.signal(signal.SIGTERM, before)
+
+    def __init__(self) -> None:
+        self._pending: list[int] = []
+        self._suspended = False
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        handled = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        self._before = {each: signal.signal(each, self._receive) for each in handled}
+        _this_thread.interrupts = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del _this_thread.interrupts
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        self._reader.close()
+        self._writer.close()
+        self._raise_pending()
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        if self._suspended or self._pending:
+            self._pending.clear()
+            leave(signum)
+        self._pending.append(signum)
+
+    def wait(self, answer: Future[Any], timeout_s: float | None) -> None:
+        """Wait until a future is done; return after `timeout_s` at the latest.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: a signal came, during the wait or before it.
+        """
+        answer.add_done_callback(self._wake)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not answer.done() and not self._pending:
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                break
+            select.select([self._reader], [], [], remaining)  # a signal that any thread gets writes there too
+            with suppress(BlockingIOError):
+                self._reader.recv(4096)
+        self._raise_pending()
+
+    def _wake(self, _: object) -> None:
+        with suppress(OSError):  # full, so it wakes already; or closed
+            self._writer.send(b"\0")
+
+    def _raise_pending(self) -> None:
+        if self._pending:
+            leave(self._pending.pop())
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Have signals raise wherever the main thread is."""
+        self._raise_pending()
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
 
 
-def _send_again(hook: Callable[[sys.UnraisableHookArgs], object], swallowed: sys.UnraisableHookArgs) -> None:
-    signum = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(swallowed.exc_type)
-    if signum is None:
-        hook(swallowed)
-        return
-    again = threading.Timer(LOOK_S, os.kill, (os.getpid(), signum))
-    again.daemon = True
-    again.start()
+def interruptible() -> AbstractContextManager[None]:
+    """Let signals raise anywhere, for work that may take long and shares no lock with another thread."""
+    interrupts: Interrupts | None = getattr(_this_thread, "interrupts", None)
+    return interrupts.suspended() if interrupts is not None else nullcontext()
 
 
-def _leave(signum: int, _frame: object) -> NoReturn:
+def leave(signum: int, _frame: FrameType | None = None) -> NoReturn:
+    """Raise what ends a program on a signal; a handler where nothing else runs."""
     if signum == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + signum)
 
 
-def take(queue: SimpleQueue[T]) -> T:
-    """Wait for the next item; a handler that raises meanwhile leaves the queue as it was."""
-    while True:
-        try:
-            return queue.get(timeout=LOOK_S)
-        except Empty:
-            continue
-
-
-class Latch:
-    """Set once, for good. No thread ever needs a lock for it that another could leave taken."""
-
-    def __init__(self) -> None:
-        self._is_set = False
-        self._woken: SimpleQueue[None] = SimpleQueue()
-
-    def set(self, _: object = None) -> None:
-        """Let everybody go on; as a future's callback too."""
-        self._is_set = True
-        self._woken.put(None)
-
-    def wait(self, timeout_s: float = math.inf) -> bool:
-        """Return whether it was set in time."""
-        deadline = time.monotonic() + timeout_s
-        while not self._is_set:
-            if time.monotonic() > deadline:
-                return False
-            with suppress(Empty):
-                self._woken.get(timeout=LOOK_S)
-        self._woken.put(None)  # for the next
-        return True
-
-
-def until(changed: threading.Condition, is_so: Callable[[], object]) -> None:
-    """Wait, with the condition's lock, until something is so."""
-    while not changed.wait_for(is_so, LOOK_S):
-        pass
-
-
-def wait_for(work: Callable[[], None]) -> None:
-    """Do work on another thread and wait for it; SIGTERM and Ctrl-C end the wait, as they would end the program.
-
-    Whatever locks the work takes, no handler raises while it holds them. On a thread that is not the main one, no
-    signal ends the wait.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        work()
-        return
-    told: list[int] = []
-    done: Future[None] = Future()
-    handled = signal.SIGTERM, signal.SIGINT
-    before = [signal.signal(each, lambda signum, _: told.append(signum)) for each in handled]
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the program, as Ctrl-C does, so that every `with` closes what it holds."""
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        threading.Thread(target=_do, args=(work, done), daemon=True).start()
-        while not done.done() and not told:
-            wait([done], LOOK_S)
+        yield
     finally:
-        for each, handler in zip(handled, before, strict=True):
-            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
-    if told:
-        _leave(told[0], None)
-    done.result()
+        signal.signal(signal.SIGTERM, before)
 
 
-def _do(work: Callable[[], None], done: Future[None]) -> None:
+@contextmanager
+def handler_kept() -> Iterator[None]:
+    """Keep the program's handler of SIGTERM over `ray.init`, which replaces it on the main thread by one that exits."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        work()
-    except BaseException as error:  # noqa: BLE001 - whoever waits raises it
-        done.set_exception(error)
-    else:
-        done.set_result(None)
+        yield
+    except SystemExit as error:
+        raise SystemExit(128 + signal.SIGTERM) from error
+    finally:
+        if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import time
 import uuid
@@ -227,7 +226,9 @@ class Connection(PipelineApi):
         self.loop.check_thread()
         self._closed = True
         handles = self.in_flight
-        concurrent.futures.wait([handle.future for handle in handles], timeout=grace_s)
+        deadline = time.monotonic() + grace_s
+        for handle in handles:
+            handle.future.wait(max(0.0, deadline - time.monotonic()))
         if self._listening is not None:  # what is cancelled from here on is not told as finished: its latents stay
             self.loop.call_soon(self._listening.cancel)
         for handle in handles:
