@@ -11,6 +11,7 @@ python jobs/bench.py memory --config C --gpus 2 --caps 48        # stock with of
 python jobs/bench.py plan --profile P --tables T    # `disagg-ray plan` against the simulated scheduler and tables
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 python jobs/bench.py stage CKPT          # each stage's speed and error by option, beside stock diffusers
+python jobs/bench.py denoiser forward --shape wan2.1-t2v-14b     # attention, compile and fusing beside stock; --help
 python jobs/bench.py service bursts outputs/service.png    # first video after connect; also `deaths` and `answers`
 """
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,7 +29,8 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks import plan, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks import denoiser, plan, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
 
 from disagg_ray import LocalPipeline, Pipeline, Request
@@ -145,18 +146,6 @@ def _gaps(timings: Sequence[StageTiming]) -> list[float]:
     return [after.started - before.started - before.compute_s for before, after in pairwise(turns)]
 
 
-def machine() -> dict[str, Any]:
-    """Say what the numbers were measured on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "cpu": names[0] if names else platform.processor(), "cores": psutil.cpu_count(), "gpus": gpus,
-        "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
-
-
 def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> tables.Options:
     steps = [int(number) for number in (options.steps or ("1,2" if options.quick else "4,20")).split(",")]
     rounds = [int(number) for number in (options.rounds or ",".join("4" if n < 10 else "2" for n in steps)).split(",")]
@@ -188,11 +177,9 @@ def measure(options: argparse.Namespace, whats: tuple[str, ...]) -> Any:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["stage"]:
-        stage.main(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["service"]:
-        service.main(sys.argv[2:])
+    commands = {"stage": stage.main, "service": service.main, "denoiser": denoiser.main}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        commands[sys.argv[1]](sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -52,6 +52,7 @@ IMPORTERS = {
     "ray": {"pipeline", "driver", "service", "replica.actor", "doctor", "jobs"},
     "accelerate": {"models"},
     "torchao": {"models"},
+    "flash_attn": {"models.attention"},
 }
 """Foreign libraries, and the modules or units that may import them."""
 

@@ -299,6 +299,7 @@ def test_sea_cache_is_refused_for_images(start: Callable[..., LocalPipeline]) ->
         (("stages.transformer.vae.compile=true",), "stages.transformer.vae: given, but .* hold no vae"),
         ((f"{DENOISER}.attention=flash_2",), "attention: 'flash_2' cannot be used here"),
         ((f"{DENOISER}.attention=flash",), "attention: 'flash' cannot be used here: .*install"),
+        ((f"{DENOISER}.attention=flash_4",), "denoiser.attention=flash_4: it needs a GPU; write auto"),
         ((f"{DENOISER}.quantization=fp8",), "fp8 needs the library torchao"),
     ],
 )

@@ -69,8 +69,8 @@ class DenoiserConfig:
     """Of the stage's transformers."""
 
     attention: str | None = None
-    """A diffusers attention backend (native, _native_cudnn, flash, sage, ...), auto (the fastest exact one here,
-    measured at start at the sizes of warm_up), or null: what torch picks."""
+    """A diffusers attention backend (native, _native_cudnn, flash, sage, ...), flash_4 (the package flash-attn-4, extra
+    flash4), auto (the fastest exact one here, measured at start at the sizes of warm_up), or null: what torch picks."""
     compile: str | None = None
     """torch.compile's mode for the repeated blocks: default or max-autotune-no-cudagraphs; null: eager."""
     step_cache: StepCacheConfig = field(default_factory=StepCacheConfig)

@@ -17,7 +17,9 @@ from disagg_ray.config.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeCo
 from disagg_ray.config.schema import StageConfig
 from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
+from disagg_ray.models.attention import FLASH_4, check_flash_4
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
+from disagg_ray.models.components import read_config
 from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.load import check_scheduler, load_component
 from disagg_ray.models.tuning import (
@@ -89,6 +91,7 @@ class Cut:
         """
         self._options = options
         self._check_options()
+        self._check_attention(dtypes, device)
         self._checkpoint.fetch(self.components)
         home = device if options.offload == "none" else "cpu"
         loaded = {name: self._load_component(name, dtypes[name], home) for name in self.components}
@@ -125,11 +128,23 @@ class Cut:
             if lora.transformer not in self.components:
                 raise ConfigError(f"{key}.denoiser.loras: this model has no {lora.transformer}; write transformer")
 
+    def _check_attention(self, dtypes: Mapping[str, str], device: str) -> None:
+        """Refuse FlashAttention 4 where it cannot run, before any weights are loaded."""
+        if self._options.denoiser.attention == FLASH_4:
+            dims = {n: read_config(self._checkpoint.folder, n)["attention_head_dim"] for n in self._transformers}
+            for name, dim in dims.items():
+                check_flash_4(f"stages.{self._stage}.denoiser.attention", device, dtypes[name], dim)
+
+    @property
+    def _transformers(self) -> list[str]:
+        return [name for name in TRANSFORMERS if name in self.components]
+
     def _tune(self, name: str, model: Any, device: str) -> None:
         options = self._options
         if name in TRANSFORMERS:
             sizes = [example_tensors(self._checkpoint, ["latents"], s)["latents"].to(device) for s in options.warm_up]
-            tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, sizes)
+            text_tokens = self._checkpoint.geometry.max_sequence_length
+            tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, sizes, text_tokens)
             model.register_forward_pre_hook(cast_inputs, with_kwargs=True)
         if name == "vae":
             tune_vae(model, options.vae)
@@ -197,9 +212,8 @@ class Cut:
             own["scheduler"] = scheduler
         self._pipeline.register_components(**own)
         cache, tile = self._options.denoiser.step_cache, self._options.vae.tile_pixels
-        for name in TRANSFORMERS:
-            if cache.method != "none" and name in self.components:
-                renew_step_cache(getattr(self._pipeline, name), cache, request.num_inference_steps)
+        for name in self._transformers if cache.method != "none" else ():
+            renew_step_cache(self.component(name), cache, request.num_inference_steps)
         if "vae" in self.components:
             self._pipeline.vae.use_tiling = tile is not None and request.height * request.width >= tile
 

@@ -27,7 +27,7 @@ COMPONENT_OF = {
     "decode": "vae", "blend": "vae",
 }  # fmt: skip
 """Whose precision counts, by block."""
-LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow", "peft", "torchao")
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow", "peft", "torchao", "flash-attn-4")
 """Those that have a part in the numbers; some are optional."""
 
 

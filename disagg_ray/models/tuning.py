@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -20,19 +18,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 
 from disagg_ray.config.options import DenoiserConfig, StepCacheConfig, VaeConfig
 from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import ConfigError
+from disagg_ray.models.attention import fastest_attention, set_attention
 from disagg_ray.models.lora import load_loras
-
-logger = logging.getLogger("disagg_ray")
-
-EXACT = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "xformers")
-"""Attention backends that compute the same sums, none of which is downloaded: what `auto` chooses from."""
 
 CACHES = {
     "first_block": FirstBlockCacheConfig,
@@ -41,14 +34,14 @@ CACHES = {
     "taylorseer": TaylorSeerCacheConfig,
 }
 
-REPEATS = 5
-"""Timed calls of an attention backend, of which the fastest counts."""
 
-
-def tune_transformer(key: str, name: str, transformer: Any, options: DenoiserConfig, sizes: Sequence[Tensor]) -> None:
+def tune_transformer(
+    key: str, name: str, transformer: Any, options: DenoiserConfig, sizes: Sequence[Tensor], text_tokens: int
+) -> None:
     """Change a loaded transformer as its options say, but for its step cache, which each request gets anew.
 
-    `key` names the options in errors; `sizes` are latents (1, channels, frames, height, width) for `attention: auto`.
+    `key` names the options in errors. `attention: auto` is measured on `sizes`, latents (1, channels, frames, height,
+    width), and on `text_tokens` keys.
 
     Raises:
         ConfigError: an option needs a library, a backend or a model that is not here.
@@ -61,8 +54,8 @@ def tune_transformer(key: str, name: str, transformer: Any, options: DenoiserCon
         _quantize(key, transformer, options.quantization)
     if options.attention is not None:
         auto = options.attention == "auto"
-        backend = _fastest_attention(transformer, sizes) if auto else options.attention
-        _set_attention(f"{key}.attention", transformer, backend)
+        backend = fastest_attention(transformer, sizes, text_tokens) if auto else options.attention
+        set_attention(f"{key}.attention", transformer, backend)
     if options.compile is not None:  # below the hooks of caches and offloading, which no graph could hold
         for block in transformer.blocks:
             block.forward = torch.compile(block.forward, mode=options.compile, fullgraph=True)
@@ -167,53 +160,3 @@ def _quantize(key: str, transformer: Any, quantization: str) -> None:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     quantize_(transformer.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-
-
-def _set_attention(key: str, transformer: Any, backend: str) -> None:
-    """Set the backend of this model alone: diffusers would make it every other model's default as well."""
-    try:
-        with attention_backend("native"):  # which puts the process's own default back
-            transformer.set_attention_backend(backend)
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{key}: {backend!r} cannot be used here: {' '.join(str(error).split())}") from error
-
-
-def _fastest_attention(transformer: Any, sizes: Sequence[Tensor]) -> str:
-    """Time each exact backend on queries, keys and values of these sizes and return the fastest in all."""
-    heads, dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    patch = torch.tensor(transformer.config.patch_size)
-    lengths = [int((torch.tensor(size.shape[2:]) // patch).prod()) for size in sizes]
-    device, dtype = sizes[0].device, transformer.dtype
-    inputs = [torch.randn(3, 1, length, heads, dim, device=device, dtype=dtype) for length in lengths]
-    seconds: dict[str, float] = {}
-    for backend in EXACT:
-        try:
-            _set_attention("", transformer, backend)
-            seconds[backend] = sum(_seconds(AttentionBackendName(backend), *qkv) for qkv in inputs)
-        except (
-            ConfigError,
-            RuntimeError,
-            ValueError,
-            NotImplementedError,
-        ) as error:  # no kernel for this device or dtype
-            logger.debug("attention %s: %s", backend, error)
-    fastest = min(seconds, key=lambda name: seconds[name])
-    logger.info("attention: %s of %s", fastest, {name: f"{s * 1e3:.2f} ms" for name, s in seconds.items()})
-    return fastest
-
-
-def _seconds(backend: AttentionBackendName, query: Tensor, key: Tensor, value: Tensor) -> float:
-    """Return the least seconds of one attention."""
-
-    def now() -> float:
-        if query.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    dispatch_attention_fn(query, key, value, backend=backend)
-    times = []
-    for _ in range(REPEATS):
-        started = now()
-        dispatch_attention_fn(query, key, value, backend=backend)
-        times.append(now() - started)
-    return min(times)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import machine
+from benchmarks.machine import machine
 from benchmarks.pipelines import load_stock_pipeline
 
 from disagg_ray import Request, load_config

@@ -70,6 +70,29 @@ def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in built.items() if module is not None}
 
 
+def build_random(config: TransformerConfig, dtype: str, device: str, seed: int = 0) -> Any:
+    """Return a transformer of seeded random weights, in the precisions that diffusers would load it in.
+
+    Nothing is written; needs memory on the device for the weights alone.
+    """
+    with torch.device("meta"):
+        module: Any = _diffusers_component("WanTransformer3DModel", config)
+    rope = type(module.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)  # a table
+    _draw(module, _floating_dtype(dtype), torch.Generator(device).manual_seed(seed))
+    module.rope = rope.to(device)
+    for name, parameter in module.named_parameters():
+        if set(module._keep_in_fp32_modules) & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return module.eval().requires_grad_(False)
+
+
+def build_component(shape: Shape, name: str, dtype: str, device: str, seed: int = 0) -> Any:
+    """Return a text encoder or VAE of seeded random weights; nothing is written."""
+    module: Any = build_meta(shape)[name]
+    _draw(module, _floating_dtype(dtype), torch.Generator(device).manual_seed(seed))
+    return module.eval().requires_grad_(False)
+
+
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer as UMT5's in all but its vocabulary: one token a printable ASCII character, else one a UTF-8 byte.
 
@@ -137,10 +160,14 @@ def _write_index(shape: Shape, components: dict[str, Any], folder: Path) -> None
 
 
 def _write_weights(module: Any, folder: Path, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Draw a meta module's parameters on the generator's device, save them and free them again.
+    """Draw a meta module's parameters on the generator's device, save them and free them again."""
+    _draw(module, dtype, generator)
+    module.save_pretrained(folder)
+    torch.nn.Module.to(module, "meta")
 
-    Buffers stay empty: none of these models saves any.
-    """
+
+def _draw(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Draw a meta module's parameters on the generator's device; buffers stay empty: none of these models saves any."""
     torch.nn.Module.to(module, dtype)  # diffusers' own warns of float32 layers, which is for loading to decide
     module.to_empty(device=generator.device)
     if isinstance(module, transformers.PreTrainedModel):
@@ -148,8 +175,6 @@ def _write_weights(module: Any, folder: Path, dtype: torch.dtype, generator: tor
     for name, parameter in module.named_parameters():
         mean, std = _mean_std(name, parameter.shape)
         parameter.data.normal_(mean, std, generator=generator)
-    module.save_pretrained(folder)
-    torch.nn.Module.to(module, "meta")
 
 
 def _mean_std(name: str, shape: torch.Size) -> tuple[float, float]:
