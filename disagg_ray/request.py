@@ -6,18 +6,32 @@ import math
 import operator
 import re
 import secrets
-import sys
 import uuid
-from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Annotated, Any
 
-from disagg_ray.config.rules import MULTIPLE
+from disagg_ray.config.rules import (
+    MULTIPLE,
+    Check,
+    Count,
+    Fps,
+    Guidance,
+    NumFrames,
+    Rule,
+    Section,
+    Side,
+    between,
+    checks,
+    enforce,
+    kinds,
+    one_of,
+)
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import RequestError
-from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, check_image_file, digest_pixels, load_image
-from disagg_ray.text import did_you_mean, printable
+from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, check_image_file, digest_pixels, load_image
+from disagg_ray.text import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,44 +45,61 @@ MAX_PRIORITY = 1000
 IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
 """Images that a model of a task needs."""
 
+Text = Annotated[
+    str,
+    Rule(
+        lambda text: not LONE_SURROGATE.search(text),
+        "must be whole Unicode text; it holds half of a character (a lone surrogate)",
+    ),
+]
+Name = Annotated[
+    str,
+    Rule(lambda name: 1 <= len(name) <= 200 and name.isprintable(), "must be 1 to 200 printable characters"),
+]
+
 
 @dataclass(frozen=True)
-class Request:
+class Request(Section):
     """One video to generate. A field left None gets the configuration's default.
 
     Raises RequestError (a ValueError) when it is resolved against a configuration it does not fit.
     """
 
-    prompt: str = ""
+    prompt: Annotated[Text, Rule(str.strip, "must say what the video shows")] = ""
     """What the video shows."""
-    negative_prompt: str | None = None
-    """What guidance steers away from."""
-    image: Image | str | Path | None = None
+    negative_prompt: Text | None = None
+    """What CFG steers away from."""
+    image: ImageSource | None = None
     """First frame, for an image-to-video model: a PIL image or a file."""
-    last_image: Image | str | Path | None = None
+    last_image: ImageSource | None = None
     """Last frame, for a first-and-last-frame model."""
-    height: int | None = None
+    height: Side | None = None
     """Pixels, a multiple of 16. For an image model and left out: the image's aspect at the model's area."""
-    width: int | None = None
+    width: Side | None = None
     """Pixels, a multiple of 16."""
-    num_frames: int | None = None
+    num_frames: NumFrames | None = None
     """Frames, 4k + 1."""
-    num_inference_steps: int | None = None
+    num_inference_steps: Count | None = None
     """Denoising steps; with model.sigmas there are as many as sigmas."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 or less turns it off."""
-    guidance_scale_2: float | None = None
-    """Guidance of Wan 2.2's low-noise transformer."""
-    seed: int | None = None
-    """Of the initial noise, drawn on the CPU; None: a random one, told in the result."""
-    fps: int | None = None
-    """Frames a second of the written video."""
-    format: str = "mp4"
+    guidance_scale: Guidance | None = None
+    """CFG scale; 1 or less turns CFG off."""
+    guidance_scale_2: Guidance | None = None
+    """CFG scale of Wan 2.2's low-noise transformer."""
+    seed: Annotated[int, between(0, MAX_SEED)] | None = None
+    """Of the initial noise, drawn on the CPU; None: a random one, which the result names."""
+    fps: Fps | None = None
+    """Frames per second of the written video."""
+    format: Annotated[str, one_of(*FORMATS)] = "mp4"
     """mp4, gif, png (a folder) or npy (float32 frames)."""
-    priority: int = 0
+    priority: Annotated[int, between(-MAX_PRIORITY, MAX_PRIORITY)] = 0
     """Higher goes first; equals go in order, and every eighth turn is the oldest's."""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    id: Name = field(default_factory=lambda: uuid.uuid4().hex[:12])
     """Name of this request in logs and files."""
+
+
+TYPES = {name: kind.type for name, kind in kinds(Request).items() if kind.type in (str, int, float)}
+"""Of each field but the images."""
+NAMES_OF_TYPES = {str: "text", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +134,7 @@ class ResolvedRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs at all; as in diffusers, the first scale decides for both."""
+        """Whether CFG runs at all; as in diffusers, the first scale decides for both."""
         return self.guidance_scale > 1
 
     @property
@@ -117,13 +148,11 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _as_given(request)
+    request = _check_fields(request)
     given = _given_images(request, config)
     images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
-    shown = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
-    resolved = _fill(request, config, _size(request, config, images.get("image")), shown)
-    _check(resolved, config)
-    return resolved, images
+    known = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
+    return _fill(request, config, _size(request, config, images.get("image")), known), images
 
 
 def check(request: Request, config: Config) -> ResolvedRequest:
@@ -134,117 +163,68 @@ def check(request: Request, config: Config) -> ResolvedRequest:
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _as_given(request)
+    request = _check_fields(request)
     given = _given_images(request, config)
     for name, image in given.items():
         check_image_file(image, name)
     height, width = (MULTIPLE, MULTIPLE) if given else (config.defaults.height, config.defaults.width)
-    resolved = _fill(request, config, (_or(request.height, height), _or(request.width, width)), {})
-    _check(resolved, config)
-    return resolved
+    return _fill(request, config, (_or(request.height, height), _or(request.width, width)), {})
 
 
-def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:
-    """Fill in the defaults; the size is (height, width)."""
-    defaults = config.defaults
-    return ResolvedRequest(
-        id=request.id,
-        prompt=request.prompt,
-        negative_prompt=_or(request.negative_prompt, defaults.negative_prompt),
-        height=size[0],
-        width=size[1],
-        num_frames=_or(request.num_frames, defaults.num_frames),
-        num_inference_steps=_or(request.num_inference_steps, len(config.model.sigmas) or defaults.num_inference_steps),
-        guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
-        guidance_scale_2=_or(request.guidance_scale_2, defaults.guidance_scale_2),
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
-        fps=_or(request.fps, defaults.fps),
-        format=request.format,
-        images=images,
-        priority=request.priority,
-    )
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-TYPES: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "negative_prompt": (str,),
-    "height": (int,),
-    "width": (int,),
-    "num_frames": (int,),
-    "num_inference_steps": (int,),
-    "guidance_scale": (int, float),
-    "guidance_scale_2": (int, float),
-    "seed": (int,),
-    "fps": (int,),
-    "format": (str,),
-    "priority": (int,),
-    "id": (str,),
-}
-
-
-OPTIONAL = {f.name for f in fields(Request) if f.default is None}
-
-
-def _as_given(request: Request) -> Request:
+def _check_fields(request: Request) -> Request:
     """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
-    taken = {name: _take(name, getattr(request, name), types) for name, types in TYPES.items()}
-    return replace(request, **taken)
+    given = {name: _take(name, getattr(request, name), kind) for name, kind in TYPES.items()}
+    taken = replace(request, **given)
+    enforce(checks(taken, null=""), RequestError)
+    return taken
 
 
-def _take(name: str, value: Any, types: tuple[type, ...]) -> Any:
-    if value is None and name in OPTIONAL:
+def _take(name: str, value: Any, kind: type) -> Any:
+    if value is None and kinds(Request)[name].optional:
         return None
-    taken = str(value) if isinstance(value, str) else real(value) if float in types else whole(value)
-    if not isinstance(taken, types):
-        names = " or ".join(t.__name__ for t in types)
-        raise RequestError(f"{name}: {printable(repr(value), 80)} is a {type(value).__name__}; give {names}")
+    taken: Any = real(value) if kind is float else whole(value) if kind is int else None
+    if kind is str and isinstance(value, str):
+        taken = str(value)
+    if taken is None:
+        remedy = f"must be {NAMES_OF_TYPES[kind]}, not a {type(value).__name__}"
+        raise RequestError(f"invalid {name}={shown(value)}: {remedy}")
     if isinstance(taken, int) and taken.bit_length() > MAX_BITS:  # it could not even be printed
-        raise RequestError(f"{name}: it is a number of over {MAX_BITS} bits; give a smaller one")
+        raise RequestError(f"invalid {name}: must be a number of at most {MAX_BITS} bits")
     return taken
 
 
 def real(value: object) -> int | float | None:
-    """Return a real number of any kind as Python's own; None: it is none, or a bool."""
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        try:
-            return float(value)
-        except OverflowError:
-            return None
-    return whole(value)
-
-
-def whole(value: object) -> int | None:
-    """Return a whole number of any kind, 24.0 too, as Python's own; None: it is none, or a bool."""
+    """Return a real number of any kind as Python's own; None: it is not one, or a bool."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        number = real(value)
-        return int(number) if isinstance(number, float) and number.is_integer() else None
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
+        if not isinstance(value, Real):
+            return None
+    try:
+        return float(value)
+    except OverflowError:
         return None
 
 
-def _given_images(request: Request, config: Config) -> dict[str, Image | str | Path]:
+def whole(value: object) -> int | None:
+    """Return a whole number of any kind, 24.0 too, as Python's own; None: it is not one, or a bool."""
+    number = real(value)
+    return number if not isinstance(number, float) else int(number) if number.is_integer() else None
+
+
+def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
     task = config.model.task
-    wanted = IMAGES_OF[task]
-    images = {}
+    given = {name: image for name in ("image", "last_image") if (image := getattr(request, name)) is not None}
     for name in ("image", "last_image"):
-        given = getattr(request, name)
-        if given is None and name in wanted:
+        if name in IMAGES_OF[task] and name not in given:
             raise RequestError(f"{name}: none given; a model of task {task} needs one")
-        if given is not None and name not in wanted:
+        if name in given and name not in IMAGES_OF[task]:
             raise RequestError(
                 f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
             )
-        if given is not None:
-            images[name] = given
-    return images
+    return given
 
 
 def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
@@ -268,69 +248,46 @@ def _floor(pixels: int) -> int:
     return max(MULTIPLE, pixels // MULTIPLE * MULTIPLE)
 
 
-def _check(request: ResolvedRequest, config: Config) -> None:
-    limits = config.limits
-    if not request.prompt.strip():
-        raise RequestError("prompt: it is empty; say what the video shows")
-    for name in ("prompt", "negative_prompt"):
-        num_chars = len(getattr(request, name))
-        if LONE_SURROGATE.search(getattr(request, name)):
-            raise RequestError(f"{name}: it holds half of a character (a lone surrogate); give whole Unicode text")
-        if num_chars > limits.max_prompt_chars:
-            raise RequestError(
-                f"{name}: {num_chars} characters are over limits.max_prompt_chars={limits.max_prompt_chars}; the model "
-                f"reads {config.model.max_sequence_length} tokens and a longer text is refused, never cut off unseen"
-            )
-    for name in ("height", "width"):
-        pixels = getattr(request, name)
-        if pixels < MULTIPLE or pixels % MULTIPLE:
-            nearest = max(MULTIPLE, round(pixels / MULTIPLE) * MULTIPLE)
-            raise RequestError(f"{name}: {pixels} is not a multiple of {MULTIPLE}; the nearest is {nearest}")
-    if request.height * request.width > limits.max_pixels:
-        raise RequestError(
-            f"height x width: {request.height}x{request.width} is over limits.max_pixels={limits.max_pixels}; "
-            f"ask for a smaller size or raise the limit"
-        )
-    _check_numbers(request, config)
-    if request.format not in FORMATS:
-        raise RequestError(
-            f"format: {printable(repr(request.format), 80)} is unknown; give one of {', '.join(FORMATS)}"
-            f"{did_you_mean(request.format, FORMATS)}"
-        )
-    most, scale = MAX_SIDES.get(request.format), config.output.scale
-    for name in ("height", "width"):
-        if most is not None and (side := getattr(request, name) * scale) > most:
-            scaled = f" (times output.scale={scale}: {side})" * (scale > 1)
-            raise RequestError(
-                f"{name}: {side // scale}{scaled} is over the {most} pixels that {request.format} can hold; ask for a "
-                f"smaller size, or for png or npy"
-            )
-    if abs(request.priority) > MAX_PRIORITY:
-        raise RequestError(f"priority: {request.priority} is not from {-MAX_PRIORITY} to {MAX_PRIORITY}")
-    if not 1 <= len(request.id) <= 200 or not request.id.isprintable():
-        raise RequestError(f"id: {printable(repr(request.id), 80)} is not 1 to 200 printable characters")
+def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:
+    """Fill in the defaults and check the result against the configuration; the size is (height, width)."""
+    defaults = asdict(config.defaults) | {"height": size[0], "width": size[1]}
+    defaults["num_inference_steps"] = len(config.model.sigmas) or config.defaults.num_inference_steps
+    resolved = ResolvedRequest(
+        id=request.id,
+        prompt=request.prompt,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        format=request.format,
+        priority=request.priority,
+        images=images,
+        **{name: _or(getattr(request, name), default) for name, default in defaults.items()},
+    )
+    enforce(_rules(resolved, config), RequestError)
+    return resolved
 
 
-def _check_numbers(request: ResolvedRequest, config: Config) -> None:
-    limits, frames, steps = config.limits, request.num_frames, request.num_inference_steps
-    if frames > limits.max_frames:
-        raise RequestError(f"num_frames: {frames} is over limits.max_frames={limits.max_frames}; ask for fewer")
-    if frames < 1 or frames % 4 != 1:
-        nearest = max(1, round((frames - 1) / 4) * 4 + 1)
-        raise RequestError(f"num_frames: {frames} is not 4k + 1; the nearest is {nearest}")
-    if not 1 <= steps <= limits.max_steps:
-        raise RequestError(f"num_inference_steps: {steps} is not from 1 to limits.max_steps={limits.max_steps}")
-    if (sigmas := config.model.sigmas) and steps != len(sigmas):
-        raise RequestError(f"num_inference_steps: {steps}, but model.sigmas holds {len(sigmas)}; leave it out")
-    for name in ("guidance_scale", "guidance_scale_2"):
-        scale = getattr(request, name)
-        if scale is not None and not 0 <= scale <= sys.float_info.max:  # an int may be larger
-            raise RequestError(f"{name}: {scale} is not a finite number of 0 or more")
-    if request.guidance_scale_2 is not None and config.defaults.guidance_scale_2 is None:
-        raise RequestError(f"guidance_scale_2: {request.guidance_scale_2} given, but this model has one transformer")
-    if not 0 <= request.seed <= MAX_SEED:
-        raise RequestError(f"seed: {request.seed} is not from 0 to {MAX_SEED}")
-    if not 1 <= request.fps <= 240:
-        raise RequestError(f"fps: {request.fps} is not from 1 to 240")
-    if request.format == "gif" and request.fps > MAX_GIF_FPS:
-        raise RequestError(f"fps: {request.fps} is more than a gif can show; give {MAX_GIF_FPS} or less, or use mp4")
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _rules(request: ResolvedRequest, config: Config) -> Iterator[Check]:
+    """Yield what a request must be for this configuration."""
+    limits, model, scale = config.limits, config.model, config.output.scale
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        remedy = (
+            f"must be at most limits.max_prompt_chars={limits.max_prompt_chars} characters, not {len(text)}: the model "
+            f"reads {model.max_sequence_length} tokens, and a longer text is refused, never cut off unseen"
+        )
+        yield name, text, len(text) <= limits.max_prompt_chars, remedy
+    steps = request.num_inference_steps
+    yield from limits.size_rules(request.height, request.width, request.num_frames, steps)
+    remedy = f"must be left out: model.sigmas holds {len(model.sigmas)}"
+    yield "num_inference_steps", steps, steps == len(model.sigmas) or not model.sigmas, remedy
+    ok = request.guidance_scale_2 is None or config.defaults.guidance_scale_2 is not None
+    yield "guidance_scale_2", request.guidance_scale_2, ok, "must be left out: this model has one transformer"
+    most = MAX_SIDES.get(request.format, math.inf)
+    scaled = f" after output.scale={scale}" if scale > 1 else ""
+    remedy = f"must be at most the {most} pixels{scaled} that {request.format} can hold; or ask for png or npy"
+    for name, pixels in (("height", request.height), ("width", request.width)):
+        yield name, pixels, pixels * scale <= most, remedy
+    ok = request.format != "gif" or request.fps <= MAX_GIF_FPS
+    yield "fps", request.fps, ok, f"must be at most {MAX_GIF_FPS}, which is all a gif can show; or use mp4"

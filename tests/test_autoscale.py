@@ -6,7 +6,7 @@ import pytest
 from test_hangs import fail_once
 
 from disagg_ray import load_config
-from disagg_ray.config.schema import ServiceConfig
+from disagg_ray.config.deployment import ServiceConfig
 from disagg_ray.service import lifecycle
 from disagg_ray.service.autoscale import Load, Scaler
 from disagg_ray.service.pipeline import ServicePipeline

@@ -390,7 +390,7 @@ def test_groups_of_a_stage_take_what_they_do_not_say_from_it() -> None:
     ("override", "said"),
     [
         ("stages.encoder.placement=x", "invalid stages.encoder.placement='x': must be one of pack, spread"),
-        ("stages.encoder.resources={GPU: 1}", "stages.encoder.resources='GPU'"),
+        ("stages.encoder.resources={GPU: 1}", "stages.encoder.resources={'GPU': 1.0}: must be custom resources"),
         ("stages.encoder.resources={disk: 1.5}", "stages.encoder.resources.disk=1.5"),
         ("stages.encoder.accelerator_type=H100", "give the stage num_gpus"),
         ("stages.encoder.groups={a: {replicas: 0}}", "stages.encoder.groups.a.replicas=0"),

@@ -236,7 +236,7 @@ def test_a_batch_that_cannot_be_is_refused_before_any_work(
     assert cli.main(["generate", *arguments, *given]) == 2
     shown = capsys.readouterr().err
     assert message in shown.splitlines()[-1]
-    assert ("1024x1024 is over limits.max_pixels=65536" in shown) == (message == "1 lines of")
+    assert ("height x width=1048576: must be at most limits.max_pixels=65536" in shown) == (message == "1 lines of")
 
 
 def diagnose(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

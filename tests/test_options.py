@@ -283,7 +283,7 @@ def test_sigmas_decide_the_steps(start: Callable[..., LocalPipeline], scheduler:
     timesteps = given._stages[1].component("scheduler").timesteps.tolist()
     assert np.allclose(timesteps, [1000, 750, 500, 250], atol=1)
     assert not np.array_equal(seen, frames(start(*common), num_inference_steps=4))
-    with pytest.raises(RequestError, match=r"num_inference_steps: 6, but model\.sigmas holds 4"):
+    with pytest.raises(RequestError, match=r"num_inference_steps=6: must be left out: model\.sigmas holds 4"):
         frames(given, num_inference_steps=6)
 
 

@@ -141,7 +141,7 @@ def test_a_failing_request_does_not_disturb_the_others(
 def test_generate_all_raises_a_failure_after_all_others_are_done(pipeline: Pipeline) -> None:
     requests = [Request(prompt=PROMPT, **SMALL, seed=1), Request(prompt=""), Request(prompt=PROMPT, **SMALL, seed=2)]
     finished = []
-    with pytest.raises(RequestError, match="prompt: it is empty"):
+    with pytest.raises(RequestError, match=r"^invalid prompt='': must say"):
         for result in pipeline.generate_all(requests):
             finished.append(result.request.seed)
     assert sorted(finished) == [1, 2]

@@ -16,7 +16,8 @@ from PIL import Image
 
 from disagg_ray import InputError, Request, RequestError, load_config
 from disagg_ray.config.schema import Config
-from disagg_ray.request import MAX_SEED, TYPES, ResolvedRequest, resolve
+from disagg_ray.request import MAX_SEED, ResolvedRequest, resolve
+from disagg_ray.text import shown
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = load_config(CONF / "tiny_t2v.yaml")
@@ -98,8 +99,8 @@ def test_guidance_runs_above_one(scale: float, guided: bool) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("prompt", "", ("empty",)),
-        ("prompt", " \n\t", ("empty",)),
+        ("prompt", "", ("must say what the video shows",)),
+        ("prompt", " \n\t", ("must say what the video shows",)),
         ("prompt", "x" * 10_001, ("10001", "max_prompt_chars=10000", "32 tokens", "never cut off unseen")),
         ("prompt", "a \ud83d cat", ("half of a character",)),
         ("negative_prompt", "x" * 10_001, ("10001", "max_prompt_chars=10000", "32 tokens", "never cut off unseen")),
@@ -113,13 +114,13 @@ def test_guidance_runs_above_one(scale: float, guided: bool) -> None:
         ("num_frames", 0, ("0", "nearest is 1")),
         ("num_frames", -3, ("-3", "nearest is 1")),
         ("num_frames", 37, ("37", "max_frames=33")),
-        ("num_inference_steps", 0, ("0", "1 to", "max_steps=100")),
+        ("num_inference_steps", 0, ("0", "at least 1")),
         ("num_inference_steps", -5, ("-5",)),
         ("num_inference_steps", 101, ("101", "max_steps=100")),
         ("guidance_scale", math.nan, ("nan", "finite")),
         ("guidance_scale", math.inf, ("inf", "finite")),
         ("guidance_scale", -math.inf, ("-inf", "finite")),
-        ("guidance_scale", -0.5, ("-0.5", "0 or more")),
+        ("guidance_scale", -0.5, ("-0.5", "at least 0")),
         ("guidance_scale", 10**400, ("finite",)),
         ("guidance_scale_2", 3.0, ("3.0", "one transformer")),
         ("seed", -1, ("-1", f"0 to {MAX_SEED}")),
@@ -128,20 +129,21 @@ def test_guidance_runs_above_one(scale: float, guided: bool) -> None:
         ("fps", 241, ("241", "1 to 240")),
         ("format", "avi", ("'avi'", "mp4, gif, png, npy")),
         ("format", "", ("''",)),
-        ("id", "", ("''", "1 to 200")),
+        ("id", "", ("''", "1 to 200 printable characters")),
         ("id", "a\nb", ("printable",)),
         ("id", "x" * 201, ("1 to 200",)),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(field: str, value: Any, words: Sequence[str]) -> None:
     message = refusal(replace(CAT, **{field: value}))
-    assert message.startswith(f"{field}: ")
+    assert message.startswith(f"invalid {field}=")
+    assert ": must " in message
     assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_the_second_guidance_is_checked_as_the_first(value: float) -> None:
-    assert refusal(replace(CAT, guidance_scale_2=value), A14B).startswith(f"guidance_scale_2: {value} is not")
+    assert refusal(replace(CAT, guidance_scale_2=value), A14B).startswith(f"invalid guidance_scale_2={value}: must be")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,8 @@ def test_the_second_guidance_is_checked_as_the_first(value: float) -> None:
 )  # fmt: skip
 def test_a_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
     message = refusal(replace(CAT, **{field: value}))
-    assert message.startswith(f"{field}: {value!r} is a {type(value).__name__}; give ")
+    assert message.startswith(f"invalid {field}={shown(value)}: must be ")
+    assert message.endswith(f", not a {type(value).__name__}")
 
 
 @pytest.mark.parametrize(
@@ -176,17 +179,12 @@ def test_numbers_of_any_kind_become_python_s_own(field: str, value: Any, taken: 
 
 @pytest.mark.parametrize("field", ["seed", "fps", "guidance_scale", "priority"])
 def test_a_number_too_large_to_be_printed_is_refused_by_name(field: str) -> None:
-    assert (
-        refusal(replace(CAT, **{field: 10**5000})) == f"{field}: it is a number of over 8192 bits; give a smaller one"
-    )
-
-
-def test_every_field_has_a_type_or_is_an_image() -> None:
-    assert {f.name for f in fields(Request)} == {*TYPES, "image", "last_image"}
+    assert refusal(replace(CAT, **{field: 10**5000})) == f"invalid {field}: must be a number of at most 8192 bits"
 
 
 def test_a_size_over_the_limit_is_refused() -> None:
-    assert "272x256 is over limits.max_pixels=65536" in refusal(replace(CAT, height=272, width=256))
+    message = refusal(replace(CAT, height=272, width=256))
+    assert message == "invalid height x width=69632: must be at most limits.max_pixels=65536"
 
 
 @pytest.mark.parametrize(
@@ -200,13 +198,13 @@ def test_a_side_that_the_format_cannot_hold_is_refused(
     config = replace(T2V, limits=replace(T2V.limits, max_pixels=2**21), output=replace(T2V.output, scale=scale))
     request = replace(CAT, height=height, width=width, format=format)
     message = refusal(request, config)
-    assert f"{name}: {max(height, width)}" in message
+    assert message.startswith(f"invalid {name}={max(height, width)}: must be at most ")
     assert f"that {format} can hold" in message
     accept(replace(request, format="png"), config)
 
 
 def test_a_gif_faster_than_browsers_show_is_refused() -> None:
-    assert "give 50 or less" in refusal(replace(CAT, format="gif", fps=51))
+    assert "must be at most 50" in refusal(replace(CAT, format="gif", fps=51))
     assert accept(replace(CAT, format="gif", fps=50)).fps == 50
 
 
@@ -393,4 +391,6 @@ def test_a_given_side_decides_the_other(given: dict[str, Any], size: tuple[int, 
 @pytest.mark.parametrize("given", [{"height": 0}, {"width": 0}, {"height": -64}, {"width": 100}])
 def test_a_wrong_side_is_refused_with_an_image_too(given: dict[str, Any]) -> None:
     ((field, value),) = given.items()
-    assert refusal(replace(CAT, image=GREY, **given), I2V).startswith(f"{field}: {value} is not a multiple of 16")
+    assert refusal(replace(CAT, image=GREY, **given), I2V).startswith(
+        f"invalid {field}={value}: must be a positive multiple of 16"
+    )

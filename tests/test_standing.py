@@ -138,7 +138,7 @@ def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -
         assert all(handle.cancel() for handle in handles)
         with pytest.raises(Cancelled):
             handles[0].result(10)
-        with pytest.raises(RequestError, match="prompt: it is empty"):
+        with pytest.raises(RequestError, match=r"^invalid prompt='': must say"):
             connection.submit(Request(prompt=""))
         wait_until_empty(connection)
 

@@ -25,7 +25,7 @@ from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import TYPES, Request, check, whole
-from disagg_ray.text import nearest, printable, shown
+from disagg_ray.text import did_you_mean, printable, shown
 
 MAX_LINE_BYTES = 2**20
 """A longer line is refused unread: the longest prompts a request may have fit in far less."""
@@ -191,9 +191,11 @@ def parse(raw: bytes, folder: Path) -> Line:
     given = _load(raw)
     unknown = given.keys() - KNOWN
     if unknown:
-        raise RequestError(_unknown_field(min(unknown)))
+        name = min(unknown)
+        hint = did_you_mean(name, KNOWN) or f"; there are {', '.join(sorted(KNOWN))}"
+        raise RequestError(f"{printable(name, 80)}: no such field{hint}")
     for name, value in given.items():
-        if isinstance(value, float) and TYPES.get(name) == (int,) and (number := whole(value)) is not None:
+        if isinstance(value, float) and TYPES.get(name) is int and (number := whole(value)) is not None:
             given[name] = number  # 24.0 asks for the same video as 24
     content = _canonical(given)
     digest = f"{_short(content):016x}"
@@ -230,12 +232,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{printable(max(names, key=names.count), 80)} is given twice")
     return given
-
-
-def _unknown_field(name: str) -> str:
-    near = nearest(name[:80], KNOWN)
-    hint = f"did you mean {near}?" if near is not None else f"there are {', '.join(sorted(KNOWN))}"
-    return f"{printable(name, 80)}: no such field; {hint}"
 
 
 def _canonical(given: dict[str, Any]) -> bytes:

@@ -216,5 +216,5 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
     docs = field_docs(Request)
     for f in fields(Request):
         if f.name != "format":
-            kind = TYPES.get(f.name, (str,))[-1]
+            kind = TYPES.get(f.name, str)
             parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=kind.__name__, help=docs[f.name])

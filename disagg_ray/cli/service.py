@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from disagg_ray.cli.arguments import EPILOG, Parser
+from disagg_ray.config.deployment import check_joining
 from disagg_ray.config.load import load_config
-from disagg_ray.config.schema import check_joining
 from disagg_ray.errors import InputError
 from disagg_ray.models.preflight import check_model
 from disagg_ray.text import shown

@@ -10,13 +10,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from disagg_ray.config.fusing import fuse
+from disagg_ray.config.rules import Kind
 from disagg_ray.config.schema import Config
 from disagg_ray.config.tree import Tree, parse
-from disagg_ray.config.typed import build, child_type, is_mapping, is_section, is_text, refuse
+from disagg_ray.config.typed import Layer, build, is_text, refuse
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import ConfigError
 from disagg_ray.text import mask, nearest, printable, shown
 
+SCHEMA = Kind(Config)
 MOST_BYTES = 2**20
 """Of a file; the longest prompts fit many times."""
 
@@ -27,10 +29,11 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     Raises:
         ConfigError: names the key, the value and the nearest right key.
     """
-    merged = Tree({})
+    merged: Layer = {}
     for layer in (*_layers(expand_home(path)), *map(_parse_override, overrides)):
-        merged = _merge(_drop_stages(merged, layer), _spread_bounds(layer))
-    _check_groups(merged)
+        _read_stages(layer, _stages(merged))
+        merged = _merge(merged, _sections(SCHEMA, layer))
+    _check_groups(_stages(merged))
     config = build(Config, merged)
     assert isinstance(config, Config)
     folder = expand_home(config.model.path)
@@ -39,99 +42,77 @@ def load_config(path: str | Path, *overrides: str) -> Config:
     return fuse(config) if config.fused else config
 
 
-def _merge(below: Tree, above: Tree) -> Tree:
-    """Lay one tree over another, as OmegaConf does: sections key by key, all else as the upper one says."""
-    layers = [OmegaConf.create(_sections(Config, tree), flags={"allow_objects": True}) for tree in (below, above)]
-    return _tree(OmegaConf.merge(*layers), [above, below])
+def _merge(below: Layer, above: Layer) -> Layer:
+    """Lay a layer over those below: sections key by key, all else as the upper one says."""
+    layers = [OmegaConf.create(layer, flags={"allow_objects": True}) for layer in (below, above)]
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers))
+    return dict(merged)
 
 
-def _sections(kind: Any, tree: Tree) -> dict[str, Any]:
-    """Return a tree's sections as dictionaries, and values as they were written.
+def _sections(kind: Kind, tree: Tree) -> Layer:
+    """Return a tree's sections as dictionaries, which are merged key by key, and all else as it was written.
 
     A section that says nothing changes nothing; a mapping that is empty, `{}`, empties the one below.
     """
-    found: dict[str, Any] = {}
+    found: Layer = {}
     assert isinstance(tree.value, dict)
     for key, value in tree.value.items():
-        of_key = child_type(kind, key)
-        if isinstance(value.value, dict) and (value.value or not is_mapping(of_key)):
-            found[key] = _sections(of_key, value)
+        child = kind.child(key)
+        if child is None or not (child.is_section or child.is_mapping):
+            found[key] = value
+        elif isinstance(value.value, dict) and (value.value or not child.is_free):
+            found[key] = _sections(child, value)
         else:
-            found[key] = {} if value.is_empty and is_section(of_key) else Written(value)
+            found[key] = {} if value.is_empty else value
     return found
 
 
-def _tree(merged: Any, sources: list[Tree]) -> Tree:
-    """Return what was merged as a tree again; each section's place is that of the uppermost source that has it."""
-    if isinstance(merged, Written):
-        return merged.tree
-    values = {}
-    for key in merged:
-        below = [tree.value[key] for tree in sources if isinstance(tree.value, dict) and key in tree.value]
-        values[key] = _tree(merged[key], below)
-    place = next((tree.place for tree in sources if isinstance(tree.value, dict)), "")
-    return Tree(values, place)
+def _stages(merged: Layer) -> Layer:
+    stages = merged.get("stages")
+    return stages if isinstance(stages, dict) else {}
 
 
-class Written:
-    """A value as OmegaConf carries it: of a kind that it does not look into."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
-
-
-def _stages(tree: Tree) -> dict[str, Tree]:
-    stages = tree.value.get("stages") if isinstance(tree.value, dict) else None
-    return stages.value if stages is not None and isinstance(stages.value, dict) else {}
-
-
-def _with_stages(tree: Tree, stages: dict[str, Tree]) -> Tree:
-    if not isinstance(tree.value, dict) or not isinstance(tree.value.get("stages"), Tree):
-        return tree
-    return replace(tree, value=tree.value | {"stages": replace(tree.value["stages"], value=stages)})
-
-
-def _drop_stages(merged: Tree, layer: Tree) -> Tree:
-    """Let a stage that a layer sets to null go, so that others can take its blocks."""
-    for name, stage in _stages(layer).items():
+def _read_stages(layer: Tree, below: Layer) -> None:
+    """Drop stages that a layer sets to null from those below, so that others can take their blocks; spread bounds."""
+    assert isinstance(layer.value, dict)
+    stages = layer.value.get("stages")
+    given = stages.value if stages is not None and isinstance(stages.value, dict) else {}
+    for name, stage in list(given.items()):
         if stage.is_empty:
             refuse(f"stages.{name}", stage, "must hold keys, or be null to leave the stage out")
-    dropped = {name for name, stage in _stages(layer).items() if stage.is_null}
-    for name in dropped - _stages(merged).keys():
-        near = nearest(name, _stages(merged))
-        if near is not None:
-            refuse(f"stages.{name}", _stages(layer)[name], f"there is no such stage; did you mean {near}?")
-    return _with_stages(merged, {name: s for name, s in _stages(merged).items() if name not in dropped})
+        if stage.is_null:
+            near = nearest(name, below)
+            if name not in below and near is not None:
+                refuse(f"stages.{name}", stage, f"there is no such stage; did you mean {near}?")
+            below.pop(name, None)
+            del given[name]
+        elif isinstance(stage.value, dict):
+            _spread_bounds(f"stages.{name}", stage.value)
 
 
-def _spread_bounds(layer: Tree) -> Tree:
+def _spread_bounds(key: str, stage: dict[str, Tree]) -> None:
     """Read `replicas: {min, max}` as the least number to start with and the bounds; a plain number has none."""
-    stages = {name: _spread(f"stages.{name}", stage) for name, stage in _stages(layer).items() if not stage.is_null}
-    return _with_stages(layer, stages) if _stages(layer) else layer
-
-
-def _spread(key: str, stage: Tree) -> Tree:
-    if not isinstance(stage.value, dict) or "replicas" not in stage.value:
-        return stage
-    given = stage.value["replicas"]
-    bounds = given.value
-    if not isinstance(bounds, dict):
-        free = {name: Tree("null") for name in ("min_replicas", "max_replicas")}
-        return replace(stage, value=free | stage.value)
-    if set(bounds) != {"min", "max"}:
+    given = stage.get("replicas")
+    if given is None:
+        return
+    if not isinstance(given.value, dict):
+        stage.setdefault("min_replicas", Tree("null"))
+        stage.setdefault("max_replicas", Tree("null"))
+        return
+    if set(given.value) != {"min", "max"}:
         refuse(f"{key}.replicas", given, "must be a number, or {min: A, max: B}")
-    least, most = bounds["min"], bounds["max"]
-    return replace(stage, value=stage.value | {"replicas": least, "min_replicas": least, "max_replicas": most})
+    least, most = given.value["min"], given.value["max"]
+    stage.update(replicas=least, min_replicas=least, max_replicas=most)
 
 
-def _check_groups(merged: Tree) -> None:
+def _check_groups(stages: Layer) -> None:
     """Refuse a group that is new by mistake: it says nothing of replicas, and its name is like another's."""
-    for name, stage in _stages(merged).items():
-        tree = stage.value.get("groups") if isinstance(stage.value, dict) else None
-        groups = tree.value if tree is not None and isinstance(tree.value, dict) else {}
+    for name, stage in stages.items():
+        groups = stage.get("groups") if isinstance(stage, dict) else None
+        groups = groups if isinstance(groups, dict) else {}
         for group, given in groups.items():
             near = nearest(group, groups.keys() - {group})
-            if near is not None and isinstance(given.value, dict) and "replicas" not in given.value:
+            if near is not None and isinstance(given, dict) and "replicas" not in given:
                 key = printable(f"stages.{name}.groups.{group}")
                 raise ConfigError(f"{key}: no such group; did you mean {printable(near)}? A new one needs replicas")
 
@@ -187,7 +168,7 @@ def _parse_override(override: str) -> Tree:
     if not equals or not key:
         raise ConfigError(f"override: {shown(override)} is not KEY=VALUE, as stages.transformer.replicas=2")
     if "[" in key:
-        raise ConfigError(f"override: {shown(override)}: a place in a list cannot be set alone; write the whole list")
+        raise ConfigError(f"override: {shown(override)}: an item of a list cannot be set alone; write the whole list")
     path, kind = _split_key(key)
     tree = _parse_text(key, text.strip()) if is_text(kind) else parse(text, f"override: {shown(override)}")
     for part in reversed(path):
@@ -195,16 +176,16 @@ def _parse_override(override: str) -> Tree:
     return tree
 
 
-def _split_key(key: str) -> tuple[list[str], Any]:
-    """Return a dotted key's parts and the type of its value; what a mapping holds may have dots in its name."""
+def _split_key(key: str) -> tuple[list[str], Kind | None]:
+    """Return a dotted key's parts and what it holds; the name of a custom resource or a label may have dots."""
     path: list[str] = []
-    kind: Any = Config
+    kind: Kind | None = SCHEMA
     parts = key.split(".")
     for index, part in enumerate(parts):
-        if is_mapping(kind):
-            return [*path, ".".join(parts[index:])], child_type(kind, "")
+        if kind is not None and kind.is_free:
+            return [*path, ".".join(parts[index:])], kind.item
         path.append(part)
-        kind = child_type(kind, part)
+        kind = kind and kind.child(part)
     return path, kind
 
 

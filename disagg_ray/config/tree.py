@@ -5,7 +5,6 @@ What a scalar means is decided by the field it is for (`typed`): `no`, `0123` an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -18,14 +17,14 @@ MOST_NODES = 100_000
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
-@dataclass(frozen=True)
 class Tree:
-    """A value that was written somewhere."""
+    """A value that was written somewhere; a plain class, which OmegaConf carries without looking into it."""
 
-    value: str | list[Tree] | dict[str, Tree]
-    place: str = ""
-    """File and line; empty: an override."""
-    quoted: bool = False
+    def __init__(self, value: str | list[Tree] | dict[str, Tree], place: str = "", *, quoted: bool = False) -> None:
+        self.value = value
+        self.place = place
+        """File and line; empty: an override."""
+        self.quoted = quoted
 
     @property
     def is_null(self) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
+from dataclasses import fields
 from itertools import zip_longest
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
+from disagg_ray.config.rules import Kind, kind_of, kinds
 from disagg_ray.config.tree import Tree
 from disagg_ray.errors import ConfigError
 from disagg_ray.text import nearest, printable
 
+Layer = dict[str, Any]
+"""A section's keys, each with a `Tree` or, where it is a section itself, a `Layer`."""
 MISSING = "???"
 """The default of a field that must be given."""
 INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,99}")
@@ -26,86 +27,53 @@ WORD = re.compile(r"\w{1,40}")
 FREE_TEXT = ("defaults.negative_prompt",)
 """Keys whose text may hold `${`: it means nothing there."""
 EXACT = 2**53
-"""Up to it, every whole number is a float of its own."""
+"""Up to it, a float holds every whole number exactly."""
 
 
-@cache
-def field_types(kind: type) -> dict[str, Any]:
-    """Return the type of each field of a dataclass, by name."""
-    return get_type_hints(kind)
-
-
-def child_type(kind: Any, key: str) -> Any:
-    """Return the type of what stands below a key; None: there is no such key."""
-    kind, _ = _split_null(kind)
-    if is_dataclass(kind):
-        assert isinstance(kind, type)
-        return field_types(kind).get(key)
-    return get_args(kind)[1] if get_origin(kind) is dict else None
-
-
-def is_mapping(kind: Any) -> bool:
-    """Return whether keys of the user's choice stand there, with values that are no sections."""
-    kind, _ = _split_null(kind)
-    return get_origin(kind) is dict and not is_dataclass(get_args(kind)[1])
-
-
-def is_section(kind: Any) -> bool:
-    """Return whether keys stand there, the schema's or of the user's choice."""
-    kind, _ = _split_null(kind)
-    return is_dataclass(kind) or get_origin(kind) is dict
-
-
-def is_text(kind: Any) -> bool:
-    kind, _ = _split_null(kind)
-    return kind is str or (str in get_args(kind) and get_origin(kind) in (Union, types.UnionType))
+def is_text(kind: Kind | None) -> bool:
+    """Return whether a value may be text."""
+    return kind is not None and kind.type in (str, int | str)
 
 
 def known_keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of a schema; a name of the user's choice stands as `*`, a place in a list as `[*]`."""
-    kind, _ = _split_null(kind)
-    if is_dataclass(kind):
-        assert isinstance(kind, type)
-        for name, hint in field_types(kind).items():
+    """Yield every dotted key of a schema; `*` is a name of the user's choice, `[*]` a place in a list."""
+    kind = kind if isinstance(kind, Kind) else kind_of(kind)
+    if kind.is_section:
+        for name, child in kinds(kind.type).items():
             yield prefix + name
-            yield from known_keys(hint, f"{prefix}{name}.")
-    elif get_origin(kind) is dict:
-        yield from known_keys(get_args(kind)[1], f"{prefix}*.")
-    elif get_origin(kind) is list:
-        yield from known_keys(get_args(kind)[0], f"{prefix[:-1]}[*].")
+            yield from known_keys(child, f"{prefix}{name}.")
+    elif kind.item is not None:
+        yield from known_keys(kind.item, f"{prefix}*." if kind.is_mapping else f"{prefix[:-1]}[*].")
 
 
-def build(kind: Any, tree: Tree) -> Any:
-    """Return what a tree says, as a value of a type.
+def build(section: type, given: Layer) -> Any:
+    """Return what the merged layers say, as a dataclass.
 
     Raises:
         ConfigError: names the key, what was written there, and what may be.
     """
     try:
-        return _build(kind, tree, "")
+        return _build(kind_of(section), given, "")
     except _UnknownKey as error:
-        raise ConfigError(_explain(error.key, error.tree, list(known_keys(kind)))) from None
+        raise ConfigError(_explain(error.key, error.place, list(known_keys(section)))) from None
 
 
 class _UnknownKey(Exception):
-    def __init__(self, key: str, tree: Tree) -> None:
-        self.key, self.tree = key, tree
+    def __init__(self, key: str, place: str) -> None:
+        self.key, self.place = key, place
 
 
-def _explain(key: str, tree: Tree, known: Sequence[str]) -> str:
-    """Name the nearest key, by the whole of it or else by its last word."""
+def _explain(key: str, place: str, known: Sequence[str]) -> str:
+    """Suggest the nearest key, by the whole of it or else by its last word."""
     parts = key.split(".")
     named = [".".join(_name(*pair) for pair in zip_longest(name.split("."), parts) if pair[0]) for name in known]
     leaves = {name.rpartition(".")[2]: name for name in named}
     leaf = nearest(parts[-1], leaves)
     near = nearest(key, named) or (leaf and leaves[leaf])
-    place = f" ({tree.place})" if tree.place else ""
     hint = f"did you mean {printable(near)}?" if near else "`disagg-ray config` prints them all"
-    if tree.place and not WORD.fullmatch(
-        parts[-1]
-    ):  # perhaps no configuration at all: its lines are not for us to show
-        return f"config: {tree.place} holds no key of a configuration; {hint}"
-    return f"{printable(key)}: no such key{place}; {hint}"
+    if place and not WORD.fullmatch(parts[-1]):  # perhaps no configuration at all: its lines must not be shown
+        return f"config: {place} holds no key of a configuration; {hint}"
+    return f"{printable(key)}: no such key{place and f' ({place})'}; {hint}"
 
 
 def _name(pattern: str, given: str | None) -> str:
@@ -114,26 +82,28 @@ def _name(pattern: str, given: str | None) -> str:
     return given if given is not None and "*" in pattern and given.startswith(stem) else pattern
 
 
-def _build(kind: Any, tree: Tree, key: str) -> Any:
-    kind, may_be_null = _split_null(kind)
-    if may_be_null and tree.is_null:
+def _build(kind: Kind, given: Layer | Tree, key: str) -> Any:
+    if kind.is_section:
+        return _build_section(kind, given, key)
+    if kind.is_mapping and isinstance(given, dict):
+        assert kind.item is not None
+        return {name: _build(kind.item, child, f"{key}.{name}") for name, child in given.items()}
+    assert isinstance(given, Tree)
+    if kind.optional and given.is_null:
         return None
-    if is_dataclass(kind):
-        return _build_section(kind, tree, key)
-    if get_origin(kind) is dict:
-        if not isinstance(tree.value, dict):
-            refuse(key, tree, "must be keys and values")
-        prefix = f"{key}." if key else ""
-        return {name: _build(get_args(kind)[1], child, f"{prefix}{name}") for name, child in tree.value.items()}
-    if get_origin(kind) is list:
-        if not isinstance(tree.value, list):
-            refuse(key, tree, "must be a list, as [a, b]")
-        return [_build(get_args(kind)[0], child, f"{key}[{index}]") for index, child in enumerate(tree.value)]
-    if not isinstance(tree.value, str):
-        refuse(key, tree, "must be text; put it in quotes" if is_text(kind) else "must be one value")
-    if "${" in tree.value and key not in FREE_TEXT:
-        refuse(key, tree, "holds ${...}, which is not replaced by anything; write the value itself")
-    return _READERS.get(kind, _read_number_or_text)(key, tree)
+    if kind.is_mapping:
+        if not isinstance(given.value, dict):
+            refuse(key, given, "must be keys and values")
+        return _build(kind, given.value, key)
+    if kind.item is not None:
+        if not isinstance(given.value, list):
+            refuse(key, given, "must be a list, as [a, b]")
+        return [_build(kind.item, child, f"{key}[{index}]") for index, child in enumerate(given.value)]
+    if not isinstance(given.value, str):
+        refuse(key, given, "must be text; put it in quotes" if is_text(kind) else "must be one value")
+    if "${" in given.value and key not in FREE_TEXT:
+        refuse(key, given, "holds ${...}, which is not replaced by anything; write the value itself")
+    return _READERS[kind.type](key, given, given.value)
 
 
 def refuse(key: str, tree: Tree, remedy: str) -> NoReturn:
@@ -142,77 +112,66 @@ def refuse(key: str, tree: Tree, remedy: str) -> NoReturn:
     raise ConfigError(f"invalid {printable(key)}={tree}: {remedy}{place}")
 
 
-def _split_null(kind: Any) -> tuple[Any, bool]:
-    """Return a type without None, and whether None was one of its members."""
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
-    if type(None) not in members:
-        return kind, False
-    left = tuple(member for member in members if member is not type(None))
-    return (left[0] if len(left) == 1 else Union[left]), True  # noqa: UP007 - the members are only known here
-
-
-def _build_section(kind: Any, tree: Tree, key: str) -> Any:
-    hints = field_types(kind)
-    entries = {} if tree.is_empty else tree.value
-    if not isinstance(entries, dict):
-        refuse(key or "configuration", tree, f"must be keys and values, as {{{next(iter(hints))}: ...}}")
+def _build_section(kind: Kind, given: Layer | Tree, key: str) -> Any:
+    hints = kinds(kind.type)
+    if isinstance(given, Tree):
+        if not isinstance(given.value, dict):
+            refuse(key, given, f"must be keys and values, as {{{next(iter(hints))}: ...}}")
+        given = given.value
     prefix = f"{key}." if key else ""
-    given = {}
-    for name, child in entries.items():
+    values = {}
+    for name, child in given.items():
         if name not in hints:
-            raise _UnknownKey(f"{prefix}{name}", child)
-        given[name] = _build(hints[name], child, f"{prefix}{name}")
-    for f in fields(kind):
-        if f.name not in given and is_dataclass(hints[f.name]):
-            given[f.name] = _build(hints[f.name], Tree({}), f"{prefix}{f.name}")
-        if f.default == MISSING and f.name not in given:
+            raise _UnknownKey(f"{prefix}{name}", child.place)
+        values[name] = _build(hints[name], child, f"{prefix}{name}")
+    for f in fields(kind.type):
+        if f.name not in values and hints[f.name].is_section:
+            values[f.name] = _build(hints[f.name], {}, f"{prefix}{f.name}")
+        if f.default == MISSING and f.name not in values:
             raise ConfigError(f"{prefix}{f.name}: not given; write it in the file or as {prefix}{f.name}=VALUE")
-    return kind(**given)
+    return kind.type(**values)
 
 
-def _read_text(key: str, tree: Tree) -> str:
-    assert isinstance(tree.value, str)
-    if tree.is_null and tree.value:
+def _read_text(key: str, tree: Tree, text: str) -> str:
+    if tree.is_null and text:
         refuse(key, tree, 'must be text; write "" for none')
-    return tree.value
+    return text
 
 
-def _read_bool(key: str, tree: Tree) -> bool:
-    assert isinstance(tree.value, str)
-    if tree.value.lower() not in WORDS:
+def _read_bool(key: str, tree: Tree, text: str) -> bool:
+    if text.lower() not in WORDS:
         refuse(key, tree, "must be true or false")
-    return WORDS[tree.value.lower()]
+    return WORDS[text.lower()]
 
 
-def _read_int(key: str, tree: Tree) -> int:
-    number = _number(tree)
+def _read_int(key: str, tree: Tree, text: str) -> int:
+    number = _number(text)
     if number is None or not (isinstance(number, int) or (number.is_integer() and abs(number) <= EXACT)):
         refuse(key, tree, "must be a whole number")
     return int(number)
 
 
-def _read_float(key: str, tree: Tree) -> float:
-    number = _number(tree)
+def _read_float(key: str, tree: Tree, text: str) -> float:
+    number = _number(text)
     if number is None:
         refuse(key, tree, "must be a number")
     return float(number)
 
 
-def _number(tree: Tree) -> int | float | None:
-    assert isinstance(tree.value, str)
-    if INTEGER.fullmatch(tree.value):
-        return int(tree.value)
-    return float(tree.value) if DECIMAL.fullmatch(tree.value) else NOT_FINITE.get(tree.value.lower())
+def _number(text: str) -> int | float | None:
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if DECIMAL.fullmatch(text) else NOT_FINITE.get(text.lower())
 
 
-def _read_number_or_text(_: str, tree: Tree) -> int | str:
-    assert isinstance(tree.value, str)
-    return int(tree.value) if INTEGER.fullmatch(tree.value) else tree.value
+def _read_int_or_text(_: str, __: Tree, text: str) -> int | str:
+    return int(text) if INTEGER.fullmatch(text) else text
 
 
-_READERS: dict[Any, Callable[[str, Tree], Any]] = {
+_READERS: dict[Any, Callable[[str, Tree, str], Any]] = {
     str: _read_text,
     bool: _read_bool,
     int: _read_int,
     float: _read_float,
+    int | str: _read_int_or_text,
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from disagg_ray.config.schema import Config, StageConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
 from disagg_ray.doctor.software import Gpu
 from disagg_ray.errors import InputError

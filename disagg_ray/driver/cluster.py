@@ -13,7 +13,9 @@ import ray
 from ray.job_config import JobConfig
 
 from disagg_ray import environment
-from disagg_ray.config.schema import Config, StageConfig, check_joining
+from disagg_ray.config.deployment import check_joining
+from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver.address import LOCAL, STATUS, find_cluster
 from disagg_ray.driver.signals import handler_kept
 from disagg_ray.errors import ConfigError, DisaggError, StartError

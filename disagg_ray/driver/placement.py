@@ -11,7 +11,8 @@ from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from disagg_ray.config.schema import Config, StageConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver import names
 from disagg_ray.driver.calls import GROUPS, Actor, Post
 from disagg_ray.driver.cluster import DIGITS, add_up, resources_of

@@ -21,6 +21,9 @@ from disagg_ray.errors import EncodeError, RequestError
 from disagg_ray.media import libtiff
 from disagg_ray.media.mp4 import MAX_SIDE, encode_mp4
 
+ImageSource = Image.Image | str | Path
+"""An image, or the path of an image file."""
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """Shape (height, width, 3)."""
 
@@ -49,7 +52,7 @@ ENCODE_S = 600.0
 """The most seconds that a video file may come no further."""
 
 
-def load_image(source: Image.Image | str | Path, field: str, max_pixels: int) -> Image.Image:
+def load_image(source: ImageSource, field: str, max_pixels: int) -> Image.Image:
     """Return an image upright (EXIF rotation applied) and RGB of 8 bits; its alpha, if any, is dropped.
 
     Equal to diffusers' `load_image`, except that grey of 16 bits keeps its upper 8: there all above 255 becomes white.
@@ -85,7 +88,7 @@ def blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), (128, 128, 128))
 
 
-def check_image_file(source: Image.Image | str | Path, field: str) -> None:
+def check_image_file(source: ImageSource, field: str) -> None:
     """Check that an image is a file that can be read, without opening it.
 
     Raises:

@@ -14,7 +14,7 @@ from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
 from diffusers.modular_pipelines.wan import Wan22Blocks, Wan22Image2VideoBlocks, WanBlocks, WanImage2VideoAutoBlocks
 
 from disagg_ray.config.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeConfig, parse_part
-from disagg_ray.config.schema import StageConfig
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.attention import FLASH_4, check_flash_4

@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from disagg_ray.config.schema import Config, StageConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.models.provenance import digest_file, digest_model, local_folder
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.version import NUMERICS

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from disagg_ray.config.schema import ServiceConfig
+from disagg_ray.config.deployment import ServiceConfig
 
 if TYPE_CHECKING:
     from disagg_ray.driver.metrics import Reason

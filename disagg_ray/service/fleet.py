@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import ray
 
-from disagg_ray.config.schema import Config, StageConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver.calls import Actor, Post, ask, gather_ready
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.metrics import Metrics

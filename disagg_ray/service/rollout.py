@@ -8,7 +8,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from disagg_ray.config.schema import Config, StageConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver.calls import Actor, Post
 from disagg_ray.driver.placement import posts_of
 from disagg_ray.driver.threads import off_loop
