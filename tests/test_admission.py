@@ -1,4 +1,4 @@
-"""Who may start: the queue's bound, the gate's order, and who is let in when several things happen at once."""
+"""Who may start: the bound of the queue, the order at the gate, and who enters when several things happen at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from disagg_ray.errors import Overloaded, StartError
-from disagg_ray.scheduling.admission import Admission, Pass
+from disagg_ray.scheduling.admission import Admission, Ticket
 
 
-async def enter_in_background(admission: Admission, priority: int, sequence: int) -> asyncio.Task[Pass]:
+async def enter_in_background(admission: Admission, priority: int, sequence: int) -> asyncio.Task[Ticket]:
     entering = asyncio.create_task(admission.enter(priority, sequence))
     await asyncio.sleep(0)
     return entering
@@ -18,7 +18,7 @@ async def enter_in_background(admission: Admission, priority: int, sequence: int
 
 def test_a_full_queue_refuses_and_a_closed_one_says_why() -> None:
     async def use() -> None:
-        admission = Admission(max_queued=1, room=1)
+        admission = Admission(max_queued=1, capacity=1)
         await admission.queue("first", wait=False)
         with pytest.raises(Overloaded, match=r"limits\.max_queued: 1 requests wait already"):
             await admission.queue("second", wait=False)
@@ -35,7 +35,7 @@ def test_a_full_queue_refuses_and_a_closed_one_says_why() -> None:
 
 def test_a_place_that_is_left_is_taken_by_one_that_waits() -> None:
     async def use() -> None:
-        admission = Admission(max_queued=1, room=1)
+        admission = Admission(max_queued=1, capacity=1)
         await admission.queue("first", wait=True)
         waiting = [asyncio.create_task(admission.queue(ticket, wait=True)) for ticket in ("second", "third")]
         await asyncio.sleep(0)
@@ -50,7 +50,7 @@ def test_a_place_that_is_left_is_taken_by_one_that_waits() -> None:
 
 def test_higher_priority_enters_first() -> None:
     async def use() -> list[bool]:
-        admission = Admission(max_queued=9, room=1)
+        admission = Admission(max_queued=9, capacity=1)
         first = await admission.enter(0, 0)
         late = await enter_in_background(admission, 0, 1)
         urgent = await enter_in_background(admission, 5, 2)
@@ -65,9 +65,9 @@ def test_higher_priority_enters_first() -> None:
 
 
 @pytest.mark.parametrize("cancelled_first", [True, False])
-def test_room_is_neither_lost_nor_doubled_when_one_is_cancelled_as_another_leaves(cancelled_first: bool) -> None:
+def test_capacity_is_neither_lost_nor_doubled_when_one_is_cancelled_as_another_leaves(cancelled_first: bool) -> None:
     async def use() -> None:
-        admission = Admission(max_queued=9, room=1)
+        admission = Admission(max_queued=9, capacity=1)
         first = await admission.enter(0, 0)
         waiting = await enter_in_background(admission, 0, 1)
         if cancelled_first:
@@ -84,9 +84,9 @@ def test_room_is_neither_lost_nor_doubled_when_one_is_cancelled_as_another_leave
     asyncio.run(use())
 
 
-def test_whoever_is_cancelled_keeps_nobody_out() -> None:
+def test_a_cancelled_request_keeps_no_other_out() -> None:
     async def use() -> None:
-        admission = Admission(max_queued=9, room=0)
+        admission = Admission(max_queued=9, capacity=0)
         waiting = await enter_in_background(admission, 0, 1)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -98,9 +98,9 @@ def test_whoever_is_cancelled_keeps_nobody_out() -> None:
     asyncio.run(use())
 
 
-def test_a_smaller_gate_lets_nobody_in_until_enough_have_left() -> None:
+def test_a_smaller_gate_lets_none_in_until_enough_have_left() -> None:
     async def use() -> None:
-        admission = Admission(max_queued=9, room=2)
+        admission = Admission(max_queued=9, capacity=2)
         inside = [await admission.enter(0, number) for number in range(2)]
         admission.resize(1)
         waiting = await enter_in_background(admission, 0, 2)
@@ -113,9 +113,9 @@ def test_a_smaller_gate_lets_nobody_in_until_enough_have_left() -> None:
     asyncio.run(use())
 
 
-def test_a_driver_with_less_inside_goes_first() -> None:
+def test_a_client_with_less_inside_goes_first() -> None:
     async def use() -> None:
-        admission = Admission(max_queued=9, room=2)
+        admission = Admission(max_queued=9, capacity=2)
         inside = [await admission.enter(0, number, "greedy", lambda: 1.0) for number in range(2)]
         greedy = asyncio.create_task(admission.enter(0, 2, "greedy"))
         modest = asyncio.create_task(admission.enter(0, 3, "modest"))

@@ -25,7 +25,10 @@ def start(groups: str, jobs: list[Job] = (), learned: bool = True) -> StageSched
     scheduler, counts = StageScheduler(), Counter()
     if learned:
         for group, seconds in SPEEDS.items():
-            scheduler._predictor.learn(group, 1.0, 1.0, seconds)
+            scheduler.add("first", group, 0.0)
+            scheduler.push(job := make_jobs()[0], 0.0)
+            scheduler.finish(job, 0.0, seconds)
+            scheduler.remove("first", 0.0)
     for group in groups.split():
         scheduler.add(f"{group}{counts[group]}", group, 0.0)
         counts[group] += 1
@@ -37,6 +40,11 @@ def start(groups: str, jobs: list[Job] = (), learned: bool = True) -> StageSched
 def places(jobs: list[Job]) -> str:
     """Say where jobs are: `fast0!` runs, `fast0` is prefetched, `-` waits."""
     return " ".join(f"{job.place.replica}{'!' if job.place.run else ''}" if job.place else "-" for job in jobs)
+
+
+def look_again(scheduler: StageScheduler, now: float) -> None:
+    """Have a scheduler look at its replicas as of now, by a call that is about none of its jobs."""
+    scheduler.withdraw(make_jobs()[0], now)
 
 
 def counts(scheduler: StageScheduler) -> tuple[int, int, int]:
@@ -134,9 +142,9 @@ def test_a_slow_replica_leaves_a_prefetched_job_that_the_fast_one_finishes_earli
 def test_a_slow_replica_takes_over_when_the_fast_one_takes_too_long():
     scheduler = start("fast slow", jobs := make_jobs(2))
     assert places(jobs) == "fast0! fast0"
-    scheduler.rebalance(2.0)
+    look_again(scheduler, 2.0)
     assert places(jobs) == "fast0! fast0"
-    scheduler.rebalance(40.0)  # another 4 seconds and 1 against 4
+    look_again(scheduler, 40.0)  # another 4 seconds and 1 against 4
     assert places(jobs) == "fast0! slow0!"
 
 
@@ -270,7 +278,7 @@ def test_a_callback_that_fails_leaves_the_others_to_be_told():
         scheduler.push(job, 0.0)
     with pytest.raises(ZeroDivisionError):
         scheduler.add("fast0", "fast", 0.0)
-    scheduler.rebalance(0.0)
+    look_again(scheduler, 0.0)
     assert told == [("1", Assignment("fast0", run=False))]
 
 

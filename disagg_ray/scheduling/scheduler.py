@@ -1,18 +1,18 @@
 """Which replica takes a request, and when: the queue of one stage, bound to replicas as late as keeps them busy.
 
-A state machine without a clock, threads or I/O: whoever drives it says what happened and when (`now`, seconds of a
-clock that never runs backwards), and hears through `Job.on_place` where each job goes.
+A state machine without a clock, threads or I/O: its caller says what happened and when (`now`, seconds of a clock that
+never runs backwards), and learns through `Job.on_place` where each job is assigned. Each call looks at every replica
+and every waiting job: a thousand of the former and hundreds of the latter cost less than a millisecond (`queues`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 
-from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.scheduling.predictor import Predictor
-from disagg_ray.scheduling.queues import Heap, PriorityQueue
+from disagg_ray.scheduling.queues import PriorityQueue
 
 OVERDUE_SHARE = 0.1
 """A job that takes longer than predicted is expected to take this much longer than it already has."""
@@ -20,7 +20,7 @@ OVERDUE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where a job is to be."""
+    """Which replica a job is assigned to."""
 
     replica: str
     run: bool
@@ -41,35 +41,26 @@ class Job:
     sequence: int
     """Order of admission, kept when the job is tried again."""
     on_place: Callable[[Assignment | None], None]
-    """Called when its place has changed; with None when the replica it was prefetched on is gone and it waits again.
+    """Called when its place has changed; with None when the replica it was prefetched on is lost and it waits again.
     May call the scheduler."""
     avoid: frozenset[str] = frozenset()
     """Replicas that failed it: it goes to others as long as the stage has any."""
     place: Assignment | None = None
-    """Set by the scheduler alone."""
-
-
-@dataclass(eq=False)
-class _Group:
-    """Replicas of like hardware."""
-
-    name: str
-    idle: Heap[_Replica] = field(default_factory=Heap)
-    """By the time since when."""
-    open: Heap[_Replica] = field(default_factory=Heap)
-    """Busy and with nothing prefetched, by predicted end."""
-    offers: Heap[_Replica] = field(default_factory=Heap)
-    """Replicas of the stage with a prefetched job, by what starting that job in this group would gain."""
+    """None: it waits. Set by the scheduler alone."""
 
 
 @dataclass(eq=False)
 class _Replica:
     name: str
-    group: _Group
-    running: Job | None = None
+    group: str
+    """Of like hardware."""
+    free_at: float
+    """When its running job is predicted to end; of an idle one, when it became idle."""
     started: float = 0.0
-    end: float = 0.0
-    """When the running job began, and is predicted to end."""
+    """When its running job began."""
+    running: Job | None = None
+    prefetched: Job | None = None
+    """Only behind one that runs."""
     on_idle: Callable[[], None] = lambda: None
     """Of one that retires."""
 
@@ -80,27 +71,20 @@ class StageScheduler:
     The first in the queue goes where it is predicted to finish first, of those replicas that have not failed it if
     there are any. That may be the prefetch place of a fast replica although a slow one is idle; as long as jobs wait
     here that may go there, though, every replica computes. With none waiting, an idle replica takes over a prefetched
-    job that it would finish no later, where most time is gained first. A call costs O(groups x log(replicas +
-    waiting)), averaged over calls, and as much for each job that waits for another replica than those with room.
+    job that it would finish no later, where most time is gained first.
     """
 
     def __init__(self) -> None:
         self._predictor = Predictor()
         self._replicas: dict[str, _Replica] = {}
         self._retiring: dict[str, _Replica] = {}
-        """Those that only finish what they run; they stand in no heap."""
-        self._groups: dict[str, _Group] = {}
-        self._busy: Heap[_Replica] = Heap()
-        """By predicted end."""
-        self._prefetched: dict[_Replica, Job] = {}
-        """Only behind one that runs."""
-        self._unoffered: dict[_Replica, None] = {}
-        """Those of them that stand in no group's offers, or stand there wrongly, since nobody has looked."""
+        """Those that only finish what they run."""
+        self._groups: dict[str, None] = {}
+        """Of all replicas so far."""
         self._waiting: PriorityQueue[Job] = PriorityQueue()
-        self._waiting_work = 0.0
-        self._changed: OrderedDict[Job, Assignment | None] = OrderedDict()
-        """Jobs whose place has changed, and the place that they were last told."""
-        self._telling = False
+        self._moved: dict[Job, Assignment | None] = {}
+        """Jobs whose place has changed, and the place that `on_place` was called with last."""
+        self._notifying = False
 
     @property
     def num_waiting(self) -> int:
@@ -108,22 +92,26 @@ class StageScheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._busy)
+        return sum(replica.running is not None for replica in self._replicas.values())
 
     @property
     def num_prefetched(self) -> int:
-        return len(self._prefetched)
+        return sum(replica.prefetched is not None for replica in self._replicas.values())
 
     @property
     def replicas(self) -> tuple[str, ...]:
         return tuple(self._replicas)
 
     def outstanding_seconds(self, now: float) -> float:
-        """Return the replica seconds that all jobs here are predicted to take from now on; linear in the replicas."""
+        """Return the replica seconds that all jobs here are predicted to take from now on."""
         self._extend_overdue(now)
-        running = sum(replica.end - now for replica in self._replicas.values() if replica.running)
-        prefetched = sum(self.predict(replica.group.name, job) for replica, job in self._prefetched.items())
-        return running + prefetched + self._waiting_work * self._predictor.mean_rate()
+        placed = 0.0
+        for replica in self._replicas.values():
+            if replica.running is not None:
+                placed += replica.free_at - now
+            if replica.prefetched is not None:
+                placed += self.predict(replica.group, replica.prefetched)
+        return placed + sum(job.work for job in self._waiting) * self._predictor.mean_rate()
 
     def predict(self, group: str, job: Job) -> float:
         """Return the seconds a job would compute on a replica of a group; 0 as long as nothing is known."""
@@ -131,42 +119,32 @@ class StageScheduler:
 
     def expect(self, work: float, shape: Hashable) -> float:
         """Return the seconds such a job would compute on a replica of the stage; 0 as long as nothing is known."""
-        rates = [self._predictor.predict(group, shape, work) for group in self._groups]
-        return sum(rates) / len(rates) if rates else 0.0
+        seconds = [self._predictor.predict(group, shape, work) for group in self._groups]
+        return sum(seconds) / len(seconds) if seconds else 0.0
 
     def add(self, replica: str, group: str, now: float) -> None:
         """Take on a replica that is ready and idle; replicas of one group are like hardware."""
         assert replica not in self._replicas, f"{replica} is there already"
-        if group not in self._groups:
-            self._groups[group] = _Group(group)
-            self._unoffered |= dict.fromkeys(self._prefetched)
-        added = self._replicas[replica] = _Replica(replica, self._groups[group])
-        added.group.idle.push(added, now)
-        for unwelcome in [other for other, job in self._prefetched.items() if other.name in job.avoid]:
-            self._wait(self._take_prefetched(unwelcome))
-            unwelcome.group.open.push(unwelcome, unwelcome.end)
+        self._groups[group] = None
+        self._replicas[replica] = _Replica(replica, group, free_at=now)
+        for other in self._replicas.values():
+            if other.prefetched is not None and other.name in other.prefetched.avoid:
+                self._requeue_prefetched(other)
         self._settle(now)
 
     def remove(self, replica: str, now: float) -> None:
-        """Let go of a replica that died or is drained.
+        """Drop a replica that died or is drained.
 
         What it had prefetched waits again in its old order. What it was running is no longer here: `push` it to have
         it run again. Nothing happens if the replica is not here any more, having retired.
         """
-        if (retired := self._retiring.pop(replica, None)) is not None:
-            if retired.running:
-                self._forget(retired.running)
-            retired.on_idle()
+        removed = self._retiring.pop(replica, None) or self._replicas.pop(replica, None)
+        if removed is None:
             return
-        if (removed := self._replicas.pop(replica, None)) is None:
-            return
-        if removed in self._prefetched:
-            self._wait(self._take_prefetched(removed))
-        if removed.running:
+        if removed.running is not None:
             self._forget(removed.running)
-        self._busy.remove(removed)
-        removed.group.idle.remove(removed)
-        removed.group.open.remove(removed)
+        self._requeue_prefetched(removed)
+        removed.on_idle()
         self._settle(now)
 
     def retire(self, replica: str, now: float, on_idle: Callable[[], None]) -> None:
@@ -174,17 +152,12 @@ class StageScheduler:
 
         What it had prefetched waits again in its old order.
         """
-        retired = self._replicas[replica]
-        if not retired.running:
+        retired = self._retiring[replica] = self._replicas.pop(replica)
+        retired.on_idle = on_idle
+        if retired.running is None:
             self.remove(replica, now)
-            on_idle()
             return
-        del self._replicas[replica]
-        self._retiring[replica], retired.on_idle = retired, on_idle
-        if retired in self._prefetched:
-            self._wait(self._take_prefetched(retired))
-        self._busy.remove(retired)
-        retired.group.open.remove(retired)
+        self._requeue_prefetched(retired)
         self._settle(now)
 
     def push(self, job: Job, now: float) -> None:
@@ -194,18 +167,17 @@ class StageScheduler:
         self._settle(now)
 
     def withdraw(self, job: Job, now: float) -> None:
-        """Let go of a job, wherever it is; nothing happens if it is not here.
+        """Drop a job, wherever it is; nothing happens if it is not here.
 
-        One that runs is withdrawn when its replica has let go of it: the next one runs there at once.
+        One that runs is withdrawn when its replica no longer works at it: the next one runs there at once.
         """
         replica = self._replica_of(job)
-        if replica is None and self._waiting.remove(job):
-            self._count_waiting(-job.work)
-        elif replica is not None and replica.running is job:
+        if replica is None:
+            self._waiting.remove(job)
+        elif replica.running is job:
             self._free(replica, now)
-        elif replica is not None:
-            self._take_prefetched(replica)
-            replica.group.open.push(replica, replica.end)
+        else:
+            replica.prefetched = None
         self._forget(job)
         self._settle(now)
 
@@ -214,156 +186,102 @@ class StageScheduler:
         replica = self._replica_of(job)
         if replica is None or replica.running is not job:
             return
-        self._predictor.learn(replica.group.name, job.shape, job.work, seconds)
+        self._predictor.learn(replica.group, job.shape, job.work, seconds)
         self._forget(job)
         self._free(replica, now)
         self._settle(now)
 
-    def rebalance(self, now: float) -> None:
-        """Look again, as time has passed: a job behind one that takes too long may be better off on an idle replica.
-
-        Every other call does so too; without any, what is predicted changes and nobody acts on it.
-        """
-        self._settle(now)
-
     def _settle(self, now: float) -> None:
-        """Give every job its place, then tell."""
+        """Give every job its place, then notify."""
         self._extend_overdue(now)
         self._place_waiting(now)
         while move := self._best_move(now):
-            source, target = move
-            job = self._take_prefetched(source)
-            source.group.open.push(source, source.end)
+            _, source, job, target = move
+            source.prefetched = None
             self._run(target, job, now)
-        self._tell()
-
-    def _place_waiting(self, now: float) -> None:
-        barred, placed_work = [], 0.0
-        while self._waiting and self._has_room():
-            job = self._waiting.pop()
-            replica = self._best_replica(job, now)
-            if replica is None:
-                barred.append(job)
-                continue
-            placed_work += job.work
-            if replica.running:
-                self._prefetch(replica, job)
-            else:
-                self._run(replica, job, now)
-        for job in barred:
-            self._waiting.push(job, job.priority, job.sequence)
-        if placed_work:
-            self._count_waiting(-placed_work)
-
-    def _has_room(self) -> bool:
-        return len(self._busy) + len(self._prefetched) < REPLICA_WINDOW * len(self._replicas)
+        self._notify()
 
     def _extend_overdue(self, now: float) -> None:
         """Predict anew when jobs end that should have ended; from here on no end lies in the past."""
-        while (replica := self._busy.peek()) and replica.end < now:
-            assert replica.running is not None
-            relearned = replica.started + self.predict(replica.group.name, replica.running)
-            self._expect(replica, max(relearned, now + OVERDUE_SHARE * (now - replica.started)))
+        for replica in self._replicas.values():
+            if replica.running is not None and replica.free_at < now:
+                relearned = replica.started + self.predict(replica.group, replica.running)
+                replica.free_at = max(relearned, now + OVERDUE_SHARE * (now - replica.started))
 
-    def _best_replica(self, job: Job, now: float) -> _Replica | None:
+    def _place_waiting(self, now: float) -> None:
+        barred = []
+        while self._waiting and (with_room := [r for r in self._replicas.values() if r.prefetched is None]):
+            job = self._waiting.pop()
+            replica = self._fastest(job, with_room, now)
+            if replica is None:
+                barred.append(job)
+            elif replica.running is None:
+                self._run(replica, job, now)
+            else:
+                replica.prefetched = job
+                self._place(job, Assignment(replica.name, run=False))
+        for job in barred:
+            self._waiting.push(job, job.priority, job.sequence)
+
+    def _fastest(self, job: Job, replicas: Sequence[_Replica], now: float) -> _Replica | None:
         """Return where a job would finish first; of equals the idle one, and of those the one idle longest.
 
-        None: all that it may go to have their two.
+        None: it may go to none of these.
         """
-        candidates: list[tuple[float, bool, float, str]] = []
-        welcomes = self._welcomes(job)
-        for group in self._groups.values():
-            if found := group.idle.find(welcomes):
-                since, replica = found
-                candidates.append((now + self.predict(group.name, job), False, since, replica.name))
-            elif found := group.open.find(welcomes):
-                end, replica = found
-                candidates.append((end + self.predict(group.name, job), True, end, replica.name))
-        return self._replicas[min(candidates)[-1]] if candidates else None
+        seconds = {group: self.predict(group, job) for group in self._groups}
+        return min(
+            self._allowed(job, replicas),
+            key=lambda r: (max(now, r.free_at) + seconds[r.group], r.running is not None, r.free_at),
+            default=None,
+        )
 
-    def _welcomes(self, job: Job) -> Callable[[_Replica], bool]:
-        """Return what says where a job may go: to any that has not failed it, or, if all have, to any."""
-        if sum(name in self._replicas for name in job.avoid) == len(self._replicas):
-            return lambda _: True
-        return lambda replica: replica.name not in job.avoid
+    def _allowed(self, job: Job, replicas: Sequence[_Replica]) -> Sequence[_Replica]:
+        """Return those replicas that have not failed a job, or all where every replica of the stage has."""
+        if not job.avoid or job.avoid.issuperset(self._replicas):
+            return replicas
+        return [replica for replica in replicas if replica.name not in job.avoid]
 
-    def _best_move(self, now: float) -> tuple[_Replica, _Replica] | None:
-        """Return from which to which replica a prefetched job would gain most by starting now, if any gains."""
-        if not self._prefetched or len(self._busy) == len(self._replicas):
+    def _best_move(self, now: float) -> tuple[float, _Replica, Job, _Replica] | None:
+        """Return the prefetched job that gains most by starting now on an idle replica, if any loses nothing.
+
+        Returns the seconds it gains, its replica, itself and the idle replica.
+        """
+        prefetching = [replica for replica in self._replicas.values() if replica.prefetched is not None]
+        idle = [replica for replica in self._replicas.values() if replica.running is None]
+        if not prefetching or not idle:
             return None
-        groups = [group for group in self._groups.values() if group.idle]
-        if groups:
-            self._offer()
+        idle.sort(key=attrgetter("free_at"), reverse=True)
+        idle_longest = list({replica.group: replica for replica in idle}.values())
         moves = []
-        for group in groups:
-            offer = group.offers.find(lambda source, group=group: self._idle_for(source, group) is not None)  # type: ignore[misc]
-            if offer is not None and now + offer[0] <= 0:
-                target = self._idle_for(offer[1], group)
-                assert target is not None
-                moves.append((offer[0], offer[1].name, target.name))
-        if not moves:
-            return None
-        _, left, taken = min(moves)
-        return self._replicas[left], self._replicas[taken]
-
-    def _idle_for(self, source: _Replica, group: _Group) -> _Replica | None:
-        """Return which of a group's idle replicas may take over what another has prefetched."""
-        found = group.idle.find(self._welcomes(self._prefetched[source]))
-        return found[1] if found else None
-
-    def _offer(self) -> None:
-        """Let idle replicas see what is prefetched, by the predictions of now.
-
-        The key is the negative time until which starting it in a group finishes it no later than where it is.
-        """
-        for replica in self._unoffered:
-            job = self._prefetched[replica]
-            here = self.predict(replica.group.name, job)
-            for group in self._groups.values():
-                group.offers.push(replica, self.predict(group.name, job) - here - replica.end)
-        self._unoffered.clear()
-
-    def _prefetch(self, replica: _Replica, job: Job) -> None:
-        self._prefetched[replica] = job
-        self._unoffered[replica] = None
-        replica.group.open.remove(replica)
-        self._place(job, Assignment(replica.name, run=False))
-
-    def _take_prefetched(self, replica: _Replica) -> Job:
-        self._unoffered.pop(replica, None)
-        for group in self._groups.values():
-            group.offers.remove(replica)
-        return self._prefetched.pop(replica)
+        for source in prefetching:
+            job = source.prefetched
+            assert job is not None
+            there_s = self.predict(source.group, job)
+            for target in self._allowed(job, idle if job.avoid else idle_longest):
+                gain = source.free_at - now + (there_s - self.predict(target.group, job))  # 0 for one of like hardware
+                moves.append((gain, source, job, target))
+        best = max(moves, key=itemgetter(0), default=None)
+        return best if best is not None and best[0] >= 0.0 else None
 
     def _run(self, replica: _Replica, job: Job, now: float) -> None:
         """Start a job on an idle replica."""
-        replica.group.idle.remove(replica)
         replica.running, replica.started = job, now
-        self._expect(replica, now + self.predict(replica.group.name, job))
+        replica.free_at = now + self.predict(replica.group, job)
         self._place(job, Assignment(replica.name, run=True))
 
     def _free(self, replica: _Replica, now: float) -> None:
-        """Go on with what is prefetched, or be idle."""
-        replica.running = None
-        if replica.name in self._retiring:
-            del self._retiring[replica.name]
+        """Run what is prefetched, or become idle."""
+        replica.running, replica.free_at = None, now
+        if self._retiring.pop(replica.name, None):
             replica.on_idle()
-            return
-        self._busy.remove(replica)
-        replica.group.open.remove(replica)
-        if replica in self._prefetched:
-            self._run(replica, self._take_prefetched(replica), now)
-        else:
-            replica.group.idle.push(replica, now)
+        elif replica.prefetched is not None:
+            job, replica.prefetched = replica.prefetched, None
+            self._run(replica, job, now)
 
-    def _expect(self, replica: _Replica, end: float) -> None:
-        """Predict when a replica's running job ends."""
-        replica.end = end
-        self._busy.push(replica, end)
-        if replica in self._prefetched:
-            self._unoffered[replica] = None
-        else:
-            replica.group.open.push(replica, end)
+    def _requeue_prefetched(self, replica: _Replica) -> None:
+        if replica.prefetched is not None:
+            self._wait(replica.prefetched)
+            replica.prefetched = None
 
     def _replica_of(self, job: Job) -> _Replica | None:
         if job.place is None:
@@ -372,29 +290,25 @@ class StageScheduler:
 
     def _wait(self, job: Job) -> None:
         self._waiting.push(job, job.priority, job.sequence)
-        self._count_waiting(job.work)
         self._place(job, None)
-
-    def _count_waiting(self, work: float) -> None:
-        self._waiting_work = self._waiting_work + work if self._waiting else 0.0  # no rounding error outlives the queue
 
     def _forget(self, job: Job) -> None:
         job.place = None
-        self._changed.pop(job, None)
+        self._moved.pop(job, None)
 
     def _place(self, job: Job, place: Assignment | None) -> None:
-        self._changed.setdefault(job, job.place)
+        self._moved.setdefault(job, job.place)
         job.place = place
 
-    def _tell(self) -> None:
-        """Call back about each job that is elsewhere than it knows; what callbacks change is told after them."""
-        if self._telling:
+    def _notify(self) -> None:
+        """Call `on_place` of each job whose place is another than at its last call; calls made meanwhile come last."""
+        if self._notifying:
             return
-        self._telling = True
+        self._notifying = True
         try:
-            while self._changed:
-                job, told = self._changed.popitem(last=False)
-                if job.place is not told:
+            while self._moved:
+                job = next(iter(self._moved))
+                if self._moved.pop(job) != job.place:
                     job.on_place(job.place)
         finally:
-            self._telling = False
+            self._notifying = False

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from disagg_ray.config.schema import LimitsConfig
 from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 
 SPEEDS = {"slow": 1.0, "middle": 2.0, "fast": 4.0}
@@ -29,7 +30,9 @@ LOAD = 0.9
 """Of the replicas' total speed, where requests arrive one by one."""
 NUM_REPLICAS = (10, 100, 1_000)
 NUM_REQUESTS = 100_000
-QUEUES = (100, 1_000, 10_000, 100_000)
+MAX_QUEUED = LimitsConfig().max_queued
+"""Requests that wait in the scheduler; those that come when it has as many wait outside, in order."""
+QUEUES = (64, 256, 1_024, 4_096)
 BLOCK = 1_000
 CYCLES = 20 * BLOCK
 """Requests that are timed for each length of the queue."""
@@ -115,9 +118,9 @@ class Simulation:
     def run(self) -> None:
         """Let every request arrive at its time, until all are done."""
         for number, arrival in enumerate(self._requests.arrivals.tolist()):
-            while self._ends and self._ends[0][0] <= arrival:
+            while self._ends and (self._ends[0][0] <= arrival or self.scheduler.num_waiting >= MAX_QUEUED):
                 self.finish_next()
-            self._now = arrival
+            self._now = max(self._now, arrival)
             self.push(number)
         while self._ends:
             self.finish_next()
@@ -288,8 +291,8 @@ def _plot(costs: list[Cost], rows: list[Row], path: Path) -> None:
         waiting = [each.num_waiting for each in mine]
         cost_axes.plot(waiting, [each.best_us for each in mine], f"C{colour}o-", label=f"{replicas} replicas")
         cost_axes.plot(waiting, [each.mean_us for each in mine], f"C{colour}:")
-    cost_axes.axhline(50, color="black", linewidth=0.8, linestyle="--")
-    cost_axes.set(xscale="log", xlabel="jobs waiting", ylabel="µs of CPU time", ylim=(0, None),
+    cost_axes.axhline(1_000, color="black", linewidth=0.8, linestyle="--")
+    cost_axes.set(xscale="log", xlabel="jobs waiting", ylabel="µs of CPU time", yscale="log",
                   title="finish and push (best stretch; dotted: mean; dashed: aim)")  # fmt: skip
     cost_axes.legend()
     poisson, batch = ([row for row in rows if row.load == load] for load in ("poisson", "batch"))
