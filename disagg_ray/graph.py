@@ -18,7 +18,7 @@ REQUEST_FIELDS = IMAGES | {
 """Block inputs that a request supplies."""
 
 LATENTS = "latents"
-"""The finished denoise: the driver keeps a copy, so that nothing that dies later costs it."""
+"""Finished latents: the driver keeps a copy, so that no replica lost later costs the denoise."""
 
 FRAMES = "videos"
 """The output that makes a stage the last one: frames, float32 (num_frames, height, width, 3) in [0, 1]."""
@@ -64,7 +64,7 @@ class Graph:
         return tuple(edge.consumer for edge in self.edges if edge.producer == stage)
 
     def upstream(self, stage: str) -> tuple[str, ...]:
-        """Return a stage and all whose outputs it is made of, in order."""
+        """Return a stage and all stages whose outputs it depends on, in order."""
         found = {stage}
         for other in reversed(self.order):
             if found & set(self.consumers(other)):
@@ -81,7 +81,7 @@ class Graph:
 
     @property
     def kept(self) -> str | None:
-        """The stage whose output the driver keeps a copy of until the video is there; None: latents do not travel."""
+        """The stage whose output the driver copies until the video is there; None if none passes latents on."""
         return next((edge.producer for edge in self.edges if LATENTS in edge.tensors), None)
 
     def image_inputs(self, stage: str) -> tuple[str, ...]:
@@ -131,4 +131,5 @@ def _sort(ports: Sequence[StagePorts], edges: Sequence[Edge]) -> tuple[str, ...]
     try:
         return tuple(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        raise GraphError(f"stages: they feed each other in a circle: {' -> '.join(error.args[1])}") from error
+        cycle = " -> ".join(error.args[1])
+        raise GraphError(f"stages: cycle in the stage graph: {cycle}; move a block to another stage") from error

@@ -26,7 +26,7 @@ class LocalPipeline:
     """Runs requests one after the other, stage after stage; has `Pipeline`'s blocking methods."""
 
     def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
-        """Load the stages; `on_event` hears of every request's progress."""
+        """Load the stages; `on_event` is called with every request's progress."""
         self.config = config
         self._on_event = on_event
         stages = {name: Stage(name, config) for name in config.stages}
@@ -69,9 +69,9 @@ class LocalPipeline:
         for stage in self._stages:
             began, begin = time.time(), time.monotonic()
             wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
-            self._tell(resolved, stage.name, "running")
-            outputs = stage.compute(resolved, wanted, partial(self._tell, resolved, stage.name, "running"))
-            self._tell(resolved, stage.name, "done")
+            self._report(resolved, stage.name, "running")
+            outputs = stage.compute(resolved, wanted, partial(self._report, resolved, stage.name, "running"))
+            self._report(resolved, stage.name, "done")
             tensors |= outputs.tensors
             frames = outputs.frames if outputs.frames is not None else frames
             timings.append(_timing(stage, began, time.monotonic() - begin))
@@ -81,10 +81,10 @@ class LocalPipeline:
         data = None if raw else encode(frames, resolved.fps, resolved.format, self.config.output.scale)
         timings[-1] = replace(timings[-1], encode_s=time.monotonic() - begin)
         seconds = time.monotonic() - started
-        self._tell(resolved, "", "done")
+        self._report(resolved, "", "done")
         return Result(resolved, seconds, tuple(timings), data, frames if raw else None)
 
-    def _tell(self, request: ResolvedRequest, stage: str, state: State, step: int = 0, steps: int = 0) -> None:
+    def _report(self, request: ResolvedRequest, stage: str, state: State, step: int = 0, steps: int = 0) -> None:
         if self._on_event is not None:
             self._on_event(Event(request.id, stage, "local" if stage else "", 0, state, step, steps))
 

@@ -112,7 +112,7 @@ class Pipeline(PipelineApi):
 
     def health(self) -> dict[str, Health]:
         """Ask every replica for its health, by name; those that turn out to be lost are left out."""
-        return self.loop.call(self.engine.health())
+        return self._host.health()
 
     def note_written(self, seconds: float) -> None:
         """Have the metrics count what writing a result took."""
@@ -120,7 +120,7 @@ class Pipeline(PipelineApi):
 
     def drain(self, grace_s: float) -> None:
         """Admit no more requests, give those that run `grace_s`, then cancel them. `close` comes after."""
-        self.loop.call(self.engine.drain(grace_s))
+        self._host.drain(grace_s)
 
     def close(self) -> None:
         """Cancel what runs, end the replicas, and shut down a Ray that this pipeline started. Idempotent.

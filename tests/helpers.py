@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from disagg_ray import Pipeline
 from disagg_ray.config.schema import Config
-from disagg_ray.driver.api import PipelineApi
 from disagg_ray.graph import build_graph
 from disagg_ray.models.tuning import offload_groups, offload_models
 from disagg_ray.replica.stage import Stage
+from disagg_ray.service.client import Connection
 
 HOST = "127.0.0.1"
 
@@ -24,14 +25,14 @@ def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float) ->
         time.sleep(0.05)
 
 
-def bytes_in_use(pipeline: PipelineApi) -> dict[str, int]:
+def bytes_in_use(pipeline: Pipeline | Connection) -> dict[str, int]:
     """Return what requests take of the pools, by replica, those of nothing left out."""
     used = {name: health.bytes_in_use for name, health in pipeline.health().items()}
     used["driver"] = pipeline.driver_bytes_in_use
     return {name: count for name, count in used.items() if count}
 
 
-def wait_until_empty(pipeline: PipelineApi, timeout_s: float) -> None:
+def wait_until_empty(pipeline: Pipeline | Connection, timeout_s: float) -> None:
     """Releases are sent without waiting for their answer; a leak never goes away."""
     deadline = time.monotonic() + timeout_s
     while used := bytes_in_use(pipeline):

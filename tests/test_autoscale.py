@@ -1,5 +1,6 @@
 """How many replicas a stage is to have: the decisions, without a cluster."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -81,7 +82,8 @@ def test_scaling_goes_on_after_it_failed(
 ) -> None:
     bounds = [f"stages.{stage}.replicas={{min: 1, max: 2}}" for stage in ("encoder", "transformer", "decoder")]
     decided_again = fail_once(monkeypatch, Scaler, "decide")
-    with ServicePipeline(load_config("conf/tiny_t2v.yaml", "fused=true", *bounds), "scaling", lambda _: None):
+    pipeline = ServicePipeline(load_config("conf/tiny_t2v.yaml", "fused=true", *bounds), "scaling", lambda _: None)
+    with closing(pipeline.host):
         try:
             assert decided_again.wait(120)
         finally:

@@ -85,7 +85,7 @@ def test_an_optional_input_without_a_producer_is_left_out() -> None:
         ((ENCODER, TRANSFORMER), ("exactly one", "'decode'", "[]")),
         ((*CHAIN, ports("second", "latents", "videos")), ("exactly one", "['decoder', 'second']")),
         ((*CHAIN, ports("other", "prompt", "prompt_embeds")), ("encoder", "other", "'prompt_embeds'", "keep one")),
-        ((ports("a", "y", "x"), ports("b", "x", "y videos")), ("circle", "a -> b -> a")),
+        ((ports("a", "y", "x"), ports("b", "x", "y videos")), ("cycle in the stage graph", "a -> b -> a")),
         ((), ("exactly one", "[]")),
     ],
     ids=["missing producer", "no last stage", "two last stages", "two producers", "cycle", "no stage"],

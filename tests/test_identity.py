@@ -63,7 +63,7 @@ def test_a_resume_under_another_picture_or_lora_computes_anew(
         blue = pipeline.submit(replace(ASKED, image=BLUE), latents_file=kept).result()
         assert stages(blue) == ["transformer", "decoder"]
         assert np.array_equal(blue.frames, local.generate(replace(ASKED, image=BLUE)).frames)
-        assert "made again: they are of another prompt, image or other field" in caplog.text
+        assert "computing them again: made for another prompt, image or other field" in caplog.text
         first = pipeline.submit(replace(LONG, num_frames=17))
         with pytest.raises(RequestError, match="id: 'one' is in flight already"):
             pipeline.submit(ASKED)
@@ -73,7 +73,7 @@ def test_a_resume_under_another_picture_or_lora_computes_anew(
         again = pipeline.submit(replace(ASKED, image=BLUE), latents_file=kept).result()
     assert stages(again) == ["transformer", "decoder"]
     assert not np.array_equal(again.frames, blue.frames)
-    assert "denoise: another model, LoRA, precision, option or version made them" in caplog.text
+    assert "made by another model, LoRA, precision, option or version of denoise" in caplog.text
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_service_computes_anew_what_is_asked_with_another_picture_under_the_sa
             assert np.array_equal(red.frames, local.generate(ASKED).frames)
             assert np.array_equal(blue.frames, local.generate(replace(ASKED, image=BLUE)).frames)
             long = first.submit(LONG)
-            assert isinstance(first.loop.call(first._ask("result", "run", "one", "a ticket of before")), UnknownRequest)
+            assert isinstance(first.loop.call(first._ask, "result", "run", "one", "a ticket of before"), UnknownRequest)
             long.cancel()
     finally:
         assert cli.main(["down", "pictures"]) == 0

@@ -52,7 +52,7 @@ HEADERS = [b"", b"no safetensors", bytes(1000), b"\xff" * 8 + b"{}", (2).to_byte
 def test_a_file_of_another_kind_is_not_used(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(content)
     assert read_latents(path, WANTED) is None
-    assert "are not used, but made again" in caplog.text
+    assert "computing them again" in caplog.text
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"prompt": "a blue circle"}, {"num_inference_steps": 3}])
@@ -93,7 +93,7 @@ def test_latents_that_the_request_cannot_have_are_not_used(
 ) -> None:
     write_latents(tmp_path / "latents", STRANGE[what], ABOUT)
     assert read_latents(tmp_path / "latents", WANTED) is None
-    assert f"request {REQUEST.id}: latents in" in caplog.text
+    assert f"request {REQUEST.id}: ignoring the latents in" in caplog.text
 
 
 @pytest.mark.parametrize("blocks", ["[" * 5000, "[1]", "null", "", '{"denoise": {}, "text_encoder": []}', "{}"])
@@ -105,7 +105,7 @@ def test_a_description_that_is_none_is_not_used(blocks: str, tmp_path: Path) -> 
 def test_a_file_of_an_older_form_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file({"latents": LATENTS}, tmp_path / "latents", {"request": "{}", "model": "{}", "sha256": "00"})
     assert read_latents(tmp_path / "latents", WANTED) is None
-    assert "as older versions wrote it" in caplog.text
+    assert "as in files of older versions" in caplog.text
 
 
 def test_other_tensors_beside_the_latents_are_not_used(tmp_path: Path) -> None:

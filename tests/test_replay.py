@@ -259,7 +259,7 @@ def test_a_request_over_its_time_fails_and_frees_its_slots(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = replace(pipeline.config.failures, timeout_s=0.5)
-    monkeypatch.setattr(pipeline.engine, "config", replace(pipeline.config, failures=failures))
+    monkeypatch.setattr(pipeline.engine.fleet, "config", replace(pipeline.config, failures=failures))
     faults.set("encoder.publish", "wait")
     handle = pipeline.submit(ask("over-time"))
     with pytest.raises(StageError, match=r"not done within failures.timeout_s=0.5 s"):

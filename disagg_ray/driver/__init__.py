@@ -1,4 +1,4 @@
-"""What runs in the driver: a request's run through the stages, the fleet of replicas, the cluster they lie on.
+"""What runs in the driver: the engine, a request's run through the stages, the fleet of replicas, their cluster.
 
-Everything here lives on one event loop in a thread of its own (`loop`).
+All but the API (`api`, `host`) lives on one event loop in a thread of its own (`loop`).
 """

@@ -15,7 +15,7 @@ from disagg_ray.driver.signals import Answer
 from disagg_ray.errors import RequestError
 from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
-from disagg_ray.replica.messages import Health, ReplicaInfo
+from disagg_ray.replica.messages import ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest
 from disagg_ray.result import Result
 
@@ -60,15 +60,6 @@ class PipelineApi(ABC):
     def replicas(self) -> tuple[ReplicaInfo, ...]:
         """Those that serve now."""
 
-    @abstractmethod
-    def health(self) -> dict[str, Health]:
-        """Ask every replica for its health, by name; those that turn out to be lost are left out."""
-
-    @property
-    @abstractmethod
-    def driver_bytes_in_use(self) -> int:
-        """Bytes that requests take of the pool of the replicas' driver."""
-
     @property
     def pools(self) -> dict[str, int]:
         """Bytes of each replica's pool, by replica."""
@@ -112,7 +103,7 @@ class PipelineApi(ABC):
         handle.future.add_done_callback(lambda _: queued.set_once(False))
         try:
             self.loop.check_thread()
-            self.loop.start(handle.future, self._run_alone(handle, run, lambda: queued.set_once(True)))
+            self.loop.start(handle.future, self._run_alone, handle, run, lambda: queued.set_once(True))
             if not queued.result():
                 handle.result()
         except BaseException:  # as KeyboardInterrupt: the caller gets no handle to cancel

@@ -1,18 +1,22 @@
-"""One attempt to compute a stage for a request, from the scheduler's queue to the replica's answer."""
+"""The state of one stage in a request's run, and one attempt: from the scheduler's queue to the replica's answer."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.replica.messages import Reply, Task
 from disagg_ray.request import ResolvedRequest
+from disagg_ray.result import StageTiming
 from disagg_ray.scheduling.scheduler import Assignment, Job
 from disagg_ray.scheduling.work import measure
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 
 AttemptState = Literal["waiting", "prefetching", "running", "done", "failed", "cancelled"]
 
@@ -41,8 +45,8 @@ class Attempt:
         self._job = Job(request.id, work, shape, request.priority, sequence, self._assign, avoid)
         self._fleet, self._scheduler = fleet, fleet.schedulers[stage]
         self._assignment: Assignment | None = None
-        self._assigned = asyncio.Event()
-        """Set when the assignment has changed."""
+        self._changed = asyncio.Event()
+        """The assignment has changed, or a prefetch has ended."""
         self._task: Task | None = None
         """At `actor`, which has to release its slots."""
         self._prefetch: asyncio.Task[None] | None = None
@@ -85,16 +89,18 @@ class Attempt:
 
     def _assign(self, assignment: Assignment | None) -> None:
         self._assignment = assignment
-        self._assigned.set()
+        self._changed.set()
 
     async def _wait_for_replica(self, make_task: Callable[[], Task]) -> tuple[Actor, Task]:
         """Follow the scheduler's assignments, prefetching at each, until one says to run."""
         while True:
-            await self._next_assignment()
+            await self._changed.wait()
+            self._changed.clear()
             assignment = self._assignment
             if self.actor is not None and (assignment is None or assignment.replica != self.actor.id):
                 self._leave_replica()
             if assignment is None:
+                self.state = "waiting"
                 continue
             if self._task is None:
                 self.state, self.actor = "prefetching", self._fleet.actor(assignment.replica)
@@ -102,23 +108,16 @@ class Attempt:
             assert self.actor is not None
             if self._prefetch is None:  # even if it runs at once: a replica lost before `run` has computed nothing
                 self._prefetch = asyncio.ensure_future(self._fleet.ask(self.actor, "prefetch", self._task))
-                self._prefetch.add_done_callback(lambda call: call.cancelled() or call.exception())  # retrieved
+                self._prefetch.add_done_callback(self._end_prefetch)
+            if assignment.run or self._prefetch.done():
+                await self._prefetch  # raises what failed it
             if assignment.run:
-                await self._prefetch
                 return self.actor, self._task
 
-    async def _next_assignment(self) -> None:
-        """Wait until the assignment changes; raise what fails the prefetch meanwhile."""
-        changed = asyncio.ensure_future(self._assigned.wait())
-        try:
-            if self._prefetch is not None:
-                await asyncio.wait({changed, self._prefetch}, return_when=asyncio.FIRST_COMPLETED)
-                if self._prefetch.done() and not changed.done():
-                    self._prefetch.result()
-            await changed
-            self._assigned.clear()
-        finally:
-            changed.cancel()
+    def _end_prefetch(self, prefetch: asyncio.Task[None]) -> None:
+        if not prefetch.cancelled():
+            prefetch.exception()  # or asyncio logs it, should the attempt have left the replica
+            self._changed.set()
 
     def _leave_replica(self) -> None:
         """Abandon the task at its replica: it stops within a denoising step, and its slots are freed."""
@@ -128,3 +127,53 @@ class Attempt:
             assert self.actor is not None
             self._fleet.send(self.actor, "release", self._task.key)
         self._task = self._prefetch = None
+
+
+@dataclass(eq=False)
+class Output:
+    """Tensors or frames of a stage, and who holds them."""
+
+    key: AttemptKey
+    handoff: Handoff
+    holder: Actor | None
+    """None: the driver's pool."""
+    reply: Reply | None = None
+    """Of the replica that made it."""
+    num_failed_pulls: int = 0
+
+
+@dataclass(eq=False)
+class StageRun:
+    """One stage of one request."""
+
+    name: str
+    output: Output | None = None
+    """What consumers pull: of a replica, or the copy."""
+    copy: Output | None = None
+    """Of finished latents, in the driver's pool."""
+    blocks: dict[str, str] = field(default_factory=dict)
+    """Digests of the blocks that made the output."""
+    timing: StageTiming | None = None
+    computing: asyncio.Task[None] | None = None
+    """Runs the present attempt."""
+    copying: asyncio.Task[None] | None = None
+    """Copies the output into the driver's pool."""
+    attempt: Attempt | None = None
+    """The latest."""
+    num_attempts: int = 0
+    num_run: int = 0
+    """Attempts that a replica was asked to compute."""
+    num_failures: int = 0
+    """Failed computations, each charged to the request."""
+    failed_at: set[str] = field(default_factory=set)
+    """Ids of replicas that failed to compute it, or twice to pull its inputs."""
+    failed_pulls: Counter[str] = field(default_factory=Counter)
+    """Failures to pull its inputs, by id of the replica."""
+
+    @property
+    def is_busy(self) -> bool:
+        return self.computing is not None or self.copying is not None
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        return [task for task in (self.computing, self.copying) if task is not None]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 import ray
 import torch
@@ -46,10 +46,6 @@ CANCEL_S = 5.0
 """How long stopping waits for requests that were cancelled."""
 
 F = TypeVar("F", bound=Fleet)
-MakeFleet: TypeAlias = Callable[
-    [Config, str, Callable[[Actor, ReplicaInfo], None], Callable[[StartError | None], None], Metrics], F
-]
-"""Called with configuration, id, `on_lost`, `on_hopeless` and metrics, as `Fleet` is."""
 
 
 @dataclass(eq=False)
@@ -70,12 +66,12 @@ class Engine(Generic[F]):
         self,
         config: Config,
         id: str,
-        make_fleet: MakeFleet[F],
+        make_fleet: Callable[..., F],
         admission: Admission,
         on_event: Callable[[Event], None],
     ) -> None:
-        """Prepare an engine; `on_event` takes every event of every request."""
-        self.config, self.id, self.admission = config, id, admission
+        """Prepare an engine; `make_fleet` is `Fleet` or a subclass, `on_event` takes every event of every request."""
+        self.id, self.admission = id, admission
         self.driver_epoch = uuid.uuid4().hex[:8]
         """Tells apart the engines that use the same replicas one after the other."""
         self.metrics = Metrics(config.model.path, config.stages)
@@ -103,7 +99,6 @@ class Engine(Generic[F]):
         if self.config.progress:
             self.receiver = Receiver(host, relay, transport.ports, filter_of(transport.admit))
         described = await self.fleet.launch()
-        self.config = self.fleet.config
         ports = {description.ports.stage: description.ports for description in described}
         self.graph, self.geometry = build_graph([ports[stage] for stage in self.config.stages]), described[0].geometry
         taken = await self.fleet.met()
@@ -199,6 +194,11 @@ class Engine(Generic[F]):
             self.fleet.schedulers[stage].expect(*measure(request, settings.blocks))
             for stage, settings in self.config.stages.items()
         )
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.fleet.config
 
     @property
     def num_admitted(self) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from disagg_ray.driver.attempt import StageRun
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.context import RunContext
 from disagg_ray.driver.metrics import Cause
-from disagg_ray.driver.outputs import Outputs, StageRun
+from disagg_ray.driver.outputs import Outputs
 from disagg_ray.errors import Cancelled, DisaggError, EncodeError, PoolError, ReplicaLost, StageError, TransferError
 from disagg_ray.scheduling.blame import SETBACKS_PER_ATTEMPT
 

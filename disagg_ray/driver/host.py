@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Generic, TypeVar
 
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.cluster import Cluster
-from disagg_ray.driver.engine import Engine, MakeFleet
+from disagg_ray.driver.engine import Engine
 from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.threads import within
 from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
+from disagg_ray.replica.messages import Health
 from disagg_ray.scheduling.admission import Admission
 
 F = TypeVar("F", bound=Fleet)
@@ -32,7 +34,7 @@ class EngineHost(Generic[F]):
         self,
         config: Config,
         id: str,
-        make_fleet: MakeFleet[F],
+        make_fleet: Callable[..., F],
         admission: Admission,
         loop: LoopThread,
         listener: Listener | None,
@@ -46,7 +48,7 @@ class EngineHost(Generic[F]):
             if self._cluster.is_own and config.transport.admit == "auto":
                 config = replace(config, transport=replace(config.transport, admit="host"))
             self._engine = Engine(config, id, make_fleet, admission, self._publish)
-            loop.call(self._engine.start())
+            loop.call(self._engine.start)
         except BaseException:
             self.close()
             raise
@@ -60,6 +62,14 @@ class EngineHost(Generic[F]):
         if self._listener is not None:
             self._listener.hear(event)
 
+    def health(self) -> dict[str, Health]:
+        """Ask every replica for its health, by name; those that turn out to be lost are left out."""
+        return self._loop.call(self.engine.health)
+
+    def drain(self, grace_s: float) -> None:
+        """Admit no more requests, give those that run `grace_s`, then cancel them. `close` comes after."""
+        self._loop.call(self.engine.drain, grace_s)
+
     def close(self) -> None:
         """Cancel every request, end the replicas, and shut down a Ray that was started here. Idempotent.
 
@@ -69,7 +79,7 @@ class EngineHost(Generic[F]):
             return
         self._loop.check_thread()
         engine = self._engine
-        if engine is not None and not self._loop.call_in_time(engine.stop(), STOP_S):
+        if engine is not None and not self._loop.call_in_time(STOP_S, engine.stop):
             within(KILL_S, engine.fleet.kill, "killing the replicas")
         self._loop.close()
         if engine is not None:

@@ -1,7 +1,7 @@
-"""Finished latents in a file, so that even a dead driver's denoise need not be computed again.
+"""Finished latents in a file, so that the denoise survives even the driver.
 
-A file is read back as untrusted: what it says it was made of decides whether it is used, and its tensor has to be the
-one that the request needs, whole and finite.
+A file is read back as untrusted: its metadata must match the request and the blocks in use, and its tensor must have
+the shape and dtype that the request needs, whole and finite.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from disagg_ray.text import printable
 logger = logging.getLogger("disagg_ray")
 
 MAX_HEADER_BYTES = 2**16
-"""Of a file, before its tensor; ours are a kilobyte or two."""
+"""Largest header of a file, before its tensor; ours take one or two kilobytes."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What latents must be of to be used."""
+    """What latents must have been made from to be used."""
 
     request: ResolvedRequest
     blocks: Mapping[str, Collection[str]]
-    """By block that has a part in them: the digests that replicas have which would make them now."""
+    """Digests of the replicas in service, by block that latents depend on."""
     shape: tuple[int, ...]
 
 
-class _Unfit(Exception):
+class _Unusable(Exception):
     pass
 
 
 def describe(request: ResolvedRequest, blocks: Mapping[str, str]) -> dict[str, str]:
-    """Return what latents were made of; `blocks` are the digests of those that made them."""
+    """Return the metadata of latents; `blocks` are digests of the blocks that made them."""
     return {"request": identify_request(request), "blocks": json.dumps(dict(blocks), sort_keys=True)}
 
 
@@ -67,54 +67,54 @@ def write_latents(path: Path, latents: torch.Tensor, about: Mapping[str, str]) -
 
 
 def read_latents(path: Path, wanted: Wanted) -> torch.Tensor | None:
-    """Return the latents of a file, or None, with a word in the log, when they are not those that are wanted."""
+    """Return the latents of a file, or None if they are not those wanted, which is logged."""
     try:
         return _read(path, wanted)
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, _Unfit) as error:
-        reason = printable(str(error), 500)
-        logger.warning("request %s: latents in %s are not used, but made again: %s", wanted.request.id, path, reason)
+    except (OSError, SafetensorError, _Unusable) as error:
+        said = "request %s: ignoring the latents in %s, computing them again: %s"
+        logger.warning(said, wanted.request.id, path, printable(str(error), 500))
         return None
 
 
 def _read(path: Path, wanted: Wanted) -> torch.Tensor:
     state = path.lstat()
     if not stat.S_ISREG(state.st_mode):
-        raise _Unfit("it is no regular file")
+        raise _Unusable("not a regular file")
     if state.st_size > 4 * torch.Size(wanted.shape).numel() + MAX_HEADER_BYTES:
-        raise _Unfit(f"its {state.st_size} bytes are more than latents of {wanted.shape} take")
+        raise _Unusable(f"{state.st_size} bytes are more than latents of {wanted.shape} take")
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, str] = file.metadata() or {}
         _check_origin(metadata, wanted)
         if list(file.keys()) != [LATENTS]:
-            raise _Unfit(f"it does not hold just {LATENTS}")
+            raise _Unusable(f"tensors other than {LATENTS}")
         found = file.get_slice(LATENTS)
         shape, dtype = tuple(found.get_shape()), found.get_dtype()
         if (shape, dtype) != (wanted.shape, "F32"):
-            raise _Unfit(f"they are {dtype} of {shape}, where the request needs F32 of {wanted.shape}")
+            raise _Unusable(f"{dtype} of {shape}, but the request needs F32 of {wanted.shape}")
         latents: torch.Tensor = file.get_tensor(LATENTS)
     if metadata.get("sha256") != _digest(latents):
-        raise _Unfit("they are damaged")
+        raise _Unusable("wrong checksum")
     if not torch.isfinite(latents).all():
-        raise _Unfit("they hold numbers that are not finite")
+        raise _Unusable("numbers that are not finite")
     return latents
 
 
 def _check_origin(metadata: Mapping[str, str], wanted: Wanted) -> None:
     if "blocks" not in metadata:
-        raise _Unfit("it does not say what made them, as older versions wrote it")
+        raise _Unusable("no record of what made them, as in files of older versions")
     if metadata.get("request") != identify_request(wanted.request):
-        raise _Unfit("they are of another prompt, image or other field of the request")
+        raise _Unusable("made for another prompt, image or other field of the request")
     try:
         blocks: Any = json.loads(metadata["blocks"])
     except (ValueError, RecursionError) as error:
-        raise _Unfit("it does not say what made them") from error
+        raise _Unusable("no record of what made them") from error
     if not isinstance(blocks, dict) or set(blocks) != set(wanted.blocks):
-        raise _Unfit(f"they are not of the blocks {', '.join(wanted.blocks)}")
+        raise _Unusable(f"not made by the blocks {', '.join(wanted.blocks)}")
     other = [block for block, digest in blocks.items() if str(digest) not in wanted.blocks[block]]
     if other:
-        raise _Unfit(f"{', '.join(other)}: another model, LoRA, precision, option or version made them")
+        raise _Unusable(f"made by another model, LoRA, precision, option or version of {', '.join(other)}")
 
 
 def _digest(latents: torch.Tensor) -> str:

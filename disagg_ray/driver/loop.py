@@ -33,12 +33,11 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self.name = name
         self.is_closed = False
-        self._loop = asyncio.new_event_loop()
-        self._calls: dict[asyncio.Task[Any], Future[Any]] = {}
-        """What runs, and where the answer goes."""
-        self._queued: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
-        """What the loop has not started yet, by where the answer goes."""
         self._is_closing = False
+        self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._answers: set[Future[Any]] = set()
+        """Of the tasks, and of those that the loop has not started yet."""
         self.thread = threading.Thread(target=self._run, name=f"disagg_ray-{name}", daemon=True)
         self.thread.start()
 
@@ -51,21 +50,17 @@ class LoopThread:
         if threading.current_thread() is self.thread:
             raise RuntimeError(OWN_THREAD)
 
-    def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run a coroutine on the loop and wait for it here.
+    def call(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any, timeout_s: float | None = None) -> T:
+        """Run `work(*args)` on the loop and wait for it here.
 
         Raises:
             TimeoutError: it was not done in time; it is cancelled.
             Cancelled: the loop was closed.
             RuntimeError: called on the loop's own thread.
         """
+        self.check_thread()
         answer: Answer[T] = Answer()
-        try:
-            self.check_thread()
-        except RuntimeError:
-            coroutine.close()
-            raise
-        self.start(answer, coroutine)
+        self.start(answer, work, *args)
         try:
             if not answer.wait(timeout_s):
                 raise TimeoutError(f"{self.name}: no answer of its event loop within {timeout_s:g} s")
@@ -76,10 +71,10 @@ class LoopThread:
             answer.cancel()
             raise
 
-    def call_in_time(self, coroutine: Coroutine[Any, Any, None], timeout_s: float) -> bool:
-        """Run a coroutine that closing needs; return False if it hangs: it is left behind, which is logged."""
+    def call_in_time(self, timeout_s: float, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Run what closing needs on the loop; return False if it hangs: it is left behind, which is logged."""
         try:
-            self.call(coroutine, timeout_s)
+            self.call(work, timeout_s=timeout_s)
         except TimeoutError:
             logger.warning("%s: its event loop has hung for %g s: left behind", self.name, timeout_s)
             return False
@@ -90,32 +85,33 @@ class LoopThread:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)
 
-    def start(self, answer: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
-        """Run a coroutine on the loop; its outcome goes to `answer`, and cancelling `answer` cancels it.
+    def start(self, answer: Future[T], work: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> None:
+        """Run `work(*args)` on the loop; its outcome goes to `answer`, and cancelling `answer` cancels it.
 
         As `asyncio.run_coroutine_threadsafe`, but for a future that is made, and watched, before the loop knows it:
         from then on the caller need not take its lock (`signals` says why).
 
         Raises:
-            Cancelled: the loop has ended; one that ends before the coroutine cancels `answer`.
+            Cancelled: the loop has ended; one that ends before the work starts cancels `answer`.
         """
 
-        def start() -> None:
-            if self._is_closing:
+        def begin() -> None:
+            if self._is_closing or answer.done():
                 return
-            task = self._loop.create_task(self._queued.pop(answer))
-            self._calls[task] = answer
-            task.add_done_callback(self._calls.pop)
+            task = self._loop.create_task(work(*args))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
             task.add_done_callback(partial(_copy_outcome, answer))
             answer.add_done_callback(lambda _: self.call_soon(task.cancel))
 
-        self._queued[answer] = coroutine
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
         try:
             if self.is_closed:  # or it hangs
                 raise RuntimeError
-            self._loop.call_soon_threadsafe(start)
+            self._loop.call_soon_threadsafe(begin)
         except RuntimeError:
-            self._queued.pop(answer).close()
+            self._answers.discard(answer)
             raise Cancelled(f"{self.name} is closed") from None
 
     def _run(self) -> None:
@@ -131,20 +127,17 @@ class LoopThread:
 
         async def cancel_others() -> None:
             self._is_closing = True
-            others = [task for task in self._calls if task is not asyncio.current_task()]
+            others = self._tasks - {asyncio.current_task()}
             for task in others:
                 task.cancel()
             if others:
                 await asyncio.wait(others, timeout=CLOSE_S)
 
-        self.call_in_time(cancel_others(), 2 * CLOSE_S)
+        self.call_in_time(2 * CLOSE_S, cancel_others)
         self._is_closing = self.is_closed = True
         self.call_soon(self._loop.stop)
         self.thread.join(2 * CLOSE_S)
-        for answer, coroutine in list(self._queued.items()):
-            coroutine.close()
-            answer.cancel()
-        for answer in list(self._calls.values()):  # what did not end
+        for answer in list(self._answers):  # what did not start, or did not end
             answer.cancel()
 
 

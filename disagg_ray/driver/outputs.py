@@ -1,79 +1,41 @@
-"""What the stages of one request made, from a stage's answer to the release of the slots, and each stage's state."""
+"""What the stages of one request made, from a stage's answer to the release of its slots."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from disagg_ray.driver.attempt import Attempt
+from disagg_ray.driver.attempt import Output, StageRun
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.context import RunContext
 from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import Cancelled, PoolError, ReplicaLost, TransferError
 from disagg_ray.graph import LATENTS
-from disagg_ray.replica.messages import Reply
+from disagg_ray.media.video import Frames
+from disagg_ray.replica.messages import Encoded, Reply
+from disagg_ray.replica.sizing import frames_in_piece
+from disagg_ray.replica.stage import RAW
 from disagg_ray.request import ResolvedRequest
-from disagg_ray.result import StageTiming
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 
 logger = logging.getLogger("disagg_ray")
 
 
-@dataclass(eq=False)
-class Output:
-    """Tensors or frames of a stage, and who holds them."""
+@dataclass(frozen=True)
+class Video:
+    """Either the encoded file or the raw frames."""
 
-    key: AttemptKey
-    handoff: Handoff
-    holder: Actor | None
-    """None: the driver's pool."""
-    reply: Reply | None = None
-    """Of the replica that made it."""
-    num_failed_pulls: int = 0
-
-
-@dataclass(eq=False)
-class StageRun:
-    """One stage of one request."""
-
-    name: str
-    output: Output | None = None
-    """What consumers pull: of a replica, or the copy."""
-    copy: Output | None = None
-    """Of finished latents, in the driver's pool."""
-    blocks: dict[str, str] = field(default_factory=dict)
-    """Digests of the blocks that made the output."""
-    timing: StageTiming | None = None
-    computing: asyncio.Task[None] | None = None
-    """Runs the present attempt."""
-    copying: asyncio.Task[None] | None = None
-    """Copies the output into the driver's pool."""
-    attempt: Attempt | None = None
-    """The latest."""
-    num_attempts: int = 0
-    num_run: int = 0
-    """Attempts that a replica was asked to compute."""
-    num_failures: int = 0
-    """Failed computations, each charged to the request."""
-    failed_at: set[str] = field(default_factory=set)
-    """Ids of replicas that failed to compute it, or twice to pull its inputs."""
-    failed_pulls: Counter[str] = field(default_factory=Counter)
-    """Failures to pull its inputs, by id of the replica."""
-
-    @property
-    def is_busy(self) -> bool:
-        return self.computing is not None or self.copying is not None
-
-    @property
-    def tasks(self) -> list[asyncio.Task[None]]:
-        return [task for task in (self.computing, self.copying) if task is not None]
+    data: bytes | None = None
+    frames: Frames | None = None
+    encode_s: float | None = None
+    """Seconds that encoding the file took; None for raw frames."""
 
 
 class Outputs:
@@ -88,7 +50,8 @@ class Outputs:
         latents_file: Path | None,
     ) -> None:
         """Start without outputs; `run_id` names the request's slots in every pool."""
-        self._context, self._graph, self._driver_pool = context, context.graph, context.driver_pool
+        self._graph, self._geometry = context.graph, context.geometry
+        self._fleet, self._driver_pool = context.fleet, context.driver_pool
         self._request, self._run_id, self._stages, self._latents_file = request, run_id, stages, latents_file
         self._keys: list[AttemptKey] = []
         self._images: Handoff | None = None
@@ -111,8 +74,8 @@ class Outputs:
             return
         blocks: dict[str, set[str]] = {}
         for maker in self._graph.upstream(name):
-            blocks |= self._context.fleet.digests_of(maker)
-        shape = self._context.geometry.latents_shape(request.height, request.width, request.num_frames)
+            blocks |= self._fleet.digests_of(maker)
+        shape = self._geometry.latents_shape(request.height, request.width, request.num_frames)
         latents = await off_loop(read_latents, self._latents_file, Wanted(request, blocks, shape))
         if latents is None:
             return
@@ -137,10 +100,10 @@ class Outputs:
 
     def add(self, stage: StageRun, key: AttemptKey, actor: Actor, reply: Reply) -> None:
         """Take what a replica has just computed, unless it died right after its answer; start to copy latents."""
-        if not self._context.fleet.is_serving(actor):
+        if not self._fleet.is_serving(actor):
             return
         output = stage.output = Output(key, reply.handoff, actor, reply)
-        stage.blocks = self._context.fleet.blocks_of(actor)
+        stage.blocks = self._fleet.blocks_of(actor)
         if stage.name == self._graph.kept:
             stage.copying = asyncio.ensure_future(self._copy(stage, output))
 
@@ -163,6 +126,23 @@ class Outputs:
             saving = off_loop(write_latents, self._latents_file, tensors[LATENTS], about)
             self._saving = asyncio.ensure_future(saving)
             await asyncio.shield(self._saving)
+
+    async def fetch_video(self, output: Output) -> Video:
+        """Have the last stage's replica encode the file and return it, or pull the raw frames piece by piece.
+
+        Raises:
+            DisaggError: what failed it.
+        """
+        actor, reply, request = output.holder, output.reply, self._request
+        assert actor is not None and reply is not None, "the driver's pool never holds the last stage's output"
+        if request.format not in RAW:
+            encoded: Encoded = await self._fleet.ask(actor, "encode", output.key, request.fps, request.format)
+            return Video(data=encoded.data, encode_s=encoded.seconds)
+        frames = np.empty((reply.num_frames, request.height, request.width, 3), np.float32)
+        for start in range(0, reply.num_frames, frames_in_piece(request.height * request.width, reply.num_frames)):
+            piece = await self._fleet.ask(actor, "piece", output.key, start)
+            await self._driver_pool.pull_frames(piece, frames[start:])
+        return Video(frames=frames)
 
     def drop(self, stage: StageRun) -> None:
         """Do without a stage's output: the driver's copy replaces it, or it has to be computed again."""
@@ -212,7 +192,7 @@ class Outputs:
         if output.holder is None:
             self._driver_pool.release(output.key)
         else:
-            self._context.fleet.send(output.holder, "release", output.key)
+            self._fleet.send(output.holder, "release", output.key)
 
     async def close(self) -> None:
         """Cancel what computes and copies, and release every slot; one that is being written out stays until then."""
@@ -223,14 +203,14 @@ class Outputs:
             if stage.output is not None and stage.output.holder is not None:
                 self._release(stage.output)
         if self._saving is None:
-            self._release_own(self._keys)
+            self._release_own()
         else:
-            self._saving.add_done_callback(lambda _: self._release_own(self._keys))
+            self._saving.add_done_callback(self._release_own)
             tasks.append(asyncio.shield(self._saving))
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _release_own(self, keys: Iterable[AttemptKey]) -> None:
-        for key in keys:
+    def _release_own(self, _: object = None) -> None:
+        for key in self._keys:
             self._driver_pool.release(key)
 
     def _log(self, message: str, *args: object) -> None:

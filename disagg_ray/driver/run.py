@@ -2,7 +2,7 @@
 
 What a replica holds is lost with it. The loop in `_make_last_output` computes again whatever is missing, starting from
 the outputs that are left. Beside this file: `attempt` follows one attempt to a replica, `outputs` owns the slots,
-`failures` decides what a failure costs, `delivery` fetches the video.
+`failures` decides what a failure costs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 
-from disagg_ray.driver.attempt import Attempt
+from disagg_ray.driver.attempt import Attempt, StageRun
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.context import RunContext
-from disagg_ray.driver.delivery import Video, fetch_video
 from disagg_ray.driver.failures import Failures
 from disagg_ray.driver.metrics import Cause
-from disagg_ray.driver.outputs import Outputs, StageRun
+from disagg_ray.driver.outputs import Outputs, Video
 from disagg_ray.errors import Cancelled, EncodeError, PoolError, ReplicaLost, StageError, TransferError
 from disagg_ray.progress.events import Event, State
 from disagg_ray.replica.messages import Task
@@ -147,7 +146,7 @@ class RequestRun:
         stage, output = self._last, self._last.output
         assert output is not None and output.holder is not None and stage.timing is not None
         try:
-            video = await fetch_video(self._context, self.request, output)
+            video = await self._outputs.fetch_video(output)
         except (ReplicaLost, TransferError, EncodeError, StageError, PoolError) as error:
             blameless = isinstance(error, ReplicaLost | TransferError)
             if blameless and not self._context.fleet.has_stalled(output.holder):

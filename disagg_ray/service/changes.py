@@ -23,23 +23,14 @@ def check_change(before: Config, after: Config) -> None:
     """
     remedy = "it cannot change while the service runs; take it down and up again"
     limits = replace(after.limits, max_queued=before.limits.max_queued)
-    pairs = {
-        "model": (before.model, after.model),
-        "limits": (before.limits, limits),
-        "transport": (before.transport, after.transport),
-        "share_gpu": (before.share_gpu, after.share_gpu),
-        "gpu_turns": (before.gpu_turns, after.gpu_turns),
-        "progress": (before.progress, after.progress),
-        "output": (before.output, after.output),
-        "stages": (set(before.stages), set(after.stages)),
-    }
-    for key, (old, new) in pairs.items():
-        if old != new:
+    for key in ("model", "limits", "transport", "share_gpu", "gpu_turns", "progress", "output"):
+        if getattr(before, key) != (limits if key == "limits" else getattr(after, key)):
             raise ConfigError(f"{key}: {remedy}")
+    if before.stages.keys() != after.stages.keys():
+        raise ConfigError(f"stages: {remedy}")
     for name, stage in before.stages.items():
-        fixed = {key: value for key, value in vars(stage).items() if key not in CHANGEABLE}
-        for key, value in fixed.items():
-            if getattr(after.stages[name], key) != value:
+        for key, value in vars(stage).items():
+            if key not in CHANGEABLE and getattr(after.stages[name], key) != value:
                 raise ConfigError(f"stages.{name}.{key}: {remedy}")
         if stage.torch_threads != after.stages[name].torch_threads:
             raise ConfigError(f"stages.{name}.num_cpus: with it the torch threads change; write num_threads as before")

@@ -73,11 +73,11 @@ class Connection(PipelineApi):
         self._background = BackgroundTasks()
         self._listening: asyncio.Task[None] | None = None
         try:
-            check_same(f"pipeline {name}", Software(*self.loop.call(self._ask("software"))), "this client")
-            if (error := self.loop.call(self._ask("ready"))) is not None:
+            check_same(f"pipeline {name}", Software(*self.loop.call(self._ask, "software")), "this client")
+            if (error := self.loop.call(self._ask, "ready")) is not None:
                 raise error
             self._config = self.snapshot().config
-            self.loop.call(self._begin_to_listen())
+            self.loop.call(self._begin_to_listen)
         except BaseException:
             self.close()
             raise
@@ -190,15 +190,15 @@ class Connection(PipelineApi):
         Raises:
             ReplicaLost: it did not, or it hangs.
         """
-        self.loop.call(self._ask_within(RETURN_S, "snapshot"))  # a supervisor that starts answers this too
-        self.loop.call(self._ask("ready"))
-        snapshot: Snapshot = self.loop.call(self._ask_within(RETURN_S, "snapshot"))
+        self.loop.call(self._ask_within, RETURN_S, "snapshot")  # a supervisor that starts answers this too
+        self.loop.call(self._ask, "ready")
+        snapshot: Snapshot = self.loop.call(self._ask_within, RETURN_S, "snapshot")
         return snapshot
 
     def health(self) -> dict[str, Health]:
         """Ask every replica how it is, by name."""
         timeout_s = self.config.failures.answer_s + RETURN_S
-        health: dict[str, Health] = self.loop.call(self._ask_within(timeout_s, "health"))
+        health: dict[str, Health] = self.loop.call(self._ask_within, timeout_s, "health")
         return health
 
     @property
@@ -239,7 +239,7 @@ class Connection(PipelineApi):
         if self.loop.is_closed:
             return
         self.drain(0)
-        self.loop.call_in_time(self._end(), 2 * LEAVE_S)
+        self.loop.call_in_time(2 * LEAVE_S, self._end)
         self.loop.close()
         if self.listener is not None:
             self.listener.close()

@@ -6,27 +6,22 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 
 from disagg_ray.config.schema import REPLICA_WINDOW, Config
-from disagg_ray.driver.engine import Engine
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.host import EngineHost
 from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.metrics import Reason
 from disagg_ray.driver.threads import off_loop
-from disagg_ray.errors import DisaggError
 from disagg_ray.models.identity import identify_setup
 from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
-from disagg_ray.replica.messages import Health
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.scheduling.admission import Admission
 from disagg_ray.scheduling.work import measure
@@ -49,58 +44,32 @@ class ServicePipeline:
         self.loop = LoopThread(name)
         self._changing = asyncio.Lock()
         admission = Admission(sys.maxsize, 0)  # the supervisor bounds how many requests of a client wait
-        self._host = EngineHost(config, name, ServiceFleet, admission, self.loop, Listener(on_event))
+        self.host = EngineHost(config, name, ServiceFleet, admission, self.loop, Listener(on_event))
+        self.engine, self.fleet = self.host.engine, self.host.engine.fleet
         try:
-            self.setup = identify_setup(self.config)
+            self.setup = identify_setup(self.engine.config)
             """Digest of all that besides their requests decides the videos."""
-            self.loop.call(self._admit())
+            self.loop.call(self._admit)
         except BaseException:
-            self.close()
+            self.host.close()
             raise
 
     async def _admit(self) -> None:
-        self.engine.admission.resize(_room(self.config))
+        self.engine.admission.resize(_room(self.engine.config))
         self.engine.background.start("scale", self._scale)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def engine(self) -> Engine[ServiceFleet]:
-        return self._host.engine
-
-    @property
-    def fleet(self) -> ServiceFleet:
-        return self.engine.fleet
-
-    @property
-    def config(self) -> Config:
-        """The configuration in force."""
-        return self.engine.config
-
-    @property
-    def failure(self) -> DisaggError | None:
-        """Why no request can be served at present."""
-        return self.engine.failure
 
     def enqueue(
         self, request: ResolvedRequest, images: dict[str, torch.Tensor], latents_file: Path | None, client: str
     ) -> Handle:
         """Queue a request of a client; never waits."""
         handle = Handle(request, self.loop)
-        run = self.engine.run(handle, lambda: None, images=images, latents_file=latents_file, wait=False, client=client)
-        self.loop.start(handle.future, run)
+        run = partial(self.engine.run, images=images, latents_file=latents_file, wait=False, client=client)
+        self.loop.start(handle.future, run, handle, lambda: None)
         return handle
 
     def scale(self, stage: str, replicas: int) -> Future[None]:
         """Give a stage another number of replicas; the future fails with a ConfigError where that is invalid."""
-        change = partial(scaled, stage=stage, replicas=replicas)
-        return self._start(self._change(change, "asked", f"{replicas} were asked for"))
+        return self._start(partial(scaled, stage=stage, replicas=replicas), "asked", f"{replicas} were asked for")
 
     def change(self, config: Config) -> Future[None]:
         """Change to another configuration, replica by replica, losing no request; done when all replicas serve.
@@ -108,17 +77,17 @@ class ServicePipeline:
         The future fails, and all stays as it was, with a ConfigError where the new configuration has another graph,
         model or size of a pool, and with a DisaggError where a replica does not start.
         """
-        return self._start(self._change(partial(changed, after=config), "config", "a new configuration was given"))
+        return self._start(partial(changed, after=config), "config", "a new configuration was given")
 
-    def _start(self, change: Coroutine[Any, Any, None]) -> Future[None]:
+    def _start(self, make: Callable[[Config], Config], reason: Reason, detail: str) -> Future[None]:
         answer: Future[None] = Future()
-        self.loop.start(answer, change)
+        self.loop.start(answer, self._change, make, reason, detail)
         return answer
 
     async def _change(self, make: Callable[[Config], Config], reason: Reason, detail: str) -> None:
         """Change to what `make` returns for the configuration in force; one change at a time, so that none is lost."""
         async with self._changing:
-            before = self.config
+            before = self.engine.config
             config = make(before)
             await (self.fleet.roll_out if reason == "config" else self.fleet.resize)(config)
             for stage, settings in config.stages.items():
@@ -128,19 +97,18 @@ class ServicePipeline:
                     self.engine.metrics.scaled(stage, old, new, reason)
             if reason == "config":
                 self.setup = await asyncio.to_thread(identify_setup, config)
-            self.engine.config = config
             self.engine.admission.resize(_room(config))
 
     async def _scale(self) -> None:
         """Let the load decide the number of replicas of stages whose configuration gives bounds."""
-        settings = self.config.service
+        settings = self.engine.config.service
         scaler = Scaler(settings)
         while True:
             await asyncio.sleep(DECIDE_S)
-            if settings != self.config.service:
-                settings = self.config.service
+            if settings != self.engine.config.service:
+                settings = self.engine.config.service
                 scaler = Scaler(settings)
-            for stage, limits in self.config.stages.items():
+            for stage, limits in self.engine.config.stages.items():
                 if limits.max_replicas is None or limits.min_replicas is None:
                     continue
                 if self._changing.locked():  # what is decided now would be for an outdated configuration
@@ -152,7 +120,7 @@ class ServicePipeline:
 
     async def _load_of(self, stage: str) -> Load:
         room = await off_loop(self.fleet.room_for, stage)
-        settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]
+        settings, scheduler = self.engine.config.stages[stage], self.fleet.schedulers[stage]
         queued_s = sum(scheduler.expect(*measure(request, settings.blocks)) for request in self.engine.queued)
         return Load(
             least=settings.min_replicas or settings.replicas,
@@ -165,10 +133,6 @@ class ServicePipeline:
             room=room,
         )
 
-    def health(self) -> dict[str, Health]:
-        """Ask every replica for its health, by name; those that turn out to be lost are left out."""
-        return self.loop.call(self.engine.health())
-
     def note_restart(self, name: str) -> None:
         """Have the metrics count a background task of the supervisor that was started again."""
         self.loop.call_soon(self.engine.metrics.task_restarted, name)
@@ -177,24 +141,16 @@ class ServicePipeline:
         """Return how many requests wait to be admitted, and the state of each stage."""
 
         async def look() -> tuple[int, tuple[StageState, ...]]:
-            return len(self.engine.queued), tuple(self._state(stage) for stage in self.config.stages)
+            return len(self.engine.queued), tuple(self._state(stage) for stage in self.engine.config.stages)
 
-        return self.loop.call(look())
+        return self.loop.call(look)
 
     def _state(self, stage: str) -> StageState:
-        settings, scheduler = self.config.stages[stage], self.fleet.schedulers[stage]
+        settings, scheduler = self.engine.config.stages[stage], self.fleet.schedulers[stage]
         names = {info.name for info in self.fleet.replicas if info.stage == stage}
         max_vram_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
         numbers = settings.num_replicas, len(scheduler.replicas), scheduler.num_running, scheduler.num_waiting
         return StageState(stage, *numbers, max_vram_bytes)
-
-    def drain(self, grace_s: float) -> None:
-        """Admit no more requests, give those that run `grace_s`, then cancel them. `close` comes after."""
-        self.loop.call(self.engine.drain(grace_s))
-
-    def close(self) -> None:
-        """Cancel what runs and end the replicas; see `EngineHost.close`. Idempotent."""
-        self._host.close()
 
 
 def _room(config: Config) -> int:

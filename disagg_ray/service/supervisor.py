@@ -158,7 +158,7 @@ class Supervisor:
             if asked.keep:
                 await asyncio.to_thread(self._keep.tidy)
             driver = self._driver(run_id)
-            await self._make_room(driver, asked, pipeline.config, wait=wait)
+            await self._make_room(driver, asked, pipeline.engine.config, wait=wait)
             if run_id not in self._drivers:
                 return Cancelled(f"request {asked.request.id}: its driver {run_id} left, or was not heard of")
             driver = self._driver(run_id)  # it may have been away meanwhile
@@ -237,7 +237,7 @@ class Supervisor:
         if done:
             await asyncio.to_thread(self._keep.drop, run_id, done)
         try:
-            async with asyncio.timeout(pipeline.config.service.client_timeout_s / 4):
+            async with asyncio.timeout(pipeline.engine.config.service.client_timeout_s / 4):
                 await driver.told.wait()
         except TimeoutError:
             return []
@@ -264,7 +264,7 @@ class Supervisor:
 
     async def _watch(self, driver: _Client) -> None:
         """Cancel what a driver asked for once it has not been heard of for `service.client_timeout_s`."""
-        timeout_s = (await self._standing()).config.service.client_timeout_s
+        timeout_s = (await self._standing()).engine.config.service.client_timeout_s
         while (left := driver.seen + timeout_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
         if self._drivers.get(driver.run_id) is driver:
@@ -296,15 +296,16 @@ class Supervisor:
             return replace(about, state=f"failed: {error}")
         pipeline = await self._standing()
         queued, stages = await asyncio.to_thread(pipeline.survey)
-        state = f"failed: {pipeline.failure}" if pipeline.failure else "ready"
+        engine, fleet = pipeline.engine, pipeline.fleet
+        state = f"failed: {engine.failure}" if engine.failure else "ready"
         return replace(
-            about, state=state, config=pipeline.config, queued=queued, stages=stages, replicas=pipeline.fleet.replicas,
-            num_restarts=dict(pipeline.fleet.num_restarts), rollout=pipeline.fleet.rollout,
-            driver_bytes_in_use=pipeline.engine.driver_bytes_in_use,
+            about, state=state, config=engine.config, queued=queued, stages=stages, replicas=fleet.replicas,
+            num_restarts=dict(fleet.num_restarts), rollout=fleet.rollout,
+            driver_bytes_in_use=engine.driver_bytes_in_use,
         )  # fmt: skip
 
     async def health(self) -> dict[str, Health]:
-        return await asyncio.to_thread((await self._standing()).health)
+        return await asyncio.to_thread((await self._standing()).host.health)
 
     async def scale(self, stage: str, replicas: int) -> DisaggError | None:
         try:
@@ -325,6 +326,6 @@ class Supervisor:
         """Give what runs so many seconds, then end the replicas and leave nothing behind."""
         if self._starting.done() and self._starting.exception() is None:
             pipeline = await self._standing()
-            await asyncio.to_thread(pipeline.drain, grace_s)
-            await asyncio.to_thread(pipeline.close)
+            await asyncio.to_thread(pipeline.host.drain, grace_s)
+            await asyncio.to_thread(pipeline.host.close)
         await asyncio.to_thread(self._keep.clear)
