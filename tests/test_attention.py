@@ -76,7 +76,7 @@ def test_where_it_cannot_run_it_is_refused_by_key() -> None:
 
 
 @pytest.mark.parametrize("shape", ["tiny-t2v", "tiny-i2v"])
-def test_the_fused_rotary_embedding_equals_stock_s_but_for_rounding(shape: str) -> None:
+def test_the_fused_rotary_embedding_equals_stock_s(shape: str) -> None:
     transformer = build_random(get_shape(shape).transformer, "float32", "cpu")
     expected = forward(transformer)
     fuse_rotary(transformer)

@@ -219,6 +219,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "stages.*.cache_bytes": Seen("stages.encoder.cache_bytes=1000000", pools),
     "stages.*.denoiser.attention": Shown(OPTIONS + "test_option_changes_nothing_but_rounding"),
     "stages.*.denoiser.compile": Shown(OPTIONS + "test_compiled_denoiser_goes_with_cache_and_offload"),
+    "stages.*.denoiser.fuse": Shown("test_attention.py::test_the_fused_rotary_embedding_equals_stock_s"),
     "stages.*.denoiser.step_cache.method": Shown(OPTIONS + "test_step_cache_equals_stock_s_and_starts_empty"),
     "stages.*.denoiser.step_cache.threshold": Shown(OPTIONS + "test_step_cache_equals_stock_s_and_starts_empty"),
     "stages.*.denoiser.step_cache.interval": Shown(OPTIONS + "test_step_cache_equals_stock_s_and_starts_empty"),
@@ -228,6 +229,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "stages.*.denoiser.loras[*].path": Shown(OPTIONS + "test_two_loras_equal_stock_s"),
     "stages.*.denoiser.loras[*].strength": Shown(OPTIONS + "test_lora_counts_by_its_strength"),
     "stages.*.denoiser.loras[*].transformer": Shown(OPTIONS + "test_two_loras_equal_stock_s"),
+    "stages.*.vae.dtype": Shown("test_speed.py::test_keys_of_the_user_stay_and_stages_on_the_cpu_are_left_alone"),
     "stages.*.vae.channels_last": Shown(OPTIONS + "test_option_changes_nothing_but_rounding"),
     "stages.*.vae.compile": Shown(OPTIONS + "test_compiled_vae_makes_the_same_frames"),
     "stages.*.vae.autotune": Refused("stages.decoder.vae.autotune=true", "must be false: the stage runs on the CPU"),
@@ -267,6 +269,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "service.latents_expire_s": Seen("service.latents_expire_s=1e-9", kept),
     "progress": Shown("test_keys.py::test_without_progress_replicas_tell_of_no_step"),
     "output.scale": Shown("test_cli.py::test_local_run_writes_a_video_that_decodes"),
+    "speed": Shown("test_speed.py::test_fast_sets_what_is_fast_at_the_default_size"),
     "fused": Seen("fused=true", graph),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ ON_GPU = tuple(f"stages.{stage}.num_gpus=1" for stage in ("encoder", "transforme
 FIRST_BLOCK = (f"{DENOISER}.step_cache.method=first_block", f"{DENOISER}.step_cache.threshold=10")
 
 CLOSE = {
+    "fused passes": (f"{DENOISER}.fuse=true",),
     "attention by name": (f"{DENOISER}.attention=_native_math",),
     "fastest attention": (f"{DENOISER}.attention=auto", f"stages.transformer.warm_up={SIZE}"),
     "channels last": (f"{VAE}.channels_last=true",),

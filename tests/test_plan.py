@@ -191,7 +191,7 @@ def test_a_kind_needs_a_profile_or_a_speed() -> None:
     gpus, profiles = parse_gpus("1xH200,1xL40S"), {"H200": make_profile()}
     with pytest.raises(PlanError, match="no profile of L40S"):
         equip(gpus, profiles, {})
-    with pytest.raises(PlanError, match=r"invalid --speed 'L4'=0\.5"):
+    with pytest.raises(PlanError, match=r"invalid --factors 'L4'=0\.5"):
         equip(gpus, profiles, {"L4": 0.5})
     with pytest.raises(PlanError, match="memory of RTX9 is not known"):
         equip(parse_gpus("1xRTX9"), profiles, {"RTX9": 1.0})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from disagg_ray.transfer.allocator import plain_segments
+from disagg_ray.transfer.allocator import grow_segments, plain_segments
 
 read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # torch 2.11 has none
 
@@ -31,3 +31,19 @@ def test_other_settings_are_left_alone(settings: str, monkeypatch: pytest.Monkey
     with plain_segments():
         assert read() == before
     assert read() == before
+
+
+def test_segments_grow_unless_the_user_has_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read()
+    try:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+        grow_segments()
+        assert read() == before
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+        grow_segments()
+        assert read() == "expandable_segments:True"
+        with plain_segments():
+            assert read() == "expandable_segments:False"
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before)

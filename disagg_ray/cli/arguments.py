@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from disagg_ray.config.speed import SPEEDS
 from disagg_ray.errors import InputError
 
 EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
@@ -24,5 +25,16 @@ class Parser(argparse.ArgumentParser):
 def config_parser(name: str, command: Callable[..., int]) -> Parser:
     """Return the parser of a command that takes configuration overrides."""
     parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    add_overrides(parser)
     return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add configuration overrides, and `--speed` as one of them."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    parser.add_argument("--speed", choices=SPEEDS, help="exact frames (the default), fast, or in the smallest memory")
+
+
+def overrides_of(options: argparse.Namespace) -> list[str]:
+    """Return all overrides of a command, those of flags last."""
+    return [*options.overrides, *([f"speed={options.speed}"] if options.speed else [])]

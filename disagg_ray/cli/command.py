@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disagg_ray.cli import console, logs
-from disagg_ray.cli.arguments import Parser, config_parser
+from disagg_ray.cli.arguments import Parser, config_parser, overrides_of
 from disagg_ray.cli.generate import generate
 from disagg_ray.cli.plan import plan, profile
 from disagg_ray.cli.service import down, ls, scale, up
@@ -66,7 +66,12 @@ def show_config(argv: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.docs == (options.config is not None):
         raise InputError("--config: give a YAML file to resolve, or --docs for every key, and not both")
-    print(to_markdown() if options.docs else to_yaml(load_config(options.config, *options.overrides)), end="")
+    if options.docs:
+        print(to_markdown(), end="")
+        return 0
+    overrides = overrides_of(options)
+    plain = load_config(options.config, *overrides, "speed=exact")
+    print(to_yaml(load_config(options.config, *overrides), plain), end="")
     return 0
 
 
@@ -101,11 +106,12 @@ def doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument("--output", help="check also that a video can be written there")
     options = parser.parse_intermixed_args(argv)
-    if options.overrides and not options.config:
-        raise InputError(f"--config: not given, so {options.overrides[0]!r} has nothing to override; give a YAML file")
+    overrides = overrides_of(options)
+    if overrides and not options.config:
+        raise InputError(f"--config: not given, so {overrides[0]!r} has nothing to override; give a YAML file")
     if options.connect and (options.config or options.local):
         raise InputError("--connect: it goes without --config and --local: what stands is checked as it stands")
-    config = load_config(options.config, *options.overrides) if options.config else None
+    config = load_config(options.config, *overrides) if options.config else None
     from disagg_ray.doctor import check_place, examine, examine_service, exit_status, print_checks, to_json
 
     if options.connect:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_ray.cli import logs
-from disagg_ray.cli.arguments import config_parser
+from disagg_ray.cli.arguments import config_parser, overrides_of
 from disagg_ray.config.docs import field_docs
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
@@ -153,14 +153,15 @@ def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> N
 def _check_source(options: argparse.Namespace) -> None:
     if (options.config is None) == (options.connect is None):
         raise InputError("--config: give it, or the NAME of a service as --connect, and not both")
-    if options.connect is not None and (options.overrides or options.local):
-        given = options.overrides[0] if options.overrides else "--local"
+    overrides = overrides_of(options)
+    if options.connect is not None and (overrides or options.local):
+        given = overrides[0] if overrides else "--local"
         raise InputError(f"--connect: {given} has no effect on a service; leave it out, or use `up`")
 
 
 def _config_of(options: argparse.Namespace) -> Config:
     if options.config is not None:
-        return load_config(options.config, *options.overrides)
+        return load_config(options.config, *overrides_of(options))
     from disagg_ray.service.client import fetch_config
 
     return fetch_config(options.connect)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disagg_ray.cli.arguments import config_parser
+from disagg_ray.cli.arguments import config_parser, overrides_of
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import PlanError
@@ -30,7 +30,7 @@ def profile(argv: Sequence[str]) -> int:
     parser.add_argument("--format", default="mp4", help="of the file whose encoding is measured: mp4, gif, png or npy")
     parser.add_argument("--repeats", type=int, default=2, help="times each is measured, after a first time that is not")
     options = parser.parse_intermixed_args(argv)
-    config = load_config(options.config, *options.overrides)
+    config = load_config(options.config, *overrides_of(options))
     requests = _requests_to_profile(config, options.sizes, options.steps, options.format)
     if options.repeats < 1:
         raise PlanError(f"invalid --repeats={options.repeats}: must be at least 1")
@@ -78,7 +78,9 @@ def plan(argv: Sequence[str]) -> int:
         "--gpus", required=True, help="COUNTxKIND, comma separated, as 8xH200,4xL40S; KIND:GB says the memory"
     )
     parser.add_argument(
-        "--speed", default="", help="KIND=FACTOR, comma separated: of kinds without a profile, to the profile's"
+        "--factors",
+        default="",
+        help="KIND=FACTOR, comma separated: the speed of kinds without a profile, to the profile's",
     )
     parser.add_argument("--requests", type=int, help="that come at once and are to be done soonest; else: steady state")
     parser.add_argument("--output", type=Path, help="where to write the YAML too, building on --config")
@@ -93,7 +95,7 @@ def plan(argv: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.output is not None:
         check_file(options.output, "output")
-    config = load_config(options.config, *options.overrides)
+    config = load_config(options.config, *overrides_of(options))
     asked = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     request, _ = resolve(
         Request("a cat", **{name: getattr(options, name) for name in asked}),
@@ -108,7 +110,7 @@ def plan(argv: Sequence[str]) -> int:
     from disagg_ray.report.tables import print_plan
 
     hardware = planning.equip(
-        planning.parse_gpus(options.gpus), _read_profiles(options.profile), _speeds(options.speed)
+        planning.parse_gpus(options.gpus), _read_profiles(options.profile), _factors(options.factors)
     )
     load = Load(
         request.height, request.width, request.num_frames, request.num_inference_steps * (2 if request.guided else 1)
@@ -140,8 +142,8 @@ def _read_profiles(text: str) -> dict[str, Profile]:
     return found
 
 
-def _speeds(text: str) -> dict[str, float]:
+def _factors(text: str) -> dict[str, float]:
     try:
         return {kind: float(factor) for kind, _, factor in (part.partition("=") for part in text.split(",") if part)}
     except ValueError as error:
-        raise PlanError(f"speed: {text!r} is not KIND=FACTOR, as L40S=0.35") from error
+        raise PlanError(f"--factors: {text!r} is not KIND=FACTOR, as L40S=0.35") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from disagg_ray.cli.arguments import EPILOG, Parser
+from disagg_ray.cli.arguments import EPILOG, Parser, add_overrides, overrides_of
 from disagg_ray.config.deployment import check_joining
 from disagg_ray.config.load import load_config
 from disagg_ray.errors import InputError
@@ -17,14 +17,14 @@ def up(argv: Sequence[str]) -> int:
     """Put a pipeline up that stays, for many drivers; one that stands becomes what is given, replica by replica."""
     parser = Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
     parser.add_argument("name", metavar="NAME", help="what drivers will call it")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    add_overrides(parser)
     parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
     parser.add_argument("--only", metavar="STAGE", help="start this stage; the last one makes the pipeline ready")
     parser.add_argument("--here", action="store_true", help="with --only: on this machine")
     options = parser.parse_intermixed_args(argv)
     if options.here and options.only is None:
         raise InputError("--here: it goes with --only STAGE; give both, or neither")
-    config = load_config(options.config, *options.overrides)
+    config = load_config(options.config, *overrides_of(options))
     check_joining(config.cluster, config.cluster.address or "this machine")
     check_model(config, whole=False)
     _join_for(options.name, config.cluster.address)

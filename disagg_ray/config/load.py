@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from disagg_ray.config.fusing import fuse
 from disagg_ray.config.rules import Kind
 from disagg_ray.config.schema import Config
-from disagg_ray.config.tree import Tree, parse
+from disagg_ray.config.speed import preset_stages
+from disagg_ray.config.tree import Tree, parse, to_tree
 from disagg_ray.config.typed import Layer, build, is_text, refuse
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import ConfigError
@@ -34,8 +35,9 @@ def load_config(path: str | Path, *overrides: str) -> Config:
         _read_stages(layer, _stages(merged))
         merged = _merge(merged, _sections(SCHEMA, layer))
     _check_groups(_stages(merged))
-    config = build(Config, merged)
-    assert isinstance(config, Config)
+    config: Config = build(Config, merged)
+    if stages := preset_stages(config):
+        config = build(Config, _merge(_sections(SCHEMA, to_tree({"stages": stages})), merged))
     folder = expand_home(config.model.path)
     if folder.is_dir():  # replicas have other working folders
         config = replace(config, model=replace(config.model, path=str(folder.absolute())))
@@ -204,9 +206,36 @@ def _parse_text(key: str, text: str) -> Tree:
     return tree
 
 
-def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML, passwords hidden."""
-    return OmegaConf.to_yaml(OmegaConf.create(_masked(asdict(config))))
+def to_yaml(config: Config, plain: Config | None = None) -> str:
+    """Return the resolved configuration as YAML, passwords hidden.
+
+    `plain` is the same without its preset: what differs is marked with `# speed=...`.
+    """
+    values = _masked(asdict(config))
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    if plain is None or config.speed == "exact":
+        return text
+    return _mark(text, _changed(values, _masked(asdict(plain))), f"  # speed={config.speed}")
+
+
+def _changed(values: Any, others: Any, key: str = "") -> set[str]:
+    """Return the dotted keys whose values differ, of two trees of the same keys."""
+    if not isinstance(values, dict):
+        return {key} if values != others else set()
+    return {k for name, value in values.items() for k in _changed(value, others[name], f"{key}.{name}".strip("."))}
+
+
+def _mark(text: str, keys: set[str], mark: str) -> str:
+    """Append a mark to the lines of YAML that hold some dotted keys."""
+    path: list[str] = []
+    lines = []
+    for line in text.splitlines():
+        name, colon, _ = line.strip().partition(":")
+        is_key = bool(colon) and not name.startswith("-")
+        if is_key:
+            path = [*path[: (len(line) - len(line.lstrip())) // 2], name]
+        lines.append(line + (mark if is_key and ".".join(path) in keys - {"speed"} else "") + "\n")
+    return "".join(lines)
 
 
 def _masked(value: Any) -> Any:

@@ -27,6 +27,9 @@ TILES = "tiles_"
 """What the names of their outputs begin with; a number from 1 follows."""
 
 
+Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
+
+
 @dataclass(frozen=True)
 class StepCacheConfig(Section):
     """Diffusers' step caches: skip denoiser work by reusing what the step before computed. Changes the frames.
@@ -81,6 +84,9 @@ class DenoiserConfig(Section):
     compile: Annotated[str, one_of("default", "max-autotune-no-cudagraphs")] | None = None
     """torch.compile mode of the repeated blocks: default or max-autotune-no-cudagraphs. Costs minutes at the first
     request of each size (see warm_up). null: eager."""
+    fuse: bool = False
+    """Fewer passes over activations: GELU within its matrix product, rotary embedding in one pass. Changes the frames
+    by rounding."""
     step_cache: StepCacheConfig = field(default_factory=StepCacheConfig)
     """Skips work from step to step."""
     quantization: Annotated[str, one_of("none", "fp8_storage", "fp8")] = "none"
@@ -100,6 +106,8 @@ class DenoiserConfig(Section):
 class VaeConfig(Section):
     """How the stage's VAE runs."""
 
+    dtype: Dtype | None = None
+    """Precision of the VAE in this stage; null: the stage's dtype, or else model.dtype.vae."""
     channels_last: bool = False
     """Use the memory layout that tensor cores prefer for kernels and activations. Changes the frames by rounding."""
     compile: bool = False

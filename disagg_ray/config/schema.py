@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Annotated, Self
 
 from disagg_ray.config.deployment import ClusterConfig, FailuresConfig, OutputConfig, ServiceConfig
-from disagg_ray.config.options import SCHEDULERS, parse_part
+from disagg_ray.config.options import SCHEDULERS, Dtype, parse_part
 from disagg_ray.config.rules import (
     Check,
     Count,
@@ -26,7 +26,8 @@ from disagg_ray.config.rules import (
     enforce,
     one_of,
 )
-from disagg_ray.config.stages import Dtype, StageConfig, cut_rules, sharing_rules
+from disagg_ray.config.speed import SPEEDS
+from disagg_ray.config.stages import StageConfig, cut_rules, sharing_rules
 from disagg_ray.errors import ConfigError
 from disagg_ray.text import MASK
 
@@ -189,6 +190,9 @@ class TransportConfig(Section):
 class Config(Section):
     """The stages, and switches of the whole pipeline."""
 
+    speed: Annotated[str, one_of(*SPEEDS)] = "exact"
+    """Preset of the speed and memory keys that you leave out, of stages on a GPU: exact (frames of stock diffusers bit
+    for bit), fast or smallest. `disagg-ray config` marks what it set; docs/speed.md says what it costs in frames."""
     model: ModelConfig = field(default_factory=ModelConfig)
     defaults: DefaultsConfig = field(default_factory=DefaultsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -250,4 +254,6 @@ class Config(Section):
     def dtype_of(self, stage: str, component: str) -> str:
         """Return the precision in which a stage holds a component's weights."""
         name = "transformer" if component == "transformer_2" else component
+        if component == "vae" and (own := self.stages[stage].vae.dtype) is not None:
+            return own
         return self.stages[stage].dtype or str(getattr(self.model.dtype, name, "float32"))

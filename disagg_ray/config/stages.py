@@ -11,14 +11,13 @@ from disagg_ray.config.options import (
     OFFLOADS,
     TEXT_ENCODER,
     DenoiserConfig,
+    Dtype,
     VaeConfig,
     name_parts,
     parse_part,
 )
 from disagg_ray.config.rules import MULTIPLE, Bytes, Check, Count, Rule, Section, at_least, one_of
 from disagg_ray.text import did_you_mean, nearest, printable
-
-Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 
 
 def _replicas_instead(num_gpus: float) -> str:

@@ -48,6 +48,13 @@ def _flow(tree: Tree) -> str:
     return repr(tree.value) if tree.quoted else tree.value
 
 
+def to_tree(value: Any) -> Tree:
+    """Return dictionaries, lists and scalars as if they had been written."""
+    if isinstance(value, dict):
+        return Tree({key: to_tree(each) for key, each in value.items()})
+    return Tree([to_tree(each) for each in value] if isinstance(value, list) else str(value))
+
+
 def parse(text: str, source: str, file: str = "") -> Tree:
     """Read YAML; `file` names the file it is, if it is one. Nothing of a text that is refused is repeated.
 

@@ -26,6 +26,7 @@ from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.models.attention import fastest_attention, set_attention
 from disagg_ray.models.lora import load_loras
+from disagg_ray.models.wan.fusing import fuse_activation, fuse_rotary
 
 CACHES = {
     "first_block": FirstBlockCacheConfig,
@@ -56,6 +57,9 @@ def tune_transformer(
         auto = options.attention == "auto"
         backend = fastest_attention(transformer, sizes, text_tokens) if auto else options.attention
         set_attention(f"{key}.attention", transformer, backend)
+    if options.fuse:
+        fuse_rotary(transformer)
+        fuse_activation(transformer)
     if options.compile is not None:  # below the hooks of caches and offloading, which no graph could hold
         for block in transformer.blocks:
             block.forward = torch.compile(block.forward, mode=options.compile, fullgraph=True)

@@ -69,14 +69,16 @@ def equip(
         raise PlanError("profile: give one, or several of the same model and stages")
     for kind, speed in speeds.items():
         if kind not in gpus or speed <= 0:
-            raise PlanError(f"invalid --speed {shown(kind)}={speed:g}: must be a positive number for a kind in --gpus")
+            raise PlanError(
+                f"invalid --factors {shown(kind)}={speed:g}: must be a positive number for a kind in --gpus"
+            )
     hardware = []
     for kind, (count, given) in gpus.items():
         profile = profiles.get(kind)
         if profile is None and (kind not in speeds or len(profiles) != 1):
             raise PlanError(
                 f"gpus: no profile of {kind}, only of {', '.join(profiles)}; measure there with `disagg-ray profile` "
-                f"and give --profile {kind}=FILE, or give its relative speed, as --speed {kind}=0.35"
+                f"and give --profile {kind}=FILE, or give its relative speed, as --factors {kind}=0.35"
             )
         memory = given or (profile.memory_bytes if profile is not None else MEMORY_GB.get(kind, 0) * 1_000_000_000)
         if not memory:

@@ -47,6 +47,7 @@ from disagg_ray.replica.stage import Stage
 from disagg_ray.result import StageTiming
 from disagg_ray.scheduling.blame import poisons
 from disagg_ray.text import printable
+from disagg_ray.transfer.allocator import grow_segments
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 
@@ -115,6 +116,8 @@ class Replica:
         if FRAMES in self._stage.ports.outputs:
             check_writer("mp4")
         host = host or ray.util.get_node_ip_address()
+        if self._stage.device == "cuda":
+            grow_segments()
         self._sender = Sender(credentials)
         self._stage.connect(graph)
         transport, device, cache_bytes = self._config.transport, self._stage.device, self._stage.cache_bytes

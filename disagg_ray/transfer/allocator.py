@@ -1,4 +1,4 @@
-"""How torch takes memory of a GPU where the user has its segments grow (`expandable_segments`)."""
+"""How torch takes memory of a GPU: in segments that grow (`expandable_segments`), but for what Mooncake registers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from contextlib import contextmanager
 
 import torch
 
-from disagg_ray.environment import cuda_allocator
+from disagg_ray import environment
 
 _GROWING = re.compile(r"(expandable_segments\s*:\s*)True")
+
+
+GROWING = "expandable_segments:True"
+
+
+def grow_segments() -> None:
+    """Have torch's segments of GPU memory grow, so that fewer holes are left; what the user has set stays."""
+    if not environment.cuda_allocator():
+        environment.default("PYTORCH_CUDA_ALLOC_CONF", GROWING)
+        torch._C._accelerator_setAllocatorSettings(GROWING)  # torch may have read the variable already
 
 
 @contextmanager
@@ -19,7 +29,7 @@ def plain_segments() -> Iterator[None]:
 
     Segments that grow are no such memory. The user's other settings stay: torch would forget what is not named again.
     """
-    settings = cuda_allocator()
+    settings = environment.cuda_allocator()
     plain, found = _GROWING.subn(r"\1False", settings)
     if not found:
         yield

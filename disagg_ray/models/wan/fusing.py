@@ -21,7 +21,9 @@ def fuse_activation(transformer: Any) -> None:
     """Have the feed-forward's first matrix product apply bias and GELU before it writes; of plain weights on a GPU."""
     for block in transformer.blocks:
         linear = block.ffn.net[0].proj
-        if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.is_cuda:
+        if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:  # LoRA, torchao
+            continue
+        if linear.weight.is_cuda and linear.weight.dtype.itemsize > 1:
             block.ffn.net[0].forward = partial(_linear_gelu, linear)
 
 
