@@ -31,8 +31,9 @@ class LocalPipeline:
         self._on_event = on_event
         stages = {name: Stage(name, config) for name in config.stages}
         self.graph = build_graph([stage.ports for stage in stages.values()])
-        self._stages = [stages[name] for name in self.graph.order]
-        for stage in self._stages:
+        self.stages = [stages[name] for name in self.graph.order]
+        """In the order they run."""
+        for stage in self.stages:
             stage.connect(self.graph)
             stage.load()
 
@@ -56,7 +57,7 @@ class LocalPipeline:
     @property
     def weights(self) -> dict[str, dict[str, int]]:
         """Bytes of each component, by stage."""
-        return {stage.name: stage.weights for stage in self._stages}
+        return {stage.name: stage.weights for stage in self.stages}
 
     def generate(self, request: Request) -> Result:
         """Generate one video; see `Pipeline.generate`."""
@@ -66,7 +67,7 @@ class LocalPipeline:
         started = time.monotonic()
         tensors: dict[str, torch.Tensor] = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
         timings, frames = [], None
-        for stage in self._stages:
+        for stage in self.stages:
             began, begin = time.time(), time.monotonic()
             wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
             self._report(resolved, stage.name, "running")
@@ -95,7 +96,7 @@ class LocalPipeline:
 
     def close(self) -> None:
         """Drop the weights."""
-        self._stages = []
+        self.stages = []
 
 
 def _timing(stage: Stage, began: float, seconds: float) -> StageTiming:

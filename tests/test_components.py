@@ -129,7 +129,7 @@ def test_a_modular_index_is_never_read(folder: Path) -> None:
         auto_map={"ModularPipelineBlocks": "code.Blocks"},
     )
     with LocalPipeline.from_config(CONF, f"model.path={folder}") as pipeline:
-        assert type(pipeline._stages[-1].component("vae")).__name__ == "AutoencoderKLWan"
+        assert type(pipeline.stages[-1].component("vae")).__name__ == "AutoencoderKLWan"
 
 
 @pytest.mark.parametrize("name", KINDS)

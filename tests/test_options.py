@@ -107,7 +107,7 @@ def test_offloading_changes_nothing_but_rounding(
     start: Callable[..., LocalPipeline], plain: Callable[..., np.ndarray], how: str
 ) -> None:
     pipeline = start()
-    for stage in pipeline._stages:
+    for stage in pipeline.stages:
         offload(stage, how)
     assert np.abs(frames(pipeline) - plain()).max() < 1e-4
 
@@ -148,7 +148,7 @@ def test_step_cache_equals_stock_s_and_starts_empty(
 def test_cancelled_request_leaves_no_step_cache(start: Callable[..., LocalPipeline]) -> None:
     pipeline = start(*FIRST_BLOCK)
     expected = frames(pipeline)
-    _, transformer, _ = pipeline._stages
+    _, transformer, _ = pipeline.stages
 
     def stop(step: int, steps: int) -> None:
         raise InterruptedError
@@ -168,7 +168,7 @@ def test_compiled_denoiser_goes_with_cache_and_offload(
     options = CACHES.get(name, ())
     eager = frames(start(*options), num_inference_steps=3)
     compiled = start(*options, f"{DENOISER}.compile=default")
-    offload(compiled._stages[1], how)
+    offload(compiled.stages[1], how)
     assert np.abs(frames(compiled, num_inference_steps=3) - eager).max() < 1e-3
 
 
@@ -182,7 +182,7 @@ def test_eight_bit_weights_are_smaller_and_near(
     start: Callable[..., LocalPipeline], plain: Callable[..., np.ndarray]
 ) -> None:
     pipeline = start(f"{DENOISER}.quantization=fp8_storage")
-    weight = pipeline._stages[1].component("transformer").blocks[0].ffn.net[2].weight
+    weight = pipeline.stages[1].component("transformer").blocks[0].ffn.net[2].weight
     assert weight.dtype == torch.float8_e4m3fn
     error = np.abs(frames(pipeline, num_inference_steps=2) - plain(num_inference_steps=2)).mean()
     assert 0 < error < 0.05
@@ -281,7 +281,7 @@ def test_sigmas_decide_the_steps(start: Callable[..., LocalPipeline], scheduler:
     given = start(*common, "model.sigmas=[1.0,0.75,0.5,0.25]")
     seen = frames(given, num_inference_steps=None)
     assert np.array_equal(seen, frames(given, num_inference_steps=4))
-    timesteps = given._stages[1].component("scheduler").timesteps.tolist()
+    timesteps = given.stages[1].component("scheduler").timesteps.tolist()
     assert np.allclose(timesteps, [1000, 750, 500, 250], atol=1)
     assert not np.array_equal(seen, frames(start(*common), num_inference_steps=4))
     with pytest.raises(RequestError, match=r"num_inference_steps=6: must be left out: model\.sigmas holds 4"):

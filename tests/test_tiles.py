@@ -125,7 +125,7 @@ def test_every_part_warms_up(configure: Callable[..., Config], expected: Callabl
     stages = ("decoder_1", "decoder_2", "join")
     warm = [f"stages.{stage}.warm_up=[[{WIDE[0]},{WIDE[1]},5]]" for stage in stages]
     pipeline = LocalPipeline(configure(*parts(2), *warm))
-    offload(next(stage for stage in pipeline._stages if stage.name == "decoder_1"), "model")
+    offload(next(stage for stage in pipeline.stages if stage.name == "decoder_1"), "model")
     assert np.array_equal(pipeline.generate(ask(WIDE)).frames, expected(*WIDE))
 
 
