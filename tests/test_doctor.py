@@ -90,16 +90,12 @@ def test_mooncakes_wheel_must_fit_torch(wheels: list[str], build: str | None, st
     assert build == "14.1" or all(wheel in check.detail for wheel in wheels)
 
 
-def test_the_wheel_of_this_environment_is_found() -> None:
-    assert len(installed_wheels()) == 1
-
-
 GPUS = [
     (Gpus(None, None, ()), "ok", "none"),
     (Gpus("12.8", "570.1", (Gpu("H100", 80 * GB),)), "ok", "H100 80.0 GB"),
     (Gpus("12.8", None, ()), "warn", "no NVIDIA driver"),
     (Gpus(None, "570.1", ()), "warn", "built for CPUs"),
-    (Gpus("13.0", "570.1", ()), "fail", "torch can use no GPU"),
+    (Gpus("13.0", "570.1", ()), "fail", "torch finds no GPU"),
 ]
 
 
@@ -118,6 +114,7 @@ def test_packages_of_another_version_fail_by_name() -> None:
     wrong = list(check_requirements(["ray[default]==1.0.*", "torch>=2", "no-such-package", 'pytest==0; extra == "x"']))
     assert [check.remedy for check in wrong] == ["pip install 'ray[default]==1.0.*'", "pip install 'no-such-package'"]
     assert [check.status for check in check_requirements()] == ["ok"]
+    assert len(installed_wheels()) == 1
 
 
 def test_a_missing_libibverbs_is_named() -> None:
@@ -201,7 +198,7 @@ def test_open_ports_without_a_token_are_listed() -> None:
     assert check_ports([]).status == "skipped"
 
 
-def test_ports_that_tell_metrics_to_anybody_are_a_warning() -> None:
+def test_ports_that_serve_metrics_to_other_machines_are_a_warning() -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = self.path == "/metrics"
@@ -214,22 +211,19 @@ def test_ports_that_tell_metrics_to_anybody_are_a_warning() -> None:
 
     with HTTPServer(("0.0.0.0", 0), Handler) as server, socket.create_server(("0.0.0.0", 0)) as silent:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        told, kept = (Port("agent", "0.0.0.0", number) for number in (server.server_port, silent.getsockname()[1]))
-        check = check_metrics_ports([told, kept, replace(told, owner="worker"), replace(told, address="127.0.0.1")])
+        served, other = (Port("agent", "0.0.0.0", number) for number in (server.server_port, silent.getsockname()[1]))
+        ports = [served, other, replace(served, owner="worker"), replace(served, address="127.0.0.1")]
+        check = check_metrics_ports(ports)
         server.shutdown()
-    assert (check.status, check.detail.endswith(f"token or not: agent 0.0.0.0:{told.number}")) == ("warn", True)
-    assert check_metrics_ports([kept]).status == "skipped"
+    assert (check.status, check.detail.endswith(f"without the token: agent 0.0.0.0:{served.number}")) == ("warn", True)
+    assert check_metrics_ports([other]).status == "skipped"
 
 
 def test_a_dashboard_off_loopback_is_a_warning() -> None:
-    for address, status in (
-        ("127.0.0.1", "ok"),
-        ("::1", "ok"),
-        ("::ffff:127.0.0.1", "ok"),
-        ("0.0.0.0", "warn"),
-        ("10.0.0.1", "warn"),
-    ):
-        assert check_dashboard([Port("dashboard", address, 8265)]).status == status
+    for address in ("127.0.0.1", "::1", "::ffff:127.0.0.1"):
+        assert check_dashboard([Port("dashboard", address, 8265)]).status == "ok"
+    for address in ("0.0.0.0", "10.0.0.1"):
+        assert check_dashboard([Port("dashboard", address, 8265)]).status == "warn"
 
 
 def test_clocks_further_apart_than_can_be_measured_are_a_warning() -> None:
@@ -346,8 +340,7 @@ def test_an_unreachable_port_is_named(probes: tuple[Probe, Opened, Probe]) -> No
 
 
 def test_an_exhausted_pool_is_named(probes: tuple[Probe, Opened, Probe]) -> None:
-    pool, key = probes[2]._pool, AttemptKey("other", 0)
-    assert pool is not None
+    pool, key = probes[2].pool, AttemptKey("other", 0)
     pool.reserve(key, {"tensor": NBYTES})
     measured = measure_pull(pool, probes[1].handoff, room_s=0.1)
     pool.release(key)
@@ -419,10 +412,6 @@ CHECKS = [
 ]
 
 
-def test_status_is_1_only_when_a_check_failed() -> None:
-    assert [exit_status(CHECKS), exit_status([CHECKS[0], CHECKS[2]])] == [1, 0]
-
-
 def test_table_shows_each_remedy_and_json_each_check(capsys: pytest.CaptureFixture[str]) -> None:
     print_checks(CHECKS)
     table = capsys.readouterr().out
@@ -430,7 +419,7 @@ def test_table_shows_each_remedy_and_json_each_check(capsys: pytest.CaptureFixtu
     assert "-> chmod 600 token" in table
     assert "1 ok, 1 warn, 1 fail" in table
     parsed = json.loads(to_json(CHECKS))
-    assert parsed["status"] == 1
+    assert (parsed["status"], exit_status([CHECKS[0], CHECKS[2]])) == (1, 0)
     assert [Check(**each) for each in parsed["checks"]] == CHECKS
 
 

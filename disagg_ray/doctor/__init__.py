@@ -1,10 +1,10 @@
-"""The doctor: looks at this machine, at every node of a cluster, and at every way between their pools."""
+"""The doctor: checks this machine, every node of a cluster, and every route between their pools."""
 
 from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -12,9 +12,8 @@ from disagg_ray.config.schema import Config, TransportConfig
 from disagg_ray.config.stages import StageConfig
 from disagg_ray.doctor.check import Check, at, exit_status, fail
 from disagg_ray.doctor.cluster import check_cluster, check_resources
-from disagg_ray.doctor.files import check_place
-from disagg_ray.doctor.machine import Survey, survey
-from disagg_ray.doctor.memory import Needs, check_gpu_memory, check_host_memory, check_model, without_gpu
+from disagg_ray.doctor.machine import Survey, check_place, survey
+from disagg_ray.doctor.memory import check_gpu_memory, check_host_memory, check_model, without_gpu
 from disagg_ray.doctor.probe import Probe, check_link
 from disagg_ray.doctor.security import check_auth
 from disagg_ray.doctor.service import examine_service
@@ -28,16 +27,16 @@ __all__ = ["Check", "check_place", "examine", "examine_service", "exit_status", 
 logger = logging.getLogger("disagg_ray")
 
 NO_MODEL = Config(stages={"none": StageConfig(blocks=["none"], num_cpus=0)})
-"""What is looked at when no configuration is given."""
+"""Stands in for the configuration if none is given."""
 HERE_BYTES = 16 * 2**20
 
 
 def examine(config: Config | None, address: str | None, *, local: bool) -> list[Check]:
-    """Make every check; without a configuration, those that need none; `local`: those of this machine.
+    """Make every check; without a configuration: those that need none; `local`: those of this machine.
 
-    Joins the Ray cluster at `address` (else that of the configuration, else of RAY_ADDRESS), or starts one here.
+    Joins the Ray cluster at `address`, else that of the configuration, else that of RAY_ADDRESS, or starts one here.
     """
-    logger.info("doctor: looking at this machine")
+    logger.info("doctor: checking this machine")
     settings = config or NO_MODEL
     model, needs = check_model(config) if config else ([], None)
     pool_bytes = max(need.pool_bytes for need in needs.stages) if needs else None
@@ -49,15 +48,17 @@ def examine(config: Config | None, address: str | None, *, local: bool) -> list[
         found = list(_examine_cluster(replace(settings, cluster=joined), here, pool_bytes))
         surveys = [each for each in found if isinstance(each, Survey)] or surveys
         checks += [each for each in found if isinstance(each, Check)]
-    return checks + (list(_check_memory(needs, surveys)) if needs else [])
+    if needs:
+        checks.append(check_host_memory(needs, sum(each.host_bytes for each in surveys)))
+        checks += check_gpu_memory(needs, [gpu for each in surveys for gpu in each.gpus])
+    return checks
 
 
 def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> Iterator[Check | Survey]:
     logger.info("doctor: joining Ray, or starting one")
-    stages = config.stages
     without_gpus = {
         name: replace(without_gpu(stage), num_gpus=0, accelerator_type=None, groups={})  # checked below
-        for name, stage in stages.items()
+        for name, stage in config.stages.items()
     }
     try:
         cluster = Cluster(replace(config, stages=without_gpus))
@@ -66,12 +67,12 @@ def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> It
         return
     with closing(cluster):
         yield check_auth(ray_auth_mode())
-        yield from check_resources(stages)
+        yield from check_resources(config.stages)
         yield from check_cluster(config, here, pool_bytes)
 
 
 def check_pools(transport: TransportConfig) -> Iterator[Check]:
-    """Open two pools in this process, as the driver has one, and pull from one into the other."""
+    """Open two pools in this process, as the driver opens one, and pull from one into the other."""
     producer, consumer = (Probe(f"this process/{index}", transport, "cpu") for index in range(2))
     try:
         handoff = producer.open("127.0.0.1", HERE_BYTES).handoff
@@ -82,8 +83,3 @@ def check_pools(transport: TransportConfig) -> Iterator[Check]:
     finally:
         producer.close()
         consumer.close()
-
-
-def _check_memory(needs: Needs, surveys: Sequence[Survey]) -> Iterator[Check]:
-    yield check_host_memory(needs, sum(each.host_bytes for each in surveys))
-    yield from check_gpu_memory(needs, [gpu for each in surveys for gpu in each.gpus])

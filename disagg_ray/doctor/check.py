@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of one check."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Check:
 
     name: str
     node: str
-    """Where it was found; empty: of the whole cluster or configuration."""
+    """Where it was made; empty: it is about the whole cluster or configuration."""
     status: Status
     detail: str
     remedy: str
-    """What to type or do; of warnings and failures, never empty."""
+    """What to type or do; never empty for a warning or failure, always for the others."""
 
     def __post_init__(self) -> None:
         assert bool(self.remedy) == (self.status in ("warn", "fail")), self
@@ -41,11 +41,19 @@ def fail(name: str, detail: str, remedy: str) -> Check:
     return Check(name, "", "fail", detail, remedy)
 
 
+def warn_unless(good: bool, name: str, detail: str, remedy: str) -> Check:
+    return ok(name, detail) if good else warn(name, detail, remedy)
+
+
+def fail_unless(good: bool, name: str, detail: str, remedy: str) -> Check:
+    return ok(name, detail) if good else fail(name, detail, remedy)
+
+
 def at(node: str, checks: Iterable[Check]) -> Iterator[Check]:
-    """Say on which node checks were made."""
+    """Set the node of checks."""
     return (replace(check, node=node) for check in checks)
 
 
 def exit_status(checks: Sequence[Check]) -> int:
-    """Return 1 when a check failed; a warning is no failure."""
+    """Return 1 if a check failed; a warning is not a failure."""
     return int(any(check.status == "fail" for check in checks))

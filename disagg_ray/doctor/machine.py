@@ -1,10 +1,11 @@
-"""What a machine lets a process do: libraries, RDMA, locked memory, shared memory, disk."""
+"""Checks one machine: system libraries, RDMA, locked and shared memory, disk, ffmpeg, temporary files."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from pathlib import Path
 import psutil
 
 from disagg_ray.config.schema import TransportConfig
-from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
-from disagg_ray.doctor.files import check_ffmpeg, check_temporary
+from disagg_ray.doctor.check import Check, fail, fail_unless, ok, skipped, warn, warn_unless
 from disagg_ray.doctor.security import check_dashboard, check_metrics_ports, check_ports, check_token, listening_ports
 from disagg_ray.doctor.software import (
     Gpu,
@@ -24,6 +24,9 @@ from disagg_ray.doctor.software import (
     see_gpus,
 )
 from disagg_ray.environment import cache_folder, ray_token_path
+from disagg_ray.errors import EncodeError, OutputError
+from disagg_ray.media.output import check_output, try_folder
+from disagg_ray.media.video import check_writer
 from disagg_ray.replica.software import installed_wheels, versions
 from disagg_ray.text import human_bytes
 from disagg_ray.transfer import routes
@@ -40,14 +43,16 @@ class Survey:
     versions: dict[str, str]
     gpus: tuple[Gpu, ...]
     host_bytes: int
-    """Of memory, in all."""
+    """Total host memory."""
 
 
 def survey(transport: TransportConfig, pool_bytes: int | None, *, sees_gpus: bool = True) -> Survey:
     """Check this machine.
 
-    `pool_bytes` is the largest pool a stage registers, if that is known. `sees_gpus` is false in a Ray worker without
-    a GPU, from which Ray hides them.
+    Args:
+        transport: how pools are to be reached.
+        pool_bytes: the largest pool of a stage, if known.
+        sees_gpus: False in a Ray worker without a GPU, from which Ray hides them.
     """
     gpus = see_gpus()
     devices = routes.rdma_devices()
@@ -73,7 +78,7 @@ def survey(transport: TransportConfig, pool_bytes: int | None, *, sees_gpus: boo
 
 
 def check_libibverbs(library: str = "libibverbs.so.1") -> Check:
-    """Load the system library that Mooncake needs, RDMA card or not."""
+    """Load the system library that Mooncake needs, with or without an RDMA card."""
     try:
         ctypes.CDLL(library)
     except OSError as error:
@@ -82,23 +87,17 @@ def check_libibverbs(library: str = "libibverbs.so.1") -> Check:
 
 
 def check_rdma(transport: TransportConfig) -> Iterator[Check]:
-    """Look at each RDMA device's ports and GIDs, and for the devices that the configuration names."""
+    """Check each RDMA device's ports and GIDs, and the devices that the configuration names."""
     devices = routes.rdma_devices()
-    named = [name.strip() for name in transport.device_name.split(",") if name.strip()]
-    for name in named:
+    for name in filter(None, map(str.strip, transport.device_name.split(","))):
         if name not in devices:
-            yield fail(
-                "rdma", f"transport.device_name: {name!r} is none of this machine's devices: {', '.join(devices)}",
-                "set transport.device_name to one of them, or leave it empty",
-            )  # fmt: skip
+            detail = f"transport.device_name: {name!r} is none of this machine's devices: {', '.join(devices)}"
+            yield fail("rdma", detail, "set transport.device_name to one of them, or leave it empty")
     if not devices and transport.protocol == "rdma":
-        yield fail(
-            "rdma",
-            "transport.protocol is rdma and there is no device: no pool can be opened here",
-            "set transport.protocol=auto",
-        )
+        detail = "transport.protocol is rdma, and this machine has no RDMA device: no pool can be opened"
+        yield fail("rdma", detail, "set transport.protocol=auto")
     elif not devices:
-        yield skipped("rdma", "no device: tensors travel by nvlink_intra and tcp")
+        yield skipped("rdma", "no device: tensors use nvlink_intra and tcp")
     for device in devices:
         yield _check_device(routes.INFINIBAND / device)
 
@@ -115,7 +114,7 @@ def _check_device(device: Path) -> Check:
 
 
 def _read(path: Path) -> str:
-    """Return a small file of the kernel's; an unset GID cannot be read on some."""
+    """Return a small file of the kernel's, or nothing: on some kernels an unset GID cannot be read."""
     try:
         return path.read_text(encoding="ascii")
     except OSError:
@@ -123,7 +122,7 @@ def _read(path: Path) -> str:
 
 
 def check_memlock(devices: Sequence[str], pool_bytes: int | None) -> Check:
-    """Compare the limit of locked memory with what RDMA must lock: the whole of a pool."""
+    """Compare the limit of locked memory with the largest pool, which RDMA locks whole."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY:
         return ok("memlock", "unlimited")
@@ -132,30 +131,50 @@ def check_memlock(devices: Sequence[str], pool_bytes: int | None) -> Check:
     remedy = "ulimit -l unlimited before `ray start`; in a container, --ulimit memlock=-1; in systemd, LimitMEMLOCK="
     if pool_bytes is None:
         return warn("memlock", f"{human_bytes(limit)}: RDMA locks the whole of each pool", remedy)
-    if limit < pool_bytes:
-        return fail("memlock", f"{human_bytes(limit)}, and RDMA locks a pool of {human_bytes(pool_bytes)}", remedy)
-    return ok("memlock", f"{human_bytes(limit)} for a pool of {human_bytes(pool_bytes)}")
+    detail = f"{human_bytes(limit)}; RDMA locks pools of up to {human_bytes(pool_bytes)}"
+    return fail_unless(limit >= pool_bytes, "memlock", detail, remedy)
 
 
 def check_shm(path: str = "/dev/shm", least: int = LEAST_SHM_BYTES) -> Check:
-    """Measure what Ray's object store lies in."""
+    """Measure the shared memory of Ray's object store."""
     total = shutil.disk_usage(path).total
-    if total >= least:
-        return ok("shm", f"{path} holds {human_bytes(total)}")
-    return warn(
-        "shm", f"{path} holds {human_bytes(total)}, and Ray wants {human_bytes(least)}",
+    return warn_unless(
+        total >= least, "shm", f"{path} holds {human_bytes(total)}; Ray needs {human_bytes(least)}",
         "in a container, start it with --shm-size=2g; else mount -o remount,size=2G /dev/shm",
     )  # fmt: skip
 
 
 def check_disk(folder: Path | None = None, least: int = LEAST_DISK_BYTES) -> Check:
-    """Measure the room for checkpoints that are downloaded or made."""
+    """Measure the disk space for checkpoints that are downloaded or made."""
     folder = folder or cache_folder()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free >= least:
-        return ok("disk", f"{human_bytes(free)} free for {folder}")
-    return warn(
-        "disk", f"{human_bytes(free)} free for {folder}",
-        f"free {human_bytes(least)}, or set XDG_CACHE_HOME and HF_HOME to a larger disk",
-    )  # fmt: skip
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    remedy = f"free {human_bytes(least)}, or set XDG_CACHE_HOME and HF_HOME to a larger disk"
+    return warn_unless(free >= least, "disk", f"{human_bytes(free)} free for {folder}", remedy)
+
+
+def check_ffmpeg() -> Check:
+    """Encode one small frame."""
+    try:
+        check_writer("mp4")
+    except EncodeError as error:
+        return fail("ffmpeg", str(error), "pip install --force-reinstall imageio-ffmpeg; or set IMAGEIO_FFMPEG_EXE")
+    return ok("ffmpeg", "encodes mp4")
+
+
+def check_temporary() -> Check:
+    """Write a small file to the temporary folder, for Ray's session and rescued videos."""
+    try:
+        folder = tempfile.gettempdir()
+        try_folder(Path(folder), "temporary files")
+    except (OSError, OutputError) as error:
+        return fail("temporary", str(error), "free some of its space, or set TMPDIR to another folder")
+    return ok("temporary", f"{folder} can be written")
+
+
+def check_place(output: str) -> Check:
+    """Write a small file where a video is to go."""
+    try:
+        check_output(output, overwrite=True)
+    except OutputError as error:
+        return fail("output", str(error), "give another --output")
+    return ok("output", f"{output} can be written")

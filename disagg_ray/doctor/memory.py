@@ -1,4 +1,4 @@
-"""Whether the stages fit: what each needs of a GPU or of a host, against what is there."""
+"""Compares the memory that the stages need with that of GPUs and hosts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
-from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.doctor.check import Check, fail, fail_unless, ok, skipped, warn_unless
 from disagg_ray.doctor.software import Gpu
 from disagg_ray.errors import InputError
 from disagg_ray.graph import FRAMES, build_graph
@@ -18,7 +18,7 @@ from disagg_ray.text import human_bytes
 
 @dataclass(frozen=True)
 class Need:
-    """What one replica of a stage takes; the working memory of its kernels comes on top."""
+    """Memory of one replica of a stage, without its kernels' working memory."""
 
     stage: str
     replicas: int
@@ -28,7 +28,7 @@ class Need:
     """None: the weights are not on this machine yet."""
     pool_bytes: int
     video_bytes: int = 0
-    """Of host memory, for decoded videos until they are fetched."""
+    """Host memory of decoded videos until they are fetched."""
 
     @property
     def nbytes(self) -> int:
@@ -52,10 +52,10 @@ class Needs:
 
 
 def measure(config: Config) -> Needs:
-    """Measure the stages of a configuration without a GPU and without loading a weight.
+    """Measure the stages of a configuration without a GPU and without loading weights.
 
     Raises:
-        InputError: the model or its cut cannot work, or a pool is too small.
+        InputError: model and stages do not work together, or a pool is too small.
     """
     on_cpu = replace(config, stages={name: without_gpu(stage) for name, stage in config.stages.items()})
     stages = {name: Stage(name, on_cpu) for name in config.stages}
@@ -68,27 +68,22 @@ def measure(config: Config) -> Needs:
 
 
 def without_gpu(stage: StageConfig) -> StageConfig:
-    """Return a stage as it would be where there is no GPU."""
+    """Return the configuration of a stage for a machine without a GPU."""
     return replace(stage, device="cpu", max_vram_bytes=None, offload="none", vae=replace(stage.vae, autotune=False))
 
 
 def _need(config: Config, stage: Stage) -> Need:
-    settings = config.stages[stage.name]
+    settings, limits = config.stages[stage.name], config.limits
+    pool, video = pool_bytes(config, stage), limits.max_frames * frame_bytes(limits.max_pixels)
+    num_videos = MAX_VIDEOS + 1 if FRAMES in stage.ports.outputs else 0  # those that wait, and one that is copied
     on_gpu = settings.torch_device == "cuda"
-    pool = pool_bytes(config, stage)
-    return Need(stage.name, settings.replicas, settings.num_gpus, on_gpu, stage.weight_bytes(), pool, _videos(stage))
-
-
-def _videos(stage: Stage) -> int:
-    """Return the bytes of the largest videos that wait at a replica, and of the one more that it copies them from."""
-    if FRAMES not in stage.ports.outputs:
-        return 0
-    limits = stage.config.limits
-    return (MAX_VIDEOS + 1) * limits.max_frames * frame_bytes(limits.max_pixels)
+    return Need(
+        stage.name, settings.replicas, settings.num_gpus, on_gpu, stage.weight_bytes(), pool, num_videos * video
+    )  # fmt: skip
 
 
 def check_model(config: Config) -> tuple[list[Check], Needs | None]:
-    """Measure what a configuration needs, or say why it cannot work."""
+    """Measure what a configuration needs, or say why it does not work."""
     try:
         needs = measure(config)
     except InputError as error:
@@ -101,8 +96,7 @@ def check_gpu_memory(needs: Needs, gpus: Sequence[Gpu]) -> Iterator[Check]:
     """Compare each stage on a GPU with the largest GPU and with its share of it."""
     largest = max((gpu.total_bytes for gpu in gpus), default=0)
     for need in (need for need in needs.stages if need.on_gpu):
-        share = largest * min(1.0, need.num_gpus)
-        key = f"stages.{need.stage}"
+        share, key = largest * min(1.0, need.num_gpus), f"stages.{need.stage}"
         if not largest:
             yield skipped("gpu memory", f"{need}; no GPU to compare with was found")
         elif need.nbytes > largest:
@@ -110,13 +104,11 @@ def check_gpu_memory(needs: Needs, gpus: Sequence[Gpu]) -> Iterator[Check]:
                 "gpu memory", f"{need}; the largest GPU has {human_bytes(largest)}",
                 f"lower limits.max_pixels or limits.max_frames, set {key}.dtype=bfloat16, or use a larger GPU",
             )  # fmt: skip
-        elif need.nbytes > share:
-            yield warn(
-                "gpu memory", f"{need}; {need.num_gpus:g} of a GPU is {human_bytes(share)}",
+        else:
+            yield warn_unless(
+                need.nbytes <= share, "gpu memory", f"{need}; {need.num_gpus:g} of a GPU is {human_bytes(share)}",
                 f"raise {key}.num_gpus, so that no other stage is put on the same GPU",
             )  # fmt: skip
-        else:
-            yield ok("gpu memory", f"{need}; its share of a GPU is {human_bytes(share)}")
 
 
 def check_host_memory(needs: Needs, host_bytes: int) -> Check:
@@ -124,6 +116,5 @@ def check_host_memory(needs: Needs, host_bytes: int) -> Check:
     asked = needs.driver_bytes + sum(need.replicas * need.host_bytes for need in needs.stages)
     on_cpu = "; ".join(str(need) for need in needs.stages if not need.on_gpu)
     detail = f"{human_bytes(asked)} of {human_bytes(host_bytes)}" + (f": {on_cpu}" if on_cpu else "")
-    if asked <= 0.9 * host_bytes:
-        return ok("host memory", detail)
-    return fail("host memory", detail, "lower limits.max_frames or limits.max_pixels, or use fewer replicas")
+    remedy = "lower limits.max_frames or limits.max_pixels, or use fewer replicas"
+    return fail_unless(asked <= 0.9 * host_bytes, "host memory", detail, remedy)

@@ -1,6 +1,6 @@
-"""What the doctor runs on a node: a survey of the machine, and a real pool that others pull from.
+"""The doctor's actor on a node, which surveys the machine and opens a real pool, and the check of a route.
 
-A plain class: `cluster` applies `ray.remote` where it launches one.
+A plain class: `doctor.cluster` applies `ray.remote`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from disagg_ray.transfer.routes import HINTS, ROUTES
 from disagg_ray.transfer.slots import slot_bytes
 
 PROBE_BYTES = 64 * 2**20
-"""Of the tensor that is pulled: enough to see a bandwidth, little enough for any machine."""
+"""Size of the tensor that is pulled: large enough to measure a bandwidth, small enough for any machine."""
 SLOW_BYTES_PER_S = 100 * 10**6
 NUM_PULLS = 2
-"""Of each route; the first opens the connection, the faster one counts."""
+"""Per route; the first opens the connection, the faster one counts."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A probe's pool: what others need to pull from it, and the ports that came with it."""
+    """A probe's pool: the handoff of its tensor, and the ports that it opened."""
 
     handoff: Handoff
     ports: tuple[Port, ...]
@@ -48,15 +48,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Link:
-    """How one pool reached another."""
+    """Pulls of one pool from another."""
 
     producer: str
     consumer: str
     nbytes: int
     measured: tuple[Measured, ...]
-    """Of the routes that both ends have, best first."""
+    """By route that both ends have, best first."""
     absent: tuple[str, ...]
-    """Why each other route is not there."""
+    """Why each other route cannot be used."""
     on_one_machine: bool
 
 
@@ -83,11 +83,13 @@ class Probe:
         """Allocate and register a pool with room for two tensors of `nbytes`, and publish one.
 
         Raises:
-            ConfigError: Mooncake cannot be loaded, or the GPU not be used.
-            TransferError: Mooncake could not start.
+            ConfigError: Mooncake cannot be loaded, or torch cannot use the GPU.
+            TransferError: Mooncake did not start.
         """
         if self._device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("cluster.num_gpus: Ray counts a GPU here and torch can use none; start Ray with its own")
+            raise ConfigError(
+                "cluster.num_gpus: Ray counts a GPU here, but torch finds none; start Ray with the GPUs that it has"
+            )
         before = own_ports()
         self._pool = Pool(self.name, 2 * slot_bytes(nbytes), host, self._transport, self._device)
         key = AttemptKey("doctor", 0)
@@ -96,22 +98,25 @@ class Probe:
         return Opened(self._pool.publish(key, {"tensor": tensor}), tuple(own_ports() - before))
 
     def link(self, handoff: Handoff) -> Link:
-        """Pull what another probe has published by each route that both have."""
-        assert self._pool is not None, "open comes first"
-        ways = {session.route: replace(handoff, sessions=(session,)) for session in handoff.sessions}
-        shared = [route for route in ROUTES if route in ways and self._pool.route(ways[route]) == route]
+        """Pull another probe's tensor over each route that both have."""
+        by_route = {session.route: replace(handoff, sessions=(session,)) for session in handoff.sessions}
+        shared = [route for route in ROUTES if route in by_route and self.pool.route(by_route[route]) == route]
         absent = [self._why_absent(route, handoff) for route in ROUTES if route not in shared]
-        measured = tuple(measure(self._pool, ways[route]) for route in shared)
-        machines = {session.machine for session in (*handoff.sessions, *self._pool.sessions)}
+        measured = tuple(measure(self.pool, by_route[route]) for route in shared)
+        machines = {session.machine for session in (*handoff.sessions, *self.pool.sessions)}
         return Link(handoff.producer, self.name, handoff.nbytes, measured, tuple(absent), len(machines) == 1)
 
     def _why_absent(self, route: str, handoff: Handoff) -> str:
-        assert self._pool is not None
-        ends = {handoff.producer: handoff.sessions, self.name: self._pool.sessions}
+        ends = {handoff.producer: handoff.sessions, self.name: self.pool.sessions}
         without = [name for name, sessions in ends.items() if route not in [s.route for s in sessions]]
         if not without:
             return f"{route} stays within one machine"
         return f"no {route} at {'either end' if len(without) == 2 else without[0]}"
+
+    @property
+    def pool(self) -> Pool:
+        assert self._pool is not None, "open comes first"
+        return self._pool
 
     def close(self) -> None:
         if self._pool is not None:
@@ -119,7 +124,10 @@ class Probe:
 
 
 def measure(pool: Pool, handoff: Handoff, room_s: float = 5.0) -> Measured:
-    """Pull a handoff of one route a few times, checksum and all, and keep the fastest; `room_s`: the wait for room."""
+    """Pull a handoff of one route several times, with its checksum, and return the fastest.
+
+    `room_s` is the deadline for free memory in the pool.
+    """
     sizes = {meta.name: meta.spec.nbytes for meta in handoff.tensors}
     route = handoff.sessions[0].route
     seconds = []
@@ -138,7 +146,7 @@ def measure(pool: Pool, handoff: Handoff, room_s: float = 5.0) -> Measured:
 
 
 def check_link(link: Link, transport: TransportConfig) -> Check:
-    """Say which routes work, how fast, and which one is taken and why."""
+    """Return which routes work, how fast, and which one is used and why."""
     name = f"{link.producer} -> {link.consumer}"
     asked = f"transport.protocol={transport.protocol}"
     if not link.measured:
@@ -148,7 +156,7 @@ def check_link(link: Link, transport: TransportConfig) -> Check:
     taken = next((each for each in link.measured if not each.error), None)
     if taken is None:
         return fail(name, found, _remedy(link, errors, transport))
-    why = "; ".join(link.absent) or "best of all" if transport.protocol == "auto" else f"{asked} says so"
+    why = "; ".join(link.absent) or "the best route" if transport.protocol == "auto" else f"{asked}"
     detail = f"{found}; {transport.protocol} takes {taken.route}: {why}"
     if errors:
         return warn(name, detail, f"{_remedy(link, errors, transport)}; or set transport.protocol={taken.route}")

@@ -1,4 +1,4 @@
-"""Who can get in: Ray's token, its authentication mode, and the ports that listen."""
+"""Checks access: Ray's token, its authentication mode, and listening ports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.doctor.check import Check, fail_unless, ok, skipped, warn, warn_unless
 
 OWNERS = {
     "gcs_server": "gcs_server",
@@ -27,31 +27,31 @@ OWNERS = {
     "ray.util.client.server": "client server",
     "ray::": "worker",
 }
-"""Words of a command line, and whose they are among Ray's processes."""
+"""Ray's processes, by words of their command line."""
 
 PORT_RETRIES = 50
-"""How far from the port it is given the dashboard goes for a free one."""
+"""The dashboard takes the first free port from the given one on, within this range."""
 
 METRICS_OWNERS = ("agent", "autoscaler", "dashboard metrics")
 METRICS_S = 2.0
-"""How long a port may take to tell metrics."""
+"""Timeout of a request for metrics."""
 
 MOST_LISTED = 4
 
 
 @dataclass(frozen=True)
 class Port:
-    """A port that listens."""
+    """A listening port."""
 
     owner: str
     address: str
     number: int
     guarded: bool = False
-    """Whether its process asks for Ray's token."""
+    """Whether its process requires Ray's token."""
 
     @property
     def ip(self) -> IPv4Address | IPv6Address:
-        """The address without a zone, and as IPv4 where it is that in IPv6's clothes."""
+        """The address without its zone; an IPv4-mapped one as IPv4."""
         return ip_address(self.address.partition("%")[0].removeprefix("::ffff:"))
 
     @property
@@ -61,21 +61,20 @@ class Port:
 
 
 def check_token(path: Path) -> Check:
-    """See that nobody but its owner can read Ray's token: whoever holds it runs code on the cluster."""
+    """Check that only its owner can read Ray's token, which allows running code on the cluster."""
     if not path.exists():
-        return skipped("token", f"{path} is not there; the first cluster that disagg-ray starts makes it")
+        return skipped("token", f"{path} does not exist; the first cluster that disagg-ray starts creates it")
     mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        return fail("token", f"{path} has mode {mode:04o}: others on this machine can use it", f"chmod 600 {path}")
-    return ok("token", f"{path} has mode {mode:04o}")
+    detail = f"{path} has mode {mode:04o}" + (": other users of this machine can use it" if mode & 0o077 else "")
+    return fail_unless(not mode & 0o077, "token", detail, f"chmod 600 {path}")
 
 
 def check_auth(mode: str | None) -> Check:
-    """See whether the Ray that was joined asks for a token."""
+    """Check that the joined Ray requires a token."""
     if mode == "token":
-        return ok("authentication", "Ray asks for a token")
+        return ok("authentication", "Ray requires a token")
     return warn(
-        "authentication", f"RAY_AUTH_MODE is {mode or 'not set'}: whoever reaches Ray's ports runs code here",
+        "authentication", f"RAY_AUTH_MODE is {mode or 'not set'}: whoever reaches Ray's ports can run code here",
         "ray get-auth-token --generate, copy ~/.ray/auth_token to all nodes, RAY_AUTH_MODE=token ray start ... there",
     )  # fmt: skip
 
@@ -100,7 +99,7 @@ def listening_ports() -> list[Port]:
 
 
 def _owner(command: Sequence[str], port: int) -> str:
-    """Return which of Ray's processes a command line is, or nothing; the dashboard's has ports for other things too."""
+    """Return which of Ray's processes a command line is, or nothing; the dashboard also serves metrics."""
     line = " ".join(command)
     owner = next((owner for words, owner in OWNERS.items() if words in line), "")
     asked = re.search(r"--port=(\d+)", line)
@@ -116,30 +115,29 @@ def own_ports() -> frozenset[Port]:
 
 
 def check_ports(ports: Sequence[Port]) -> Check:
-    """Say where Ray listens, and whether everybody who reaches it gets in."""
+    """List Ray's ports; warn of those that other machines reach without a token."""
     if not ports:
         return skipped("ray ports", "no Ray of this user runs here")
     reachable = [port for port in ports if port.is_open and not port.guarded]
-    if not reachable:
-        return ok("ray ports", _listed(ports))
-    return warn(
-        "ray ports", f"without a token, and reachable from other machines: {_listed(reachable)}",
-        "RAY_AUTH_MODE=token ray start ..., on every node; else close these ports to other networks",
-    )  # fmt: skip
+    detail = (
+        f"without a token, and reachable from other machines: {_listed(reachable)}" if reachable else _listed(ports)
+    )
+    remedy = "RAY_AUTH_MODE=token ray start ..., on every node; else close these ports to other networks"
+    return warn_unless(not reachable, "ray ports", detail, remedy)
 
 
 def check_metrics_ports(ports: Iterable[Port]) -> Check:
-    """Say which ports tell Ray's metrics: they answer without the token that the process asks for elsewhere."""
-    found = [port for port in ports if port.owner in METRICS_OWNERS and port.is_open and _tells_metrics(port)]
+    """Warn of ports that serve Ray's metrics: they never require the token."""
+    found = [port for port in ports if port.owner in METRICS_OWNERS and port.is_open and _serves_metrics(port)]
     if not found:
-        return skipped("ray metrics", "no port tells them here")
+        return skipped("ray metrics", "no port here serves them to other machines")
     return warn(
-        "ray metrics", f"whoever connects reads names of models, replicas and requests, token or not: {_listed(found)}",
+        "ray metrics", f"names of models, replicas and requests can be read without the token: {_listed(found)}",
         "let the firewall admit only Prometheus and the nodes to these ports",
     )  # fmt: skip
 
 
-def _tells_metrics(port: Port) -> bool:
+def _serves_metrics(port: Port) -> bool:
     own = {4: "127.0.0.1", 6: "::1"}[port.ip.version]
     host = own if port.ip.is_unspecified else str(port.ip)
     connection = HTTPConnection(host, port.number, timeout=METRICS_S)
@@ -154,19 +152,18 @@ def _tells_metrics(port: Port) -> bool:
 
 
 def check_dashboard(ports: Iterable[Port]) -> Check:
-    """See that the dashboard is reached from its own machine only."""
+    """Warn of a dashboard that other machines can reach."""
     found = [port for port in ports if port.owner == "dashboard"]
+    if not found:
+        return skipped("dashboard", "does not run here")
     reachable = [port for port in found if port.is_open]
-    if reachable:
-        return warn(
-            "dashboard", f"other machines can reach it: {_listed(reachable)}",
-            "ray start --head --dashboard-host=127.0.0.1, and ssh -L 8265:127.0.0.1:8265 HEAD",
-        )  # fmt: skip
-    return ok("dashboard", _listed(found)) if found else skipped("dashboard", "does not run here")
+    detail = f"other machines can reach it: {_listed(reachable)}" if reachable else _listed(found)
+    remedy = "ray start --head --dashboard-host=127.0.0.1, and ssh -L 8265:127.0.0.1:8265 HEAD"
+    return warn_unless(not reachable, "dashboard", detail, remedy)
 
 
 def check_mooncake_ports(ports: Iterable[Port], port_range: str | None) -> Check:
-    """Say where Mooncake listens: on all interfaces, and it asks nobody who they are."""
+    """List Mooncake's ports, which are open on all interfaces without authentication."""
     listed = _listed(ports)
     if port_range is not None:
         return ok("mooncake ports", f"{listed}; a firewall must admit only the nodes to {port_range}")

@@ -1,4 +1,4 @@
-"""The checks of a service: its replicas are there and answer, and a video comes through."""
+"""Checks a service: its replicas answer, and a small video gets through."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from disagg_ray.config.schema import Config
-from disagg_ray.doctor.check import Check, fail, ok, warn
+from disagg_ray.doctor.check import Check, at, fail, fail_unless, ok, warn, warn_unless
 from disagg_ray.driver.calls import Actor, ask
 from disagg_ray.driver.cluster import join
 from disagg_ray.driver.placement import living
@@ -22,52 +21,49 @@ from disagg_ray.service.protocol import Snapshot, StageState
 logger = logging.getLogger("disagg_ray")
 
 ANSWER_S = 1.0
-"""A replica says how it is within this, computing or not."""
+"""A sound replica answers a health check within this, computing or not."""
 NUM_ASKS = 5
 SILENT_S = 10.0
 VIDEO_S = 300.0
-"""Until the video must be there; others may be before it."""
+"""Deadline of the video, which may wait for other requests."""
 
 
 def examine_service(name: str, address: str | None) -> list[Check]:
-    """Make every check of a pipeline of a cluster.
+    """Make every check of a service.
 
     Raises:
-        InputError: no such pipeline stands; names those that do.
+        InputError: the cluster has no such service; names those it has.
     """
     join(address)
-    logger.info("doctor: asking pipeline %s", name)
+    logger.info("doctor: asking service %s", name)
     try:
         snapshot = take_snapshot(name)
     except StartError as error:
-        return [fail("supervisor", str(error), f"disagg-ray ls; if it stays so: disagg-ray down {name}, and up again")]
+        remedy = f"disagg-ray ls; if this persists: disagg-ray down {name}, then up again"
+        return [fail("supervisor", str(error), remedy)]
     checks = [_check_state(snapshot), *map(_check_stage, snapshot.stages)]
     hosts = {replica.name: replica.host for replica in snapshot.replicas}
-    found = sorted((actor for actor in living(name) if actor.name in hosts), key=lambda actor: actor.name)
-    for actor, seconds in zip(found, asyncio.run(_time_all(found)), strict=True):
-        checks.append(replace(check_answers(actor.name, seconds), node=hosts[actor.name]))
+    actors = sorted((actor for actor in living(name) if actor.name in hosts), key=lambda actor: actor.name)
+    for actor, seconds in zip(actors, asyncio.run(_time_all(actors)), strict=True):
+        checks += at(hosts[actor.name], [check_answers(actor.name, seconds)])
     return checks + (list(_check_video(name)) if snapshot.state == "ready" else [])
 
 
 def _check_state(snapshot: Snapshot) -> Check:
     age_min = (time.time() - snapshot.began) / 60
     if snapshot.state == "ready":
-        unfinished = sum(snapshot.drivers.values())
-        about = f"{snapshot.config.model.path}, for {age_min:.0f} min; drivers: {len(snapshot.drivers)}"
-        return ok("supervisor", f"{about}, their requests: {unfinished}")
+        clients = f"clients: {len(snapshot.drivers)}, their unfinished requests: {sum(snapshot.drivers.values())}"
+        return ok("supervisor", f"{snapshot.config.model.path}, up for {age_min:.0f} min; {clients}")
     if snapshot.state == "starting":
-        return warn(
-            "supervisor", f"starting for {age_min:.0f} min", "see what it waits for: ray status, and `ray logs`"
-        )
-    return fail("supervisor", snapshot.state, f"disagg-ray down {snapshot.name}, and up again")
+        return warn("supervisor", f"starting for {age_min:.0f} min", "see what it waits for: ray status, `ray logs`")
+    return fail("supervisor", snapshot.state, f"disagg-ray down {snapshot.name}, then up again")
 
 
 def _check_stage(state: StageState) -> Check:
     detail = f"{state.ready} of {state.wanted} replicas ready, {state.busy} busy; requests that wait: {state.waiting}"
-    if state.ready >= state.wanted:
-        return ok(state.stage, detail)
+    unless = warn_unless if state.ready else fail_unless
     remedy = "see what the others wait for: ray status, and `ray list actors`"
-    return (warn if state.ready else fail)(state.stage, detail, remedy)
+    return unless(state.ready >= state.wanted, state.stage, detail, remedy)
 
 
 async def _time_all(actors: list[Actor]) -> list[float | None]:
@@ -75,7 +71,7 @@ async def _time_all(actors: list[Actor]) -> list[float | None]:
 
 
 async def _time(actor: Actor) -> float | None:
-    """Return the longest seconds that a replica took to say how it is; None: it did not."""
+    """Return the longest seconds of several health checks; None: one failed or had no answer."""
     longest = 0.0
     for _ in range(NUM_ASKS):
         began = time.monotonic()
@@ -89,22 +85,19 @@ async def _time(actor: Actor) -> float | None:
 
 
 def check_answers(name: str, seconds: float | None) -> Check:
-    """Judge the longest seconds that a replica took to say how it is; None: it did not."""
+    """Judge the longest seconds of a replica's health checks; None: it did not answer."""
     if seconds is None:
         return fail(name, f"no answer within {SILENT_S:g} s", "it is replaced after failures.answer_s; see `ray logs`")
     detail = f"answers within {seconds * 1000:.0f} ms"
-    if seconds > ANSWER_S:
-        return warn(name, detail, "see what else uses the CPUs of its node: top")
-    return ok(name, detail)
+    return warn_unless(seconds <= ANSWER_S, name, detail, "see what else uses the CPUs of its node: top")
 
 
 def _check_video(name: str) -> Iterator[Check]:
     logger.info("doctor: making a video of one step with %s", name)
     with Connection(name) as connection:
-        request = make_request(connection.config)
-        handle = connection.submit(request)
-        about = f"{handle.request.width}x{handle.request.height}, {handle.request.num_frames} frames, "
-        about += f"{handle.request.num_inference_steps} steps"
+        handle = connection.submit(make_request(connection.config))
+        request = handle.request
+        about = f"{request.width}x{request.height}, {request.num_frames} frames, {request.num_inference_steps} steps"
         try:
             result = handle.result(VIDEO_S)
         except TimeoutError:
@@ -112,13 +105,13 @@ def _check_video(name: str) -> Iterator[Check]:
             remedy = f"wait, or disagg-ray scale {name} STAGE=NUMBER; disagg-ray ls shows where requests wait"
             yield warn("video", f"{about}: not within {VIDEO_S:g} s; requests that wait: {waiting}", remedy)
         except DisaggError as error:
-            yield fail("video", str(error), "see `ray logs` of the replica that is named")
+            yield fail("video", str(error), "see `ray logs` of the replica that it names")
         else:
             yield ok("video", f"{about} in {result.seconds:.1f} s")
 
 
 def make_request(config: Config) -> Request:
-    """Return the request of the least work at the size that requests have who name none."""
+    """Return the request with the least work at the default size."""
     grey = blank(config.defaults.width, config.defaults.height)
     image, last_image = (grey if name in IMAGES_OF[config.model.task] else None for name in ("image", "last_image"))
     steps = None if config.model.sigmas else 1

@@ -1,4 +1,4 @@
-"""What is installed: Python, packages, torch against the driver, Mooncake's wheel against torch."""
+"""Checks installed software: Python, packages, torch against the GPU driver, Mooncake's wheel against torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from disagg_ray.doctor.check import Check, fail, ok, skipped, warn
+from disagg_ray.doctor.check import Check, fail, fail_unless, ok, skipped, warn
 from disagg_ray.replica.software import COMPARED, WHEELS, version_of
 from disagg_ray.text import human_bytes
 
@@ -26,42 +26,42 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What torch, and the machine, say about GPUs."""
+    """The GPUs of this process, and what they are used through."""
 
     build: str | None
-    """The CUDA version torch is built for, as 12.8; None: a CPU build."""
+    """CUDA version of the torch build, as 12.8; None: a CPU build."""
     driver: str | None
-    """Version of the NVIDIA driver that is loaded."""
+    """Version of the loaded NVIDIA driver."""
     devices: tuple[Gpu, ...]
-    """Those this process may use."""
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
-    if (3, 11) <= version < (3, 14):
-        return ok("python", platform.python_version())
-    return fail("python", f"{version[0]}.{version[1]} is not 3.11 to 3.13", "make an environment with python3.12")
+    detail = f"{platform.python_version()}; 3.11 to 3.13 are supported"
+    return fail_unless((3, 11) <= version < (3, 14), "python", detail, "make an environment with python3.12")
 
 
 def check_requirements(requirements: list[str] | None = None) -> Iterator[Check]:
-    """Compare what is installed with what this package asks for."""
+    """Compare installed packages with this package's requirements."""
     if requirements is None:
         try:
             requirements = metadata.requires("disagg-ray") or []
         except metadata.PackageNotFoundError:
-            yield skipped("packages", "disagg-ray runs from its sources, not installed: versions are not compared")
+            yield skipped(
+                "packages", "disagg-ray runs from its sources and is not installed: versions are not compared"
+            )
             return
     listed = [Requirement(text) for text in requirements]
     wanted = [wish for wish in listed if wish.marker is None or wish.marker.evaluate({"extra": ""})]
-    wrong = [wish for wish in wanted if not _is_met(wish)]
+    found = {wish.name: version_of(wish.name) for wish in wanted}
+    wrong = [
+        wish
+        for wish in wanted
+        if found[wish.name] == "none" or not wish.specifier.contains(found[wish.name], prereleases=True)
+    ]
     for wish in wrong:
-        yield fail("packages", f"{wish.name} {version_of(wish.name)} is not {wish.specifier}", f"pip install '{wish}'")
+        yield fail("packages", f"{wish.name} {found[wish.name]} is not {wish.specifier}", f"pip install '{wish}'")
     if not wrong:
         yield ok("packages", ", ".join(f"{name} {version_of(name)}" for name in COMPARED))
-
-
-def _is_met(wish: Requirement) -> bool:
-    version = version_of(wish.name)
-    return version != "none" and wish.specifier.contains(version, prereleases=True)
 
 
 def see_gpus() -> Gpus:
@@ -71,7 +71,8 @@ def see_gpus() -> Gpus:
     return Gpus(torch.version.cuda, _driver(), tuple(Gpu(gpu.name, gpu.total_memory) for gpu in found))
 
 
-def _driver(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
     if not path.exists():
         return None
     version = re.search(r"\d+\.\d+(\.\d+)?", path.read_text(encoding="utf-8"))
@@ -88,17 +89,15 @@ def check_gpus(gpus: Gpus) -> Check:
         return ok("gpu", f"none; torch {torch.__version__} is built for CPUs")
     if gpus.build is None:
         return warn(
-            "gpu", f"the driver {gpus.driver} is there and torch {torch.__version__} is built for CPUs",
+            "gpu", f"NVIDIA driver {gpus.driver} is loaded, but torch {torch.__version__} is built for CPUs",
             "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128, then doctor again",
         )  # fmt: skip
     if gpus.driver is None:
-        return warn(
-            "gpu", f"torch is built for CUDA {gpus.build} and no NVIDIA driver is loaded",
-            "see whether `nvidia-smi` answers; in a container, start it with --gpus all",
-        )  # fmt: skip
+        detail = f"torch is built for CUDA {gpus.build}, but no NVIDIA driver is loaded"
+        return warn("gpu", detail, "check that `nvidia-smi` answers; start a container with --gpus all")
     return fail(
-        "gpu", f"{build}: torch can use no GPU",
-        f"see whether CUDA_VISIBLE_DEVICES hides them, and whether the driver is new enough for CUDA {gpus.build}: "
+        "gpu", f"{build}: torch finds no GPU",
+        f"check that CUDA_VISIBLE_DEVICES does not hide them and that the driver supports CUDA {gpus.build}: "
         f"python -c 'import torch; torch.cuda.init()'",
     )  # fmt: skip
 

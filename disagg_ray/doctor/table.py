@@ -1,8 +1,9 @@
-"""What a person, or a program, reads of the checks."""
+"""Prints checks for people, and writes them as JSON for programs."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -14,40 +15,36 @@ from rich.text import Text
 from disagg_ray.doctor.check import Check, exit_status
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
-
-
-MOST_NODES = 3
+MAX_NODES = 3
+"""Nodes named on one line."""
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print a line a check, one for all nodes where it is the same; below those that are not well, what to do."""
-    nodes = {check.node for check in checks if check.node}
+    """Print a line for each check, equal ones of several nodes as one, with its remedy below."""
+    many = len({check.node for check in checks if check.node}) > 1
     nodes_of: dict[Check, list[str]] = {}
     for check in checks:
         nodes_of.setdefault(replace(check, node=""), []).append(check.node)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    table.add_column("check", no_wrap=len(nodes) < 2)
-    if len(nodes) > 1:
+    table.add_column("check", no_wrap=not many)
+    if many:
         table.add_column("node", overflow="fold")
     table.add_column("found", overflow="fold")
-    for check, on in nodes_of.items():
+    for check, nodes in nodes_of.items():
         found = Text(check.detail)
         if check.remedy:
             found.append(f"\n-> {check.remedy}", style="bold")
-        cells = [Text(check.status, style=STYLES[check.status]), Text(check.name), Text(_listed(on)), found]
-        table.add_row(*(cells if len(nodes) > 1 else [*cells[:2], found]))
+        more = len(nodes) - MAX_NODES
+        named = ", ".join(nodes[:MAX_NODES]) + (f" and {more} more" if more > 0 else "")
+        status = Text(check.status, style=STYLES[check.status])
+        table.add_row(status, Text(check.name), *([Text(named)] if many else []), found)
     console = Console()
     if not console.is_terminal:
-        console.width = 160  # a log has no width of its own
+        console.width = 160  # a log has no width
     console.print(table)
-    counts = {status: sum(check.status == status for check in checks) for status in STYLES}
-    console.print(", ".join(f"{number} {status}" for status, number in counts.items() if number), highlight=False)
-
-
-def _listed(nodes: Sequence[str]) -> str:
-    more = len(nodes) - MOST_NODES
-    return ", ".join(nodes[:MOST_NODES]) + (f" and {more} more" if more > 0 else "")
+    counts = Counter[str](check.status for check in checks)
+    console.print(", ".join(f"{counts[status]} {status}" for status in STYLES if counts[status]), highlight=False)
 
 
 def to_json(checks: Sequence[Check]) -> str:
