@@ -47,7 +47,7 @@ def publish(pool: Pool) -> Handoff:
 
 def flip_bit(pool: Pool, address: int) -> None:
     """Damage the third byte of a published tensor."""
-    pool._memory[address - pool._memory.data_ptr() + HEADER_BYTES + 2] ^= 1
+    pool.memory.data[address - pool.memory.data.data_ptr() + HEADER_BYTES + 2] ^= 1
 
 
 def _serve(connection: Connection, transport: TransportConfig, taken: frozenset[str]) -> None:

@@ -1,5 +1,6 @@
 """Tensors kept in a pool's spare room: who goes first, and that they give way."""
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ UNIT = 1024 - HEADER_BYTES
 """Bytes of a tensor that takes 1024 of the pool's 16 Ki."""
 KEY = AttemptKey("request", 0)
 
+_numbers = itertools.count()
+
+
+def new_key() -> AttemptKey:
+    return AttemptKey("filling", next(_numbers))
+
 
 def tensor(value: int, nbytes: int = UNIT) -> torch.Tensor:
     return torch.full((nbytes // 4,), value, dtype=torch.int32)
@@ -51,22 +58,23 @@ def pool(shared_pool: Pool) -> Iterator[Pool]:
 
 def empty(pool: Pool) -> None:
     """Free all slots and all that is kept, and find every byte again."""
-    for key in list(pool._slots):
+    for key in list(pool.slots):
         pool.release(key)
-    pool._released.clear()
     while pool.cache.evict():
         pass
-    assert (pool.bytes_in_use, pool.cache.bytes_kept, pool._allocator.num_gaps) == (0, 0, 1)
+    assert (pool.bytes_in_use, pool.cache.bytes_kept) == (0, 0)
+    pool.reserve(whole := new_key(), {"all": CAPACITY - HEADER_BYTES}, timeout_s=0)  # in one piece
+    pool.release(whole)
 
 
 def fill(pool: Pool, leave: int) -> None:
     """Let slots take all but `leave` bytes of the pool."""
-    pool.reserve(KEY._replace(attempt=99), {"filling": CAPACITY - leave - HEADER_BYTES}, timeout_s=0)
+    pool.reserve(new_key(), {"filling": CAPACITY - leave - HEADER_BYTES}, timeout_s=0)
 
 
 def kept(pool: Pool) -> list[object]:
     """Return the keys of what is kept, least recently used first."""
-    return list(pool.cache._entries)
+    return list(pool.cache.keys)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (3, 5, 7), (1, 8, 32)], ids=str)
@@ -132,7 +140,7 @@ def test_as_many_give_way_as_a_reservation_needs(pool):
     pool.cache.get(0)
     fill(pool, leave=4 * 1024)
     assert kept(pool) == [1, 2, 3, 0]
-    pool.reserve(KEY, {"x": UNIT, "y": UNIT}, timeout_s=0)
+    pool.reserve(new_key(), {"x": UNIT, "y": UNIT}, timeout_s=0)
     assert kept(pool) == [3, 0]
 
 
@@ -140,7 +148,7 @@ def test_none_gives_way_to_a_reservation_that_has_to_wait_even_so(pool):
     fill(pool, leave=2 * 1024)
     pool.cache.put("text", tensor(1))
     with pytest.raises(PoolError, match="no room"):
-        pool.reserve(KEY, {"x": 2 * 1024}, timeout_s=0)
+        pool.reserve(new_key(), {"x": 2 * 1024}, timeout_s=0)
     assert kept(pool) == ["text"]
 
 
@@ -154,11 +162,11 @@ def test_a_reservation_waits_for_a_copy_and_never_spoils_it(pool, monkeypatch):
         yield
 
     pool.cache.put("text", tensor(1))
-    monkeypatch.setattr(pool.cache, "_own_stream", slow_stream)
+    monkeypatch.setattr(pool.memory, "own_stream", slow_stream)
     with ThreadPoolExecutor() as workers:
         copy = workers.submit(pool.cache.get, "text")
         assert copying.wait(10)
-        reservation = workers.submit(pool.reserve, KEY, {"x": CAPACITY - HEADER_BYTES}, 10)
+        reservation = workers.submit(pool.reserve, new_key(), {"x": CAPACITY - HEADER_BYTES}, 10)
         with pytest.raises(TimeoutError):
             reservation.result(0.05)
         go_on.set()
@@ -173,7 +181,7 @@ def test_a_failed_copy_keeps_nothing_and_leaks_nothing(pool, monkeypatch):
         yield
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no stream"):
-        patch.setattr(pool.cache, "_own_stream", contextmanager(refuse))
+        patch.setattr(pool.memory, "own_stream", contextmanager(refuse))
         pool.cache.put("text", tensor(1))
     assert (kept(pool), pool.cache.bytes_kept) == ([], 0)
 
@@ -202,8 +210,9 @@ STEPS = st.tuples(st.sampled_from(["get", "put", "reserve", "release"]), st.inte
 @settings(max_examples=60, deadline=None)
 @given(st.lists(STEPS, max_size=40))
 def test_bounds_and_contents_hold_in_any_order(shared_pool, steps):
+    keys = [new_key() for _ in range(8)]
     for action, number, nbytes in steps:
-        key = KEY._replace(attempt=number)
+        key = keys[number]
         if action == "put":
             shared_pool.cache.put((number, nbytes // 4), tensor(number, nbytes))
         elif action == "get":
@@ -213,11 +222,11 @@ def test_bounds_and_contents_hold_in_any_order(shared_pool, steps):
             with suppress(PoolError):
                 shared_pool.reserve(key, {f"x{nbytes}": nbytes}, timeout_s=0)
         else:
-            shared_pool.release(key, list(shared_pool._slots.get(key, {})))
-        taken = sum(span.nbytes for slots in shared_pool._slots.values() for span in slots.values())
+            shared_pool.release(key, list(shared_pool.slots.get(key, {})))
+        taken = sum(span.nbytes for slots in shared_pool.slots.values() for span in slots.values())
         assert shared_pool.bytes_in_use == taken
         assert shared_pool.cache.bytes_kept <= min(CACHE_BYTES, CAPACITY - taken)
-        assert shared_pool.cache.bytes_kept == sum(e.span.nbytes for e in shared_pool.cache._entries.values())
+        assert shared_pool.cache.bytes_kept == sum(slot_bytes(4 * length) for _, length in kept(shared_pool))
     empty(shared_pool)
 
 
@@ -226,7 +235,7 @@ def test_bounds_and_contents_hold_in_any_order(shared_pool, steps):
 def test_a_pool_full_of_kept_tensors_serves_whatever_an_empty_one_does(shared_pool, lengths, nbytes):
     for number, length in enumerate(lengths):
         shared_pool.cache.put(number, tensor(number, length))
-    shared_pool.reserve(KEY, {"x": nbytes}, timeout_s=0)
+    shared_pool.reserve(new_key(), {"x": nbytes}, timeout_s=0)
     assert shared_pool.bytes_in_use == slot_bytes(nbytes)
     empty(shared_pool)
 
@@ -235,7 +244,7 @@ def test_many_threads_keep_look_up_and_reserve(pool):
     """Slots are written over what was evicted: a copy that raced would show their bytes."""
 
     def work(number: int) -> int:
-        hits, key = 0, KEY._replace(attempt=1000 + number)
+        hits, key = 0, new_key()
         for turn in range(50):
             text = (number + turn) % 6
             pool.cache.put(text, tensor(text))

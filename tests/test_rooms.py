@@ -28,7 +28,7 @@ from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, resolve
 from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
 from disagg_ray.transfer.handoff import AttemptKey
-from disagg_ray.transfer.slots import Span
+from disagg_ray.transfer.pool import Pool
 
 INPUTS = {"text": (), "image": (), "denoise": ("text", "image"), "decode": ("denoise",)}
 SPENT_BY = {"text": "denoise", "image": "denoise", "denoise": "decode", "decode": "decode"}
@@ -116,7 +116,7 @@ def test_a_replica_without_room_waits_until_an_output_is_released(stages: dict[s
         waiting = thread.submit(replica.run, tasks[2])
         assert not wait([waiting], timeout=0.5).done
         assert replica.health().stalled == {"reserve": 0.0}
-        with patch.object(replica._pool, "_quarantine", [("hung peer", Span(0, room))]):  # nobody can release that
+        with patch.object(Pool, "bytes_quarantined", room):  # which no release frees
             wait_until(lambda: replica.health().stalled_s > 0, "it waits for ever", 60)
         assert replica.health().stalled == {"reserve": 0.0}
         replica.release(tasks[0].key)

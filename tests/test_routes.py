@@ -62,11 +62,12 @@ def test_failures_of_dead_and_of_many_peers_are_forgotten(
 ) -> None:
     failed.fail(NVLINK)
     failed.forget(NVLINK.name)
-    assert not failed._pauses
+    assert not failed.is_left_out(NVLINK)
     monkeypatch.setattr(routes, "MAX_FAILED", 3)
-    for port in range(10):
-        failed.fail(Session("tcp", f"host:{port}"))
-    assert [name for _, name in failed._pauses] == ["host:7", "host:8", "host:9"]
+    sessions = [Session("tcp", f"host:{port}") for port in range(10)]
+    for session in sessions:
+        failed.fail(session)
+    assert [failed.is_left_out(session) for session in sessions] == 7 * [False] + 3 * [True]
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ def pools() -> Iterator[tuple[Pool, Pool]]:
     """Give a producer and a consumer with two ways to each other, both TCP; the better one goes by another's name."""
     both = [Pool(name, 1 << 20, HOST, TRANSPORT) for name in ("producer", "consumer")]
     for pool in both:
-        (second,) = open_endpoints(HOST, TRANSPORT, pool._memory, pool._memory).values()
+        (second,) = open_endpoints(HOST, TRANSPORT, pool.memory.data, pool.memory.data).values()
         better = replace(second, session=replace(second.session, route="nvlink_intra"))
-        pool._endpoints = {"nvlink_intra": better} | pool._endpoints
+        pool.endpoints = {"nvlink_intra": better} | pool.endpoints
     yield both[0], both[1]
     for pool in both:
         pool.close()
@@ -90,9 +91,9 @@ def pull(pool: Pool, handoff: Handoff, attempt: int) -> torch.Tensor:
 
 def test_better_route_is_taken_again_once_it_works(pools: tuple[Pool, Pool], clock: Clock) -> None:
     producer, consumer = pools
-    consumer._failed = FailedRoutes(clock)
+    consumer.failed_routes = FailedRoutes(clock)
     handoff, latents = publish(producer), make_tensors()["latents"]
-    address, better = producer._memory.data_ptr(), producer._endpoints["nvlink_intra"].engine
+    address, better = producer.memory.data.data_ptr(), producer.endpoints["nvlink_intra"].engine
     better.unregister(address)
     assert torch.equal(pull(consumer, handoff, 0), latents)
     assert consumer.route(handoff) == "tcp"
@@ -100,4 +101,4 @@ def test_better_route_is_taken_again_once_it_works(pools: tuple[Pool, Pool], clo
     clock.now += FIRST_PAUSE_S
     assert torch.equal(pull(consumer, handoff, 1), latents)
     assert consumer.route(handoff) == "nvlink_intra"
-    assert not consumer._failed._pauses
+    assert not any(map(consumer.failed_routes.is_left_out, handoff.sessions))

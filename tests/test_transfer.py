@@ -53,9 +53,9 @@ def pools() -> Iterator[dict[bool, Pool]]:
 
 def until_empty(pool: Pool) -> Iterator[Pool]:
     """Give a pool, and find it empty again after the test."""
-    pool._memory.zero_()
+    pool.memory.data.zero_()
     yield pool
-    for key in list(pool._slots):
+    for key in list(pool.slots):
         pool.release(key)
     assert (pool.bytes_in_use, pool.bytes_quarantined) == (0, 0)
 
@@ -165,7 +165,7 @@ def test_nothing_is_written_after_a_pull_was_refused(peer, pool):
     bad, *rest = peer.handoff.tensors
     assert_refused(pool, replace(peer.handoff, tensors=(replace(bad, address=4096), *rest)), "refused the read")
     time.sleep(0.1)
-    assert not pool._memory.any()
+    assert not pool.memory.data.any()
 
 
 def test_republished_tensors_make_the_old_handoff_stale(peer, pool):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from disagg_ray.transfer.memory import PoolMemory
 from disagg_ray.transfer.slots import SlotAllocator, Span, slot_bytes
 
 
@@ -24,16 +25,15 @@ class _Entry:
 class TensorCache:
     """At most `max_bytes` of a pool's memory; the least recently used tensors go first.
 
-    Lies at the far end of the pool and gives way to slots: nothing ever waits for it longer than one copy. Thread-safe,
-    under the pool's own lock. An entry that is being copied is in nobody's reach, so that it cannot be evicted then.
+    Kept at the far end of the pool and evicted when slots need the room: nothing waits for it longer than one copy.
+    Thread-safe, under the pool's lock. An entry that is being copied is taken out meanwhile, so it cannot be evicted.
     """
 
     def __init__(
         self,
-        memory: torch.Tensor,
+        memory: PoolMemory,
         allocator: SlotAllocator,
         changed: threading.Condition,
-        own_stream: Callable[..., AbstractContextManager[None]],
         max_bytes: int,
     ) -> None:
         self.bytes_kept = 0
@@ -42,9 +42,13 @@ class TensorCache:
         self._memory = memory
         self._allocator = allocator
         self._changed = changed
-        self._own_stream = own_stream
         self._max_bytes = max_bytes
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        """What is kept, least recently used first."""
+        return tuple(self._entries)
 
     def get(self, key: Hashable) -> torch.Tensor | None:
         """Return a copy of the tensor that was put under a key, or None if it is not there."""
@@ -54,7 +58,7 @@ class TensorCache:
             self.misses += entry is None
         if entry is None:
             return None
-        found = self._memory.new_empty(entry.nbytes)  # the caller's, of the caller's stream
+        found = self._memory.data.new_empty(entry.nbytes)  # the caller's, of the caller's stream
         with self._copying(key, entry) as kept:
             found.copy_(kept)
         return found.view(entry.dtype).view(entry.shape)
@@ -91,8 +95,8 @@ class TensorCache:
         """Give an entry's bytes; afterwards it is the most recently used, or freed if the copy failed."""
         copied = False
         try:
-            with self._own_stream(after_caller=True):
-                yield self._memory[entry.span.offset :][: entry.nbytes]
+            with self._memory.own_stream(after_caller=True):
+                yield self._memory.data[entry.span.offset :][: entry.nbytes]
             copied = True
         finally:
             with self._changed:

@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -23,6 +22,7 @@ from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.text import mask
 from disagg_ray.transfer.guard import Guard
 from disagg_ray.transfer.handoff import Session
+from disagg_ray.transfer.recent import Recent
 from disagg_ray.transfer.sockets import admit, filter_of, listeners, listening_ports
 
 logger = logging.getLogger("disagg_ray")
@@ -62,7 +62,7 @@ class Engine:
         if self._guard is not None:
             port = self._guard.port
         self.session = Session(transport.protocol, _name(host, port, taken))
-        self._met: OrderedDict[str, None] = OrderedDict()
+        self._met: Recent[str] = Recent(MAX_MET)
 
     @property
     def met(self) -> frozenset[str]:
@@ -99,10 +99,7 @@ class Engine:
                 code = self._read_region(peer, region)
             if code != 0:
                 raise TransferError(GONE, peer.name, sum(lengths), code)
-        self._met[peer.name] = None
-        self._met.move_to_end(peer.name)
-        while len(self._met) > MAX_MET:
-            self._met.popitem(last=False)
+        self._met.add(peer.name)
 
     def _read_region(self, peer: Session, region: tuple[int, int, int]) -> int:
         started = time.monotonic()

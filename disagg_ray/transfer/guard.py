@@ -53,12 +53,13 @@ class Guard:
         self._open: dict[asyncio.StreamWriter, None] = {}
         self.refused = 0
         self.port: int = self._listener.getsockname()[1]
+        self._closed = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, name="disagg_ray-guard", daemon=True).start()
 
     def _run(self) -> None:
         server = self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._listener, backlog=BACKLOG))
-        self._loop.run_forever()
+        self._loop.run_until_complete(self._closed.wait())
         server.close()
         for writer in self._open:
             writer.transport.abort()
@@ -105,7 +106,7 @@ class Guard:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         with suppress(RuntimeError):  # the loop is closed already
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._closed.set)
 
 
 async def _kind(reader: asyncio.StreamReader) -> int:

@@ -99,7 +99,7 @@ def _measure_way(way: Way, sizes: tuple[int, ...]) -> Iterator[Row]:
 def _actions(way: Way, pools: Mapping[bool, Pool], handoff: Handoff, nbytes: int) -> dict[str, Callable[[], object]]:
     (meta,) = (meta for meta in handoff.tensors if meta.spec.nbytes == nbytes)
     (session,) = handoff.sessions
-    endpoint = pools[False]._endpoints[way.route]
+    endpoint = pools[False].endpoints[way.route]
     local, remote = endpoint.memory.data_ptr(), meta.address + session.shift
     actions: dict[str, Callable[[], object]] = {
         "bare": lambda: endpoint.engine.read(session, [local], [remote], [HEADER_BYTES + nbytes]),

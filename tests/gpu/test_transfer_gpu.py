@@ -160,7 +160,7 @@ def test_peer_killed_amid_a_pull_by_tcp_is_an_error_within_the_deadline():
     """The peer dies as soon as the first bytes of a gigabyte have arrived."""
     large = 1000 * MIB
     pool = Pool("pulling", large + MIB, HOST, TRANSPORT, FIRST)
-    memory = pool._endpoints["tcp"].memory
+    memory = pool.endpoints["tcp"].memory
     errors: list[BaseException] = []
 
     def run(handoff: Handoff) -> None:

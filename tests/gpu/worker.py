@@ -45,7 +45,7 @@ def publish(pool: Pool, device: str, nbytes: int = 8 * MIB) -> Handoff:
 
 def growing(pool: Pool) -> set[bool]:
     """Return whether the segments that tensors of this process lie in grow: the pool's, and a new one's."""
-    taken = torch.empty(64 * MIB, dtype=torch.uint8, device=pool._memory.device)
+    taken = torch.empty(64 * MIB, dtype=torch.uint8, device=pool.memory.data.device)
     grow = {segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}
     del taken
     return grow
@@ -61,7 +61,7 @@ def pull(pool: Pool, handoff: Handoff) -> str:
         assert pulled.keys() == expected.keys()
         for name, tensor in pulled.items():
             assert (tensor.device, tensor.dtype, tensor.shape) == (
-                pool._memory.device, expected[name].dtype, expected[name].shape
+                pool.memory.data.device, expected[name].dtype, expected[name].shape
             )  # fmt: skip
             assert torch.equal(tensor.cpu(), expected[name]), name
     finally:
