@@ -8,7 +8,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -250,7 +250,7 @@ def _floor(pixels: int) -> int:
 
 def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:
     """Fill in the defaults and check the result against the configuration; the size is (height, width)."""
-    defaults = asdict(config.defaults) | {"height": size[0], "width": size[1]}
+    defaults = vars(config.defaults) | {"height": size[0], "width": size[1]}
     defaults["num_inference_steps"] = len(config.model.sigmas) or config.defaults.num_inference_steps
     resolved = ResolvedRequest(
         id=request.id,

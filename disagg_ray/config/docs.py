@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from disagg_ray.config.rules import kinds
@@ -57,29 +58,19 @@ def _parts(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
 
 
 def _section(prefix: str, cls: Any) -> str:
-    docs = field_docs(cls)
-    plain = [f for f in fields(cls) if not is_dataclass(_default(f))]
-    rows = "".join(f"| `{prefix}{f.name}` | {_show(_default(f))} | {_cell(docs.get(f.name, ''))} |\n" for f in plain)
-    about = inspect.cleandoc(cls.__doc__) if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") else ""
-    title = f"`{prefix.removesuffix('.')}`" if prefix else "Top level"
-    return f"\n## {title}\n\n{about + chr(10) * 2 if about else ''}| key | default | meaning |\n|---|---|---|\n{rows}"
-
-
-def _default(f: Field[Any]) -> Any:
-    return (
-        f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+    docs, kind_of_field = field_docs(cls), kinds(cls)
+    rows = "".join(
+        f"| `{prefix}{f.name}` | {_default(f)} | {docs[f.name].replace('|', chr(92) + '|')} |\n"
+        for f in fields(cls)
+        if not kind_of_field[f.name].is_section
     )
+    title = f"`{prefix.removesuffix('.')}`" if prefix else "Top level"
+    return f"\n## {title}\n\n{inspect.cleandoc(cls.__doc__)}\n\n| key | default | meaning |\n|---|---|---|\n{rows}"
 
 
-def _show(value: object) -> str:
-    """Return a default as YAML has it."""
-    words = {None: "null", True: "true", False: "false"}
-    if value in ("???", MISSING):
+def _default(f: Field[Any]) -> str:
+    """Return a field's default as YAML has it."""
+    value = f.default if f.default_factory is MISSING else f.default_factory()
+    if value == "???":
         return "required"
-    if value is None or isinstance(value, bool):
-        return f"`{words[value]}`"
-    return "`{}`" if value == {} else "`''`" if value == "" else f"`{value}`"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
+    return f"`{value if value and isinstance(value, str) else json.dumps(value)}`"

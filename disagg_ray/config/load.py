@@ -35,9 +35,9 @@ def load_config(path: str | Path, *overrides: str) -> Config:
         _read_stages(layer, _stages(merged))
         merged = _merge(merged, _sections(SCHEMA, layer))
     _check_groups(_stages(merged))
-    config: Config = build(Config, merged)
+    config = build(merged)
     if stages := preset_stages(config):
-        config = build(Config, _merge(_sections(SCHEMA, to_tree({"stages": stages})), merged))
+        config = build(_merge(_sections(SCHEMA, to_tree({"stages": stages})), merged))
     folder = expand_home(config.model.path)
     if folder.is_dir():  # replicas have other working folders
         config = replace(config, model=replace(config.model, path=str(folder.absolute())))

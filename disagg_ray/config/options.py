@@ -6,11 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from disagg_ray.config.rules import Check, Count, Rule, Section, at_least, one_of
-
-OFFLOADS = ("none", "group", "model")
-
-SCHEDULERS = ("unipc", "euler")
+from disagg_ray.config.rules import Check, Count, Positive, Rule, Section, at_least, one_of
 
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -47,9 +43,7 @@ class StepCacheConfig(Section):
     interval: Count | None = None
     """For taylorseer: steps that are predicted after each computed one. Higher is faster and less exact. null:
     diffusers' default (5)."""
-    ratios: list[Annotated[float, Rule(lambda ratio: 0 < ratio < math.inf, "must be a positive number")]] = field(
-        default_factory=list
-    )
+    ratios: list[Positive] = field(default_factory=list)
     """For mag: the model's magnitude ratios, one for each step of its calibration
     (`MagCacheConfig(calibrate=True)`)."""
 

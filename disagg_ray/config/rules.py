@@ -41,9 +41,8 @@ def between(least: float, most: float) -> Rule:
 
 
 def one_of(*words: str) -> Rule:
-    return Rule(
-        lambda word: word in words, f"must be one of {', '.join(words)}", lambda word: did_you_mean(word, words)
-    )
+    remedy = f"must be one of {', '.join(words)}"
+    return Rule(lambda word: word in words, remedy, lambda word: did_you_mean(word, words))
 
 
 def nearest_in(step: int, offset: int) -> Callable[[int], str]:
@@ -58,20 +57,13 @@ MULTIPLE = 16
 Count = Annotated[int, at_least(1)]
 Bytes = Annotated[int, Rule(lambda number: number > 0, "must be a positive number of bytes")]
 Positive = Annotated[float, Rule(lambda number: 0 < number < math.inf, "must be a positive number")]
-Side = Annotated[
-    int,
-    Rule(
-        lambda pixels: pixels > 0 and pixels % MULTIPLE == 0,
-        f"must be a positive multiple of {MULTIPLE}",
-        nearest_in(MULTIPLE, 0),
-    ),
-]
+SIDE = f"must be a positive multiple of {MULTIPLE}"
+Side = Annotated[int, Rule(lambda side: side > 0 and side % MULTIPLE == 0, SIDE, nearest_in(MULTIPLE, 0))]
 """Height or width of a video, in pixels."""
 NumFrames = Annotated[int, Rule(lambda frames: frames > 0 and frames % 4 == 1, "must be 4k + 1", nearest_in(4, 1))]
 """Frames of a video: the VAE makes one of its first latent frame and four of each other."""
-Guidance = Annotated[
-    float, Rule(lambda scale: 0 <= scale <= sys.float_info.max, "must be a finite number of at least 0")
-]  # an int may be larger than any float
+FINITE = "must be a finite number of at least 0"
+Guidance = Annotated[float, Rule(lambda scale: 0 <= scale <= sys.float_info.max, FINITE)]  # an int may be over it
 Fps = Annotated[int, between(1, 240)]
 
 
@@ -84,6 +76,8 @@ class Kind:
     optional: bool = False
     """Whether the value may be null."""
     rules: tuple[Rule, ...] = ()
+    item: Kind | None = None
+    """The values of a mapping or list."""
 
     @property
     def is_section(self) -> bool:
@@ -99,11 +93,6 @@ class Kind:
     def is_free(self) -> bool:
         """Whether it is a mapping to values that are no sections."""
         return self.is_mapping and not (self.item and self.item.is_section)
-
-    @property
-    def item(self) -> Kind | None:
-        """The values of a mapping or list; None: it is neither."""
-        return kind_of(get_args(self.type)[-1]) if get_origin(self.type) in (dict, list) else None
 
     def child(self, key: str) -> Kind | None:
         """Return what a key of it holds; None: it has no such key."""
@@ -122,7 +111,7 @@ def kind_of(hint: Any) -> Kind:
         elif get_origin(hint) in (Union, types.UnionType) and type(None) in members:
             hint, optional = Union[tuple(member for member in members if member is not type(None))], True  # noqa: UP007
         else:
-            return Kind(hint, optional, rules)
+            return Kind(hint, optional, rules, kind_of(members[-1]) if get_origin(hint) in (dict, list) else None)
 
 
 @cache

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Annotated, Self
 
 from disagg_ray.config.deployment import ClusterConfig, FailuresConfig, OutputConfig, ServiceConfig
-from disagg_ray.config.options import SCHEDULERS, Dtype, parse_part
+from disagg_ray.config.options import Dtype, parse_part
 from disagg_ray.config.rules import (
     Check,
     Count,
@@ -49,6 +49,10 @@ class DtypeConfig(Section):
     """The VAE, encoder and decoder."""
 
 
+def _falls(sigmas: list[float]) -> bool:
+    return all(1 >= sigma > after >= 0 for sigma, after in pairwise([*sigmas, 0.0]))
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """The checkpoint, and how it is sampled."""
@@ -62,15 +66,9 @@ class ModelConfig(Section):
     """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
     flow_shift: Positive | None = None
     """Shift of the flow-matching schedule; null: the checkpoint's."""
-    scheduler: Annotated[str, one_of(*SCHEDULERS)] | None = None
+    scheduler: Annotated[str, one_of("unipc", "euler")] | None = None
     """unipc or euler, with the checkpoint's shift; null: the checkpoint's scheduler."""
-    sigmas: Annotated[
-        list[float],
-        Rule(
-            lambda sigmas: all(1 >= sigma > after >= 0 for sigma, after in pairwise([*sigmas, 0.0])),
-            "must fall from at most 1 to above 0",
-        ),
-    ] = field(default_factory=list)
+    sigmas: Annotated[list[float], Rule(_falls, "must fall from at most 1 to above 0")] = field(default_factory=list)
     """Noise level of each step, falling from 1, for step-distilled checkpoints; fixes the number of steps of every
     request. They are shifted, as in diffusers, unless flow_shift is 1. []: spread over the request's steps."""
     boundary_ratio: Annotated[float, between(0, 1)] | None = None
@@ -136,10 +134,12 @@ def _is_port_range(text: str) -> bool:
     return digits and 1024 <= int(first) <= int(last) <= 65535
 
 
-PoolBytes = Annotated[
-    int | str,
-    Rule(lambda size: size == "auto" or (isinstance(size, int) and size > 0), "must be auto or a number of bytes"),
-]
+def _is_pool_size(size: int | str) -> bool:
+    return size == "auto" or (isinstance(size, int) and size > 0)
+
+
+PoolBytes = Annotated[int | str, Rule(_is_pool_size, "must be auto or a number of bytes")]
+SERVER = f"must be P2PHANDSHAKE or an address, with its password for {MASK}"
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,7 @@ class TransportConfig(Section):
     """auto (for each pair of pools the fastest that both support), nvlink_intra, rdma or tcp."""
     device_name: str = ""
     """RDMA devices, comma separated; empty: Mooncake's choice. For protocols rdma and auto."""
-    metadata_server: Annotated[
-        str,
-        Rule(
-            lambda server: bool(server) and MASK not in server,
-            f"must be P2PHANDSHAKE or an address, with its password for {MASK}",
-        ),
-    ] = "P2PHANDSHAKE"
+    metadata_server: Annotated[str, Rule(lambda server: server and MASK not in server, SERVER)] = "P2PHANDSHAKE"
     """Mooncake's metadata server: P2PHANDSHAKE needs none; else an etcd, redis or http address."""
     port_range: Annotated[str, Rule(_is_port_range, "must be FIRST-LAST, as 15000-15999,")] | None = None
     """Ports for Mooncake and progress, as `FIRST-LAST`, for a firewall: three for each route of each pool, and one for

@@ -8,7 +8,6 @@ from typing import Annotated, Self
 
 from disagg_ray.config.options import (
     BLEND,
-    OFFLOADS,
     TEXT_ENCODER,
     DenoiserConfig,
     Dtype,
@@ -28,16 +27,9 @@ def _replicas_instead(num_gpus: float) -> str:
 NumGpus = Annotated[float, Rule(lambda number: 0 <= number <= 1, "must be from 0 to 1", _replicas_instead)]
 NumCpus = Annotated[float, at_least(0)]
 RESERVED = {"CPU", "GPU", "memory", "object_store_memory"}
-Resources = Annotated[
-    dict[
-        str,
-        Annotated[
-            float,
-            Rule(lambda n: 0 < n <= 1 or (n > 1 and float(n).is_integer()), "must be a fraction or a whole number"),
-        ],
-    ],
-    Rule(lambda given: not RESERVED & set(given), "must be custom resources; write num_cpus, num_gpus or memory"),
-]
+AMOUNT = Rule(lambda n: 0 < n <= 1 or (n > 1 and float(n).is_integer()), "must be a fraction or a whole number")
+CUSTOM = Rule(lambda given: not RESERVED & set(given), "must be custom resources; write num_cpus, num_gpus or memory")
+Resources = Annotated[dict[str, Annotated[float, AMOUNT]], CUSTOM]
 WarmUp = Annotated[
     list[int],
     Rule(lambda size: len(size) == 3 and min(size) > 0, "must be [height, width, num_frames]"),
@@ -114,7 +106,7 @@ class StageConfig(Section):
     """How its transformers run."""
     vae: VaeConfig = field(default_factory=VaeConfig)
     """How its VAE runs."""
-    offload: Annotated[str, one_of(*OFFLOADS)] = "none"
+    offload: Annotated[str, one_of("none", "group", "model")] = "none"
     """Weights in host memory, to save VRAM at the cost of time: none, group (all but the layers at work) or model (all
     but the component at work). For stages on a GPU only."""
     warm_up: list[WarmUp] = field(default_factory=list)

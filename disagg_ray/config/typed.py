@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from itertools import zip_longest
 from typing import Any, NoReturn
 
 from disagg_ray.config.rules import Kind, kind_of, kinds
+from disagg_ray.config.schema import Config
 from disagg_ray.config.tree import Tree
 from disagg_ray.errors import ConfigError
 from disagg_ray.text import nearest, printable
@@ -23,6 +23,12 @@ DECIMAL = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]{1,
 NOT_FINITE = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 """YAML 1.2's numbers, and 1_000."""
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+MUST = {
+    str: 'must be text; write "" for none',
+    bool: "must be true or false",
+    int: "must be a whole number",
+    float: "must be a number",
+}
 WORD = re.compile(r"\w{1,40}")
 FREE_TEXT = ("defaults.negative_prompt",)
 """Keys whose text may hold `${`: it means nothing there."""
@@ -46,40 +52,15 @@ def known_keys(kind: Any, prefix: str = "") -> Iterator[str]:
         yield from known_keys(kind.item, f"{prefix}*." if kind.is_mapping else f"{prefix[:-1]}[*].")
 
 
-def build(section: type, given: Layer) -> Any:
-    """Return what the merged layers say, as a dataclass.
+def build(given: Layer) -> Config:
+    """Return what the merged layers say.
 
     Raises:
         ConfigError: names the key, what was written there, and what may be.
     """
-    try:
-        return _build(kind_of(section), given, "")
-    except _UnknownKey as error:
-        raise ConfigError(_explain(error.key, error.place, list(known_keys(section)))) from None
-
-
-class _UnknownKey(Exception):
-    def __init__(self, key: str, place: str) -> None:
-        self.key, self.place = key, place
-
-
-def _explain(key: str, place: str, known: Sequence[str]) -> str:
-    """Suggest the nearest key, by the whole of it or else by its last word."""
-    parts = key.split(".")
-    named = [".".join(_name(*pair) for pair in zip_longest(name.split("."), parts) if pair[0]) for name in known]
-    leaves = {name.rpartition(".")[2]: name for name in named}
-    leaf = nearest(parts[-1], leaves)
-    near = nearest(key, named) or (leaf and leaves[leaf])
-    hint = f"did you mean {printable(near)}?" if near else "`disagg-ray config` prints them all"
-    if place and not WORD.fullmatch(parts[-1]):  # perhaps no configuration at all: its lines must not be shown
-        return f"config: {place} holds no key of a configuration; {hint}"
-    return f"{printable(key)}: no such key{place and f' ({place})'}; {hint}"
-
-
-def _name(pattern: str, given: str | None) -> str:
-    """Put the name or the place that was given where a known key has a star."""
-    stem = pattern.removesuffix("*").removesuffix("[*]")
-    return given if given is not None and "*" in pattern and given.startswith(stem) else pattern
+    config = _build(kind_of(Config), given, "")
+    assert isinstance(config, Config)
+    return config
 
 
 def _build(kind: Kind, given: Layer | Tree, key: str) -> Any:
@@ -103,7 +84,10 @@ def _build(kind: Kind, given: Layer | Tree, key: str) -> Any:
         refuse(key, given, "must be text; put it in quotes" if is_text(kind) else "must be one value")
     if "${" in given.value and key not in FREE_TEXT:
         refuse(key, given, "holds ${...}, which is not replaced by anything; write the value itself")
-    return _READERS[kind.type](key, given, given.value)
+    value = _read(kind, given, given.value)
+    if value is None:
+        refuse(key, given, MUST[kind.type])
+    return value
 
 
 def refuse(key: str, tree: Tree, remedy: str) -> NoReturn:
@@ -122,7 +106,7 @@ def _build_section(kind: Kind, given: Layer | Tree, key: str) -> Any:
     values = {}
     for name, child in given.items():
         if name not in hints:
-            raise _UnknownKey(f"{prefix}{name}", child.place)
+            _refuse_key(prefix, name, hints, child.place)
         values[name] = _build(hints[name], child, f"{prefix}{name}")
     for f in fields(kind.type):
         if f.name not in values and hints[f.name].is_section:
@@ -132,46 +116,30 @@ def _build_section(kind: Kind, given: Layer | Tree, key: str) -> Any:
     return kind.type(**values)
 
 
-def _read_text(key: str, tree: Tree, text: str) -> str:
-    if tree.is_null and text:
-        refuse(key, tree, 'must be text; write "" for none')
-    return text
+def _refuse_key(prefix: str, name: str, known: Iterable[str], place: str) -> NoReturn:
+    """Raise what is wrong with a key that does not exist; suggest the nearest of its section, or else of all."""
+    near = nearest(name, known)
+    leaves = {key.rpartition(".")[2]: key for key in known_keys(Config)}
+    suggested = f"{prefix}{near}" if near else leaves.get(nearest(name, leaves) or "")
+    hint = f"did you mean {printable(suggested)}?" if suggested else "`disagg-ray config` prints them all"
+    if place and not WORD.fullmatch(name):  # perhaps no configuration at all: its lines must not be shown
+        raise ConfigError(f"config: {place} holds no key of a configuration; {hint}")
+    raise ConfigError(f"{printable(prefix + name)}: no such key{place and f' ({place})'}; {hint}")
 
 
-def _read_bool(key: str, tree: Tree, text: str) -> bool:
-    if text.lower() not in WORDS:
-        refuse(key, tree, "must be true or false")
-    return WORDS[text.lower()]
-
-
-def _read_int(key: str, tree: Tree, text: str) -> int:
-    number = _number(text)
-    if number is None or not (isinstance(number, int) or (number.is_integer() and abs(number) <= EXACT)):
-        refuse(key, tree, "must be a whole number")
-    return int(number)
-
-
-def _read_float(key: str, tree: Tree, text: str) -> float:
-    number = _number(text)
-    if number is None:
-        refuse(key, tree, "must be a number")
-    return float(number)
-
-
-def _number(text: str) -> int | float | None:
+def _read(kind: Kind, tree: Tree, text: str) -> Any:
+    """Return the value that text has for a type; None: it has none."""
+    if kind.type is str:
+        return None if tree.is_null and text else text
+    if kind.type is bool:
+        return WORDS.get(text.lower())
+    number: int | float | None
     if INTEGER.fullmatch(text):
-        return int(text)
-    return float(text) if DECIMAL.fullmatch(text) else NOT_FINITE.get(text.lower())
-
-
-def _read_int_or_text(_: str, __: Tree, text: str) -> int | str:
-    return int(text) if INTEGER.fullmatch(text) else text
-
-
-_READERS: dict[Any, Callable[[str, Tree, str], Any]] = {
-    str: _read_text,
-    bool: _read_bool,
-    int: _read_int,
-    float: _read_float,
-    int | str: _read_int_or_text,
-}
+        number = int(text)
+    else:
+        number = float(text) if DECIMAL.fullmatch(text) else NOT_FINITE.get(text.lower())
+    if kind.type is float:
+        return None if number is None else float(number)
+    if isinstance(number, float) and kind.type is int:
+        return int(number) if number.is_integer() and abs(number) <= EXACT else None
+    return text if kind.type is not int and not isinstance(number, int) else number
