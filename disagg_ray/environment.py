@@ -10,7 +10,7 @@ from disagg_ray.errors import ConfigError
 
 
 def ray_address() -> str | None:
-    """Return the cluster that Ray itself would join (`ray job submit` sets it for its entrypoints)."""
+    """Return the address of the cluster that Ray would join (`ray job submit` sets it for its entrypoints)."""
     return os.environ.get("RAY_ADDRESS") or None
 
 
@@ -88,10 +88,10 @@ def default(name: str, value: str) -> None:
 
 
 def trim() -> None:
-    """Give what is free of the heap back to the system; does nothing where the C library is not glibc.
+    """Return free heap memory to the system; does nothing where the C library is not glibc.
 
-    Every thread frees into a part of the heap of its own, which otherwise only grows: Ray's, ZeroMQ's and Mooncake's
-    forty threads took 0.1 MB more for each request, without end.
+    Each thread has its own arena, which otherwise only grows: with the forty threads of Ray, ZeroMQ and Mooncake, by
+    0.1 MB with each request.
     """
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:

@@ -1,7 +1,7 @@
 """Every error this package raises on purpose.
 
 DisaggError
-├── InputError (ValueError)     what the user gave cannot be used; says field, value and remedy
+├── InputError (ValueError)     invalid input; names field, value and remedy
 │   ├── ConfigError             a configuration key
 │   │   └── GraphError          the cut of the model into stages
 │   ├── RequestError            a request
@@ -17,7 +17,7 @@ DisaggError
 ├── ReplicaLost                 a replica died, hung or cannot be reached
 ├── Overloaded                  the queue is full, and the caller would not wait
 ├── PoolError                   a pool cannot hold what it was asked to
-└── Cancelled                   the request was given up
+└── Cancelled                   the request or its attempt was cancelled
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class DisaggError(Exception):
 
 
 class InputError(DisaggError, ValueError):
-    """What the user gave cannot be used: names the field, the value and the remedy."""
+    """Invalid input: names the field, the value and the remedy."""
 
 
 class ConfigError(InputError):
-    """A configuration key is unknown, of the wrong type or impossible."""
+    """A configuration key is unknown, or its value is invalid."""
 
 
 class GraphError(ConfigError):
@@ -56,7 +56,7 @@ class OutputError(InputError):
 
 
 class PlanError(InputError):
-    """A profile cannot be read, or nothing can be planned with what was given."""
+    """A profile cannot be read, or no layout fits the GPUs."""
 
 
 class StartError(DisaggError):
@@ -64,7 +64,7 @@ class StartError(DisaggError):
 
 
 class StageError(DisaggError):
-    """A stage failed one request; other requests go on."""
+    """A stage failed one request; others continue."""
 
 
 class EncodeError(DisaggError):
@@ -72,7 +72,7 @@ class EncodeError(DisaggError):
 
 
 class SaveError(DisaggError):
-    """The place that was asked for did not take a finished video; says where it is instead."""
+    """A finished video could not be saved where it was asked for; names the place where it was saved instead."""
 
 
 class ReplicaLost(DisaggError):
@@ -84,7 +84,7 @@ class ReplicaLost(DisaggError):
 
 
 class Overloaded(DisaggError):
-    """`limits.max_queued` requests wait already, and the caller would not wait."""
+    """The queue is full (`limits.max_queued`), and the caller would not wait."""
 
 
 class PoolError(DisaggError):
@@ -92,7 +92,7 @@ class PoolError(DisaggError):
 
 
 class Cancelled(DisaggError):
-    """The request was cancelled, or its attempt given up."""
+    """The request or its attempt was cancelled."""
 
 
 class TransferError(DisaggError):

@@ -1,4 +1,4 @@
-"""What a user asks for, and every check on it that needs no model."""
+"""A request: its fields with their rules, and every check that needs no model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FORMATS = ("mp4", "gif", "png", "npy")
 MAX_SEED = 2**63 - 1
 MAX_BITS = 8192
-"""Of a whole number, whatever it is for."""
+"""Of any whole number."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_PRIORITY = 1000
 IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
@@ -94,7 +94,7 @@ class Request(Section):
     priority: Annotated[int, between(-MAX_PRIORITY, MAX_PRIORITY)] = 0
     """Higher goes first; equals go in order, and every eighth turn is the oldest's."""
     id: Name = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    """Name of this request in logs and files."""
+    """Name of the request in logs and files."""
 
 
 TYPES = {name: kind.type for name, kind in kinds(Request).items() if kind.type in (str, int, float)}
@@ -104,7 +104,7 @@ NAMES_OF_TYPES = {str: "text", int: "a whole number", float: "a number"}
 
 @dataclass(frozen=True)
 class GivenImage:
-    """A conditioning image as given: upright, RGB, not resized."""
+    """An input image: upright, RGB, not resized."""
 
     height: int
     width: int
@@ -143,7 +143,7 @@ class ResolvedRequest:
 
 
 def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str, Image]]:
-    """Fill in a request's defaults and check it; return it with its conditioning images, upright and RGB.
+    """Fill in a request's defaults and check it; return it with its input images, upright and RGB.
 
     Raises:
         RequestError: names the field, the value and the remedy.
@@ -156,9 +156,9 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
 
 
 def check(request: Request, config: Config) -> ResolvedRequest:
-    """Check what `resolve` checks, but of an image file only that it is there and not too large: none is opened.
+    """Check what `resolve` checks, but open no image: of an image file only that it exists and is not too large.
 
-    The size of what it returns is a stand-in where an image decides it.
+    Where an image decides the size, the returned size is a placeholder.
 
     Raises:
         RequestError: names the field, the value and the remedy.

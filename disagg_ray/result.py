@@ -1,4 +1,4 @@
-"""What a user gets: the video, and where its time went."""
+"""What a user gets: the video, and the time that each stage took."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from disagg_ray.request import ResolvedRequest
 
 @dataclass(frozen=True)
 class StageTiming:
-    """Where one stage's share of a request's time went, in seconds."""
+    """Times of one stage for one request, in seconds."""
 
     stage: str
     replica: str
     queue_s: float
-    """In the driver, until a replica took it."""
+    """In the driver's queue."""
     pull_s: float
-    """Reserving memory and pulling tensors in."""
+    """Reserving memory and pulling the inputs."""
     started: float
-    """When computing began, in seconds since the epoch, by the replica's clock."""
+    """When computing started, in seconds since the epoch, by the replica's clock."""
     compute_s: float
     publish_s: float
     """Copying outputs into the pool."""
     pulled_bytes: int
     route: str
-    """How the tensors came: Mooncake's protocol, or `local`."""
+    """Route of the inputs: Mooncake's protocol, or `local`."""
     peak_bytes: int
-    """Most GPU memory the replica has ever held, weights, pool and what lay free in it included; 0 on a CPU."""
+    """Peak VRAM that the replica has reserved, weights and pool included; 0 on a CPU."""
     encode_s: float = 0.0
-    """Encoding the file, after which it is on its way; the replica may compute the next request meanwhile."""
+    """Encoding the file; meanwhile the replica may compute the next request."""
     attempts: int = 1
-    """Times the stage was begun for this request, this one included."""
+    """Attempts at the stage that a replica started, this one included."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Result:
     """Frames of shape (num_frames, height, width, 3) in [0, 1], for png and npy."""
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
-        """Write the video: a file, a folder of images for png, or any fsspec URL. Never leaves half a file.
+        """Write the video: a file, a folder of images for png, or any fsspec URL. Never leaves a partial file.
 
         Raises:
             OutputError: the suffix is not the request's format, or the place cannot be written.
@@ -60,10 +60,10 @@ class Result:
         return write(self._content, self.request.format, path, overwrite=overwrite)
 
     def rescue(self) -> Path:
-        """Write the video into a new private folder of this machine: the temporary one, or where else there is room.
+        """Write the video into a new private folder on this machine, in the temporary folder or where there is space.
 
         Raises:
-            OutputError: no place takes it.
+            OutputError: there is no space for it.
         """
         return rescue(self._content, self.request.format)
 
@@ -75,7 +75,7 @@ class Result:
 
 
 def rescued(result: Result) -> str:
-    """Write a video that its own place did not take elsewhere; return words that say where."""
+    """Write a video that could not be saved as asked to another place; return the message that names it."""
     try:
         return f"the video is {str(result.rescue())!r} on {platform.node()} instead"
     except OutputError as error:

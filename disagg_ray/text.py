@@ -1,4 +1,4 @@
-"""Numbers and foreign text as people read them."""
+"""Numbers and untrusted text, formatted for people."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def human_seconds(seconds: float) -> str:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    r"""Return text of a file or a stranger for a terminal or a log: one line of at most `limit` characters.
+    r"""Return untrusted text for a terminal or a log: one line of at most `limit` characters.
 
-    Control characters, line separators, direction marks and lone surrogates become escapes as `\x1b`; what is cut off
-    leaves an ellipsis.
+    Control characters, line separators, direction marks and lone surrogates become escapes as `\x1b`; an ellipsis
+    stands for what is cut off.
     """
     escaped = UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text[: limit + 1])
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
@@ -54,11 +54,11 @@ def mask(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return which of several words is most like one, if any is."""
+    """Return the known word that is most similar to one; None: none is similar."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message about a word that is none of those known."""
+    """Return the end of a message about an unknown word: a suggestion, or nothing."""
     near = nearest(word[:100], known)
     return f"; did you mean {printable(near)}?" if near is not None else ""

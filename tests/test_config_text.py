@@ -108,6 +108,12 @@ def test_a_misspelt_name_or_word_is_refused_with_the_nearest(override: str, near
     assert near in refusal(tmp_path, "", override)
 
 
+def test_a_remedy_says_where_null_is_valid_too(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "", "stages.encoder.num_threads=0")
+    assert said == "invalid stages.encoder.num_threads=0: must be at least 1 or null"
+    assert refusal(tmp_path, "", "limits.max_frames=0") == "invalid limits.max_frames=0: must be at least 1"
+
+
 def test_a_misspelt_group_is_no_new_one(tmp_path: Path) -> None:
     groups = "stages: {transformer: {groups: {fast: {replicas: 2}, slow: {replicas: 1}}}}"
     said = refusal(tmp_path, groups, "stages.transformer.groups.fats.num_cpus=2")

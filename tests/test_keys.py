@@ -115,11 +115,8 @@ def pools(config: Config) -> Any:
 
 
 def precision(config: Config) -> Any:
-    return {
-        (name, component): config.dtype_of(name, component)
-        for name, stage in stages(config).items()
-        for component in stage._cut.components
-    }
+    components = ("text_encoder", "image_encoder", "transformer", "vae")
+    return [config.dtype_of(name, component) for name in config.stages for component in components]
 
 
 def scheduler(config: Config) -> Any:

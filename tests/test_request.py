@@ -67,7 +67,7 @@ def test_what_is_left_out_comes_from_the_configuration() -> None:
     assert (resolved.prompt, resolved.id, resolved.format, resolved.images) == ("a cat", CAT.id, "mp4", {})
 
 
-def test_what_is_given_stands() -> None:
+def test_what_is_given_is_kept() -> None:
     given: dict[str, Any] = {
         "negative_prompt": "", "height": 32, "width": 80, "num_frames": 5, "num_inference_steps": 2,
         "guidance_scale": 0, "guidance_scale_2": 1.5, "seed": 0, "fps": 24, "format": "npy", "id": "mine",
@@ -76,7 +76,7 @@ def test_what_is_given_stands() -> None:
     assert {name: getattr(resolved, name) for name in given} == given
 
 
-def test_a_random_seed_is_told() -> None:
+def test_a_random_seed_is_in_the_resolved_request() -> None:
     seeds = {accept(CAT).seed for _ in range(4)}
     assert len(seeds) == 4
     assert all(0 <= seed < 2**32 for seed in seeds)
@@ -224,7 +224,7 @@ def test_images_must_be_those_of_the_task(config: Config, given: dict[str, Any],
     assert all(word in message for word in words), message
 
 
-def test_both_images_of_a_first_and_last_frame_model_are_told() -> None:
+def test_both_images_of_a_first_and_last_frame_model_are_resolved() -> None:
     resolved, images = resolve(replace(CAT, image=GREY, last_image=Image.new("RGB", (32, 80))), FLF2V)
     assert {n: (i.height, i.width) for n, i in resolved.images.items()} == {"image": (64, 64), "last_image": (80, 32)}
     assert images["last_image"].size == (32, 80)

@@ -1,6 +1,6 @@
-"""A file of requests: one JSON object a line, checked whole before any work, then read again line by line.
+"""A file of requests: one JSON object per line, checked whole before any work, then read again line by line.
 
-Of a line only 40 bytes are kept: its offset, its number, and digests of its id, twice, and of its content.
+Only 40 bytes per line are kept: its offset, its number, and digests of its id, its folded id and its content.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from disagg_ray.request import TYPES, Request, check, whole
 from disagg_ray.text import did_you_mean, printable, shown
 
 MAX_LINE_BYTES = 2**20
-"""A longer line is refused unread: the longest prompts a request may have fit in far less."""
+"""A longer line is refused unread; the longest prompts take far less."""
 MAX_ID_BYTES = 200
-"""Of a file name's 255: the suffix and the names of files being written take the rest."""
+"""Of a file name's 255 bytes; suffixes, also of files being written, take the rest."""
 BOM = b"\xef\xbb\xbf"
 IMAGES = {"image", "last_image"}
 KNOWN = {f.name for f in fields(Request)}
@@ -46,15 +46,15 @@ class Line:
     content: str
     """Digest, 16 hex digits, of every field but id and priority; equal for lines that ask for the same video."""
     pictures: dict[str, Picture] = field(default_factory=dict)
-    """Its image files, once they were read."""
+    """Its image files, once they are read."""
 
 
 class RequestsFile:
     """The requests of a JSON-lines file, by index.
 
-    Empty lines are skipped, and a byte order mark and CRLF are taken as they come. Image paths are relative to the
-    file's folder. A line without `id` gets its content's digest; one without `seed` gets one drawn from id and content,
-    so that another run makes the same video.
+    Empty lines, a byte order mark and CRLF are accepted. Image paths are relative to the file's folder. A line without
+    `id` gets the digest of its content; one without `seed` gets one derived from id and content, so that another run
+    makes the same video.
 
     Raises:
         RequestError: it cannot be read, or is not a file that can be read twice.
@@ -86,7 +86,7 @@ class RequestsFile:
         return len(self._offsets)
 
     def scan(self, report: Callable[[int, str], None]) -> None:
-        """Check every line; call `report` with the number and the fault of each bad one, which gets no index."""
+        """Check every line; call `report` with the number and the fault of each invalid one, which gets no index."""
         for offset, number, raw in self._lines():
             try:
                 line = parse(raw, self._folder)
@@ -109,7 +109,7 @@ class RequestsFile:
                 yield offset, number, raw
 
     def _drop_duplicates(self, report: Callable[[int, str], None]) -> None:
-        """Keep the first of the lines of one id, or of ids that some file systems take for one; report the others."""
+        """Keep the first of lines whose ids are one file name, at least to some file systems; report the others."""
         ids = np.frombuffer(self._folds, np.uint64)
         order = np.argsort(ids, kind="stable")
         again = np.zeros(len(ids), np.bool_)
@@ -152,7 +152,7 @@ class RequestsFile:
         return parse(self._source.readline(), self._folder)
 
     def number(self, index: int) -> int:
-        """Return the number of a line in the file, from 1."""
+        """Return a line's number in the file, from 1."""
         return self._numbers[index]
 
     def content(self, index: int) -> str:
@@ -164,12 +164,12 @@ class RequestsFile:
         return self._by_id.find(_short(name.encode()))
 
     def find_alike(self, name: str) -> int | None:
-        """Return the index of the line with an id that some file system may take for this one."""
+        """Return the index of the line whose id is the same file name to some file system."""
         return self._by_fold.find(_short(fold(name).encode()))
 
 
 class _Index:
-    """Where digests stand in an array."""
+    """Finds digests in an array."""
 
     def __init__(self, digests: array[int]) -> None:
         self._order = np.argsort(np.frombuffer(digests, np.uint64), kind="stable")
@@ -183,7 +183,7 @@ class _Index:
 
 
 def parse(raw: bytes, folder: Path) -> Line:
-    """Read one line; the values of its fields are not checked here, but for those that name files.
+    """Read one line. Of its fields' values, only those that name files are checked here.
 
     Raises:
         RequestError: it is no JSON object of a request's fields, or its id is no file name.
@@ -241,7 +241,7 @@ def _canonical(given: dict[str, Any]) -> bytes:
 
 
 def fold(name: str) -> str:
-    """Return the same for names that a file system may take for one: equal but for case or Unicode form."""
+    """Return equal text for names that are one to some file systems: that differ by case or Unicode form only."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 

@@ -1,8 +1,8 @@
 """The configuration: every key with its meaning and default, the rules between keys, YAML in.
 
-`schema` and `options` are frozen dataclasses that everything else is handed; `rules` says which values go together;
-`load` alone reads files and overrides. What enters is text; what leaves is a checked `Config`, or a ConfigError that
-names key, value and remedy.
+`schema`, `stages`, `deployment` and `options` are frozen dataclasses with the rules of their keys beside them;
+`load` alone reads files and overrides. Text enters; a checked `Config` leaves, or a ConfigError that names key, value
+and remedy.
 """
 
 from disagg_ray.config.schema import Config

@@ -50,6 +50,7 @@ def _fuse(stages: Stages) -> StageConfig:
     cached = {name: stage.cache_bytes for name, stage in stages.items() if TEXT_ENCODER in stage.blocks}
     dtypes = {name: stage.dtype for name, stage in stages.items()}
     limits = {name: stage.max_vram_bytes for name, stage in stages.items()}
+    custom = dict.fromkeys(name for stage in every for name in stage.resources)
     special = {
         "blocks": [block for stage in every for block in stage.blocks],
         "replicas": replicas,
@@ -58,7 +59,7 @@ def _fuse(stages: Stages) -> StageConfig:
         "num_gpus": max(stage.num_gpus for stage in every),
         "num_cpus": max(stage.num_cpus for stage in every),
         "memory": sum(memory) if memory else None,  # all that the stages hold is held at once
-        "resources": _largest(stages),
+        "resources": {name: max(stage.resources.get(name, 0) for stage in every) for name in custom},
         "label_selector": _labels(stages),
         "num_threads": max(s.torch_threads for s in every) if any(s.num_threads for s in every) else None,
         "dtype": _agree("dtype", dtypes, "write model.dtype.* in place of both"),
@@ -96,14 +97,6 @@ def _only(key: str, stages: Stages) -> Any:
     default = getattr(StageConfig(), key)
     asked = {name: value for name, stage in stages.items() if (value := getattr(stage, key)) != default}
     return _agree(key, asked) if asked else default
-
-
-def _largest(stages: Stages) -> dict[str, float]:
-    resources: dict[str, float] = {}
-    for stage in stages.values():
-        for name, number in stage.resources.items():
-            resources[name] = max(number, resources.get(name, 0))
-    return resources
 
 
 def _labels(stages: Stages) -> dict[str, str]:

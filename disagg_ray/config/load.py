@@ -21,7 +21,7 @@ from disagg_ray.text import mask, nearest, printable, shown
 
 SCHEMA = Kind(Config)
 MOST_BYTES = 2**20
-"""Of a file; the longest prompts fit many times."""
+"""Limit of a file, far above the longest prompt."""
 
 
 def load_config(path: str | Path, *overrides: str) -> Config:
@@ -45,7 +45,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
 
 
 def _merge(below: Layer, above: Layer) -> Layer:
-    """Lay a layer over those below: sections key by key, all else as the upper one says."""
+    """Merge a layer into those below: sections key by key; all else is replaced."""
     layers = [OmegaConf.create(layer, flags={"allow_objects": True}) for layer in (below, above)]
     merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers))
     return dict(merged)
@@ -54,7 +54,7 @@ def _merge(below: Layer, above: Layer) -> Layer:
 def _sections(kind: Kind, tree: Tree) -> Layer:
     """Return a tree's sections as dictionaries, which are merged key by key, and all else as it was written.
 
-    A section that says nothing changes nothing; a mapping that is empty, `{}`, empties the one below.
+    An empty section changes nothing; an empty mapping, `{}`, replaces the one below.
     """
     found: Layer = {}
     assert isinstance(tree.value, dict)
@@ -108,7 +108,7 @@ def _spread_bounds(key: str, stage: dict[str, Tree]) -> None:
 
 
 def _check_groups(stages: Layer) -> None:
-    """Refuse a group that is new by mistake: it says nothing of replicas, and its name is like another's."""
+    """Refuse a new group that is probably misspelt: it has no `replicas`, and its name is similar to another's."""
     for name, stage in stages.items():
         groups = stage.get("groups") if isinstance(stage, dict) else None
         groups = groups if isinstance(groups, dict) else {}
@@ -192,7 +192,7 @@ def _split_key(key: str) -> tuple[list[str], Kind | None]:
 
 
 def _parse_text(key: str, text: str) -> Tree:
-    """Take an override's text as it is, unless it is one value in YAML's quotes."""
+    """Take an override's text as it is, unless it is quoted as in YAML."""
     if "\0" in text:
         raise ConfigError(f"override: {shown(key)} holds a NUL character")
     if not text.startswith(("'", '"', "[", "{")):
@@ -207,7 +207,7 @@ def _parse_text(key: str, text: str) -> Tree:
 
 
 def to_yaml(config: Config, plain: Config | None = None) -> str:
-    """Return the resolved configuration as YAML, passwords hidden.
+    """Return the resolved configuration as YAML, with passwords masked.
 
     `plain` is the same without its preset: what differs is marked with `# speed=...`.
     """

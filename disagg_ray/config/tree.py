@@ -1,6 +1,6 @@
-"""YAML as it was written: mappings, lists and the text of scalars, each with the place it stands in.
+"""YAML as it was written: mappings, lists and the text of scalars, each with its file and line.
 
-What a scalar means is decided by the field it is for (`typed`): `no`, `0123` and `12e4` stay text where text belongs.
+The type of its field decides what a scalar means (`typed`): `no`, `0123` and `12e4` stay text where text belongs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from disagg_ray.errors import ConfigError
 from disagg_ray.text import mask, printable
 
 MOST_NODES = 100_000
-"""Aliases count each time: a few lines of them could stand for billions."""
+"""Aliases count each time: a few lines of them could expand to billions."""
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -56,7 +56,7 @@ def to_tree(value: Any) -> Tree:
 
 
 def parse(text: str, source: str, file: str = "") -> Tree:
-    """Read YAML; `file` names the file it is, if it is one. Nothing of a text that is refused is repeated.
+    """Read YAML; `file` is its name, if it is a file. No message repeats the text: it may be any file.
 
     Raises:
         ConfigError: names the source, and the line and column of the fault.

@@ -119,7 +119,7 @@ def _build_section(kind: Kind, given: Layer | Tree, key: str) -> Any:
 def _refuse_key(prefix: str, name: str, known: Iterable[str], place: str) -> NoReturn:
     """Raise what is wrong with a key that does not exist; suggest the nearest of its section, or else of all."""
     near = nearest(name, known)
-    leaves = {key.rpartition(".")[2]: key for key in known_keys(Config)}
+    leaves = {key.rpartition(".")[2]: key for key in reversed(list(known_keys(Config)))}
     suggested = f"{prefix}{near}" if near else leaves.get(nearest(name, leaves) or "")
     hint = f"did you mean {printable(suggested)}?" if suggested else "`disagg-ray config` prints them all"
     if place and not WORD.fullmatch(name):  # perhaps no configuration at all: its lines must not be shown
