@@ -13,7 +13,6 @@ from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.api import PipelineApi
 from disagg_ray.driver.engine import Engine
-from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.host import EngineHost
 from disagg_ray.errors import ConfigError
@@ -38,7 +37,7 @@ class Pipeline(PipelineApi):
         self.check(config)
         super().__init__(pipeline_id or uuid.uuid4().hex[:8], on_event)
         admission = Admission(config.limits.max_queued, config.max_in_flight)
-        self._host = EngineHost(config, self.id, Fleet, admission, self.loop, self.listener)
+        self._host = EngineHost(config, self.id, admission, self.loop, self.listener)
 
     @classmethod
     def from_config(
@@ -68,7 +67,7 @@ class Pipeline(PipelineApi):
                 )
 
     @property
-    def engine(self) -> Engine[Fleet]:
+    def engine(self) -> Engine:
         """What serves the requests, on the pipeline's own thread."""
         return self._host.engine
 

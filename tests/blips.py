@@ -1,6 +1,6 @@
 """A driver that loses calls to its replicas, and their answers: Ray drops them when RAY_testing_rpc_failure says so.
 
-python tests/blips.py FOLDER    # prints how often a replica was asked again
+python tests/blips.py FOLDER    # prints how often a replica was called again
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Again(logging.Handler):
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += "asked again" in record.msg
+        self.count += "called again" in record.msg
 
 
 def ask(name: str) -> Request:

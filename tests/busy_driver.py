@@ -7,12 +7,13 @@ import select
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ray
 
 from disagg_ray import Pipeline, Request
 from disagg_ray.driver.metrics import Metrics
+from disagg_ray.replica.messages import Health
 from disagg_ray.result import StageTiming
 
 STAGES = ("encoder", "transformer", "decoder")
@@ -22,14 +23,10 @@ TIMING = StageTiming(
 )  # fmt: skip
 
 
-@dataclass
-class Health:
-    bytes_in_use: int = 25
-    pool_bytes: int = 100
-    cache_hits: int = 0
-    cache_misses: int = 0
-    gpu_allocated_bytes: int = 1 << 30
-    gpu_peak_bytes: int = 1 << 31
+HEALTH = Health(
+    bytes_in_use=25, bytes_quarantined=0, pool_bytes=100, rss_bytes=0, stalled={}, bytes_kept=0, cache_hits=0,
+    cache_misses=0, gpu_allocated_bytes=1 << 30, gpu_peak_bytes=1 << 31, num_videos=0,
+)  # fmt: skip
 
 
 def report(metrics: Metrics, health: Health) -> None:
@@ -68,13 +65,12 @@ def main() -> None:
         logging_level="ERROR",
     )  # fmt: skip
     metrics = Metrics("Wan-AI/tiny", STAGES)
-    health = Health()
+    health = HEALTH
     over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(generate, over)
         while not select.select([sys.stdin], [], [], 0.2)[0]:
-            health.cache_hits += 3
-            health.cache_misses += 1
+            health = replace(health, cache_hits=health.cache_hits + 3, cache_misses=health.cache_misses + 1)
             report(metrics, health)
         over.set()
         running.result()

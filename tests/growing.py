@@ -21,10 +21,9 @@ from typing import Any
 import helpers
 import psutil
 import ray
-from helpers import free_port, ray_folder
+from helpers import free_port, ray_folder, refusal
 
 from disagg_ray import Connection, Request, cli, connect
-from disagg_ray.driver.address import why_unreachable
 from disagg_ray.driver.names import find_replicas, services
 from disagg_ray.service import lifecycle
 
@@ -71,7 +70,7 @@ def growing_cluster(folder: Path) -> Iterator[str]:
         options.append(f"--temp-dir={own}")
         head = subprocess.Popen([RAY, "start", "--head", "--block", *options], env=environment, stdout=log, stderr=log)
         try:
-            wait_until(lambda: not why_unreachable(address) or head.poll() is not None, "the head did not come up")
+            wait_until(lambda: not refusal(address) or head.poll() is not None, "the head did not come up")
             assert head.poll() is None, (folder / "head.log").read_text()
             yield address
         finally:
@@ -119,7 +118,7 @@ def main() -> None:
             wait_until(lambda: num_replicas(connection) == 1, "it did not scale in")
             tell("it has scaled in")
         assert cli.main(["down", "grow"]) == 0
-        assert (services(), find_replicas("grow")) == ([], {})
+        assert (services(), find_replicas("grow")) == ([], [])
         wait_until(lambda: num_nodes() == 1, "idle nodes stay")
         tell("it is down")
         ray.shutdown()

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 
 from disagg_ray import Pipeline
 from disagg_ray.config.schema import Config
+from disagg_ray.driver.address import find_cluster
+from disagg_ray.errors import StartError
 from disagg_ray.graph import build_graph
 from disagg_ray.models.tuning import offload_groups, offload_models
 from disagg_ray.replica.stage import Stage
@@ -67,6 +69,15 @@ def ray_folder() -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def refusal(address: str) -> str:
+    """Return why this machine cannot join a cluster; empty if it can."""
+    try:
+        find_cluster(address)
+    except StartError as error:
+        return str(error)
+    return ""
 
 
 def free_port() -> int:

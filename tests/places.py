@@ -1,4 +1,4 @@
-"""Standing pipelines on chosen nodes and shared GPUs: up, ls, scale, down on three nodes; their GPUs are numbers only.
+"""Services on chosen nodes and shared GPUs: up, ls, scale, down on three nodes; their GPUs are numbers only.
 
 python tests/places.py    # ends with 0 if all was where it was asked for, and nothing was left
 """
@@ -68,7 +68,7 @@ def groups() -> list[str]:
 
 
 def check_nothing_left(name: str) -> None:
-    assert (name in services(), find_replicas(name), groups()) == (False, {}, [])
+    assert (name in services(), find_replicas(name), groups()) == (False, [], [])
     wait_until(lambda: ray.available_resources().get("GPU") == 6, "GPUs are not given back")
 
 
@@ -104,9 +104,9 @@ def share_and_group(near: str, far: str) -> None:
 
 def one_by_one(near: str, far: str) -> None:
     disagg_ray("up", "apart", "--config", T2V, *APART, "--only", "encoder")
-    assert "gathering: encoder-0" in disagg_ray("ls")
-    assert listed("apart")["state"] == "gathering: encoder-0"
-    assert "no pipeline 'apart' stands" in disagg_ray("scale", "apart", "encoder=2", status=2)
+    assert "incomplete: encoder-0" in disagg_ray("ls")
+    assert listed("apart")["state"] == "incomplete: encoder-0"
+    assert "no service named 'apart' in this cluster" in disagg_ray("scale", "apart", "encoder=2", status=2)
     disagg_ray("up", "apart", "--config", T2V, *APART, "--only", "decoder")
     disagg_ray("up", "apart", "--config", T2V, *APART, "--only", "transformer", "--here")
     head = ray.get_runtime_context().get_node_id()

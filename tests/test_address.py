@@ -15,10 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import HOST, free_port, ray_folder, wait_until
+from helpers import HOST, free_port, ray_folder, refusal, wait_until
 
 from disagg_ray.driver import address as address_module
-from disagg_ray.driver.address import check_form, find_cluster, why_unreachable
+from disagg_ray.driver.address import check_form, find_cluster
 from disagg_ray.errors import ConfigError, StartError
 
 RAY = Path(sys.executable).with_name("ray")
@@ -44,13 +44,13 @@ def test_a_port_that_is_not_a_clusters_is_named_within_seconds(monkeypatch: pyte
         address = f"{HOST}:{silent.getsockname()[1]}"
         with pytest.raises(StartError, match=rf"'{address}' cannot be joined: nothing answers at {address} within 1 s"):
             find_cluster(address)
-    assert why_unreachable(address) == f"nothing answers at {address}: Connection refused"
+    assert f"nothing answers at {address}: Connection refused" in refusal(address)
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("http://head:8265", r"it is the dashboard's, which `ray job submit` takes: write HOST:PORT"),
+        ("http://head:8265", r"this is the dashboard's address, for `ray job submit`: write HOST:PORT"),
         ("ray://head:10001", "Ray's client protocol is not supported"),
         ("local", "no cluster that runs has this address"),
         ("head", "write HOST:PORT of the head's GCS, as"),
@@ -93,12 +93,12 @@ def test_a_plain_head_with_a_token_is_found_and_a_token_that_is_missing_is_named
         command = [RAY, "start", "--head", f"--port={address.rpartition(':')[2]}", *options, "--block"]
         with subprocess.Popen(command, env=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
             try:
-                wait_until(lambda: "token" in why_unreachable(address), "the head did not come up", timeout_s=60)
+                wait_until(lambda: "token" in refusal(address), "the head did not come up", timeout_s=60)
                 joined = partial(subprocess.run, check=False, stderr=subprocess.PIPE, text=True, timeout=60)
                 assert joined([*JOIN, address], env=home).returncode == 0
                 for without in ({"HOME": str(folder)}, OTHER):
                     told = joined([*JOIN, address], env=home | without).stderr
-                    assert "asks for another token, or for one at all; export RAY_AUTH_MODE=token" in told
+                    assert "requires another token, or any; export RAY_AUTH_MODE=token" in told
             finally:
                 head.terminate()
                 head.wait(30)

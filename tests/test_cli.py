@@ -260,7 +260,7 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
         [*COMMAND, *arguments], check=False, env=NO_CLUSTER, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert "64 GPUs are asked for (encoder 1 x 0, transformer 64 x 1, decoder 1 x 0)" in done.stderr
+    assert "the stages need 64 GPUs (encoder 1 x 0, transformer 64 x 1, decoder 1 x 0)" in done.stderr
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_a_cluster_that_is_dead_is_named_before_ray_retries_for_minutes(tmp_path
         )
         assert done.returncode == 1
         assert f"{key}: '{address}' cannot be joined: nothing answers at {address}: " in done.stderr
-        assert "; look with `ray status` on its head node, or correct --address" in done.stderr
+        assert "; run `ray status` on its head node, or correct --address" in done.stderr
 
 
 @pytest.mark.proof

@@ -11,6 +11,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import ReplicaLost
 from disagg_ray.progress.events import Event
 from disagg_ray.replica import software
-from disagg_ray.service import lifecycle
+from disagg_ray.service import lifecycle, stub
 
 pytestmark = pytest.mark.proof
 
@@ -158,18 +159,39 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     assert {record.status for record in records(out).values()} == {"done"}
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_a_supervisor_that_hangs_is_named_by_a_deadline(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(pipeline) as client:
         pid = client.snapshot().pid
-        monkeypatch.setattr("disagg_ray.service.client.RETURN_S", 1.0)
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(ReplicaLost, match="its supervisor does not answer within 1 s"):
-                client.snapshot()
-        finally:
-            os.kill(pid, signal.SIGCONT)
+        monkeypatch.setattr(stub, "RETURN_S", 1.0)
+        with stopped(pid), pytest.raises(ReplicaLost, match="its supervisor does not answer within 1 s"):
+            client.snapshot()
         monkeypatch.undo()
         assert client.snapshot().pid == pid
+
+
+def test_a_request_fails_when_its_supervisor_hangs_and_is_cancelled_when_that_resumes(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stub, "PROBE_S", 1.0)
+    with connect(pipeline) as client:
+        pid = client.snapshot().pid
+        handle = client.submit(Request("a cat", height=128, width=128, num_frames=17, num_inference_steps=100))
+        wait_until(lambda: handle.progress is not None and handle.progress.step > 0, "it does not run")
+        monkeypatch.setattr(stub, "RETURN_S", 1.0)
+        with stopped(pid), pytest.raises(ReplicaLost, match="its supervisor does not answer within 1 s"):
+            handle.result(60)
+        monkeypatch.undo()
+        wait_until(lambda: client.snapshot().clients[client.id] == 0, "it is not cancelled")
+        assert client.generate(Request("a cat", num_frames=9, num_inference_steps=2)).data
 
 
 def test_what_would_wait_for_the_connections_own_thread_raises_there(pipeline: str) -> None:
@@ -190,18 +212,18 @@ def test_what_would_wait_for_the_connections_own_thread_raises_there(pipeline: s
 def test_a_connection_that_fails_to_listen_listens_again(
     pipeline: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    ask, failures = stub.SupervisorStub.ask, [RuntimeError("unforeseen")]
+
+    async def fail_once(self: stub.SupervisorStub, method: str, *args: Any, **options: Any) -> Any:
+        if method == "listen" and failures:
+            raise failures.pop()
+        return await ask(self, method, *args, **options)
+
     with connect(pipeline, on_event=(heard := []).append) as client:
-        ask, failures = client._ask, [RuntimeError("unforeseen")]
-
-        async def fail_once(method: str, *args: Any, **options: Any) -> Any:
-            if method == "listen" and failures:
-                raise failures.pop()
-            return await ask(method, *args, **options)
-
-        monkeypatch.setattr(client, "_ask", fail_once)
+        monkeypatch.setattr(stub.SupervisorStub, "ask", fail_once)
         for seed in range(2):  # an answer to `listen` is on its way: the failure comes with the next one
             client.generate(Request(prompt="a cat", seed=seed, num_frames=5, num_inference_steps=2))
-        wait_until(lambda: not client._finished, "the pipeline was not told")
+        wait_until(lambda: not client.unacknowledged, "the service does not know that they are finished")
         wait_until(lambda: any(event.state == "done" and not event.stage for event in heard), "nothing was heard")
     assert "background task listen failed; it is started again" in caplog.text
 
@@ -209,7 +231,7 @@ def test_a_connection_that_fails_to_listen_listens_again(
 def test_a_client_of_another_version_is_refused(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = replace(software.software(), digest="another", folder="/elsewhere")
     monkeypatch.setattr(software, "software", lambda: here)
-    with pytest.raises(StartError, match=rf"pipeline {pipeline} runs other code than this client: .* in /elsewhere; "):
+    with pytest.raises(StartError, match=rf"service {pipeline} runs other code than this client: .* in /elsewhere; "):
         connect(pipeline)
 
 
@@ -220,7 +242,7 @@ def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> Non
 
 
 REFUSED = [
-    (["--connect", "us"], "no pipeline 'us' stands here; there are: used"),
+    (["--connect", "us"], "no service named 'us' in this cluster; running: used"),
     (["--connect", NAME, "--config", T2V], "--config: give it, or the NAME of a service as --connect"),
     (["--connect", NAME, "stages.transformer.replicas=2"], "stages.transformer.replicas=2 has no effect"),
     (["--connect", NAME], "1 lines of"),

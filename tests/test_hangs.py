@@ -20,8 +20,9 @@ import pytest
 from faulty import Faults, faulty_replicas
 
 from disagg_ray import LocalPipeline, Pipeline, Request, StageError
-from disagg_ray.driver import fleet
+from disagg_ray.driver import runner
 from disagg_ray.driver.handle import Handle
+from disagg_ray.replica.messages import Spec
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,12 @@ def pipeline(cluster: None, faults: Faults) -> Iterator[Pipeline]:
         yield pipeline
 
 
+def set_config(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, **changes: Any) -> None:
+    """Change the configuration of the fleet without starting anything."""
+    fleet = pipeline.engine.fleet
+    monkeypatch.setattr(fleet.launcher, "spec", Spec(0, replace(fleet.config, **changes)))
+
+
 def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, when: str = "") -> threading.Event:
     """Have the next call raise what nobody expects; return an event that is set once one has gone well after that."""
     call, failures, again = getattr(owner, name), ["unforeseen"], threading.Event()
@@ -68,7 +75,7 @@ def test_background_tasks_that_fail_are_logged_and_go_on(
     monkeypatch.setattr(
         pipeline.engine.metrics, "_count", lambda name, amount, **tags: counted.append(tags.get("task", ""))
     )
-    looked_again = fail_once(monkeypatch, fleet, "ask", when="health")
+    looked_again = fail_once(monkeypatch, runner, "ask", when="health")
     counted_again = fail_once(monkeypatch, pipeline.engine.metrics, "refresh")
     assert looked_again.wait(SURE) and counted_again.wait(SURE)
     assert {"fleet_watch", "count"} <= set(counted)
@@ -84,7 +91,7 @@ def test_a_hung_encode_is_replaced_and_its_request_finishes(
     handle = pipeline.submit(ask("hung"))
     faults.await_arrival("fused.encode")
     failures = replace(pipeline.engine.fleet.config.failures, stall_s=1.0)
-    monkeypatch.setattr(pipeline.engine.fleet, "config", replace(pipeline.engine.fleet.config, failures=failures))
+    set_config(monkeypatch, pipeline, failures=failures)
     wait_until(lambda: not pipeline.replicas, "it was not found")
     monkeypatch.undo()
     assert handle.result(SURE).data == LocalPipeline.from_config(T2V).generate(ask("local")).data
@@ -128,7 +135,7 @@ def test_a_request_whose_every_encode_hangs_fails_alone(
         faults.await_arrival("fused.encode.deadly")
         faults.set("fused.encode.deadly", "stall")  # for the next attempt
         with monkeypatch.context() as hung:
-            hung.setattr(pipeline.engine.fleet, "config", replace(pipeline.engine.fleet.config, failures=failures))
+            set_config(hung, pipeline, failures=failures)
             wait_until(lambda: not pipeline.replicas, "it was not found")
     with pytest.raises(StageError, match="fused failed 3 times"):
         handle.result(SURE)
@@ -141,7 +148,7 @@ def test_a_hung_load_is_ended_and_the_next_one_serves(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = replace(pipeline.engine.fleet.config.cluster, start_timeout_s=25.0)
-    monkeypatch.setattr(pipeline.engine.fleet, "config", replace(pipeline.engine.fleet.config, cluster=cluster))
+    set_config(monkeypatch, pipeline, cluster=cluster)
     faults.set("fused.load", "stall")
     os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
     wait_until(lambda: "replica fused-0 did not start" in caplog.text, "its load was not ended")

@@ -14,7 +14,7 @@ from helpers import HOST, connect_stages, wait_until
 from peer import Peer
 
 from disagg_ray import load_config
-from disagg_ray.driver.pool import NUM_THREADS, DriverPool
+from disagg_ray.driver.pool import NUM_COPIES, DriverPool
 from disagg_ray.errors import PoolError, TransferError
 from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.transfer.handoff import Handoff
@@ -53,8 +53,8 @@ def test_closing_ends_more_pulls_from_a_hung_decoder_than_there_are_slots(driver
         piece = frames_of(peer)
         assert pull(driver_pool, piece, 1) == [None]
         peer.stop()
-        pulling = thread.submit(pull, driver_pool, piece, NUM_THREADS)
-        wait_until(driver_pool._pieces.empty, "nothing is pulled", 60)
+        pulling = thread.submit(pull, driver_pool, piece, NUM_COPIES)
+        wait_until(driver_pool.free_pieces.empty, "nothing is pulled", 60)
         driver_pool.close()
         assert all(isinstance(error, TransferError | PoolError) for error in pulling.result(60))
 
@@ -65,8 +65,8 @@ def test_pulls_from_a_hung_decoder_end_and_its_slots_are_used_again_once_it_is_d
         piece = frames_of(peer)
         assert pull(driver_pool, piece, 1) == [None]
         peer.stop()
-        assert all(isinstance(error, TransferError) for error in pull(driver_pool, piece, NUM_THREADS))
+        assert all(isinstance(error, TransferError) for error in pull(driver_pool, piece, NUM_COPIES))
     driver_pool.forget((peer.session,))
     with Peer() as other:
-        assert pull(driver_pool, frames_of(other), NUM_THREADS) == [None] * NUM_THREADS
+        assert pull(driver_pool, frames_of(other), NUM_COPIES) == [None] * NUM_COPIES
     driver_pool.close()

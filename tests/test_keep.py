@@ -38,18 +38,18 @@ def test_each_request_of_each_run_has_its_own_file_within_the_folder(cache: Path
 def test_the_oldest_give_way_when_there_are_too_many_bytes() -> None:
     keep = LatentsStore("wan", 25, 60)
     paths = [fill(keep, "run", str(age), age_s=age) for age in (30, 20, 10)]
-    keep.tidy()
+    keep.evict()
     assert [path.exists() for path in paths] == [False, True, True]
 
 
 def test_what_is_too_old_goes() -> None:
     keep = LatentsStore("wan", 100, 60)
     old, young = fill(keep, "run", "old", age_s=61), fill(keep, "run", "young", age_s=1)
-    keep.tidy()
+    keep.evict()
     assert (old.exists(), young.exists()) == (False, True)
 
 
-def test_tidying_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFixture) -> None:
+def test_evicting_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFixture) -> None:
     keep, ended = LatentsStore("wan", 20_000, 60), threading.Event()
 
     def write(run_id: str) -> None:
@@ -57,17 +57,17 @@ def test_tidying_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFix
             write_latents(keep.file(run_id, str(number)), torch.zeros(100), {})
             keep.drop(run_id, [str(number - 20)])
 
-    def tidy() -> None:
+    def evict() -> None:
         while not ended.is_set():
-            keep._tidy()
+            keep.evict()
 
     with ThreadPoolExecutor(4) as threads:
-        tidying = [threads.submit(tidy) for _ in range(2)]
+        evicting = [threads.submit(evict) for _ in range(2)]
         writing = [threads.submit(write, run_id) for run_id in ("a", "b")]
         wait(writing, 60)
         ended.set()
         [writer.result(0) for writer in writing]
-        [each.result(60) for each in tidying]
+        [each.result(60) for each in evicting]
     assert not caplog.messages
 
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_being_written_counts_for_nothing_until_its_writer_is_lon
     for path, age in ((young, 20), (old, 70)):
         path.write_bytes(b"x" * 20)
         os.utime(path, (time.time() - age,) * 2)
-    keep.tidy()
+    keep.evict()
     assert [path.exists() for path in (whole, young, old)] == [True, True, False]
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from disagg_ray import Config, ConfigError, DisaggError, Pipeline, Request, load_config
 from disagg_ray.config.typed import known_keys
 from disagg_ray.driver.address import find_cluster
+from disagg_ray.driver.calls import replicas_of
 from disagg_ray.driver.cluster import own_cluster
 from disagg_ray.driver.placement import Placement
 from disagg_ray.environment import cache_folder
@@ -79,10 +80,9 @@ def ask(**asked: Any) -> Callable[[Config], str]:
 
 
 def actors(config: Config) -> Any:
-    """Return what Ray is asked for, post by post."""
-    placement = Placement(config, "none")
-    seen = {post: config.for_group(post.stage, post.group).stages[post.stage] for post in placement.posts()}
-    return [(post.name, post.group, placement.options(post, settings)) for post, settings in seen.items()]
+    """Return what Ray is asked for, replica by replica."""
+    placement = Placement("none")
+    return [(replica.name, replica.group, placement.options(config, replica)) for replica in replicas_of(config)]
 
 
 def checkpoint(config: Config) -> Any:

@@ -1,27 +1,24 @@
-"""Posts that wait for a replica, and stages that have none left."""
+"""Replicas that wait for their next start, and stages that have none left."""
 
 import asyncio
 
-from disagg_ray.driver.outages import Outages, Vacancies
+from disagg_ray.driver.outages import Backoff, Outages
 from disagg_ray.errors import DisaggError
 
 
-def test_a_post_that_nobody_takes_is_closed_longer_each_time_until_all_are_reopened():
+def test_a_replica_that_does_not_start_pauses_longer_each_time_until_it_is_retried():
     async def run() -> list[float]:
-        vacancies, pauses = Vacancies(), []
-        with vacancies.filling("transformer-0"):
-            assert list(vacancies) == ["transformer-0"]
-            await vacancies.closed_time("transformer-0")
-            for _ in range(9):
-                vacancies.note_failure("transformer-0")
-                pauses.append(vacancies.pause_s("transformer-0"))
-            closed = asyncio.ensure_future(vacancies.closed_time("transformer-0"))
-            await asyncio.sleep(0)
-            assert not closed.done()
-            vacancies.reopen()
-            await closed
-        assert not list(vacancies)
-        return [*pauses, vacancies.pause_s("transformer-0")]
+        backoff, pauses = Backoff(), []
+        await backoff.pause()
+        for _ in range(9):
+            backoff.num_failures += 1
+            pauses.append(backoff.pause_s)
+        pausing = asyncio.ensure_future(backoff.pause())
+        await asyncio.sleep(0)
+        assert not pausing.done()
+        backoff.retry_now()
+        await pausing
+        return [*pauses, backoff.pause_s]
 
     assert asyncio.run(run()) == [1, 2, 4, 8, 16, 32, 60, 60, 60, 0]
 
@@ -37,7 +34,7 @@ def test_a_stage_without_a_replica_fails_by_name_after_its_time_and_serves_again
         await outages.limit("encoder", 0.01)
         assert not told
         await outages.limit("transformer", 0.01)
-        outages.give_up("transformer", "again")
+        outages.report("transformer", "again")
         outages.end("transformer")
 
     asyncio.run(run())

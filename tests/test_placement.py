@@ -14,7 +14,7 @@ import ray
 
 from disagg_ray import CheckpointError, Config, StartError, load_config
 from disagg_ray.driver import calls, placement
-from disagg_ray.driver.calls import Actor, gather_ready
+from disagg_ray.driver.calls import Actor, gather_ready, replicas_of
 from disagg_ray.driver.cluster import total_resources
 from disagg_ray.driver.placement import Placement
 
@@ -43,16 +43,16 @@ def launch(cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
 
     def launch(*overrides: str) -> tuple[Config, list[Actor]]:
         config = load_config("conf/tiny_t2v.yaml", *overrides)
-        placed = Placement(config, f"test{len(started)}{id(started)}")
-        placed.reserve()
-        actors = [placed.launch(post) for post in placed.posts()]
+        placed = Placement(f"test{len(started)}{id(started)}")
+        placed.reserve(config)
+        actors = [placed.launch(config, replica) for replica in replicas_of(config)]
         started.append((placed, actors))
         return config, actors
 
     yield launch
     for placed, actors in started:
         for actor in actors:
-            ray.kill(actor.handle)
+            actor.kill()
         placed.close()
 
 
@@ -79,7 +79,7 @@ def test_groups_of_a_stage_get_their_own_resources_and_labels(launch: Launch) ->
         "near: {replicas: 2, label_selector: {zone: a}}}}",
     )
     told = ask_all(config, actors)
-    assert [actor.post.group for actor in actors if actor.stage == "transformer"] == ["big", "near", "near"]
+    assert [actor.replica.group for actor in actors if actor.stage == "transformer"] == ["big", "near", "near"]
     assert told["transformer-0"][1] == {"CPU": 3.0, "disk": 2.0}
     assert [told[f"transformer-{index}"][2] for index in range(3)] == [3, 1, 1]
 
@@ -98,13 +98,13 @@ def test_what_a_replicas_constructor_raises_is_the_answer_and_ends_no_process(
     cluster: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config("conf/tiny_t2v.yaml")
-    placed = Placement(replace(config, model=replace(config.model, path="/nonexistent/wan")), "refused")
-    actors = [placed.launch(post) for post in placed.posts()]
+    config = replace(config, model=replace(config.model, path="/nonexistent/wan"))
+    actors = [Placement("refused").launch(config, replica) for replica in replicas_of(config)]
     with pytest.raises(CheckpointError, match=r"^model\.path: '/nonexistent/wan' is no folder on this node"):
         ask_all(config, actors)
     assert len({ray.get(actor.handle.__ray_call__.remote(lambda _: os.getpid())) for actor in actors}) == len(actors)
     for actor in actors:
-        ray.kill(actor.handle)
+        actor.kill()
     assert "Stack trace" not in capfd.readouterr().err
 
 

@@ -116,7 +116,6 @@ def test_a_supervisor_that_dies_in_a_rollout_goes_back_to_the_configuration_in_f
         wait_until(lambda: len(find_replicas("broken-off")) == len(before), "not each post has its replica")
         wait_until(lambda: not connection.snapshot().rollout, "the rollback does not end")
         assert connection.snapshot().config.stages["transformer"].memory is None
-        handles = find_replicas("broken-off").values()
-        told = ray.get([handle.state.remote() for handle in handles])
+        told = ray.get([actor.handle.state.remote() for actor in find_replicas("broken-off")])
         assert {states.config.stages["transformer"].memory for states in told} == {None}
         assert connection.generate(SMALL).data

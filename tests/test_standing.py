@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import helpers
 import numpy as np
@@ -23,6 +25,7 @@ from PIL import Image
 from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Request, RequestError, cli, connect
 from disagg_ray.driver.names import find_replicas, services
 from disagg_ray.environment import cache_folder
+from disagg_ray.service.stub import SupervisorStub
 
 pytestmark = pytest.mark.proof
 
@@ -41,7 +44,7 @@ def pipeline(cluster: None) -> Iterator[str]:
         pids = [connection.snapshot().pid, *(replica.pid for replica in connection.replicas)]
     yield NAME
     assert cli.main(["down", NAME]) == 0
-    assert (services(), find_replicas(NAME)) == ([], {})
+    assert (services(), find_replicas(NAME)) == ([], [])
     assert not (cache_folder() / "service" / NAME).exists()
     wait_until(lambda: not any(map(psutil.pid_exists, pids)), "processes are left")
 
@@ -114,7 +117,7 @@ def test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept(pipeline
     child = subprocess.run([sys.executable, "-c", DRIVER, pipeline, address], check=False, timeout=120)
     assert child.returncode == -signal.SIGKILL
     with connect(pipeline) as connection:
-        wait_until(lambda: "child" not in connection.snapshot().drivers, "the dead driver is still known")
+        wait_until(lambda: "child" not in connection.snapshot().clients, "the dead driver is still known")
         wait_until_empty(connection)
     with connect(pipeline, run_id="child") as again:
         result = again.generate(Request(prompt="a cat", seed=1, height=64, width=64, **SMALL, id="short"))
@@ -132,7 +135,7 @@ def test_a_driver_that_reconnects_gets_what_was_computed_meanwhile(pipeline: str
 def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -> None:
     with connect(pipeline) as connection:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
-        with pytest.raises(Overloaded, match=r"limits\.max_queued: 16 requests of this driver"):
+        with pytest.raises(Overloaded, match=r"limits\.max_queued: this client has 16 unfinished requests"):
             connection.submit(LONG, wait=False)
         wait_until(lambda: any(h.progress and h.progress.step for h in handles), "no step was told")
         assert all(handle.cancel() for handle in handles)
@@ -143,14 +146,21 @@ def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -
         wait_until_empty(connection)
 
 
-def test_what_a_driver_was_waiting_to_submit_when_it_fell_silent_is_not_computed(pipeline: str) -> None:
+def test_what_a_client_waits_to_submit_when_its_heartbeat_stops_is_not_computed(
+    pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = SupervisorStub.ask
+
+    async def ask_without_heartbeat(self: SupervisorStub, method: str, *args: Any, **options: Any) -> Any:
+        await (asyncio.Event().wait() if method == "listen" else asyncio.sleep(0))
+        return await ask(self, method, *args, **options)
+
     with connect(pipeline) as connection:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(connection.submit, replace(LONG, id="17"))
-            assert connection._listening is not None
-            connection.loop.call_soon(connection._listening.cancel)
-            with pytest.raises(Cancelled, match="not heard of"):
+            monkeypatch.setattr(SupervisorStub, "ask", ask_without_heartbeat)
+            with pytest.raises(Cancelled, match="its heartbeat stopped"):
                 waiting.result(30)
         for handle in handles:
             with pytest.raises(Cancelled):
@@ -167,10 +177,10 @@ def test_what_is_given_up_while_it_waits_to_be_submitted_is_not_computed(pipelin
         last.cancel()
         with pytest.raises(Cancelled):
             waiting.result(30)
-        wait_until(lambda: not connection._finished, "the pipeline was not told")
+        wait_until(lambda: not connection.unacknowledged, "the service does not know that it is cancelled")
         assert all(handle.cancel() for handle in handles)
         wait_until_empty(connection)
-        assert connection.snapshot().drivers[connection.id] == 0
+        assert connection.snapshot().clients[connection.id] == 0
 
 
 def test_a_late_modest_driver_is_not_starved_by_an_early_greedy_one(pipeline: str) -> None:
@@ -256,13 +266,16 @@ def test_the_command_generates_lists_and_refuses(
 
 
 REFUSED = [
-    (["down", "nothing"], "no pipeline 'nothing' stands here; there are: tests"),
-    (["generate", "--connect", "test", "--prompt", "x", "--output", "x.mp4"], "no pipeline 'test' stands here"),
+    (["down", "nothing"], "no service named 'nothing' in this cluster; running: tests"),
+    (
+        ["generate", "--connect", "test", "--prompt", "x", "--output", "x.mp4"],
+        "no service named 'test' in this",
+    ),
     (["up", "Tests!", "--config", T2V], "invalid NAME='Tests!': must be 1 to 40"),
     (["scale", NAME, "transformer=0"], "'transformer=0': must be a stage and at least 1"),
     (["scale", NAME, "denoiser=2"], "denoiser: no such stage; there are encoder, transformer, decoder"),
     (["up", NAME, "--config", "conf/tiny_i2v.yaml"], "model: it cannot change while the service runs"),
-    (["up", NAME, "--config", T2V, "--only", "encoder"], "'tests' stands already"),
+    (["up", NAME, "--config", T2V, "--only", "encoder"], "'tests' runs already"),
     (["generate", "--connect", NAME, "--local", "--prompt", "x", "--output", "x.mp4"], "--local has no effect"),
 ]
 
@@ -289,4 +302,4 @@ def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None, image
         assert cli.main(["down", "parts"]) == 0
         with pytest.raises(Cancelled):
             waiting.result(30)
-    assert find_replicas("parts") == {}
+    assert find_replicas("parts") == []

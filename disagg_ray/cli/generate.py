@@ -162,9 +162,9 @@ def _check_source(options: argparse.Namespace) -> None:
 def _config_of(options: argparse.Namespace) -> Config:
     if options.config is not None:
         return load_config(options.config, *overrides_of(options))
-    from disagg_ray.service.client import fetch_config
+    from disagg_ray.service.stub import take_snapshot
 
-    return fetch_config(options.connect)
+    return take_snapshot(options.connect).config
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from disagg_ray.config.schema import Config
 from disagg_ray.doctor.check import Check, at, fail, fail_unless, ok, warn, warn_unless
 from disagg_ray.driver.calls import Actor, ask
 from disagg_ray.driver.cluster import join
-from disagg_ray.driver.placement import living
+from disagg_ray.driver.names import find_replicas
 from disagg_ray.errors import DisaggError, StartError
 from disagg_ray.media.video import blank
 from disagg_ray.request import IMAGES_OF, Request
-from disagg_ray.service.client import Connection, take_snapshot
+from disagg_ray.service.client import Connection
 from disagg_ray.service.protocol import Snapshot, StageState
+from disagg_ray.service.stub import take_snapshot
 
 logger = logging.getLogger("disagg_ray")
 
@@ -43,7 +44,7 @@ def examine_service(name: str, address: str | None) -> list[Check]:
         return [fail("supervisor", str(error), remedy)]
     checks = [_check_state(snapshot), *map(_check_stage, snapshot.stages)]
     hosts = {replica.name: replica.host for replica in snapshot.replicas}
-    actors = sorted((actor for actor in living(name) if actor.name in hosts), key=lambda actor: actor.name)
+    actors = sorted((actor for actor in find_replicas(name) if actor.name in hosts), key=lambda actor: actor.name)
     for actor, seconds in zip(actors, asyncio.run(_time_all(actors)), strict=True):
         checks += at(hosts[actor.name], [check_answers(actor.name, seconds)])
     return checks + (list(_check_video(name)) if snapshot.state == "ready" else [])
@@ -52,7 +53,7 @@ def examine_service(name: str, address: str | None) -> list[Check]:
 def _check_state(snapshot: Snapshot) -> Check:
     age_min = (time.time() - snapshot.began) / 60
     if snapshot.state == "ready":
-        clients = f"clients: {len(snapshot.drivers)}, their unfinished requests: {sum(snapshot.drivers.values())}"
+        clients = f"clients: {len(snapshot.clients)}, their unfinished requests: {sum(snapshot.clients.values())}"
         return ok("supervisor", f"{snapshot.config.model.path}, up for {age_min:.0f} min; {clients}")
     if snapshot.state == "starting":
         return warn("supervisor", f"starting for {age_min:.0f} min", "see what it waits for: ray status, `ray logs`")

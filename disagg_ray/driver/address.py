@@ -1,6 +1,6 @@
-"""The address of a Ray cluster: what was given, and whether a cluster answers there.
+"""The address of a Ray cluster: its form, and whether a cluster answers there that this machine can join.
 
-`ray.init` itself tries a wrong address for minutes in native code, deaf to signals, and names no reason.
+`ray.init` itself tries a wrong address for minutes in native code, which ignores signals, and gives no reason.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from disagg_ray.errors import ConfigError, StartError
 from disagg_ray.text import printable, shown
 
 ANSWER_S = 5.0
-"""How long a cluster may take to answer, and to know this machine's node."""
+"""How long a cluster may take to answer, and to list this machine's node."""
 RETRY_S = 0.2
 HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 AUTO = "auto"
 LOCAL = "local"
-"""Ray's words for the cluster that this machine knows, and for one of one's own."""
+"""Ray's words for a cluster that runs on this machine, and for a new one."""
 FORM = "write HOST:PORT of the head's GCS, as 10.0.0.1:6379 (`ray start --head` prints it)"
-STATUS = "look with `ray status` on its head node, or correct --address, cluster.address or RAY_ADDRESS"
+STATUS = "run `ray status` on its head node, or correct --address, cluster.address or RAY_ADDRESS"
 TOKEN = "export RAY_AUTH_MODE=token here and copy the head's ~/.ray/auth_token"
 
 
 def find_cluster(given: str | None) -> str:
-    """Return the `host:port` of a cluster that this machine can join: that given, in RAY_ADDRESS, or known here.
+    """Return the `host:port` of a cluster that this machine can join: `given`, in RAY_ADDRESS, or of this machine.
 
     Raises:
         ConfigError: it is no address of a cluster.
-        StartError: no cluster answers there within seconds, or not to this machine.
+        StartError: no cluster answers there within seconds, or this machine cannot join it.
     """
     key = "cluster.address" if given is not None else "RAY_ADDRESS"
     asked = given or environment.ray_address() or AUTO
     if asked == AUTO:
-        key, address = "cluster.address", _known_here()
+        key, address = "cluster.address", _find_here()
     else:
         check_form(key, asked)
         address = asked
@@ -60,14 +60,14 @@ def find_cluster(given: str | None) -> str:
 
 
 def check_form(key: str, address: str) -> None:
-    """Check that an address may be a cluster's.
+    """Check the form of a cluster's address.
 
     Raises:
-        ConfigError: says what it is instead.
+        ConfigError: it is invalid; says what it may be instead.
     """
     parts = HOST_PORT.fullmatch(address)
     if address.startswith(("http://", "https://")):
-        reason = f"it is the dashboard's, which `ray job submit` takes: {FORM}"
+        reason = f"this is the dashboard's address, for `ray job submit`: {FORM}"
     elif address.startswith("ray://"):
         reason = f"Ray's client protocol is not supported: run on a node of the cluster, and {FORM}"
     elif address == LOCAL:
@@ -79,7 +79,7 @@ def check_form(key: str, address: str) -> None:
     raise ConfigError(f"{key}: invalid address {shown(address)}: {reason}")
 
 
-def _known_here() -> str:
+def _find_here() -> str:
     try:
         return str(services.canonicalize_bootstrap_address(AUTO))
     except (ConnectionError, ValueError) as error:
@@ -89,26 +89,17 @@ def _known_here() -> str:
 
 
 def _is_here(address: str) -> bool:
-    """Return whether an address is this machine's, which may be shown the user's token."""
+    """Return whether an address is this machine's, to which the user's token may be sent."""
     own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     return address.rpartition(":")[0].strip("[]") in {"localhost", *own}
 
 
-def why_unreachable(address: str) -> str:
-    """Return why no Ray cluster answers at `host:port`; empty: one does."""
-    try:
-        _ask_nodes(address)
-    except grpc.RpcError as error:
-        return _reason(address, error)
-    return ""
-
-
 def _why_refused(address: str) -> tuple[str, str] | None:
-    """Return why this machine cannot join the cluster at `host:port` and what to do; None: it can."""
+    """Return why this machine cannot join the cluster at `host:port`, and the remedy; None if it can."""
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)
     except (AuthenticationError, RuntimeError):
-        return "RAY_AUTH_MODE asks for a token and there is none here", "copy the head's ~/.ray/auth_token"
+        return "RAY_AUTH_MODE requires a token and this machine has none", "copy the head's ~/.ray/auth_token"
     deadline = time.monotonic() + ANSWER_S
     while True:
         try:
@@ -119,7 +110,7 @@ def _why_refused(address: str) -> tuple[str, str] | None:
         if nodes & set(services.find_node_ids()):
             return None
         if time.monotonic() > deadline:
-            reason = f"this machine is none of its {len(nodes)} nodes"
+            reason = f"this machine is not one of its {len(nodes)} nodes"
             return reason, f"run on one of them, or `ray start --address={address}` here"
         time.sleep(RETRY_S)  # it may be starting
 
@@ -127,20 +118,20 @@ def _why_refused(address: str) -> tuple[str, str] | None:
 def _ask_nodes(address: str) -> set[str]:
     """Return the ids of a cluster's living nodes."""
     alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE  # type: ignore[attr-defined]
-    channel = init_grpc_channel(address, [("grpc.use_local_subchannel_pool", 1)])  # no answer of an earlier one
+    channel = init_grpc_channel(address, [("grpc.use_local_subchannel_pool", 1)])  # not an earlier answer
     try:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         request = gcs_service_pb2.GetAllNodeInfoRequest()  # type: ignore[attr-defined]
-        told = stub.GetAllNodeInfo(request, timeout=ANSWER_S)
+        answer = stub.GetAllNodeInfo(request, timeout=ANSWER_S)
     finally:
         channel.close()
-    return {node.node_id.hex() for node in told.node_info_list if node.state == alive}
+    return {node.node_id.hex() for node in answer.node_info_list if node.state == alive}
 
 
 def _reason(address: str, error: grpc.RpcError) -> str:
     code, details = error.code(), str(error.details())
     if code == grpc.StatusCode.UNAUTHENTICATED:
-        return f"the cluster at {address} asks for another token, or for one at all"
+        return f"the cluster at {address} requires another token, or any"
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"nothing answers at {address} within {ANSWER_S:g} s"
     if code == grpc.StatusCode.UNIMPLEMENTED or "HTTP/2" in details:

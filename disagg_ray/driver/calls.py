@@ -1,21 +1,23 @@
-"""Replicas as the driver knows them: where each belongs, how it is called, and what its errors become."""
+"""A deployment's replicas, the actors that run them, and calls to them whose errors become ours."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver.cluster import total_resources
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import DisaggError, ReplicaLost, StageError, StartError
+from disagg_ray.replica.messages import ReplicaInfo
 
 logger = logging.getLogger("disagg_ray")
 
@@ -26,15 +28,15 @@ GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "
 """Every other call is a control call."""
 
 AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Pauses before a replica that cannot be reached is asked again; after the last it is lost."""
+"""Pauses before a replica that cannot be reached is called again; after the last it is lost."""
 
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
 
 
 @dataclass(frozen=True)
-class Post:
-    """A place in the deployment, which one actor after another may hold."""
+class ReplicaId:
+    """A replica of a deployment, which one actor after another runs."""
 
     stage: str
     index: int
@@ -45,32 +47,52 @@ class Post:
         return f"{self.stage}-{self.index}"
 
 
+def replicas_of(config: Config) -> list[ReplicaId]:
+    """Return a deployment's replicas, stage by stage."""
+    return [
+        ReplicaId(stage, index, group)
+        for stage, settings in config.stages.items()
+        for index, group in enumerate(
+            name for name, group in settings.replica_groups.items() for _ in range(group.replicas)
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class Actor:
-    """A launched replica."""
+    """A process that runs a replica."""
 
-    post: Post
+    replica: ReplicaId
     incarnation: int
-    """How many held the post before."""
+    """How many actors ran the replica before."""
     handle: ActorHandle[Any]
+    settings: StageConfig | None = field(default=None, compare=False)
+    """What it was launched with (`placement.settings_of`); None: not known."""
+    info: ReplicaInfo | None = field(default=None, compare=False)
+    """None: it is not loaded."""
 
     @property
     def stage(self) -> str:
-        return self.post.stage
+        return self.replica.stage
 
     @property
     def name(self) -> str:
-        return self.post.name
+        return self.replica.name
 
     @property
     def id(self) -> str:
-        """Tells the actors of a post apart."""
+        """Distinguishes the actors of one replica."""
         return f"{self.name}.{self.incarnation}"
+
+    def kill(self) -> None:
+        """End the process; after the cluster was left, do nothing."""
+        if ray.is_initialized():
+            ray.kill(self.handle, no_restart=True)
 
     def call(self, method: str, *args: Any) -> Awaitable[Any]:
         """Call a method, under a title for Ray's dashboard.
 
-        Titles name no request: Ray keeps each for good, tens of kilobytes of the driver's and a series of its metrics.
+        Titles name no request: Ray keeps each forever, with tens of kilobytes of the driver's and a metrics series.
         """
         if not ray.is_initialized():  # Ray would start a cluster
             raise ReplicaLost(f"{self.name}: the cluster was left")
@@ -80,10 +102,10 @@ class Actor:
 
 
 async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *args: Any) -> list[Any]:
-    """Call every replica and wait until all have answered; say every few seconds what is missing.
+    """Call every actor and wait until all have answered; log every few seconds what is missing.
 
     Raises:
-        StartError: not all had by `cluster.start_timeout_s`.
+        StartError: not all had answered within `cluster.start_timeout_s`.
         DisaggError: what a replica raised.
     """
     deadline = time.monotonic() + config.cluster.start_timeout_s
@@ -92,14 +114,14 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
         while missing := sorted(name for name, call in calls.items() if not call.done()):
             left = deadline - time.monotonic()
             if left <= 0:
-                waiting = await off_loop(_waiting_for, config, missing)
+                waiting = await off_loop(_describe_wait, config, missing)
                 raise StartError(f"{waiting}: not ready within cluster.start_timeout_s")
             pending = [calls[name] for name in missing]
             done, _ = await asyncio.wait(pending, timeout=min(NOTICE_S, left), return_when=asyncio.FIRST_EXCEPTION)
             for call in done:
                 call.result()
             if not done:
-                logger.info(await off_loop(_waiting_for, config, missing))
+                logger.info(await off_loop(_describe_wait, config, missing))
         return [calls[actor.name].result() for actor in actors]
     finally:
         for call in calls.values():
@@ -107,9 +129,9 @@ async def gather_ready(config: Config, actors: Sequence[Actor], method: str, *ar
 
 
 async def ask(actor: Actor, method: str, *args: Any) -> Any:
-    """Call a replica and await its answer, its errors made ours.
+    """Call an actor and await its answer; raise its errors as ours.
 
-    One that cannot be reached is asked again for a while: it may have done what was asked, and does it once.
+    One that cannot be reached is called again for a while: it may have done what was asked, and does it once.
 
     Raises:
         ReplicaLost: it died or cannot be reached; it may have done what was asked or not.
@@ -117,24 +139,31 @@ async def ask(actor: Actor, method: str, *args: Any) -> Any:
     """
     for pause_s in (*AGAIN_S, None):
         try:
-            answer = await actor.call(method, *args)
+            return unwrap(await actor.call(method, *args))
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, DisaggError):
                 raise cause from None
             raise StageError(f"{actor.name}: {type(cause).__name__}: {cause}") from error
         except ray.exceptions.ActorUnavailableError as error:
-            if pause_s is None:  # nobody is left there to say that it died
+            if pause_s is None:  # its node may be gone, and with it everyone who would report that
                 reason = f"{actor.name}: the replica cannot be reached: {_reason(error)}"
                 raise ReplicaLost(reason, with_node=True) from error
-            logger.info("%s cannot be reached; it is asked again: %s", actor.name, _reason(error))
+            logger.info("%s cannot be reached; it is called again: %s", actor.name, _reason(error))
             await asyncio.sleep(pause_s)
         except ray.exceptions.RayError as error:
             reason = _reason(error)
             with_node = "node has died" in reason or getattr(error, "preempted", False)
             raise ReplicaLost(f"{actor.name}: the replica died: {reason}", with_node=with_node) from error
-        else:
-            break
+    raise AssertionError("unreachable")
+
+
+def unwrap(answer: Any) -> Any:
+    """Return an actor's answer.
+
+    Raises:
+        DisaggError: the answer is that error.
+    """
     if isinstance(answer, DisaggError):
         raise answer
     return answer
@@ -148,11 +177,11 @@ def _reason(error: ray.exceptions.RayError) -> str:
     return next((line for line in lines if "because" in line), lines[0] if lines else type(error).__name__)
 
 
-def _waiting_for(config: Config, missing: Sequence[str]) -> str:
-    free: Mapping[str, float] = ray.available_resources()
+def _describe_wait(config: Config, missing: Sequence[str]) -> str:
+    free = ray.available_resources()
     shares = ", ".join(
         f"{kind} {number:g} (free now {free.get(kind, 0):g})"
         for kind, number in total_resources(config.stages).items()
         if number
     )
-    return f"waiting for {', '.join(missing)}; the pipeline asks for {shares}"
+    return f"waiting for {', '.join(missing)}; the pipeline needs {shares}"

@@ -29,11 +29,11 @@ DIGITS = 4
 
 
 def join(address: str | None) -> None:
-    """Join the Ray cluster at an address, or the one that RAY_ADDRESS or this machine knows, unless one is joined.
+    """Join the Ray cluster at an address, in RAY_ADDRESS, or on this machine, unless this process has joined one.
 
     Raises:
         ConfigError: it is no address of a cluster.
-        StartError: there is none, or it does not let this machine in within seconds.
+        StartError: there is none, or this machine could not join it within seconds.
     """
     if ray.is_initialized():
         return
@@ -47,10 +47,11 @@ def join(address: str | None) -> None:
 
 
 class Cluster:
-    """A Ray cluster that was joined, or started and then shut down again."""
+    """A Ray cluster that was joined, or started here; `close` shuts down only the latter."""
 
     def __init__(self, config: Config) -> None:
-        self._started = False
+        self.is_own = False
+        """Whether it was started here, so that all of it is on this machine."""
         self._auth_mode = environment.ray_auth_mode()
         address = config.cluster.address or environment.ray_address() or LOCAL
         check_model(config, whole=address == LOCAL and not ray.is_initialized())
@@ -64,47 +65,42 @@ class Cluster:
             self._start(config)
 
     def _start(self, config: Config) -> None:
-        """Start one on this machine, reachable with a token only."""
+        """Start a cluster on this machine, which only clients with its token can join."""
         check_temporary_folder()
         _make_token()
         with handler_kept():
             ray.init(address="local", logging_level=logging.ERROR, **own_cluster(config))
-        self._started = True
+        self.is_own = True
         try:
             _check_gpus(config, ray.cluster_resources().get("GPU", 0))
         except DisaggError:
             self.close()
             raise
 
-    @property
-    def is_own(self) -> bool:
-        """Whether it was started here, so that all of it is on this machine."""
-        return self._started
-
     def close(self) -> None:
-        if self._started:
+        if self.is_own:
             ray.shutdown()
             environment.replace("RAY_AUTH_MODE", self._auth_mode)
-            self._started = False
+            self.is_own = False
 
 
 def own_cluster(config: Config) -> dict[str, Any]:
-    """Return what a cluster of our own is started with."""
-    asked = total_resources(config.stages)
+    """Return the arguments of `ray.init` for a cluster of our own."""
+    needed = total_resources(config.stages)
     return {
-        "num_cpus": max(psutil.cpu_count() or 1, int(asked["CPU"]) + 1),  # bookkeeping: let the stages share cores
+        "num_cpus": max(psutil.cpu_count() or 1, int(needed["CPU"]) + 1),  # bookkeeping: stages share cores
         "num_gpus": config.cluster.num_gpus,
-        "resources": {name: number for name, number in asked.items() if name not in ("CPU", "GPU", "memory")},
+        "resources": {name: number for name, number in needed.items() if name not in ("CPU", "GPU", "memory")},
         "include_dashboard": config.cluster.dashboard,
         "job_config": _job(_metadata(config)),
     }
 
 
 def _job(metadata: dict[str, str]) -> JobConfig:
-    """Describe a job whose workers look for modules where any Python of their node does.
+    """Return the configuration of a job whose workers import modules as any Python of their node does.
 
-    Ray would put the working folder first, so that a `numpy.py` or another version of this package there was taken; it
-    does not for jobs that it believes to come by Ray Client. A package that is not installed is taken from its folder.
+    Ray would search the working folder first and import a `numpy.py` or another version of this package from there. It
+    does not for jobs that it takes for Ray Client's. A package that is not installed is imported from its folder.
     """
     if environment.in_ray_job():
         return JobConfig(metadata=metadata)  # the job's own working folder is part of it
@@ -113,48 +109,48 @@ def _job(metadata: dict[str, str]) -> JobConfig:
 
 
 def _metadata(config: Config) -> dict[str, str]:
-    """Return what a stranger should see of the job in Ray's dashboard."""
+    """Return what Ray's dashboard shows of the job."""
     stages = ", ".join(f"{name} x {stage.num_replicas}" for name, stage in config.stages.items())
     return {"disagg_ray": VERSION, "model": mask(config.model.path), "stages": stages}
 
 
 def total_resources(stages: Mapping[str, StageConfig]) -> dict[str, float]:
-    """Return what all replicas together ask of a cluster, by Ray's names."""
+    """Return the resources that all replicas need together, by Ray's names."""
     groups = [group for stage in stages.values() for group in stage.replica_groups.values()]
     return {"CPU": 0, "GPU": 0} | add_up((group.replicas, resources_of(group)) for group in groups)
 
 
-def add_up(asked: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-    """Return the sum of resources, each taken so many times."""
+def add_up(counted: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the sum of resources, each multiplied by its count."""
     total: dict[str, float] = {}
-    for count, resources in asked:
+    for count, resources in counted:
         for name, number in resources.items():
             total[name] = total.get(name, 0) + count * number
     return {name: round(number, DIGITS) for name, number in total.items()}
 
 
 def resources_of(settings: StageConfig) -> dict[str, float]:
-    """Return what one replica asks for, by Ray's names."""
+    """Return the resources that one replica needs, by Ray's names."""
     memory = {"memory": float(settings.memory)} if settings.memory is not None else {}
     return {"CPU": settings.num_cpus, "GPU": settings.num_gpus} | memory | settings.resources
 
 
 def _check_gpus(config: Config, available: float) -> None:
-    asked = total_resources(config.stages)["GPU"]
-    if asked > available:
+    needed = total_resources(config.stages)["GPU"]
+    if needed > available:
         by_stage = ", ".join(
             f"{name} {group.replicas} x {group.num_gpus:g}"
             for name, stage in config.stages.items()
             for group in stage.replica_groups.values()
         )
         raise ConfigError(
-            f"stages.*.num_gpus: {asked:g} GPUs are asked for ({by_stage}) and this machine has {available:g}; "
+            f"stages.*.num_gpus: the stages need {needed:g} GPUs ({by_stage}) and this machine has {available:g}; "
             f"lower num_gpus or replicas, or join a cluster with cluster.address"
         )
 
 
 def _make_token() -> None:
-    """Write Ray's token so that only its owner can read it; Ray itself would leave it open to all users."""
+    """Write Ray's token so that only its owner can read it; Ray would let all users read it."""
     path = environment.ray_token_path()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -166,6 +162,6 @@ def _make_token() -> None:
             path.chmod(0o600)
     except OSError as error:
         raise ConfigError(
-            f"HOME: Ray's token {shown(str(path))} cannot be written: {error.strerror}; set HOME to a folder that can "
-            f"be written to, or RAY_AUTH_TOKEN_PATH to a file of your own"
+            f"HOME: Ray's token {shown(str(path))} cannot be written: {error.strerror}; set HOME to a writable "
+            f"folder, or RAY_AUTH_TOKEN_PATH to a file of your own"
         ) from error

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import ray
 import torch
@@ -45,8 +44,6 @@ REFRESH_S = 5.0
 CANCEL_S = 5.0
 """How long stopping waits for requests that were cancelled."""
 
-F = TypeVar("F", bound=Fleet)
-
 
 @dataclass(eq=False)
 class _Submission:
@@ -59,23 +56,24 @@ class _Submission:
     """Why the engine itself cancelled it."""
 
 
-class Engine(Generic[F]):
+class Engine:
     """Lives on one event loop: `start` it, `run` requests, `stop` it; `close` it when the loop has ended."""
 
     def __init__(
         self,
         config: Config,
         id: str,
-        make_fleet: Callable[..., F],
         admission: Admission,
         on_event: Callable[[Event], None],
+        *,
+        detached: bool,
     ) -> None:
-        """Prepare an engine; `make_fleet` is `Fleet` or a subclass, `on_event` takes every event of every request."""
+        """Prepare an engine; `on_event` takes every event of every request, `detached` replicas outlive it."""
         self.id, self.admission = id, admission
         self.driver_epoch = uuid.uuid4().hex[:8]
         """Tells apart the engines that use the same replicas one after the other."""
         self.metrics = Metrics(config.model.path, config.stages)
-        self.fleet = make_fleet(config, id, self._lose_replica, self._fail_all, self.metrics)
+        self.fleet = Fleet(config, id, self._lose_replica, self._fail_all, self.metrics, detached=detached)
         self.driver_pool: DriverPool | None = None
         self.receiver: Receiver | None = None
         self.failure: DisaggError | None = None
@@ -98,13 +96,14 @@ class Engine(Generic[F]):
 
         if self.config.progress:
             self.receiver = Receiver(host, relay, transport.ports, filter_of(transport.admit))
-        described = await self.fleet.launch()
+        described = await self.fleet.launcher.launch()
         ports = {description.ports.stage: description.ports for description in described}
         self.graph, self.geometry = build_graph([ports[stage] for stage in self.config.stages]), described[0].geometry
-        taken = await self.fleet.met()
+        taken = await self.fleet.launcher.known_sessions()
         pool = self.driver_pool = DriverPool(f"driver-{self.id}", self.config, self.graph, self.geometry, host, taken)
         credentials = self.receiver.credentials if self.receiver is not None else None
-        await self.fleet.load(self.graph, DriverInfo(self.driver_epoch, pool.sessions, credentials), lambda: pool.met)
+        info = DriverInfo(self.driver_epoch, pool.sessions, credentials)
+        await self.fleet.load(self.graph, info, lambda: pool.known_sessions)
         self.background.start("count", self._refresh_metrics)
         logger.info("pipeline %s: %d replicas ready in %.1f s", self.id, len(described), time.monotonic() - began)
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Generic, TypeVar
 
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.cluster import Cluster
 from disagg_ray.driver.engine import Engine
-from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.threads import within
 from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
 from disagg_ray.replica.messages import Health
 from disagg_ray.scheduling.admission import Admission
-
-F = TypeVar("F", bound=Fleet)
 
 STOP_S = 20.0
 """How long closing waits for requests that were cancelled and for the replicas."""
@@ -27,34 +22,35 @@ SHUTDOWN_S = 15.0
 """The same, for Ray."""
 
 
-class EngineHost(Generic[F]):
+class EngineHost:
     """Owns the engine, the loop that it lives on, the listener that takes its events, and a Ray that it started."""
 
     def __init__(
         self,
         config: Config,
         id: str,
-        make_fleet: Callable[..., F],
         admission: Admission,
         loop: LoopThread,
         listener: Listener | None,
+        *,
+        detached: bool = False,
     ) -> None:
         """Join a Ray cluster or start one, and start the engine; close all if that fails."""
         self._loop, self._listener = loop, listener
         self._cluster: Cluster | None = None
-        self._engine: Engine[F] | None = None
+        self._engine: Engine | None = None
         try:
             self._cluster = Cluster(config)
             if self._cluster.is_own and config.transport.admit == "auto":
                 config = replace(config, transport=replace(config.transport, admit="host"))
-            self._engine = Engine(config, id, make_fleet, admission, self._publish)
+            self._engine = Engine(config, id, admission, self._publish, detached=detached)
             loop.call(self._engine.start)
         except BaseException:
             self.close()
             raise
 
     @property
-    def engine(self) -> Engine[F]:
+    def engine(self) -> Engine:
         assert self._engine is not None
         return self._engine
 

@@ -1,29 +1,27 @@
-"""What Prometheus scrapes: the driver's view of the whole pipeline, through `ray.util.metrics`.
+"""Prometheus metrics of a whole pipeline, through `ray.util.metrics`.
 
-The driver's process exports everything: it learns what replicas do from their replies and answers to `health`. Ray puts
-`ray_` before each name. Dashboard and alerts stand in `docker/`.
+The driver's process exports everything: replies of replicas and their answers to `health` say what they do. Ray puts
+`ray_` before each name. Dashboard and alerts are in `docker/`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, get_args
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-if TYPE_CHECKING:
-    from disagg_ray.result import StageTiming
+from disagg_ray.replica.messages import Health
+from disagg_ray.result import StageTiming
 
 Outcome = Literal["done", "failed", "cancelled"]
-OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
 Cause = Literal["ok", "died", "stalled", "transfer", "error", "cancelled", "drained"]
-CAUSES: tuple[Cause, ...] = ("ok", "died", "stalled", "transfer", "error", "cancelled", "drained")
 Reason = Literal["wait", "idle", "asked", "config"]
-"""Why a stage gets another number of replicas: new work would wait, some had nothing to do, somebody said so."""
+"""Why a stage gets another number of replicas: long waits, idle replicas, `scale`, or a new configuration."""
 
 DRIVER = "driver"
-"""The stage and replica of what the driver does itself."""
+"""The labels `stage` and `replica` of the driver's own work."""
 SECONDS = [0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0]
 """Upper bounds of the histograms' buckets."""
 NOTHING = 5e-324
@@ -53,7 +51,7 @@ GAUGES = {
     "pool_capacity_bytes": ("Bytes of a pool, a replica's or the driver's.", ("stage", "replica")),
     "gpu_allocated_bytes": ("GPU memory that a replica has taken.", ("stage", "replica")),
     "gpu_peak_bytes": (
-        "Most GPU memory that a replica has ever held, what lay free in it included.",
+        "Most GPU memory that a replica has ever held, free blocks of its allocator included.",
         ("stage", "replica"),
     ),
 }
@@ -65,28 +63,11 @@ HISTOGRAMS = {
 middles of its buckets: exact seconds are the counters'."""
 
 
-class ReplicaHealth(Protocol):
-    """What a replica answers of itself. Hits and misses count from its process's start."""
-
-    @property
-    def bytes_in_use(self) -> int: ...
-    @property
-    def pool_bytes(self) -> int: ...
-    @property
-    def cache_hits(self) -> int: ...
-    @property
-    def cache_misses(self) -> int: ...
-    @property
-    def gpu_allocated_bytes(self) -> int: ...
-    @property
-    def gpu_peak_bytes(self) -> int: ...
-
-
 class Metrics:
-    """Counts what the driver tells it. Labels name stages, replicas, routes and models, never requests or prompts."""
+    """Counts what the driver reports. Labels name stages, replicas, routes and models, never requests or prompts."""
 
     def __init__(self, model: str, stages: Iterable[str]) -> None:
-        """Declare every series that can be known beforehand.
+        """Declare every series that is known beforehand.
 
         Args:
             model: `model.path`; only its last part becomes the label.
@@ -105,20 +86,17 @@ class Metrics:
             for name, (about, keys) in HISTOGRAMS.items()
         }
         self._state: dict[tuple[str, str], float] = {}
-        """Last values of the driver's own gauges, by name and stage ("" for none)."""
+        """Last values of the driver's own gauges, by name and stage ("": none)."""
         self._cache: dict[str, tuple[int, int]] = {}
-        """Hits and misses of each replica when it was last asked."""
-        self._declare(stages)
-
-    def _declare(self, stages: Iterable[str]) -> None:
+        """Hits and misses in each replica's last answer."""
         self.in_flight(0)
         self.progressed()
-        for outcome in OUTCOMES:
+        for outcome in get_args(Outcome):
             self._count("requests_total", NOTHING, outcome=outcome)
         for stage in stages:
             self.queue_depth(stage, 0)
             self._count("replica_restarts_total", NOTHING, stage=stage)
-            for cause in CAUSES:
+            for cause in get_args(Cause):
                 self._count("attempts_total", NOTHING, stage=stage, cause=cause)
 
     def request_finished(self, outcome: Outcome, seconds: float) -> None:
@@ -128,7 +106,7 @@ class Metrics:
 
     def in_flight(self, num_requests: int) -> None:
         if self._state.get(("requests_in_flight", "")) == 0 and num_requests:
-            self.progressed()  # the time before had nothing to do
+            self.progressed()  # it was idle before
         self._set("requests_in_flight", num_requests)
 
     def queue_depth(self, stage: str, num_requests: int) -> None:
@@ -139,11 +117,11 @@ class Metrics:
         self._set("replicas_starting", starting, stage)
 
     def progressed(self) -> None:
-        """Say that something moved; the alert about none of it while requests are in flight counts from here."""
+        """Note progress, which resets the alert about a pipeline that makes none while requests are in flight."""
         self._set("last_progress_timestamp_seconds", time.time())
 
     def steps(self, stage: str, replica: str, num_steps: int) -> None:
-        """Count denoising steps as events tell of them, and those that no event told of when the stage is done."""
+        """Count denoising steps as events report them, and the others when the stage is done."""
         self._count("denoise_steps_total", num_steps, stage=stage, replica=replica)
         self.progressed()
 
@@ -187,8 +165,8 @@ class Metrics:
     def task_restarted(self, name: str) -> None:
         self._count("task_restarts_total", 1, task=name)
 
-    def replica_health(self, stage: str, replica: str, health: ReplicaHealth) -> None:
-        """Show what a replica answered. Ray forgets a gauge that is not set for 20 s: ask every few seconds."""
+    def replica_health(self, stage: str, replica: str, health: Health) -> None:
+        """Set a replica's gauges; call it every few seconds, since Ray forgets a gauge that is not set for 20 s."""
         tags = {"stage": stage, "replica": replica}
         self._gauges["pool_used_bytes"].set(health.bytes_in_use, tags)
         self._gauges["pool_capacity_bytes"].set(health.pool_bytes, tags)
@@ -196,19 +174,19 @@ class Metrics:
         self._gauges["gpu_peak_bytes"].set(health.gpu_peak_bytes, tags)
         hits, misses = self._cache.get(replica, (0, 0))
         if health.cache_hits < hits or health.cache_misses < misses:
-            hits = misses = 0  # another process counts anew
+            hits = misses = 0  # a new process
         self._count("cache_hits_total", health.cache_hits - hits, **tags)
         self._count("cache_misses_total", health.cache_misses - misses, **tags)
         self._cache[replica] = health.cache_hits, health.cache_misses
 
     def driver_pool(self, used_bytes: int, pool_bytes: int) -> None:
-        """Show the driver's own pool beside those of its replicas."""
+        """Set the gauges of the driver's own pool."""
         tags = {"stage": DRIVER, "replica": DRIVER}
         self._gauges["pool_used_bytes"].set(used_bytes, tags)
         self._gauges["pool_capacity_bytes"].set(pool_bytes, tags)
 
     def refresh(self) -> None:
-        """Set the driver's own gauges again, changed or not, before Ray forgets them after 20 s."""
+        """Set the driver's own gauges again, before Ray forgets them."""
         for (name, stage), value in self._state.items():
             self._gauges[name].set(value, {"stage": stage} if stage else None)
 

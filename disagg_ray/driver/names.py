@@ -1,40 +1,31 @@
-"""What stands in a cluster: the names of detached actors, and finding them."""
+"""Names of a service's detached actors and placement groups, and their lookup in a cluster."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from disagg_ray.driver.calls import Actor, ReplicaId
 from disagg_ray.errors import InputError, StartError
 from disagg_ray.text import printable, shown
 
 NAMESPACE = "disagg_ray"
-"""Ray's namespace of all that stands."""
+"""Ray's namespace of all services."""
 PREFIX = "disagg_ray-"
 NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?")
 
 
-@dataclass(frozen=True)
-class ReplicaName:
-    """A standing replica's name, taken apart."""
-
-    stage: str
-    index: int
-    incarnation: int
-
-
 def check_name(name: str) -> str:
-    """Return the name of a service.
+    """Return a service's name if it is valid.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not.
     """
     if not NAME.fullmatch(name):
         raise InputError(f"invalid NAME={shown(name)}: must be 1 to 40 of a-z, 0-9, - and _, as wan-480p")
@@ -45,8 +36,8 @@ def supervisor_name(name: str) -> str:
     return f"{PREFIX}{name}"
 
 
-def replica_name(name: str, post: str, incarnation: int) -> str:
-    return f"{PREFIX}{name}/{post}.{incarnation}"
+def replica_name(name: str, replica: ReplicaId, incarnation: int) -> str:
+    return f"{PREFIX}{name}/{replica.name}.{incarnation}"
 
 
 def group_name(name: str, index: int) -> str:
@@ -55,9 +46,8 @@ def group_name(name: str, index: int) -> str:
 
 
 def find_groups(name: str) -> dict[str, PlacementGroup]:
-    """Return the placement groups of a service by name, whoever made them: Ray's own search sees those of
-    its caller's namespace only."""
-    with _answering():
+    """Return a service's placement groups by name; Ray's own lookup sees those of the caller's namespace only."""
+    with _cluster_errors():
         found: dict[str, Any] = placement_group_table()
     return {
         group["name"]: PlacementGroup(ray.PlacementGroupID(bytes.fromhex(id)))
@@ -67,7 +57,7 @@ def find_groups(name: str) -> dict[str, PlacementGroup]:
 
 
 def release_groups(name: str) -> None:
-    """Give back the GPUs that a service's stages share."""
+    """Remove the placement groups of a service's stages that share GPUs."""
     for group in find_groups(name).values():
         remove_placement_group(group)
 
@@ -77,56 +67,57 @@ def services() -> list[str]:
     return sorted(name.removeprefix(PREFIX) for name in _actors() if "/" not in name)
 
 
-def gathering() -> dict[str, list[str]]:
-    """Return which stages are there of pipelines that were started one by one and lack some, by name."""
-    stood, found = set(services()), dict[str, list[str]]()
+def incomplete_services() -> dict[str, list[str]]:
+    """Return by name the replicas of services that are started stage by stage and lack some."""
+    complete, found = set(services()), dict[str, list[str]]()
     for actor in _actors():
-        name, _, post = actor.removeprefix(PREFIX).partition("/")
-        if post and name not in stood:
-            found.setdefault(name, []).append(post.partition(".")[0])
-    return {name: sorted(posts) for name, posts in sorted(found.items())}
+        name, _, replica = actor.removeprefix(PREFIX).partition("/")
+        if replica and name not in complete:
+            found.setdefault(name, []).append(replica.partition(".")[0])
+    return {name: sorted(replicas) for name, replicas in sorted(found.items())}
 
 
 def find_supervisor(name: str) -> ActorHandle[Any]:
     """Return the supervisor of a service.
 
     Raises:
-        InputError: no such pipeline stands; names those that do.
+        InputError: no service has this name; names those that run.
     """
     try:
-        with _answering():
+        with _cluster_errors():
             return ray.get_actor(supervisor_name(check_name(name)), namespace=NAMESPACE)
     except ValueError:
-        known = ", ".join(services()) or "none"
-        raise InputError(f"NAME: no pipeline {name!r} stands here; there are: {known}") from None
+        running = ", ".join(services()) or "none"
+        raise InputError(f"NAME: no service named {name!r} in this cluster; running: {running}") from None
 
 
-def find_replicas(name: str) -> dict[ReplicaName, ActorHandle[Any]]:
-    """Return the replicas of a service, dead ones not among them."""
+def find_replicas(name: str) -> list[Actor]:
+    """Return the living actors of a service's replicas; their groups and settings are not known."""
     pattern = re.compile(re.escape(f"{PREFIX}{name}/") + r"(\w+)-(\d+)\.(\d+)")
-    found = {}
+    found = []
     for actor in _actors():
         if match := pattern.fullmatch(actor):
             try:
-                with _answering():
+                with _cluster_errors():
                     handle = ray.get_actor(actor, namespace=NAMESPACE)
             except ValueError:  # it died meanwhile
                 continue
-            found[ReplicaName(match[1], int(match[2]), int(match[3]))] = handle
+            found.append(Actor(ReplicaId(match[1], int(match[2]), ""), int(match[3]), handle))
     return found
 
 
 def _actors() -> list[str]:
-    with _answering():
+    """Return the names of all services' actors."""
+    with _cluster_errors():
         named: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in named if actor["namespace"] == NAMESPACE and actor["name"].startswith(PREFIX)]
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
-    """Make ours what Ray raises once the cluster has not answered for a minute."""
+def _cluster_errors() -> Iterator[None]:
+    """Convert what Ray raises when the cluster has not answered for a minute."""
     try:
         yield
     except ray.exceptions.RayError as error:
         reason = printable(str(error).strip().partition("\n")[0])
-        raise StartError(f"cluster: it does not answer: {reason}; look with `ray status` on its head node") from error
+        raise StartError(f"cluster: it does not answer: {reason}; run `ray status` on its head node") from error

@@ -1,13 +1,11 @@
-"""Posts that wait for a replica, and stages that have none left; all on the driver's event loop."""
+"""Replicas that do not start, and stages that have none left; all on the driver's event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from disagg_ray.errors import StartError
 from disagg_ray.scheduling.blame import pause_s
@@ -15,60 +13,36 @@ from disagg_ray.scheduling.blame import pause_s
 logger = logging.getLogger("disagg_ray")
 
 
-P = TypeVar("P", bound=Hashable)
-
-
-class Vacancies(Generic[P]):
-    """Posts that are to be taken; one that nobody takes for long is closed for a while, as `blame` says."""
+class Backoff:
+    """Pauses between the starts of one replica, which grow while its actors compute nothing, as `blame` says."""
 
     def __init__(self) -> None:
-        self._fruitless: Counter[P] = Counter()
-        self._open: dict[P, asyncio.Event] = {}
-        """Set: try now."""
+        self.num_failures = 0
+        """Actors in a row that did not start, or were lost before they had computed anything."""
+        self._retry = asyncio.Event()
 
-    def __iter__(self) -> Iterator[P]:
-        return iter(self._open)
+    @property
+    def pause_s(self) -> float:
+        return pause_s(self.num_failures)
 
-    @contextmanager
-    def filling(self, post: P) -> Iterator[None]:
-        """Count a post as vacant meanwhile."""
-        self._open[post] = asyncio.Event()
-        try:
-            yield
-        finally:
-            del self._open[post]
-
-    def note_failure(self, post: P) -> int:
-        """Note that a replica did not start there, or was lost before it had computed anything; return how many."""
-        self._fruitless[post] += 1
-        return self._fruitless[post]
-
-    def note_success(self, post: P) -> None:
-        """Note that a replica computed something there."""
-        self._fruitless.pop(post, None)
-
-    def pause_s(self, post: P) -> float:
-        return pause_s(self._fruitless[post])
-
-    async def closed_time(self, post: P) -> None:
-        """Wait for as long as a post is closed."""
+    async def pause(self) -> None:
+        """Wait for the pause, or until `retry_now`."""
+        self._retry.clear()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.pause_s(post)):
-                await self._open[post].wait()
-        self._open[post].clear()
+            async with asyncio.timeout(self.pause_s):
+                await self._retry.wait()
 
-    def reopen(self) -> None:
-        """Have every vacant post tried at once."""
-        self._fruitless.clear()
-        for now in self._open.values():
-            now.set()
+    def retry_now(self) -> None:
+        """Forget the failures and end the pause."""
+        self.num_failures = 0
+        self._retry.set()
 
 
 class Outages:
-    """Stages without a replica: their requests wait for one within a limit, then fail by name.
+    """Stages without a replica: their requests wait for one within a limit, then fail with the stage's name.
 
-    `on_change` is called with the reason when a stage's outage lasts too long: nothing can be served then. It is
-    called with None when every stage has a replica again.
+    `on_change` is called with the reason when a stage's outage exceeds the limit: nothing can be served then. It is
+    called with None once every stage has a replica again.
     """
 
     def __init__(self, stages: Iterable[str], on_change: Callable[[StartError | None], None]) -> None:
@@ -84,23 +58,23 @@ class Outages:
         if stage in self._over_time:
             self._over_time.discard(stage)
             if not self._over_time:
-                logger.warning("every stage has a replica again: requests are taken")
+                logger.warning("every stage has a replica again: requests are accepted")
                 self._on_change(None)
 
     def begin(self, stage: str) -> None:
-        """Note that a stage has none left."""
+        """Note that a stage has no replica left."""
         self._served[stage].clear()
 
     async def limit(self, stage: str, limit_s: float) -> None:
-        """Bear a stage's outage for `cluster.start_timeout_s`."""
+        """Wait for a stage's outage to end; report it after `cluster.start_timeout_s`."""
         try:
             async with asyncio.timeout(limit_s):
                 await self._served[stage].wait()
         except TimeoutError:
             reason = self.reasons.get(stage, "it is still starting")
-            self.give_up(stage, f"none started within cluster.start_timeout_s={limit_s:g} s: {reason}")
+            self.report(stage, f"none started within cluster.start_timeout_s={limit_s:g} s: {reason}")
 
-    def give_up(self, stage: str, reason: str) -> None:
+    def report(self, stage: str, reason: str) -> None:
         """Have all requests fail, and refuse more, until the stage has a replica."""
         if stage not in self._over_time:
             self._over_time.add(stage)

@@ -1,4 +1,4 @@
-"""Background work of an event loop, none of which ends unheard."""
+"""Background tasks of an event loop; failures are logged, and the task is started again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CLOSE_S = 5.0
 FAILED = "background task %s failed; it is started again"
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
-"""Before a task that failed is started again: doubled at each failure, until it ran for the longest pause."""
+"""Before a failed task is started again: doubled at each failure, until it ran for the longest pause."""
 
 
 class BackgroundTasks:
     """Runs coroutine functions until they return.
 
-    One that raises is logged with its traceback, counted by `on_restart`, and started again after a pause.
+    What one raises is logged with its traceback and counted by `on_restart`; it is started again after a pause.
     """
 
     def __init__(self, on_restart: Callable[[str], None] = lambda name: None) -> None:
@@ -27,7 +27,7 @@ class BackgroundTasks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, name: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> asyncio.Task[None]:
-        """Run `work(*args)` on the running loop; it must bear being begun anew. Cancelling the task ends it."""
+        """Run `work(*args)` on the running loop; it may be called several times. Cancelling the task ends it."""
         task = asyncio.get_running_loop().create_task(self._supervise(name, work, args), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -48,20 +48,17 @@ class BackgroundTasks:
                 logger.exception(FAILED, name)  # something that it awaited was cancelled
             except Exception:
                 logger.exception(FAILED, name)
-            self._count(name)
+            try:
+                self._on_restart(name)
+            except Exception:
+                logger.exception("the restart of background task %s was not counted", name)
             if loop.time() - began > MAX_PAUSE_S:
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
-    def _count(self, name: str) -> None:
-        try:
-            self._on_restart(name)
-        except Exception:
-            logger.exception("the restart of background task %s was not counted", name)
-
     async def close(self) -> None:
-        """Cancel every task but the one that calls this, and wait a while until they have ended."""
+        """Cancel every task but the calling one, and wait a while for them to end."""
         tasks = self._tasks - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""How many replicas a stage is to have: decided by the wait that is predicted, without a clock or I/O."""
+"""How many replicas a stage is to have: decided by the predicted wait, without a clock or I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Load:
-    """What a stage has and has to do."""
+    """A stage's replicas and its work."""
 
     least: int
     most: int
@@ -23,15 +23,15 @@ class Load:
     """Replicas it is to have now."""
     ready: int
     starting: int
-    """The rest of `wanted` are closed for a while, as none started there (`blame`)."""
+    """The rest of `wanted` pause between attempts to start (`blame`)."""
     busy: int
     outstanding_s: float
-    """Replica seconds that all requests here are predicted to take, those before the gate included."""
+    """Predicted replica seconds of all requests, including those that wait for admission."""
     room: int
     """How many more replicas the cluster can take."""
 
     @property
-    def closed(self) -> int:
+    def paused(self) -> int:
         return max(0, self.wanted - self.ready - self.starting)
 
 
@@ -48,20 +48,20 @@ class _Memory:
     late_since: float | None = None
     """Since when the predicted wait has been too long."""
     spare_since: float | None = None
-    """Since when fewer replicas would have done."""
+    """Since when fewer replicas would have sufficed."""
     most_busy: int = 0
     """In that time."""
 
 
 class Scaler:
-    """Decides for each stage, from what it is shown every few seconds."""
+    """Decides for each stage, from its load every few seconds."""
 
     def __init__(self, settings: ServiceConfig) -> None:
         self._settings = settings
         self._memories: dict[str, _Memory] = {}
 
     def decide(self, stage: str, load: Load, now: float) -> Decision | None:
-        """Return how many replicas a stage is to have from now on; None: as many as it has."""
+        """Return how many replicas a stage is to have from now on; None if that does not change."""
         memory = self._memories.setdefault(stage, _Memory())
         decision = self._more(stage, load, memory, now) or self._fewer(stage, load, memory, now)
         if decision is not None:
@@ -76,13 +76,13 @@ class Scaler:
             return None
         memory.late_since = now if memory.late_since is None else memory.late_since
         room = load.room if not self._settings.cluster_grows else load.most
-        number = min(math.ceil(load.outstanding_s / target) + load.closed, load.most, load.wanted + room)
+        number = min(math.ceil(load.outstanding_s / target) + load.paused, load.most, load.wanted + room)
         if now - memory.late_since < self._settings.patience_s or load.starting or number <= load.wanted:
             return None
         return Decision(stage, number, "wait", f"a wait of {wait:.1f} s is predicted, target_wait_s is {target:g}")
 
     def _fewer(self, stage: str, load: Load, memory: _Memory, now: float) -> Decision | None:
-        """Take away what was not needed for a while."""
+        """Remove replicas that were not needed for a while."""
         late = load.outstanding_s > self._settings.target_wait_s
         if load.starting or late or load.busy >= load.ready or load.wanted <= load.least:
             memory.spare_since, memory.most_busy = None, 0
@@ -90,7 +90,7 @@ class Scaler:
         if memory.spare_since is None:
             memory.spare_since = now
         memory.most_busy = max(memory.most_busy, load.busy)
-        number = max(load.least, memory.most_busy + load.closed)
+        number = max(load.least, memory.most_busy + load.paused)
         if now - memory.spare_since < self._settings.idle_s or number >= load.wanted:
             return None
         detail = f"at most {memory.most_busy} of {load.wanted} were busy for idle_s={self._settings.idle_s:g} s"

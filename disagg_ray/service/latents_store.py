@@ -1,11 +1,10 @@
-"""Finished latents of drivers that may come back, on the supervisor's disk."""
+"""Finished latents of clients that may come back, on the supervisor's disk."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,47 +16,39 @@ logger = logging.getLogger("disagg_ray")
 
 
 class LatentsStore:
-    """Files by run id and request id: at most so many bytes, the oldest give way, and none older than `expire_s`."""
+    """Files by run id and request id: at most `max_bytes`, the oldest evicted first, and none older than `expire_s`."""
 
     def __init__(self, name: str, max_bytes: int, expire_s: float) -> None:
         self._folder = cache_folder() / "service" / name
         self._max_bytes, self._expire_s = max_bytes, expire_s
-        self._tidying = threading.Lock()
 
     def file(self, run_id: str, request_id: str) -> Path:
         """Return where a request's latents are kept."""
         return self._folder / _digest(run_id) / f"{_digest(request_id)}.safetensors"
 
     def drop(self, run_id: str, request_ids: Iterable[str]) -> None:
-        """Remove files, those that there are."""
+        """Remove files, if they exist."""
         for request_id in request_ids:
             self.file(run_id, request_id).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all."""
+        """Remove all files."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Remove what is too old or too much, unless another thread does so now; others may write and drop files."""
-        if not self._tidying.acquire(blocking=False):
-            return
+    def evict(self) -> None:
+        """Remove files that are too old or too many; other threads may write, drop and evict files meanwhile."""
         try:
-            self._tidy()
+            files = sorted(self._files())
+            excess = sum(size for _, size, path in files if _is_whole(path)) - self._max_bytes
+            for changed, size, path in files:
+                if (_is_whole(path) and excess > 0) or changed < time.time() - self._expire_s:
+                    path.unlink(missing_ok=True)
+                    excess -= size if _is_whole(path) else 0
         except OSError as error:  # no reason to fail a request
-            logger.warning("finished latents in %s are not tidied: %s", self._folder, error)
-        finally:
-            self._tidying.release()
-
-    def _tidy(self) -> None:
-        files = sorted(self._files())
-        excess = sum(size for _, size, path in files if _is_whole(path)) - self._max_bytes
-        for changed, size, path in files:
-            if (_is_whole(path) and excess > 0) or changed < time.time() - self._expire_s:
-                path.unlink(missing_ok=True)
-                excess -= size if _is_whole(path) else 0
+            logger.warning("finished latents in %s are not evicted: %s", self._folder, error)
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield when each file was changed, and its bytes."""
+        """Yield the modification time, bytes and path of each file."""
         for path in self._folder.glob("*/*"):
             try:
                 status = path.stat()
@@ -67,7 +58,7 @@ class LatentsStore:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a file is not one that is still being written, or was when its writer died."""
+    """Return whether a file is complete: its writer has neither died nor is still at work."""
     return not path.name.startswith(TEMPORARY)
 
 

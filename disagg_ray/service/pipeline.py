@@ -18,6 +18,7 @@ from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.host import EngineHost
 from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.metrics import Reason
+from disagg_ray.driver.placement import room_for
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.models.identity import identify_setup
 from disagg_ray.progress.channel import Listener
@@ -27,8 +28,8 @@ from disagg_ray.scheduling.admission import Admission
 from disagg_ray.scheduling.work import measure
 from disagg_ray.service.autoscale import Load, Scaler
 from disagg_ray.service.changes import changed, resized, scaled
-from disagg_ray.service.fleet import ServiceFleet
 from disagg_ray.service.protocol import StageState
+from disagg_ray.service.rollout import Rollouts
 
 logger = logging.getLogger("disagg_ray")
 
@@ -44,8 +45,9 @@ class ServicePipeline:
         self.loop = LoopThread(name)
         self._changing = asyncio.Lock()
         admission = Admission(sys.maxsize, 0)  # the supervisor bounds how many requests of a client wait
-        self.host = EngineHost(config, name, ServiceFleet, admission, self.loop, Listener(on_event))
+        self.host = EngineHost(config, name, admission, self.loop, Listener(on_event), detached=True)
         self.engine, self.fleet = self.host.engine, self.host.engine.fleet
+        self.rollouts = Rollouts(self.fleet)
         try:
             self.setup = identify_setup(self.engine.config)
             """Digest of all that besides their requests decides the videos."""
@@ -56,6 +58,7 @@ class ServicePipeline:
 
     async def _admit(self) -> None:
         self.engine.admission.resize(_room(self.engine.config))
+        self.engine.background.start("settle", self.rollouts.settle)
         self.engine.background.start("scale", self._scale)
 
     def enqueue(
@@ -89,7 +92,7 @@ class ServicePipeline:
         async with self._changing:
             before = self.engine.config
             config = make(before)
-            await (self.fleet.roll_out if reason == "config" else self.fleet.resize)(config)
+            await (self.rollouts.roll_out if reason == "config" else self.fleet.resize)(config)
             for stage, settings in config.stages.items():
                 old, new = before.stages[stage].num_replicas, settings.num_replicas
                 if old != new:
@@ -119,7 +122,7 @@ class ServicePipeline:
                     await self._change(make, decision.reason, decision.detail)
 
     async def _load_of(self, stage: str) -> Load:
-        room = await off_loop(self.fleet.room_for, stage)
+        room = await off_loop(room_for, self.engine.config, stage)
         settings, scheduler = self.engine.config.stages[stage], self.fleet.schedulers[stage]
         queued_s = sum(scheduler.expect(*measure(request, settings.blocks)) for request in self.engine.queued)
         return Load(
@@ -127,7 +130,7 @@ class ServicePipeline:
             most=settings.most_replicas,
             wanted=settings.replicas,
             ready=len(scheduler.replicas),
-            starting=self.fleet.num_starting(stage),
+            starting=self.fleet.launcher.num_starting(stage),
             busy=scheduler.num_running,
             outstanding_s=scheduler.outstanding_seconds(time.monotonic()) + queued_s,
             room=room,

@@ -1,10 +1,12 @@
-"""What a service and its drivers say to each other."""
+"""What a service and its clients send to each other."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -13,24 +15,40 @@ from disagg_ray.errors import DisaggError
 from disagg_ray.replica.messages import ReplicaInfo
 from disagg_ray.request import ResolvedRequest
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def answers(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T | DisaggError]]:
+    """Have a method return the `DisaggError` that it raises, for `unwrap`: Ray would log and wrap what is raised."""
+
+    @wraps(method)
+    async def answer(*args: P.args, **options: P.kwargs) -> T | DisaggError:
+        try:
+            return await method(*args, **options)
+        except DisaggError as error:
+            return error
+
+    return answer
+
 
 class UnknownRequest(DisaggError):
-    """The supervisor does not know the request: it has been restarted since, or another of this id took its place."""
+    """The supervisor does not know the request: it has been restarted since, or another of this id replaced it."""
 
 
 @dataclass(frozen=True)
 class SubmitMessage:
-    """A request as a driver sends it."""
+    """A request as a client sends it."""
 
     request: ResolvedRequest
     images: dict[str, np.ndarray[Any, np.dtype[np.uint8]]]
     """Shape (height, width, 3), by name."""
     keep: bool
-    """Whether its finished latents are kept for a driver that comes back."""
+    """Whether its finished latents are kept for a client that comes back."""
     client: str
-    """The connection that asks; of two requests of one id at once it sends only what takes the other's place."""
+    """The connection that sends it; it may replace what it submitted under the same id, others may not."""
     ticket: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Tells it from the same request that was submitted before: word that that one is finished may come late."""
+    """Distinguishes it from an earlier submission of the same request, whose end may be reported late."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How a service is."""
+    """A service's state."""
 
     name: str
     state: str
@@ -59,7 +77,7 @@ class Snapshot:
     address: str
     """Of the supervisor's node."""
     pid: int
-    drivers: dict[str, int] = field(default_factory=dict)
+    clients: dict[str, int] = field(default_factory=dict)
     """Unfinished requests by run id."""
     queued: int = 0
     """Requests that are not admitted yet."""

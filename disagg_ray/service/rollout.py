@@ -1,21 +1,20 @@
-"""A change of what replicas are launched with: a new one serves before an old one goes, wherever there is room."""
+"""Changes of what replicas are launched with: a new one serves before an old one goes, wherever there is room."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from disagg_ray.config.schema import Config
-from disagg_ray.config.stages import StageConfig
-from disagg_ray.driver.calls import Actor, Post
-from disagg_ray.driver.placement import posts_of
+from disagg_ray.driver.calls import ReplicaId, replicas_of
+from disagg_ray.driver.fleet import Fleet
+from disagg_ray.driver.placement import has_room, settings_of
+from disagg_ray.driver.runner import ReplicaRunner
 from disagg_ray.driver.threads import off_loop
-
-if TYPE_CHECKING:
-    from disagg_ray.service.fleet import ServiceFleet
+from disagg_ray.errors import DisaggError
 
 logger = logging.getLogger("disagg_ray")
 
@@ -24,85 +23,124 @@ ROOM_S = 5.0
 SURGE_S = 300.0
 """How long a replica that there seemed to be room for may take to begin before its predecessor makes room for it."""
 LOOK_S = 0.5
+SETTLE_S, RETRY_S = 2.0, 300.0
+"""How often outdated replicas are looked for; after failures the pause doubles up to the second."""
 
 
-class Rollout:
-    """Makes a fleet's replicas those of `config`, one at a time; raises, at the first that does not start, why."""
+class Rollouts:
+    """Replaces a fleet's replicas one at a time by those of another configuration."""
 
-    def __init__(self, fleet: ServiceFleet, config: Config) -> None:
-        self._fleet, self._config = fleet, config
-        self._posts = {post.name: post for post in posts_of(config)}
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._lock = asyncio.Lock()
+        self.status = ""
+        """What a rollout does now; empty: there is none."""
 
-    async def run(self) -> None:
-        """Replace what is outdated, then start what is missing.
+    async def roll_out(self, config: Config) -> None:
+        """Become what `config` says, replica by replica; return when all that it asks for serve.
+
+        The spec stays as it was until then: if this process dies, the next one goes back to that.
 
         Raises:
-            DisaggError: why a replica did not start. Those that were replaced before stay so.
+            DisaggError: why one did not start; `settle` puts back what was replaced by then.
         """
-        await self.replace_outdated()
-        await self._add()
+        async with self._lock:
+            with self._holding(config):
+                await self._replace_outdated(config)
+                await self._add_missing(config)
+                await self._fleet.resize(config)
 
-    async def replace_outdated(self) -> None:
-        """Replace what serves and was launched with something else."""
-        while (actor := self.next_outdated()) is not None:
-            await self._replace(actor, self._posts[actor.name])
+    async def settle(self) -> None:
+        """Replace whenever needed what was launched with something else than the spec says, as after a failed rollout.
 
-    def next_outdated(self) -> Actor | None:
-        """Return a replica that serves, is wanted, and was launched with something else."""
-        fleet = self._fleet
-        there = (actor for actor in fleet.actors if actor.name in self._posts and not fleet.is_retiring(actor))
-        return next((actor for actor in there if not self._is_current(actor)), None)
+        Runs until it is cancelled.
+        """
+        pause_s = SETTLE_S
+        while True:
+            async with self._lock:
+                config = self._fleet.config
+                if self._next_outdated(config) is not None:
+                    try:
+                        with self._holding(config):
+                            await self._replace_outdated(config)
+                        pause_s = SETTLE_S
+                    except DisaggError as error:
+                        pause_s = min(2 * pause_s, RETRY_S)
+                        logger.warning("not every replica is what the spec says: %s", error)
+            await asyncio.sleep(pause_s)
 
-    def _is_current(self, actor: Actor) -> bool:
-        post = self._posts[actor.name]
-        return actor.post == post and self._fleet.launched_with(actor) == kind_of(self._config, post)
+    @contextmanager
+    def _holding(self, config: Config) -> Iterator[None]:
+        """Have the fleet leave alone the replicas that only `config` has, and those that the rollout ends."""
+        self._fleet.held = set(replicas_of(config)) - set(replicas_of(self._fleet.config))
+        try:
+            yield
+        finally:
+            self._fleet.held, self.status = set(), ""
+            self._fleet.reconcile()
 
-    async def _replace(self, actor: Actor, post: Post) -> None:
-        fleet = self._fleet
-        fleet.say(f"{post.name}: its successor starts beside it")
-        if await self._has_room(post) and await self._surge(post):
-            await fleet.retire(actor)
+    async def _replace_outdated(self, config: Config) -> None:
+        while (outdated := self._next_outdated(config)) is not None:
+            await self._replace(*outdated, config)
+
+    def _next_outdated(self, config: Config) -> tuple[ReplicaRunner, ReplicaId] | None:
+        """Return a replica that serves, is wanted, and was launched with something else, and what it is to become."""
+        wanted = {replica.name: replica for replica in replicas_of(config)}
+        for runner in self._fleet.runners:
+            replica = wanted.get(runner.replica.name)
+            if replica is None or runner.actor is None or runner.is_retiring:
+                continue
+            if runner.replica != replica or runner.actor.settings != settings_of(config, replica):
+                return runner, replica
+        return None
+
+    async def _replace(self, runner: ReplicaRunner, replica: ReplicaId, config: Config) -> None:
+        self._say(f"{replica.name}: its successor starts beside it")
+        begin_s = None if config.service.cluster_grows else SURGE_S
+        if await self._has_room(replica, config) and await self._fleet.start(replica, config, begin_s):
+            await self._retire(runner)
             return
-        others = sum(other.stage == post.stage for other in fleet.actors) - 1
-        fleet.say(f"{post.name}: no room for one more; it ends before its successor starts, {others} others serve")
-        await fleet.retire(actor)
-        await fleet.start(post, self._config)
+        others = sum(actor.stage == replica.stage for actor in self._fleet.actors) - 1
+        self._say(f"{replica.name}: no room for one more; it ends before its successor starts, {others} others serve")
+        await self._retire(runner)
+        await self._fleet.start(replica, config)
 
-    async def _has_room(self, post: Post) -> bool:
+    async def _retire(self, runner: ReplicaRunner) -> None:
+        self._fleet.held.add(runner.replica)
+        await runner.retire()
+
+    async def _has_room(self, replica: ReplicaId, config: Config) -> bool:
         deadline = time.monotonic() + ROOM_S
-        while not await off_loop(self._fleet.has_room, post, self._config):
-            if time.monotonic() > deadline or post.stage in self._config.share_gpu:
+        while not await off_loop(has_room, config, replica):
+            if time.monotonic() > deadline or replica.stage in config.share_gpu:
                 return False
             await asyncio.sleep(LOOK_S)
         return True
 
-    async def _surge(self, post: Post) -> bool:
-        """Have one more replica serve; return False where it found no room after all."""
-        limit_s = None if self._config.service.cluster_grows else SURGE_S
-        return await self._fleet.start(post, self._config, limit_s)
-
-    async def _add(self) -> None:
-        """Start what is wanted and not there, all at once, those that go first where they take its room."""
-        fleet = self._fleet
-        there = {actor.post for actor in fleet.actors} | fleet.starting_as(self._config)
-        missing = [post for post in self._posts.values() if post not in there]
+    async def _add_missing(self, config: Config) -> None:
+        """Start the replicas that are missing, all at once; end those that go first where they take the room."""
+        fleet, wanted = self._fleet, replicas_of(config)
+        missing = [replica for replica in wanted if not self._is_present(replica, config)]
         if not missing:
             return
-        fleet.say(f"{', '.join(post.name for post in missing)} start")
-        going = [actor for actor in fleet.actors if actor.name not in self._posts and not fleet.is_retiring(actor)]
-        if going and not await self._has_room(missing[0]):
-            await asyncio.gather(*map(fleet.retire, going))
-        outcomes = await asyncio.gather(*(fleet.start(post, self._config) for post in missing), return_exceptions=True)
+        self._say(f"{', '.join(replica.name for replica in missing)} start")
+        fleet.held.update(missing)
+        names = {replica.name for replica in wanted}
+        going = [runner for runner in fleet.runners if runner.replica.name not in names and not runner.is_retiring]
+        if going and not await self._has_room(missing[0], config):
+            await asyncio.gather(*map(self._retire, going))
+        outcomes = await asyncio.gather(*(fleet.start(replica, config) for replica in missing), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
 
+    def _is_present(self, replica: ReplicaId, config: Config) -> bool:
+        """Return whether a replica serves, or is being started with what `config` says."""
+        is_same = replica in replicas_of(self._fleet.config) and (
+            settings_of(self._fleet.config, replica) == settings_of(config, replica)
+        )
+        return any(runner.replica == replica and (runner.actor or is_same) for runner in self._fleet.runners)
 
-def kind_of(config: Config, post: Post) -> StageConfig:
-    """Return what a replica is launched with at a post."""
-    return kind(config.for_group(post.stage, post.group).stages[post.stage])
-
-
-def kind(settings: StageConfig) -> StageConfig:
-    """Return a stage's settings without how many replicas there are."""
-    return replace(settings, replicas=1, min_replicas=None, max_replicas=None, groups={})
+    def _say(self, doing: str) -> None:
+        self.status = doing
+        logger.info("rollout: %s", doing)

@@ -1,20 +1,18 @@
-"""The detached actor that owns a service and hands its work to many drivers.
+"""The detached actor that owns a service and computes its clients' requests.
 
-A plain class, started by `stand`. Ray restarts it when it dies; it then adopts the replicas that live, and drivers
+A plain class, started by `lifecycle`. Ray restarts it when it dies; it then adopts the replicas that live, and clients
 submit again what was not answered.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
+from functools import partial
 
 import ray
 import torch
@@ -22,93 +20,19 @@ import torch
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.tasks import BackgroundTasks
-from disagg_ray.errors import Cancelled, DisaggError, Overloaded, RequestInFlight
-from disagg_ray.models.identity import identify_request
+from disagg_ray.errors import Cancelled, DisaggError
 from disagg_ray.progress.events import Event
 from disagg_ray.replica.messages import Health
 from disagg_ray.replica.software import software
-from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.service.latents_store import LatentsStore
 from disagg_ray.service.pipeline import ServicePipeline
-from disagg_ray.service.protocol import Snapshot, SubmitMessage, UnknownRequest
+from disagg_ray.service.protocol import Snapshot, SubmitMessage, UnknownRequest, answers
+from disagg_ray.service.submissions import ClientState, Entry
 
 logger = logging.getLogger("disagg_ray")
 
-T = TypeVar("T")
-
 MAX_STARTS = 3
-MAX_EVENTS = 1_000
-"""Of a driver that does not listen; older ones are dropped."""
-MAX_GIVEN_UP = 1_000
-"""Tickets that are remembered; nobody has more calls under way."""
-
-
-@dataclass(eq=False)
-class _Entry:
-    asked: SubmitMessage
-    handle: Handle
-    setup: str
-    """Of the pipeline when it was asked for (`identity.identify_setup`)."""
-    tickets: set[str]
-    """Of all that asked for this video: nobody else gets it, though it bears their request's id."""
-
-    def answers(self, asked: SubmitMessage, setup: str) -> bool:
-        """Return whether it makes the same video, and neither failed nor was given up."""
-        future = self.handle.future
-        lost = future.done() and (future.cancelled() or future.exception() is not None)
-        return not lost and setup == self.setup and _video(self.asked.request) == _video(asked.request)
-
-    def stands_in_the_way(self, asked: SubmitMessage) -> bool:
-        """Return whether another connection waits for something else of this id."""
-        return not self.handle.done() and self.asked.client != asked.client
-
-
-def _video(request: ResolvedRequest) -> tuple[str, int, str]:
-    """Return what tells a request's video from others of one setup."""
-    return identify_request(request), request.fps, request.format
-
-
-def _make_way(entry: _Entry, asked: SubmitMessage) -> None:
-    """Give up what an id named before; a request that differs takes its place.
-
-    Raises:
-        RequestInFlight: another connection waits for that.
-    """
-    name = asked.request.id
-    if entry.stands_in_the_way(asked):
-        raise RequestInFlight(
-            f"id: {name!r} is in flight under this run id, asked for by another client with another prompt, image or "
-            f"other field, or before the configuration changed; wait for it, or give another id"
-        )
-    logger.info("request %s: asked for anew with other inputs, or after it failed; it is made again", name)
-    entry.handle.cancel()
-
-
-class _Client:
-    """Whoever submits under one run id."""
-
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
-        self.tag = hashlib.sha256(run_id.encode()).hexdigest()[:8]
-        """Tells its requests apart from others' of the same name."""
-        self.entries: dict[str, _Entry] = {}
-        """By request id, until the driver says that it has the answer."""
-        self.given_up: deque[str] = deque(maxlen=MAX_GIVEN_UP)
-        """Tickets of requests that were not here when the driver was done with them: they may be on their way."""
-        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self.told = asyncio.Event()
-        self.changed = asyncio.Condition()
-        """Some entry is finished."""
-        self.seen = time.monotonic()
-
-    @property
-    def num_unfinished(self) -> int:
-        return sum(not entry.handle.done() for entry in self.entries.values())
-
-    def cancel(self) -> None:
-        for entry in self.entries.values():
-            entry.handle.cancel()
 
 
 class Supervisor:
@@ -117,12 +41,12 @@ class Supervisor:
     def __init__(self, name: str, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self._name, self._config, self._began = name, config, time.time()
-        self._keep = LatentsStore(name, config.service.latents_bytes, config.service.latents_expire_s)
-        self._drivers: dict[str, _Client] = {}
+        self._latents = LatentsStore(name, config.service.latents_bytes, config.service.latents_expire_s)
+        self._clients: dict[str, ClientState] = {}
         self._background = BackgroundTasks(self._count_restart)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._starter = ThreadPoolExecutor(1, "disagg_ray-start")
-        self._starting: Future[ServicePipeline] = self._starter.submit(self._start)
+        starter = ThreadPoolExecutor(1, "disagg_ray-start")
+        self._starting: Future[ServicePipeline] = starter.submit(self._start)
 
     def _start(self) -> ServicePipeline:
         for left in reversed(range(MAX_STARTS)):
@@ -131,10 +55,15 @@ class Supervisor:
             except DisaggError as error:
                 if isinstance(error, ValueError) or not left:
                     raise
-                logger.warning("pipeline %s did not start: %s", self._name, error)
+                logger.warning("service %s did not start: %s", self._name, error)
         raise AssertionError("unreachable")
 
-    async def _standing(self) -> ServicePipeline:
+    async def _started(self) -> ServicePipeline:
+        """Return the pipeline once it is ready.
+
+        Raises:
+            DisaggError: why it did not start.
+        """
         self._loop = asyncio.get_running_loop()
         return await asyncio.shield(asyncio.wrap_future(self._starting))
 
@@ -143,189 +72,178 @@ class Supervisor:
         ours = software()
         return ours.folder, ours.digest, ours.versions
 
-    async def ready(self) -> DisaggError | None:
+    @answers
+    async def ready(self) -> None:
         """Wait until every stage has its replicas."""
-        try:
-            await self._standing()
-        except DisaggError as error:
-            return error
-        return None
+        await self._started()
 
-    async def submit(self, run_id: str, asked: SubmitMessage, *, wait: bool) -> DisaggError | None:
-        """Take a request on, or find that it is here already; wait for room, or answer `Overloaded`."""
-        try:
-            pipeline = await self._standing()
-            if asked.keep:
-                await asyncio.to_thread(self._keep.tidy)
-            driver = self._driver(run_id)
-            await self._make_room(driver, asked, pipeline.engine.config, wait=wait)
-            if run_id not in self._drivers:
-                return Cancelled(f"request {asked.request.id}: its driver {run_id} left, or was not heard of")
-            driver = self._driver(run_id)  # it may have been away meanwhile
-            if asked.ticket in driver.given_up:
-                return Cancelled(f"request {asked.request.id} was given up before there was room for it")
-            setup = pipeline.setup
-            if (entry := driver.entries.get(asked.request.id)) is not None:
-                if entry.answers(asked, setup):
-                    entry.asked = asked
-                    entry.tickets.add(asked.ticket)
-                    return None
-                _make_way(entry, asked)
-            inner = replace(asked.request, id=f"{driver.tag}/{asked.request.id}")
-            images = {name: torch.from_numpy(pixels.copy()) for name, pixels in asked.images.items()}
-            latents = self._keep.file(run_id, asked.request.id) if asked.keep else None
-            handle = pipeline.enqueue(inner, images, latents, run_id)
-        except DisaggError as error:
-            return error
-        driver.entries[asked.request.id] = _Entry(asked, handle, setup, {asked.ticket})
-        handle.add_done_callback(lambda _: self._soon(driver))
-        return None
+    @answers
+    async def submit(self, run_id: str, message: SubmitMessage, *, wait: bool) -> None:
+        """Queue a request, or find that it is here already; wait for room, or answer `Overloaded`."""
+        pipeline, request = await self._started(), message.request
+        if message.keep:
+            await asyncio.to_thread(self._latents.evict)
+        await self._client(run_id).wait_for_room(message, pipeline.engine.config.limits.max_queued, wait=wait)
+        if run_id not in self._clients:
+            raise Cancelled(f"request {request.id}: its client {run_id} left, or its heartbeat stopped")
+        client = self._client(run_id)  # it may have been away meanwhile
+        if message.ticket in client.cancelled:
+            raise Cancelled(f"request {request.id} was cancelled before there was room for it")
+        if (entry := client.entries.get(request.id)) is not None:
+            if entry.serves(message, pipeline.setup):
+                entry.message = message
+                entry.tickets.add(message.ticket)
+                return
+            entry.replace_by(message)
+        inner = replace(request, id=f"{client.tag}/{request.id}")
+        images = {name: torch.from_numpy(pixels.copy()) for name, pixels in message.images.items()}
+        latents = self._latents.file(run_id, request.id) if message.keep else None
+        handle = pipeline.enqueue(inner, images, latents, run_id)
+        client.entries[request.id] = Entry(message, handle, pipeline.setup, {message.ticket})
+        handle.add_done_callback(partial(self._note_finished, client))
 
-    async def _make_room(self, driver: _Client, asked: SubmitMessage, config: Config, *, wait: bool) -> None:
-        limit = config.limits.max_queued
-        async with driver.changed:
-            if asked.request.id not in driver.entries and driver.num_unfinished >= limit and not wait:
-                raise Overloaded(f"limits.max_queued: {limit} requests of this driver are here already; try later")
-            await driver.changed.wait_for(
-                lambda: asked.request.id in driver.entries or driver.num_unfinished < config.limits.max_queued
-            )
-
-    def _soon(self, driver: _Client) -> None:
-        async def tell() -> None:
-            async with driver.changed:
-                driver.changed.notify_all()
-
-        assert self._loop is not None
-        asyncio.run_coroutine_threadsafe(tell(), self._loop)
-
-    async def result(self, run_id: str, request_id: str, ticket: str) -> Result | DisaggError:
-        """Wait for a request that was submitted, unless another has taken its place since."""
-        driver = self._drivers.get(run_id)
-        entry = driver.entries.get(request_id) if driver is not None else None
+    @answers
+    async def result(self, run_id: str, request_id: str, ticket: str) -> Result:
+        """Wait for a request that was submitted, unless another has replaced it since."""
+        entry = self._entry(run_id, request_id)
         if entry is None or ticket not in entry.tickets:
-            return UnknownRequest(f"request {request_id} is not here")
+            raise UnknownRequest(f"request {request_id} is not known to the service")
         try:
             result = await asyncio.shield(asyncio.wrap_future(entry.handle.future))
         except asyncio.CancelledError:
             if entry.handle.done():
-                return Cancelled(f"request {request_id} was cancelled")
+                raise Cancelled(f"request {request_id} was cancelled") from None
             raise
-        except DisaggError as error:
-            return error
-        return replace(result, request=entry.asked.request)
+        return replace(result, request=entry.message.request)
 
     async def cancel(self, run_id: str, request_id: str, ticket: str) -> bool:
         """Cancel a request, unless it was submitted again since."""
-        driver = self._drivers.get(run_id)
-        entry = driver.entries.get(request_id) if driver is not None else None
-        return entry is not None and entry.asked.ticket == ticket and entry.handle.cancel()
+        entry = self._entry(run_id, request_id)
+        return entry is not None and entry.message.ticket == ticket and entry.handle.cancel()
 
     async def listen(self, run_id: str, finished: list[tuple[str, str]]) -> list[Event]:
-        """Hear that a driver lives and has these answers; return what became of its requests, after a while at most."""
-        pipeline = await self._standing()
-        driver, done = self._driver(run_id), list[str]()
+        """Note a client's heartbeat and which answers it has; return its requests' events, none after a while."""
+        self._loop = asyncio.get_running_loop()
+        client, done = self._client(run_id), list[str]()
         for request_id, ticket in finished:
-            entry = driver.entries.get(request_id)
-            if entry is not None and entry.asked.ticket != ticket:
+            entry = client.entries.get(request_id)
+            if entry is not None and entry.message.ticket != ticket:
                 continue  # it was submitted again since
             if entry is None:
-                driver.given_up.append(ticket)
+                client.cancelled.append(ticket)
             else:
-                del driver.entries[request_id]
-                entry.handle.cancel()  # it may have been given up before it was taken on
+                del client.entries[request_id]
+                entry.handle.cancel()  # the client may have cancelled it before it was queued
             done.append(request_id)
         if done:
-            await asyncio.to_thread(self._keep.drop, run_id, done)
+            await asyncio.to_thread(self._latents.drop, run_id, done)
         try:
-            async with asyncio.timeout(pipeline.engine.config.service.client_timeout_s / 4):
-                await driver.told.wait()
+            async with asyncio.timeout(self._client_timeout_s / 4):
+                await client.has_events.wait()
         except TimeoutError:
             return []
-        driver.told.clear()
-        events = list(driver.events)
-        driver.events.clear()
+        client.has_events.clear()
+        events = list(client.events)
+        client.events.clear()
         return events
 
-    async def leave(self, run_id: str) -> None:
-        """Hear that a driver ends: what it has not got is cancelled."""
-        if (driver := self._drivers.pop(run_id, None)) is not None:
-            driver.cancel()
+    def _note_finished(self, client: ClientState, _: Handle) -> None:
+        """Wake what waits for a client's requests; called on the pipeline's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(client.has_finished.set)
 
-    def _driver(self, run_id: str) -> _Client:
-        if run_id not in self._drivers:
-            driver = self._drivers[run_id] = _Client(run_id)
-            self._background.start("supervisor_watch", self._watch, driver)
-        self._drivers[run_id].seen = time.monotonic()
-        return self._drivers[run_id]
+    async def leave(self, run_id: str) -> None:
+        """End a client: cancel its unfinished requests."""
+        if (client := self._clients.pop(run_id, None)) is not None:
+            for entry in client.entries.values():
+                entry.handle.cancel()
+            client.has_finished.set()
+
+    def _entry(self, run_id: str, request_id: str) -> Entry | None:
+        client = self._clients.get(run_id)
+        return client.entries.get(request_id) if client is not None else None
+
+    def _client(self, run_id: str) -> ClientState:
+        """Return a client, whose heartbeat this is."""
+        if run_id not in self._clients:
+            client = self._clients[run_id] = ClientState(run_id)
+            self._background.start("supervisor_watch", self._watch, client)
+        self._clients[run_id].heartbeat = time.monotonic()
+        return self._clients[run_id]
+
+    @property
+    def _client_timeout_s(self) -> float:
+        config = self._pipeline.engine.config if self._pipeline is not None else self._config
+        return config.service.client_timeout_s
+
+    @property
+    def _pipeline(self) -> ServicePipeline | None:
+        """The pipeline; None: it is not ready."""
+        return self._starting.result() if self._starting.done() and self._starting.exception() is None else None
 
     def _count_restart(self, name: str) -> None:
-        if self._starting.done() and self._starting.exception() is None:
-            self._starting.result().note_restart(name)
+        if self._pipeline is not None:
+            self._pipeline.note_restart(name)
 
-    async def _watch(self, driver: _Client) -> None:
-        """Cancel what a driver asked for once it has not been heard of for `service.client_timeout_s`."""
-        timeout_s = (await self._standing()).engine.config.service.client_timeout_s
-        while (left := driver.seen + timeout_s - time.monotonic()) > 0:
+    async def _watch(self, client: ClientState) -> None:
+        """Cancel a client's requests once its heartbeat has stopped for `service.client_timeout_s`."""
+        while (left := client.heartbeat + self._client_timeout_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
-        if self._drivers.get(driver.run_id) is driver:
+        if self._clients.get(client.run_id) is client:
             logger.warning(
-                "driver %s was not heard of for %g s: %d requests are cancelled",
-                driver.run_id, timeout_s, driver.num_unfinished,
+                "no heartbeat from client %s for %g s; cancelling its %d requests",
+                client.run_id, self._client_timeout_s, client.num_unfinished,
             )  # fmt: skip
-            await self.leave(driver.run_id)
+            await self.leave(client.run_id)
 
     def _relay(self, event: Event) -> None:
+        """Pass on an event from the pipeline's thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._hear, event)
+            self._loop.call_soon_threadsafe(self._publish, event)
 
-    def _hear(self, event: Event) -> None:
+    def _publish(self, event: Event) -> None:
+        """Keep an event for its client to fetch."""
         tag, _, request_id = event.request_id.partition("/")
-        for driver in self._drivers.values():
-            if driver.tag == tag:
-                driver.events.append(replace(event, request_id=request_id))
-                driver.told.set()
+        for client in self._clients.values():
+            if client.tag == tag:
+                client.events.append(replace(event, request_id=request_id))
+                client.has_events.set()
 
     async def snapshot(self) -> Snapshot:
-        """Say how the pipeline is; answers while it starts too."""
+        """Return the service's state, while it starts too."""
         node, pid = ray.util.get_node_ip_address(), os.getpid()
-        drivers = {driver.run_id: driver.num_unfinished for driver in self._drivers.values()}
-        about = Snapshot(self._name, "starting", self._config, self._began, node, pid, drivers)
+        clients = {client.run_id: client.num_unfinished for client in self._clients.values()}
+        snapshot = Snapshot(self._name, "starting", self._config, self._began, node, pid, clients)
         if not self._starting.done():
-            return about
+            return snapshot
         if (error := self._starting.exception()) is not None:
-            return replace(about, state=f"failed: {error}")
-        pipeline = await self._standing()
+            return replace(snapshot, state=f"failed: {error}")
+        pipeline = self._starting.result()
         queued, stages = await asyncio.to_thread(pipeline.survey)
         engine, fleet = pipeline.engine, pipeline.fleet
         state = f"failed: {engine.failure}" if engine.failure else "ready"
         return replace(
-            about, state=state, config=engine.config, queued=queued, stages=stages, replicas=fleet.replicas,
-            num_restarts=dict(fleet.num_restarts), rollout=fleet.rollout,
+            snapshot, state=state, config=engine.config, queued=queued, stages=stages, replicas=fleet.replicas,
+            num_restarts=dict(fleet.num_restarts), rollout=pipeline.rollouts.status,
             driver_bytes_in_use=engine.driver_bytes_in_use,
         )  # fmt: skip
 
+    @answers
     async def health(self) -> dict[str, Health]:
-        return await asyncio.to_thread((await self._standing()).host.health)
+        return await asyncio.to_thread((await self._started()).host.health)
 
-    async def scale(self, stage: str, replicas: int) -> DisaggError | None:
-        try:
-            await asyncio.wrap_future((await self._standing()).scale(stage, replicas))
-        except DisaggError as error:
-            return error
-        return None
+    @answers
+    async def scale(self, stage: str, replicas: int) -> None:
+        await asyncio.wrap_future((await self._started()).scale(stage, replicas))
 
-    async def change(self, config: Config) -> DisaggError | None:
-        """Become what a configuration says; answers when all that it asks for serve, or with why it stays as it was."""
-        try:
-            await asyncio.wrap_future((await self._standing()).change(config))
-        except DisaggError as error:
-            return error
-        return None
+    @answers
+    async def change(self, config: Config) -> None:
+        """Become what a configuration says; answer when all that it asks for serve, or why it stays as it was."""
+        await asyncio.wrap_future((await self._started()).change(config))
 
     async def end(self, grace_s: float) -> None:
-        """Give what runs so many seconds, then end the replicas and leave nothing behind."""
-        if self._starting.done() and self._starting.exception() is None:
-            pipeline = await self._standing()
+        """Give running requests `grace_s` seconds to finish, then end the replicas and leave nothing behind."""
+        if (pipeline := self._pipeline) is not None:
             await asyncio.to_thread(pipeline.host.drain, grace_s)
             await asyncio.to_thread(pipeline.host.close)
-        await asyncio.to_thread(self._keep.clear)
+        await asyncio.to_thread(self._latents.clear)

@@ -23,7 +23,7 @@ import ray
 
 from disagg_ray import Connection, Handle, LocalPipeline, Request, connect, load_config
 from disagg_ray.driver import names
-from disagg_ray.driver.placement import living
+from disagg_ray.driver.names import find_replicas
 from disagg_ray.media.video import blank
 from disagg_ray.service import lifecycle
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         {"deaths": measure_deaths, "answers": measure_answers, "bursts": measure_bursts}[what](*arguments)
     finally:
         lifecycle.down(NAME, 0.0)
-        print(f"left when down: {names.services()}, {list(names.find_replicas(NAME))}")
+        print(f"left when down: {names.services()}, {[actor.name for actor in find_replicas(NAME)]}")
         ray.shutdown()
 
 
@@ -117,14 +117,14 @@ def measure_bursts(output: str) -> None:
 
 def measure_answers() -> None:
     """Ask each replica how it is until it has answered often enough while it computed."""
-    asked = dict.fromkeys((actor.name for actor in living(NAME)), 0)
+    asked = dict.fromkeys((actor.name for actor in find_replicas(NAME)), 0)
     waits: dict[str, list[float]] = {name: [] for name in asked}
     size = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 20}
     with connect(NAME) as connection:
         for seed in range(NUM_ASKED):
             connection.submit(Request(prompt="a red circle", image=blank(128, 128), seed=seed, **size))
         while min(map(len, waits.values())) < NUM_ASKS:
-            for actor in living(NAME):
+            for actor in find_replicas(NAME):
                 began = time.monotonic()
                 health = ray.get(actor.call("health"))
                 asked[actor.name] += 1
@@ -173,7 +173,7 @@ def measure_deaths() -> None:
         assert time.monotonic() < deadline, drivers[0].health()
         time.sleep(0.5)
     snapshot = drivers[0].snapshot()
-    print(f"slots are 0, the supervisor's {snapshot.driver_bytes_in_use}, drivers {sorted(snapshot.drivers)}")
+    print(f"slots are 0, the supervisor's {snapshot.driver_bytes_in_use}, clients {sorted(snapshot.clients)}")
     for driver in drivers:
         driver.close()
 
