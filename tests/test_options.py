@@ -26,6 +26,7 @@ CLOSE = {
     "fused passes": (f"{DENOISER}.fuse=true",),
     "attention by name": (f"{DENOISER}.attention=_native_math",),
     "fastest attention": (f"{DENOISER}.attention=auto", f"stages.transformer.warm_up={SIZE}"),
+    "fastest attention at the default size": (f"{DENOISER}.attention=auto",),
     "channels last": (f"{VAE}.channels_last=true",),
     "tiles only for larger sizes": (f"{VAE}.tile_pixels=4096",),
     "warm-up": tuple(f"stages.{s}.warm_up={SIZE}" for s in ("encoder", "transformer", "decoder")),
@@ -314,7 +315,6 @@ def test_options_that_cannot_be_had_here_are_refused(
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ((f"{DENOISER}.attention=auto",), "name one there"),
         ((f"{DENOISER}.compile=reduce-overhead",), "max-autotune-no-cudagraphs"),
         ((f"{DENOISER}.compile=default", f"{DENOISER}.quantization=fp8_storage"), "cannot be compiled"),
         ((f"{DENOISER}.quantization=fp8", *ON_GPU, "stages.transformer.offload=group"), "neither offload nor loras"),

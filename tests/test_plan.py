@@ -13,7 +13,16 @@ from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
 from disagg_ray.planning.plan import Plan, equip, explain, make_plan, parse_gpus
 from disagg_ray.planning.predict import CALL_S, Hardware
-from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile, write_profile
+from disagg_ray.planning.profile import (
+    VERSION,
+    Load,
+    Point,
+    Profile,
+    StageProfile,
+    check_profile,
+    read_profile,
+    write_profile,
+)
 
 CONF = Path(__file__).parent.parent / "conf"
 LOAD = Load(480, 832, 81, 8)
@@ -34,7 +43,7 @@ def make_profile(kind: str = "H200", finish_s: float = 0, transformer_gb: float 
         make_stage("encoder", 1, 11), make_stage("transformer", 6, transformer_gb, 2),
         make_stage("decoder", 3, 1, 9, finish_s, host_s),
     )  # fmt: skip
-    return Profile(VERSION, kind, kind, 100 * GB, "wan", "npy", 1e9, stages)
+    return Profile(VERSION, kind, kind, 100 * GB, "exact", {}, "wan", "npy", 1e9, stages)
 
 
 def plan(count: int, **changes: float) -> Plan:
@@ -176,7 +185,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 2}', "incomplete")],
+    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 3}', "incomplete")],
 )
 def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "profile.json"
@@ -185,6 +194,17 @@ def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> Non
         read_profile(path)
     with pytest.raises(PlanError, match="cannot be read"):
         read_profile(tmp_path / "other.json")
+
+
+def test_a_profile_of_another_preset_gpu_or_version_is_refused() -> None:
+    check_profile(make_profile(), "H200", "exact")
+    check_profile(replace(make_profile(), versions={"driver of a GPU": "580.1"}), "H200", "exact")
+    with pytest.raises(PlanError, match=r"^invalid --profile of 'L4': it was measured on H200 \(H200\); measure on L4"):
+        check_profile(make_profile(), "L4", "exact")
+    with pytest.raises(PlanError, match=r"with speed=exact, and the configuration has speed=fast; run .*--speed fast"):
+        check_profile(make_profile(), "H200", "fast")
+    with pytest.raises(PlanError, match=r"measured with torch 1\.0 \(here [\d.]+\); measure again"):
+        check_profile(replace(make_profile(), versions={"torch": "1.0"}), "H200", "exact")
 
 
 def test_a_kind_needs_a_profile_or_a_speed() -> None:
@@ -214,8 +234,10 @@ def test_a_profile_of_the_tiny_model_is_measured_and_planned_with(
     measured = json.loads(profile.read_text())
     assert [stage["name"] for stage in measured["stages"]] == ["encoder", "transformer", "decoder"]
     assert all(point["compute_s"] == point["turn_s"] > 0 for stage in measured["stages"] for point in stage["points"])
+    assert measured["speed"] == "exact" and {"torch", "diffusers"} <= measured["versions"].keys()
     asked = ["--config", config, "--profile", str(profile), "--gpus", "3xCPU", "--output", str(yaml)]
     assert main(["plan", *asked]) == 0
     assert "Best: " in capsys.readouterr().out
     assert sum(stage.num_replicas for stage in load_config(yaml).stages.values()) >= 3
+    assert main(["plan", *asked, "--speed", "fast"]) == 2
     assert main(["plan", *asked, "--height", "63"]) == 2

@@ -75,7 +75,7 @@ def test_a_plan_counts_the_pools_that_stages_make(stages: dict[str, Stage]) -> N
                      (Point(load, 0.0, 0.0, 0.0, 0, 0),))
         for name, stage in stages.items()
     ]  # fmt: skip
-    cores = Hardware(CPU, 16, 0, Profile(VERSION, CPU, "", 0, "", "mp4", 1.0, tuple(profiles)))
+    cores = Hardware(CPU, 16, 0, Profile(VERSION, CPU, "", 0, "exact", {}, "", "mp4", 1.0, tuple(profiles)))
     predictor = Predictor({CPU: cores}, Stages(tuple(counts), "transformer"), load)
     for seat in layout.seats:
         assert predictor.seat_bytes(seat, layout) == pool_bytes(config, stages[seat.stages[0]])

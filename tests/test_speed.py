@@ -48,6 +48,12 @@ def test_every_configuration_takes_every_preset_split_and_fused(path: Path, spee
     assert fused.stages["fused"].denoiser == split.stages["transformer"].denoiser
 
 
+def test_fast_takes_an_explicit_automatic_attention() -> None:
+    assert load_config(T2V, "speed=fast", "stages.transformer.denoiser.attention=auto") == load_config(
+        T2V, "speed=fast"
+    )
+
+
 def test_eight_bit_storage_is_not_compiled() -> None:
     config = load_config(T2V, "speed=fast", "stages.transformer.denoiser.quantization=fp8_storage")
     assert config.stages["transformer"].denoiser.compile is None

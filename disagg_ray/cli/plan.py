@@ -110,7 +110,7 @@ def plan(argv: Sequence[str]) -> int:
     from disagg_ray.report.tables import print_plan
 
     hardware = planning.equip(
-        planning.parse_gpus(options.gpus), _read_profiles(options.profile), _factors(options.factors)
+        planning.parse_gpus(options.gpus), _read_profiles(options.profile, config.speed), _factors(options.factors)
     )
     load = Load(
         request.height, request.width, request.num_frames, request.num_inference_steps * (2 if request.guided else 1)
@@ -130,15 +130,16 @@ def plan(argv: Sequence[str]) -> int:
     return 0
 
 
-def _read_profiles(text: str) -> dict[str, Profile]:
+def _read_profiles(text: str, speed: str) -> dict[str, Profile]:
     """Return profiles by kind; one given without a kind is of the kind it was measured on."""
-    from disagg_ray.planning.profile import read_profile
+    from disagg_ray.planning.profile import check_profile, read_profile
 
     found = {}
     for part in text.split(","):
         kind, equals, path = part.partition("=")
         profile = read_profile(Path(path if equals else part))
-        found[kind if equals else profile.kind] = profile
+        check_profile(profile, kind if equals else profile.kind, speed)
+        found[profile.kind] = profile
     return found
 
 

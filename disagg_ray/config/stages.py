@@ -125,9 +125,7 @@ class StageConfig(Section):
         ok = self.cache_bytes in (0, type(self).cache_bytes) or TEXT_ENCODER in self.blocks
         remedy = f"must be left out: it is for the stage with the block {TEXT_ENCODER}"
         yield "cache_bytes", self.cache_bytes, ok, remedy
-        attention, quantization = self.denoiser.attention, self.denoiser.quantization
-        ok = attention != "auto" or bool(self.warm_up)
-        yield "denoiser.attention", attention, ok, "is timed at the sizes of the stage's warm_up; name one there"
+        quantization = self.denoiser.quantization
         ok = quantization != "fp8" or self.offload == "none"
         yield "denoiser.quantization", quantization, ok, "goes with neither offload nor loras; write fp8_storage"
 

@@ -82,8 +82,12 @@ class Cut:
         for block in self._text_encoders:
             block.cache = cache
 
-    def load(self, dtypes: Mapping[str, str], device: str, options: StageConfig) -> dict[str, int]:
+    def load(
+        self, dtypes: Mapping[str, str], device: str, options: StageConfig, sizes: Sequence[Sequence[int]]
+    ) -> dict[str, int]:
         """Load the components' weights as the stage's options say, and return their bytes by component.
+
+        `sizes` (height, width, num_frames) are those at which `attention: auto` is timed.
 
         Raises:
             CheckpointError: a component is missing, unsafe or unreadable.
@@ -98,7 +102,7 @@ class Cut:
         models = {name: c for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
         weights = {name: _weight_bytes(model) for name, model in models.items()}
         for name, model in models.items():
-            self._tune(name, model, device)
+            self._tune(name, model, device, sizes)
         if options.offload == "model":
             self._offloaded = offload_models(models.values(), device)
         self._pipeline.register_components(**loaded)
@@ -139,12 +143,12 @@ class Cut:
     def _transformers(self) -> list[str]:
         return [name for name in TRANSFORMERS if name in self.components]
 
-    def _tune(self, name: str, model: Any, device: str) -> None:
+    def _tune(self, name: str, model: Any, device: str, sizes: Sequence[Sequence[int]]) -> None:
         options = self._options
         if name in TRANSFORMERS:
-            sizes = [example_tensors(self._checkpoint, ["latents"], s)["latents"].to(device) for s in options.warm_up]
+            latents = [example_tensors(self._checkpoint, ["latents"], size)["latents"].to(device) for size in sizes]
             text_tokens = self._checkpoint.geometry.max_sequence_length
-            tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, sizes, text_tokens)
+            tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, latents, text_tokens)
             model.register_forward_pre_hook(cast_inputs, with_kwargs=True)
         if name == "vae":
             tune_vae(model, options.vae)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +12,13 @@ from pathlib import Path
 
 from disagg_ray.errors import PlanError
 from disagg_ray.media.output import write_text
+from disagg_ray.replica.software import version_of
+from disagg_ray.text import shown
 
-VERSION = 2
+VERSION = 3
 """Of the file's schema."""
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where NVIDIA's driver states its version."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,10 @@ class Profile:
     hardware: str
     memory_bytes: int
     """Of one GPU."""
+    speed: str
+    """The configuration's preset."""
+    versions: dict[str, str]
+    """Of torch, diffusers and, where it is known, NVIDIA's driver."""
     model: str
     format: str
     """Of the encoded files."""
@@ -159,6 +168,37 @@ def read_profile(path: Path) -> Profile:
         return Profile(**found | {"stages": tuple(stages)})
     except (KeyError, TypeError) as error:
         raise PlanError(f"profile: {str(path)!r} is incomplete: {error}; measure again") from error
+
+
+def check_profile(profile: Profile, kind: str, speed: str) -> None:
+    """Check that a profile was measured on a kind of GPU, with a preset and with the versions that run here.
+
+    A driver is compared only where both machines have one.
+
+    Raises:
+        PlanError: it was measured otherwise; names both.
+    """
+    if profile.kind != kind:
+        raise PlanError(
+            f"invalid --profile of {shown(kind)}: it was measured on {profile.kind} ({profile.hardware}); measure on "
+            f"{kind}, or give its relative speed, as --factors {kind}=0.35"
+        )
+    if profile.speed != speed:
+        raise PlanError(
+            f"invalid --profile of {kind}: it was measured with speed={profile.speed}, and the configuration has "
+            f"speed={speed}; run `disagg-ray profile --speed {speed}`, or plan with --speed {profile.speed}"
+        )
+    here = installed_versions()
+    others = [f"{name} {v} (here {here[name]})" for name, v in profile.versions.items() if here.get(name, v) != v]
+    if others:
+        raise PlanError(f"invalid --profile of {kind}: it was measured with {', '.join(others)}; measure again")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of this machine that a profile depends on, without what the libraries are built for."""
+    found = {name: version_of(name).partition("+")[0] for name in ("torch", "diffusers")}
+    driver = re.search(r"Module\D*([\d.]+)", DRIVER.read_text()) if DRIVER.is_file() else None
+    return found | ({"driver": driver[1]} if driver else {})
 
 
 def _median(values: Sequence[float]) -> float:

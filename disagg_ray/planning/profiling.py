@@ -17,7 +17,7 @@ from disagg_ray.errors import PlanError
 from disagg_ray.graph import Graph, build_graph
 from disagg_ray.media.video import encode
 from disagg_ray.planning.layouts import CPU
-from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
+from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, installed_versions
 from disagg_ray.replica.stage import RAW, Stage
 from disagg_ray.request import Request, ResolvedRequest, resolve
 from disagg_ray.transfer.handoff import AttemptKey
@@ -71,7 +71,8 @@ def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 
     largest = max((p.handoff_bytes for stage in profiles for p in stage.points), default=0)
     rate = _handoff_rate(largest, "cuda" if on_gpu else "cpu")
     format = cases[0].request.format
-    return Profile(VERSION, *_describe_device(on_gpu=on_gpu), config.model.path, format, rate, profiles)
+    measured = config.speed, installed_versions(), config.model.path
+    return Profile(VERSION, *_describe_device(on_gpu=on_gpu), *measured, format, rate, profiles)
 
 
 def _describe_device(*, on_gpu: bool) -> tuple[str, str, int]:

@@ -129,7 +129,9 @@ class Stage:
 
     def load(self) -> None:
         """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once."""
-        self.weights = self._cut.load(self._dtypes(), self.device, self._settings)
+        defaults = self.config.defaults
+        sizes = self._settings.warm_up or [[defaults.height, defaults.width, defaults.num_frames]]
+        self.weights = self._cut.load(self._dtypes(), self.device, self._settings, sizes)
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()

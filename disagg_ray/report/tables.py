@@ -63,7 +63,9 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
 def print_profile(profile: Profile) -> None:
     """Print what was measured of each stage, a line for each request."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=(
-        f"{profile.model} on {profile.hardware}, handoffs {human_bytes(profile.handoff_bytes_per_s)} a second"
+        f"{profile.model} on {profile.hardware}, speed={profile.speed}, "
+        f"{', '.join(map(' '.join, profile.versions.items()))}, "
+        f"handoffs {human_bytes(profile.handoff_bytes_per_s)} a second"
     ))  # fmt: skip
     for column in ("stage", "size", "passes", "compute s", "turn s", "file s", "weights", "work", "handoff", "load s"):
         table.add_column(column, justify="left" if column == "stage" else "right")

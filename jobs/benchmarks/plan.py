@@ -178,7 +178,7 @@ def published_profile() -> Profile:
             (16_800_000, 28_600_000, 16_800_000), (400_000_000, 2_000_000_000, 9_000_000_000), strict=True,
         )
     )  # fmt: skip
-    return Profile(VERSION, "H200", "NVIDIA H200", 141_000_000_000, "wan2.1-t2v-1.3b", "npy", 3e9, stages)
+    return Profile(VERSION, "H200", "NVIDIA H200", 141_000_000_000, "exact", {}, "wan2.1-t2v-1.3b", "npy", 3e9, stages)
 
 
 def simulate(profile: Profile, clusters: Mapping[str, Mapping[str, float]] = CLUSTERS) -> Iterator[Row]:
