@@ -2,5 +2,5 @@
 
 from disagg_ray import environment
 
-environment.default("TRANSFORMERS_VERBOSITY", "error")  # both warn while they are imported, before they can be told
+environment.default("TRANSFORMERS_VERBOSITY", "error")  # both warn while they are imported
 environment.default("DIFFUSERS_VERBOSITY", "critical")  # logs each exception once a nested block; ours say it once

@@ -1,6 +1,6 @@
 """Attention backends: FlashAttention 4 as one of diffusers', and the choice of the fastest one on this machine.
 
-`flash_4` stands in diffusers' own registry, so everything that takes a backend takes it: `set_attention_backend`,
+`flash_4` is registered with diffusers, so everything that takes a backend takes it: `set_attention_backend`,
 self, cross and image attention, and context parallelism, whose ring needs the log-sum-exp.
 """
 

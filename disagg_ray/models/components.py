@@ -259,6 +259,6 @@ def check_inside(path: Path, folder: Path) -> None:
     allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(
-            f"model.path: {quote(path)} lies outside of the model's folder, in {quote(real.parent)}; copy it into the "
+            f"model.path: {quote(path)} is outside of the model's folder, in {quote(real.parent)}; copy it into the "
             f"folder"
         )

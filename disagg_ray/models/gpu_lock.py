@@ -27,9 +27,9 @@ CALLS = ("encode", "decode")
 class GpuLock:
     """A GPU's turns, as one process takes them.
 
-    Two locks of the kernel's make them fair: who waits for the turn holds the other one, so a process that has just had
-    its turn stands behind it. The kernel lets go of a dead process's locks; a process that hangs in its turn is killed
-    by its own driver after `failures.stall_s`, and those that wait are not taken to hang.
+    Two file locks make them fair: the process that waits for the turn holds the second one, so a process that has just
+    had its turn queues behind it. The kernel releases a dead process's locks; a process that hangs in its turn is
+    killed by its driver after `failures.stall_s`, and processes that wait do not count as hanging.
     """
 
     def __init__(self, gpu: str) -> None:
@@ -79,7 +79,7 @@ class GpuLock:
 
 
 def _private_folder() -> Path:
-    """Return this user's folder for locks, which nobody else can write: no one else can keep our GPUs from us."""
+    """Return this user's folder for locks, which no other user can write, and so block the GPUs."""
     folder = Path(tempfile.gettempdir()) / f"disagg_ray_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     about = folder.lstat()

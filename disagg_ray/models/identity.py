@@ -62,17 +62,17 @@ def _options(config: Config, stage: str, block: str) -> dict[str, Any]:
     settings, kind = config.stages[stage], block.split(".", maxsplit=1)[0]
     component = COMPONENT_OF.get(kind)
     names = [component] if component else sorted(set(COMPONENT_OF.values()))
-    told = {
+    options = {
         "block": block,
         "dtypes": [config.dtype_of(stage, name) for name in names],
         "threads": settings.torch_threads,
         "device": settings.torch_device,
     }
     if component in (None, "transformer"):
-        told["denoiser"] = _denoiser(settings)
+        options["denoiser"] = _denoiser(settings)
     if component in (None, "vae"):
-        told["vae"] = asdict(settings.vae)
-    return told
+        options["vae"] = asdict(settings.vae)
+    return options
 
 
 def _denoiser(settings: StageConfig) -> dict[str, Any]:
@@ -93,5 +93,5 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _digest(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

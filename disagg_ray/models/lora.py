@@ -56,12 +56,12 @@ def load_loras(key: str, transformer: Any, loras: Sequence[LoraConfig]) -> None:
             raise
         except Exception as error:  # so does peft, for shapes and layers
             raise CheckpointError(f"{name} cannot be loaded: {one_line(error)}") from error
-        _tell(name, len(weights), unused)
+        _log_use(name, len(weights), unused)
     if loras:
         transformer.set_adapters([f"lora_{n}" for n in range(len(loras))], [lora.strength for lora in loras])
 
 
-def _tell(name: str, num_keys: int, unused: Sequence[str]) -> None:
+def _log_use(name: str, num_keys: int, unused: Sequence[str]) -> None:
     if unused:
         logger.warning(
             "%s: %d of its %d keys take effect; stock pipelines leave the others out, as %r",

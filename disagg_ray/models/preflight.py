@@ -56,7 +56,7 @@ def check_model(config: Config, *, whole: bool) -> None:
 
 
 def check_fit(config: Config, geometry: Geometry) -> None:
-    """Check what a model with one or with two transformers needs to be told.
+    """Check the keys that a model with one or with two transformers needs.
 
     Raises:
         ConfigError: names the key.

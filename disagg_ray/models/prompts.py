@@ -20,7 +20,7 @@ from disagg_ray.request import ResolvedRequest
 
 
 def check_prompts(request: ResolvedRequest, model: ModelConfig) -> None:
-    """Refuse texts that the model would cut off, where its tokenizer lies on this machine; else a replica will.
+    """Refuse texts that the model would cut off, where its tokenizer is on this machine; else a replica does.
 
     Raises:
         RequestError: a text has more tokens than the model reads.
@@ -57,7 +57,7 @@ def _most_tokens(cleaned: str) -> int:
 
 @lru_cache(maxsize=4)
 def _tokenizer(folder: Path) -> Any:
-    """Return a tokenizer that lies here; None: it cannot be loaded here, which its replica will say."""
+    """Return the tokenizer of a local folder; None: it cannot be loaded, which the replica reports."""
     from disagg_ray.models.load import load_component  # seconds of imports that most drivers do without
 
     index = folder / "model_index.json"

@@ -154,13 +154,13 @@ def step(bench: Bench) -> None:
         return model.denoise(50, most=1, guided=True)
 
     if not fp8:
-        return interleave(bench, model, dict(bench.ready(model, ["stock", *tuned])), work, precision="bf16")
+        interleave(bench, model, dict(bench.ready(model, ["stock", *tuned])), work, precision="bf16")
+        return
     expected = work()
     taken = statistics.median(bench.time(work)[0] for _ in range(bench.options.repeats))
     bench.add(precision="bf16", option="stock", seconds=taken, repeats=bench.options.repeats)
     tune(quantization="fp8")(model)
-    states = dict(bench.ready(model, tuned))
-    return interleave(bench, model, states, work, expected, taken, precision="fp8")
+    interleave(bench, model, dict(bench.ready(model, tuned)), work, expected, taken, precision="fp8")
 
 
 def drift(bench: Bench) -> None:

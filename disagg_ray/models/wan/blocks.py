@@ -72,7 +72,7 @@ class Guidance(ClassifierFreeGuidance):  # type: ignore[misc]
 class TextEncoder(WanTextEncoderStep):  # type: ignore[misc]
     """Encodes the negative prompt only under guidance (diffusers' fails without), and refuses to truncate.
 
-    With a `cache` it encodes no text twice: embeddings are the same wherever a text stands.
+    With a `cache` it encodes no text twice: embeddings are the same in either prompt.
     """
 
     cache: EmbeddingCache | None = None
