@@ -1,4 +1,4 @@
-"""What whoever submits requests hears of them."""
+"""Handles of submitted requests."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What hangs is found and replaced, what fails in the background goes on, and nothing waits for itself.
+"""What hangs is found and replaced, what fails in the background resumes, and nothing waits for itself.
 
 One replica serves every test; each leaves it serving.
 """
@@ -54,7 +54,7 @@ def set_config(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, **changes: A
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, when: str = "") -> threading.Event:
-    """Have the next call raise what nobody expects; return an event that is set once one has gone well after that."""
+    """Have the next call raise an unexpected error; return an event that is set once a later call succeeds."""
     call, failures, again = getattr(owner, name), ["unforeseen"], threading.Event()
 
     def failing(*args: Any) -> Any:

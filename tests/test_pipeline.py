@@ -31,6 +31,7 @@ from disagg_ray.config.schema import LimitsConfig
 from disagg_ray.driver import outputs
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
+from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.latents import write_latents
 from disagg_ray.media.video import quantise
 from disagg_ray.replica.sizing import frame_bytes, frames_in_piece, most_piece_bytes
@@ -60,6 +61,11 @@ def local() -> LocalPipeline:
 
 
 wait_until_empty = partial(helpers.wait_until_empty, timeout_s=20.0)
+
+
+def wait_for_a_step(handle: Handle) -> None:
+    """Wait until a request denoises."""
+    helpers.wait_until(lambda: handle.progress is not None and handle.progress.step > 0, "no step was reported", 60)
 
 
 def test_split_frames_equal_local_frames(pipeline: Pipeline, local: LocalPipeline) -> None:
@@ -164,8 +170,7 @@ def test_result_times_out_and_the_request_goes_on(pipeline: Pipeline) -> None:
 
 def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) -> None:
     handle = pipeline.submit(LONG)
-    time.sleep(2.0)
-    assert not handle.done()
+    wait_for_a_step(handle)
     assert handle.cancel()
     with pytest.raises(Cancelled):
         handle.result(10)
@@ -176,7 +181,7 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
 
 
 def test_a_process_at_work_is_titled_by_replica_and_call_and_never_by_request(pipeline: Pipeline) -> None:
-    """Ray's metrics make a series of each title, for good."""
+    """Ray's metrics make a series of each title, permanently."""
     (pid,) = (replica.pid for replica in pipeline.replicas if replica.stage == "transformer")
     handle = pipeline.submit(LONG)
     helpers.wait_until(lambda: "transformer-0 run" in psutil.Process(pid).cmdline()[0], "it never ran", 60)
@@ -196,20 +201,20 @@ def test_who_is_interrupted_leaves_nothing_that_runs(pipeline: Pipeline) -> None
 @pytest.mark.proof
 def test_a_signal_at_any_moment_of_a_submit_leaves_the_pipeline_usable(pipeline: Pipeline) -> None:
     """Its handler raises between two instructions: a lock that is left taken would hang the event loop, or `close`."""
-    heard: list[int] = []
+    received: list[int] = []
 
-    def tell(signum: int, _: object) -> None:
-        heard.append(signum)
+    def interrupt(signum: int, _: object) -> None:
+        received.append(signum)
         raise KeyboardInterrupt
 
     moments = np.random.default_rng(0).uniform(1e-4, 4e-3, 1_500)
-    before = signal.signal(signal.SIGALRM, tell)
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for number, moment in enumerate(moments, 1):
             with suppress(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, moment, 30.0)  # once more, should it hang
                 pipeline.generate(Request(prompt=PROMPT, height=32, width=32, num_frames=5, num_inference_steps=1))
-            assert len(heard) == number
+            assert len(received) == number
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -220,13 +225,13 @@ def test_a_signal_at_any_moment_of_a_submit_leaves_the_pipeline_usable(pipeline:
 @pytest.mark.proof
 def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
     pipeline = Pipeline.from_config(T2V)
-    handle, told = pipeline.submit(LONG), []
+    handle, messages = pipeline.submit(LONG), []
 
     def ask() -> None:
         with pytest.raises(Cancelled) as caught:
             while True:
                 pipeline.health()
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
 
     asking = [threading.Thread(target=ask) for _ in range(2)]
     for thread in asking:
@@ -234,7 +239,7 @@ def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
     pipeline.close()
     for thread in asking:
         thread.join(10)
-    assert len(told) == len(asking)
+    assert len(messages) == len(asking)
     with pytest.raises(Cancelled):
         handle.result(1)
     with pytest.raises(Cancelled, match="is closed"):
@@ -319,7 +324,7 @@ def test_a_dead_replica_is_replaced_and_its_request_replayed(cluster: None, loca
     request = Request(prompt=PROMPT, num_frames=17, num_inference_steps=20, seed=3)
     with Pipeline.from_config(T2V, "fused=true") as short:
         handle = short.submit(request)
-        time.sleep(1.0)
+        wait_for_a_step(handle)
         os.kill(short.replicas[0].pid, signal.SIGKILL)
         result = handle.result(120)
         assert result.data == local.generate(request).data

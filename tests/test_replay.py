@@ -206,7 +206,7 @@ def test_a_stopped_decoder_is_replaced(pipeline: Pipeline, faults: Faults, video
 def test_a_transformer_that_stops_between_denoise_and_copy_costs_a_denoise(
     pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's copy runs out of time: where it was to lie is set aside until that replica is dead."""
+    """The driver's copy runs out of time: its slot is set aside until that replica is dead."""
     at_copy(monkeypatch, lambda producer: kill(pid_of(pipeline, producer), signal.SIGSTOP), after=False)
     assert pipeline.submit(ask("silent")).result(SURE).data == video(6)
     assert faults.times_computed("silent") == ONCE | {"transformer": 2}
