@@ -1,5 +1,5 @@
 # `make demo` and `make test` each set up what they need; nothing else is required on Debian or Ubuntu.
-.PHONY: demo test quick proof storm check format clean
+.PHONY: demo test quick proof storm images check format clean
 
 demo:
 	@.ci/setup demo
@@ -21,6 +21,9 @@ storm: # by hand: a thousand requests of a batch and of a service while everythi
 	@.ci/setup test
 	.venv/bin/python tests/storm.py batch outputs/storm_batch
 	.venv/bin/python tests/storm.py service outputs/storm_service
+
+images: # by hand: builds the container images and runs docker/README.md's lines; needs Docker
+	docker/test.sh cpu
 
 check:
 	@.ci/setup test
