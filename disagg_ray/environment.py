@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
@@ -85,14 +84,3 @@ def replace(name: str, value: str | None) -> None:
 def default(name: str, value: str) -> None:
     """Set a variable unless the user has."""
     os.environ.setdefault(name, value)
-
-
-def trim() -> None:
-    """Return free heap memory to the system; does nothing where the C library is not glibc.
-
-    Each thread has its own arena, which otherwise only grows: with the forty threads of Ray, ZeroMQ and Mooncake, by
-    0.1 MB with each request.
-    """
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if release is not None:
-        release(0)

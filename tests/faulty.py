@@ -23,8 +23,8 @@ from disagg_ray.driver import placement
 from disagg_ray.errors import DisaggError
 from disagg_ray.graph import Graph
 from disagg_ray.replica import actor
-from disagg_ray.replica.actor import ServedReplica
 from disagg_ray.replica.messages import ReplicaInfo, Task
+from disagg_ray.replica.served import ServedReplica
 from disagg_ray.replica.stage import Outputs
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
@@ -117,11 +117,11 @@ class FaultyReplica(ServedReplica):
     faults: Faults
 
     def load(self, graph: Graph, *args: Any) -> ReplicaInfo:
-        self.faults.trip(self._stage.name, "load", "")
+        self.faults.trip(self.stage.name, "load", "")
         info = super().load(graph, *args)
         if isinstance(info, DisaggError):
             return info
-        name, compute, pull, publish = self._stage.name, self._stage.compute, self._pool.pull, self._pool.publish
+        name, compute, pull, publish = self.stage.name, self.stage.compute, self.pool.pull, self.pool.publish
 
         def faulty_compute(
             request: ResolvedRequest, tensors: Mapping[str, torch.Tensor], on_step: Callable[[int, int], None]
@@ -148,7 +148,7 @@ class FaultyReplica(ServedReplica):
             return encode(*args, **options)
 
         encode, actor.encode = actor.encode, faulty_encode
-        self._stage.compute, self._pool.pull, self._pool.publish = faulty_compute, faulty_pull, faulty_publish  # type: ignore[method-assign, assignment]
+        self.stage.compute, self.pool.pull, self.pool.publish = faulty_compute, faulty_pull, faulty_publish  # type: ignore[method-assign, assignment]
         return info
 
     def encode(self, key: AttemptKey, *args: Any) -> Any:
@@ -156,11 +156,11 @@ class FaultyReplica(ServedReplica):
         return super().encode(key, *args)
 
     def prefetch(self, task: Task) -> Any:
-        self.faults.trip(self._stage.name, "prefetch", task.request.id)
+        self.faults.trip(self.stage.name, "prefetch", task.request.id)
         return super().prefetch(task)
 
     def release(self, key: AttemptKey) -> None:
-        self.faults.trip(self._stage.name, "release", key.request_id.rpartition(".")[0])
+        self.faults.trip(self.stage.name, "release", key.request_id.rpartition(".")[0])
         super().release(key)
 
 

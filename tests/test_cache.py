@@ -320,7 +320,7 @@ def test_a_prompt_that_is_too_long_is_refused_beside_one_that_is_kept(encoder, c
 
 
 def test_the_cache_gives_way_to_outputs(encoder, config):
-    minimum = encoder._stage.needs().minimum
+    minimum = encoder.stage.needs().minimum
     small = start(config, pool_bytes=2 * minimum)
     first = encode(small, config, 6)
     assert small.health().bytes_kept > 0

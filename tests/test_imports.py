@@ -27,7 +27,7 @@ LAYERS = (
     {"progress", "request"},
     {"transfer", "media"},
     {"config", "graph"},
-    {"environment"},
+    {"environment", "process"},
     {"errors", "text", "version"},
 )
 """Rooms of the package, highest first; each imports only from those below. A folder is one room."""

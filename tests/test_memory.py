@@ -13,7 +13,7 @@ from disagg_ray.request import Request, resolve
 
 CODE = """
 import threading, psutil
-from disagg_ray.environment import trim
+from disagg_ray.process import trim
 
 def rss():
     return psutil.Process().memory_info().rss

@@ -115,7 +115,7 @@ def test_both_parts_have_work(split: Split) -> None:
 
 
 def test_the_join_holds_no_weights(split: Split) -> None:
-    assert {stage: sorted(replica._stage.weights) for stage, replica in split.replicas.items()} == {
+    assert {stage: sorted(replica.stage.weights) for stage, replica in split.replicas.items()} == {
         "encoder": ["text_encoder"], "transformer": ["transformer"], "decoder_1": ["vae"], "decoder_2": ["vae"],
         "join": [],
     }  # fmt: skip

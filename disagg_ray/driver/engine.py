@@ -25,9 +25,9 @@ from disagg_ray.driver.pool import DriverPool
 from disagg_ray.driver.run import RequestRun
 from disagg_ray.driver.tasks import BackgroundTasks
 from disagg_ray.driver.threads import off_loop
-from disagg_ray.environment import trim
 from disagg_ray.errors import DisaggError, StageError, StartError
 from disagg_ray.graph import build_graph
+from disagg_ray.process import trim
 from disagg_ray.progress.channel import Receiver
 from disagg_ray.progress.events import Event
 from disagg_ray.replica.messages import DriverInfo, Health, ReplicaInfo

@@ -18,7 +18,7 @@ from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver import names
 from disagg_ray.driver.calls import GROUPS, Actor, ReplicaId
 from disagg_ray.driver.cluster import DIGITS, add_up, resources_of
-from disagg_ray.replica.actor import ServedReplica
+from disagg_ray.replica.served import ServedReplica
 
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
 """Ray's names: its default fills nodes that are in use first, up to half."""

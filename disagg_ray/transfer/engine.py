@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from disagg_ray import environment
 from disagg_ray.config.schema import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
+from disagg_ray.process import quiet_stderr
 from disagg_ray.text import mask
 from disagg_ray.transfer.guard import Guard
 from disagg_ray.transfer.handoff import Session
@@ -48,7 +47,7 @@ class Engine:
         _export(transport)
         known = listening_ports()
         self._engine = _new_engine()
-        with _quiet_stderr():
+        with quiet_stderr():
             code = self._engine.initialize(host, transport.metadata_server, transport.protocol, transport.device_name)
         if code != 0:
             raise TransferError(
@@ -109,7 +108,7 @@ class Engine:
         return code
 
     def _meet(self, peer: Session, nbytes: int) -> None:
-        """Wait for a sign of driver_epoch before the first read of a peer.
+        """Wait for a sign of life before the first read of a peer.
 
         That read opens a session, and Mooncake lets no other read pass until the peer has answered: up to a minute.
         """
@@ -181,20 +180,6 @@ def _new_engine() -> Any:
             f"machine, and the system libraries (apt-get install libcurl4 libibverbs1 libnuma1)"
         ) from error
     return TransferEngine()
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keep back what Mooncake writes while it starts: an error line that means nothing, at every start."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _export(settings: TransportConfig) -> None:
