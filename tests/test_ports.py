@@ -28,8 +28,8 @@ def test_replacements_serve_though_every_port_was_a_dead_ones(cluster: None, mon
         (first,) = pipeline.replicas
         video = pipeline.generate(REQUEST).data
         dead = {f"{first.host}:{port}" for port in ports}
-        met = DriverPool.met.fget
-        monkeypatch.setattr(DriverPool, "met", property(lambda self: met(self) | dead))
+        known = DriverPool.known_sessions.fget
+        monkeypatch.setattr(DriverPool, "known_sessions", property(lambda self: known(self) | dead))
         for number in range(1, 3):
             os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
             wait_until(lambda: pipeline.num_restarts["fused"] == number, "no replacement", 120)  # noqa: B023
