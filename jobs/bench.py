@@ -32,6 +32,7 @@ import torch
 from benchmarks import denoiser, plan, scheduler, service, soak, stage, tables, tiles, transfer
 from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
+from benchmarks.ways import Options
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.result import Result, StageTiming
@@ -146,11 +147,11 @@ def _gaps(timings: Sequence[StageTiming]) -> list[float]:
     return [after.started - before.started - before.compute_s for before, after in pairwise(turns)]
 
 
-def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> tables.Options:
+def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> Options:
     steps = [int(number) for number in (options.steps or ("1,2" if options.quick else "4,20")).split(",")]
     rounds = [int(number) for number in (options.rounds or ",".join("4" if n < 10 else "2" for n in steps)).split(",")]
     guidance = [float(scale) for scale in options.guidance.split(",")]
-    return tables.Options(
+    return Options(
         options.config, tuple(options.overrides), whats, options.gpus,
         tuple(Cell(n, scale) for n in steps for scale in guidance), tuple(n for n in rounds for _ in guidance),
         options.repeats or 2, options.format, tuple(filter(None, options.only.split("/"))),
@@ -176,11 +177,7 @@ def measure(options: argparse.Namespace, whats: tuple[str, ...]) -> Any:
     return works[options.what]()
 
 
-def main() -> None:
-    commands = {"stage": stage.main, "service": service.main, "denoiser": denoiser.main}
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        commands[sys.argv[1]](sys.argv[2:])
-        return
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
@@ -210,6 +207,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500.0, help="tables: after which nothing more is begun")
     parser.add_argument("--profile", type=Path, help="plan: of the hardware that --tables were measured on")
     parser.add_argument("--tables", type=Path, help="plan: the JSON of a throughput run")
+    return parser
+
+
+def main() -> None:
+    commands = {"stage": stage.main, "service": service.main, "denoiser": denoiser.main}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        commands[sys.argv[1]](sys.argv[2:])
+        return
+    parser = make_parser()
     options = parser.parse_intermixed_args()
     whats = tuple(options.what.split(","))
     if not set(options.offload.split(",")) <= set(OFFLOADS):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from benchmarks import baselines
 from benchmarks import scheduler as bench
 
 
@@ -21,31 +22,26 @@ def test_no_way_is_better_than_the_lower_bound(rate):
     speeds, requests = bench.speeds_of(bench.make_replicas(7)), bench.make_requests(300, rate)
     simulation = bench.Simulation(bench.make_replicas(7), requests)
     simulation.run()
-    mean, p95, makespan = bench.lower_bound(speeds, requests)
-    for finishes in (simulation.finishes, *(bench.round_robin(speeds, requests, weighted)[1] for weighted in (0, 1))):
+    mean, p95, makespan = baselines.lower_bound(speeds, requests)
+    for finishes in (
+        simulation.finishes,
+        *(baselines.round_robin(speeds, requests, weighted)[1] for weighted in (0, 1)),
+    ):
         latencies = finishes - requests.arrivals
         assert mean <= latencies.mean() and p95 <= np.quantile(latencies, 0.95) and makespan <= finishes.max()
 
 
 def test_the_lower_bound_of_a_batch_is_what_one_replica_reaches_shortest_first():
-    requests = bench.Requests(np.zeros(3), np.ones(3), np.array([4.0, 1.0, 2.0]))
-    mean, _, makespan = bench.lower_bound(np.array([2.0]), requests)
+    requests = baselines.Requests(np.zeros(3), np.ones(3), np.array([4.0, 1.0, 2.0]))
+    mean, _, makespan = baselines.lower_bound(np.array([2.0]), requests)
     assert (mean, makespan) == ((0.5 + 1.5 + 3.5) / 3, 3.5)
 
 
 def test_the_lower_bound_of_arrivals_serves_the_shortest_remaining_first():
-    requests = bench.Requests(np.array([0.0, 1.0]), np.ones(2), np.array([4.0, 1.0]))
-    assert bench._shortest_remaining_first(requests, 1.0).tolist() == [5.0, 2.0]
+    requests = baselines.Requests(np.array([0.0, 1.0]), np.ones(2), np.array([4.0, 1.0]))
+    assert baselines.shortest_remaining_first(requests, 1.0).tolist() == [5.0, 2.0]
 
 
 def test_weighted_round_robin_gives_each_replica_its_share_by_speed():
-    turns = bench._turns(np.array([1.0, 3.0]), weighted=True)
+    turns = baselines.turns(np.array([1.0, 3.0]), weighted=True)
     assert sorted(next(turns) for _ in range(40)) == [0] * 10 + [1] * 30
-
-
-def test_the_report_has_a_plot_and_every_policy(tmp_path, capsys):
-    result = bench.measure(num_replicas=[3], num_requests=200, queues=[10])
-    bench.report(result, tmp_path)
-    assert (tmp_path / "bench_scheduler.png").stat().st_size > 10_000
-    printed = capsys.readouterr().out
-    assert all(printed.count(policy) for policy in (bench.OURS, bench.ROUND_ROBIN, bench.WEIGHTED, bench.BOUND))

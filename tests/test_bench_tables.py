@@ -1,10 +1,9 @@
-"""What the tables make of measurements, and the simulation that the plan is checked with."""
+"""The arithmetic of benchmarks, and the simulation that checks the plan."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import plan
+from benchmarks import plan, ways
 from benchmarks import tables as bench
 from benchmarks.stock import per_minute
 
@@ -12,24 +11,11 @@ from disagg_ray.planning.plan import equip, make_plan, parse_gpus
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result, StageTiming
 
-ROWS = [
-    {"way": bench.STOCK, "cell": "4 steps, guided", "latency_s": 8.0, "per_minute": 10.0, "cap_gib": None},
-    {"way": "fused", "cell": "4 steps, guided", "latency_s": 8.4, "per_minute": 9.0, "cap_gib": None},
-    {"way": "split", "error": "no room", "cap_gib": 24.0},
-    {"way": "fused", "ready_s": {"fused": 20.0, "all": 21.0}, "cap_gib": None},
-]
-
 
 def make_result(replica: str, started: float, seconds: float) -> Result:
     request = ResolvedRequest("a", "p", "", 64, 64, 9, 4, 1.0, None, 0, 8, "npy", 0, {})
     timing = StageTiming("transformer", replica, 0, 0, started, seconds, 0, 0, "tcp", 0)
     return Result(request, 1.0, (timing,), None, None)
-
-
-def test_every_way_stands_beside_stock_and_what_lost_stays() -> None:
-    text = bench.tables(ROWS)
-    assert "| fused | 4 steps, guided | 8.400 | 1.050 | 9.000 | 0.900 |" in text
-    assert "| split under 24 GiB | no room |" in text
 
 
 def test_under_a_cap_the_best_stock_is_the_baseline() -> None:
@@ -53,7 +39,7 @@ def test_under_a_cap_the_largest_stages_are_offloaded_as_far_as_needed(
     weights = {"encoder": 11_360_000_000, "transformer": 28_640_000_000, "decoder": 510_000_000}
     stages = bench.Stages(tuple(peaks), "transformer")
     way = bench.Layout("all", (bench.Seat("GPU", 2, stages.order),))
-    rows: list[bench.Row] = []
+    rows: list[ways.Row] = []
     asked: list[str] = []
     monkeypatch.setattr(bench, "measure_way", lambda _bench, _way, *overrides: asked.extend(overrides))
     fake = SimpleNamespace(stages=stages, on_gpu=True, add=rows.append, row=lambda *row: (rows.append(row), row[2]()))
@@ -71,20 +57,13 @@ def test_under_a_cap_the_largest_stages_are_offloaded_as_far_as_needed(
 
 def test_a_busy_share_counts_the_gaps_between_requests() -> None:
     results = [make_result("a", 10, 9), make_result("a", 20, 10), make_result("b", 0, 5), make_result("b", 10, 1)]
-    assert bench.busy_share(results, "transformer") == pytest.approx((0.9 + 0.5) / 2)
-    assert bench.busy_share(results[:1], "transformer") is None
+    assert ways.busy_share(results, "transformer") == pytest.approx((0.9 + 0.5) / 2)
+    assert ways.busy_share(results[:1], "transformer") is None
 
 
 def test_gpus_add_up_each_by_its_own_time() -> None:
     assert per_minute([[10, 20], [5, 25], [7]]) == 6 + 3
-    assert bench.since_first([[10, 20], [5.5, 25]]) == [[4.5, 14.5], [0, 19.5]]
-
-
-def test_the_plot_has_a_panel_for_what_is_there(tmp_path: Path) -> None:
-    assert bench.plotted(ROWS, "ready_s") == {"fused": {"fused": 20.0, "all": 21.0}}
-    assert bench.plotted(ROWS, "peak_bytes") == {}
-    bench.report(ROWS, tmp_path / "tables.png")
-    assert (tmp_path / "tables.png").stat().st_size > 10_000
+    assert ways.since_first([[10, 20], [5.5, 25]]) == [[4.5, 14.5], [0, 19.5]]
 
 
 def test_every_layout_is_predicted_within_a_fifth_of_the_simulated_scheduler() -> None:

@@ -1,4 +1,4 @@
-"""What numbers were measured on."""
+"""What benchmarks share: the machine they ran on, and figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Say what the numbers were measured on."""
+    """Return the hardware and versions of a measurement."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -20,3 +20,13 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(), "cores": psutil.cpu_count(), "gpus": gpus,
         "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def subplots(*shape: int, **options: Any) -> tuple[Any, Any]:
+    """Return a figure that needs no display, and its axes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*shape, **options)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.machine import subplots
 
 from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.planning.layouts import Layout
@@ -245,12 +246,7 @@ def report(result: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> N
 
 
 def _plot(result: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = subplots(figsize=(8, 4.5))
     for colour, (against, rows) in enumerate(result.items()):
         errors = [100 * row["error"] for row in rows]
         axes.plot([row["found"] for row in rows], errors, f"C{colour}o", alpha=0.6, label=against)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.baselines import Floats, Requests, lower_bound, round_robin
+from benchmarks.machine import subplots
 
 from disagg_ray.config.schema import LimitsConfig
 from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
@@ -38,16 +40,6 @@ CYCLES = 20 * BLOCK
 """Requests that are timed for each length of the queue."""
 
 OURS, ROUND_ROBIN, WEIGHTED, BOUND = "scheduler", "round robin", "round robin by speed", "lower bound"
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-@dataclass(frozen=True)
-class Requests:
-    """A load: when requests arrive (seconds, ascending), their shapes, and their true work (units), each of (n,)."""
-
-    arrivals: Floats
-    shapes: Floats
-    work: Floats
 
 
 @dataclass(frozen=True)
@@ -147,67 +139,6 @@ class Simulation:
             heapq.heappush(self._ends, (self._now + seconds, number))
 
 
-def round_robin(speeds: Floats, requests: Requests, weighted: bool) -> tuple[Floats, Floats]:
-    """Return starts and finishes where request i goes to replica i modulo their number at its arrival, first come
-    first served there; weighted: where the share of each replica goes by its speed."""
-    free = np.zeros(len(speeds)).tolist()
-    starts, finishes = np.empty_like(requests.work), np.empty_like(requests.work)
-    for number, replica in enumerate(itertools.islice(_turns(speeds, weighted), len(starts))):
-        starts[number] = max(requests.arrivals[number], free[replica])
-        free[replica] = finishes[number] = starts[number] + requests.work[number] / speeds[replica]
-    return starts, finishes
-
-
-def _turns(speeds: Floats, weighted: bool) -> Iterator[int]:
-    if not weighted:
-        yield from itertools.cycle(range(len(speeds)))
-    turns = [(1 / speed, replica) for replica, speed in enumerate(speeds.tolist())]
-    heapq.heapify(turns)
-    while True:
-        at, replica = turns[0]
-        heapq.heapreplace(turns, (at + 1 / float(speeds[replica]), replica))
-        yield replica
-
-
-def lower_bound(speeds: Floats, requests: Requests) -> tuple[float, float, float]:
-    """Return mean latency, P95 latency and makespan that no schedule can beat, even one that knows all in advance.
-
-    One by one: the mean of one preemptive server with all the speed that serves the shortest remaining first, and of
-    each request alone on the fastest replica, whichever is more; of P95 the latter. All at once: the least mean there
-    is (the longest request last on the fastest replica, and so on: k-th last on a replica counts k times); P95, the
-    shortest 95 % at all the speed. Makespan: all work at all the speed.
-    """
-    total, alone = speeds.sum(), requests.work / speeds.max()
-    if not requests.arrivals.any():
-        times = np.sort(np.concatenate([np.arange(1, len(alone) + 1) / speed for speed in speeds]))[: len(alone)]
-        shortest = np.sort(requests.work)[: int(0.95 * len(alone))]
-        mean = float((np.sort(requests.work)[::-1] * times).mean())
-        return (
-            mean,
-            max(float(shortest.sum() / total), float(np.quantile(alone, 0.95))),
-            float(max(requests.work.sum() / total, alone.max())),
-        )
-    finishes = _shortest_remaining_first(requests, float(total))
-    mean = max(float((finishes - requests.arrivals).mean()), float(alone.mean()))
-    return mean, float(np.quantile(alone, 0.95)), float(max(finishes.max(), (requests.arrivals + alone).max()))
-
-
-def _shortest_remaining_first(requests: Requests, speed: float) -> Floats:
-    now, left, finishes = 0.0, [], np.empty_like(requests.work)
-    for number, arrival in enumerate([*requests.arrivals.tolist(), np.inf]):
-        while left and now + left[0][0] / speed <= arrival:
-            remaining, done = heapq.heappop(left)
-            now += remaining / speed
-            finishes[done] = now
-        if left:
-            remaining, first = left[0]
-            heapq.heapreplace(left, (remaining - (arrival - now) * speed, first))
-        now = arrival
-        if number < len(finishes):
-            heapq.heappush(left, (float(requests.work[number]), number))
-    return finishes
-
-
 def compare(num_replicas: int, num_requests: int) -> Iterator[Row]:
     """Serve requests that come one by one, and all at once, in each way."""
     replicas = make_replicas(num_replicas)
@@ -280,12 +211,7 @@ def report(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def _plot(costs: list[Cost], rows: list[Row], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, ((cost_axes, wait_axes), (latency_axes, batch_axes)) = pyplot.subplots(2, 2, figsize=(13, 9))
+    figure, ((cost_axes, wait_axes), (latency_axes, batch_axes)) = subplots(2, 2, figsize=(13, 9))
     for colour, replicas in enumerate(sorted({each.num_replicas for each in costs})):
         mine = [each for each in costs if each.num_replicas == replicas]
         waiting = [each.num_waiting for each in mine]

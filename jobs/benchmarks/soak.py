@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmarks.machine import subplots
 
 from disagg_ray import LocalPipeline, Pipeline, Request, Result
 
@@ -160,12 +161,7 @@ def report(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def _plot(samples: Sequence[Sample], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(5, 1, figsize=(8, 11), sharex=True)
+    figure, axes = subplots(5, 1, figsize=(8, 11), sharex=True)
     seconds = [sample.seconds for sample in samples]
     for axis, name in zip(axes, ("rss_mb", "threads", "files"), strict=False):
         axis.plot(seconds, [sample.driver.get(name, 0) for sample in samples], label="driver")

@@ -14,7 +14,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from benchmarks.machine import machine
 from benchmarks.pipelines import load_stock_pipeline
+from benchmarks.stage_options import DECODES, MAIN, OTHERS, WHOLE
+from benchmarks.stage_report import Row, line, psnr, relative, table
 
 from disagg_ray import Request, load_config
 from disagg_ray.environment import cache_folder
@@ -32,50 +34,6 @@ from disagg_ray.request import ResolvedRequest, resolve
 
 STAGES = ("encoder", "transformer", "decoder")
 DTYPES = {"text_encoder": "bfloat16", "transformer": "bfloat16", "vae": "float32"}
-D, V = "stages.transformer.denoiser", "stages.decoder.vae"
-AUTO, COMPILE = f"{D}.attention=auto", f"{D}.compile=default"
-LAST, FUSE, TUNE = f"{V}.channels_last=true", f"{V}.compile=true", f"{V}.autotune=true"
-BF16, FP16 = "stages.decoder.dtype=bfloat16", "stages.decoder.dtype=float16"
-CACHE = f"{D}.step_cache"
-
-MAIN = {
-    "off": (),
-    "compile": (COMPILE,),
-    "attention auto": (AUTO,),
-    "attention auto, compile": (AUTO, COMPILE),
-}
-OTHERS = {
-    "attention _native_flash": (f"{D}.attention=_native_flash",),
-    "attention _native_cudnn": (f"{D}.attention=_native_cudnn",),
-    "fp8 storage": (f"{D}.quantization=fp8_storage",),
-    "fp8": (f"{D}.quantization=fp8",),
-    "fp8, compile": (f"{D}.quantization=fp8", COMPILE),
-    "compile max-autotune": (f"{D}.compile=max-autotune-no-cudagraphs",),
-}
-WHOLE = {
-    "first_block 0.5": (f"{CACHE}.method=first_block", f"{CACHE}.threshold=0.5"),
-    "first_block 0.05": (f"{CACHE}.method=first_block",),
-    "first_block 0.1": (f"{CACHE}.method=first_block", f"{CACHE}.threshold=0.1"),
-    "first_block 0.1, compile": (f"{CACHE}.method=first_block", f"{CACHE}.threshold=0.1", COMPILE),
-    "sea 0.25": (f"{CACHE}.method=sea",),
-    "mag, ratios of 1": (f"{CACHE}.method=mag", f"{CACHE}.ratios=[{','.join(20 * ['1.0'])}]"),
-    "taylorseer 5": (f"{CACHE}.method=taylorseer",),
-    "taylorseer 2": (f"{CACHE}.method=taylorseer", f"{CACHE}.interval=2"),
-    "offload group": ("stages.transformer.offload=group",),
-    "offload model": ("stages.transformer.offload=model",),
-}
-DECODES = {
-    "off": (),
-    "bf16": (BF16,),
-    "bf16, channels last": (BF16, LAST),
-    "bf16, channels last, compile": (BF16, LAST, FUSE),
-    "fp16, channels last, compile": (FP16, LAST, FUSE),
-    "fp16, compile": (FP16, FUSE),
-    "fp16, channels last, compile, autotune": (FP16, LAST, FUSE, TUNE),
-    "fp32, tiles": (f"{V}.tile_pixels=0",),
-}
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -210,31 +168,6 @@ class Bench:
         print(line(row), flush=True)
 
 
-def relative(made: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((made.double() - expected.double()).norm() / expected.double().norm())
-
-
-def psnr(made: torch.Tensor, expected: torch.Tensor, peak: float | None = None) -> float | None:
-    """Return decibels; None: no difference at all."""
-    error = float((made.double() - expected.double()).square().mean())
-    peak = peak or float(expected.max() - expected.min())
-    return None if error == 0 else float(10 * torch.log10(torch.tensor(peak**2 / error)))
-
-
-def line(row: Row) -> str:
-    shown = [f"{key} {value:.4g}" for key, value in flat(row) if isinstance(value, float)]
-    return f"{row['kind']:9} {row['case']:42} " + (row.get("error") or ", ".join(shown))
-
-
-def flat(row: Row) -> Iterator[tuple[str, Any]]:
-    for key, value in row.items():
-        if isinstance(value, list):
-            for entry in value:
-                yield from ((f"{inner}@{entry['steps']}", v) for inner, v in entry.items())
-        else:
-            yield key, value
-
-
 def load_stock(bench: Bench) -> Row:
     """Load the whole stock pipeline, its components one after the other."""
     started = bench.now()
@@ -332,28 +265,6 @@ def measure(bench: Bench) -> None:
         bench.case("denoise", name, lambda o=overrides: whole(bench, o))
     for name, overrides in OTHERS.items():
         bench.case("forward", name, lambda o=overrides: denoiser(bench, o, bench.few))
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table: seconds, their ratio to stock's of the same case, and errors."""
-    columns = (
-        "ready_s",
-        "stage_s",
-        "stock_s",
-        "of_stock",
-        "relative_l2",
-        "latents_psnr_db",
-        "frames_psnr_db",
-        "peak_gb",
-    )
-    lines = ["| case | " + " | ".join(columns) + " | |", "|---" * (len(columns) + 2) + "|"]
-    for row in rows:
-        for errors in row.get("errors") or [{}]:
-            values = row | errors
-            cells = [f"{values[c]:.4g}" if isinstance(values.get(c), float) else "" for c in columns]
-            note = row.get("error") or (f"{errors['steps']} steps" if errors else "")
-            lines.append(f"| {row['kind']}: {row['case']} | " + " | ".join(cells) + f" | {note} |")
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import torch
+from benchmarks.machine import subplots
 
 from disagg_ray.config.schema import TransportConfig
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
@@ -252,12 +253,7 @@ def report(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def _plot(rows: list[Row], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = subplots(figsize=(8, 5))
     for colour, way in enumerate(dict.fromkeys(row.way for row in rows)):
         mine = [row for row in rows if row.way == way]
         sizes = [row.nbytes for row in mine]
