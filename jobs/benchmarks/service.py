@@ -1,6 +1,6 @@
 """A service under bursts and deaths.
 
-python jobs/bench.py service bursts outputs/standing.png   # first video after connect; replicas, queue, waits
+python jobs/bench.py service bursts outputs/service.png   # first video after connect; replicas, queue, waits
 python jobs/bench.py service deaths                        # three drivers share one while its processes are killed
 python jobs/bench.py service answers                       # how soon replicas say how they are while they compute
 """
