@@ -18,7 +18,7 @@ REQUEST_FIELDS = IMAGES | {
 """Block inputs that a request supplies."""
 
 LATENTS = "latents"
-"""Finished latents: the driver keeps a copy, so that no replica lost later costs the denoise."""
+"""Finished latents: the driver keeps a copy, so that a replica lost later does not cost the denoise."""
 
 FRAMES = "videos"
 """The output that makes a stage the last one: frames, float32 (num_frames, height, width, 3) in [0, 1]."""
@@ -30,9 +30,9 @@ class StagePorts:
 
     stage: str
     required: frozenset[str]
-    """Inputs without which a block fails."""
+    """Required inputs."""
     optional: frozenset[str]
-    """Inputs that have a default."""
+    """Inputs with a default."""
     outputs: frozenset[str]
 
     @property
@@ -81,7 +81,7 @@ class Graph:
 
     @property
     def kept(self) -> str | None:
-        """The stage whose output the driver copies until the video is there; None if none passes latents on."""
+        """The stage whose latents the driver keeps until the video is done; None if no stage publishes latents."""
         return next((edge.producer for edge in self.edges if LATENTS in edge.tensors), None)
 
     def image_inputs(self, stage: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The same stages in one process, with neither Ray nor Mooncake."""
+"""A pipeline in one process, without Ray and Mooncake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from disagg_ray.result import Result, StageTiming
 
 
 class LocalPipeline:
-    """Runs requests one after the other, stage after stage; has `Pipeline`'s blocking methods."""
+    """Runs requests one after the other; has `Pipeline`'s blocking methods."""
 
     def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
         """Load the stages; `on_event` is called with every request's progress."""
@@ -32,7 +32,7 @@ class LocalPipeline:
         stages = {name: Stage(name, config) for name in config.stages}
         self.graph = build_graph([stage.ports for stage in stages.values()])
         self.stages = [stages[name] for name in self.graph.order]
-        """In the order they run."""
+        """In the order of the graph."""
         for stage in self.stages:
             stage.connect(self.graph)
             stage.load()

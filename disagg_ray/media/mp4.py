@@ -1,4 +1,4 @@
-"""Frames become an H.264 file in an ffmpeg of imageio's, one by one; it counts only when its index says so."""
+"""Encodes frames as H.264, one by one, with imageio's ffmpeg, and checks the file by its index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from disagg_ray.errors import EncodeError
 from disagg_ray.text import printable
 
 MAX_SIDE = 16_384
-"""The most that H.264 (libx264) has of either side."""
+"""Largest side of H.264 (libx264)."""
 
 H264 = ("-crf", "17", "-threads", "1", "-bitexact", "-fflags", "+bitexact", "-flags:v", "+bitexact",
         "-vf", "scale=out_color_matrix=bt709", "-colorspace", "bt709", "-movflags", "+faststart")  # fmt: skip
@@ -28,9 +28,9 @@ H264 = ("-crf", "17", "-threads", "1", "-bitexact", "-fflags", "+bitexact", "-fl
 _Process = subprocess.Popen[bytes]
 
 END_S = 10.0
-"""How long the system may take to end a killed process."""
+"""Until a killed process has ended."""
 MAX_WORDS = 500
-"""Of what ffmpeg says, the end is the most telling."""
+"""Characters of ffmpeg's output in an error, from its end."""
 
 
 def encode_mp4(
@@ -129,7 +129,7 @@ def _reason(error: OSError | subprocess.CalledProcessError, words: bytes) -> str
 
 
 def _check(data: bytes, num_frames: int, size: tuple[int, int]) -> None:
-    """Compare a file with what it should hold, by its index.
+    """Check by its index that a file has all frames, of the right size.
 
     Raises:
         EncodeError: it is cut short, or holds other frames.

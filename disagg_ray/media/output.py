@@ -1,4 +1,4 @@
-"""Where results go: checked before any work, written whole or not at all."""
+"""Writes results: checks the place before any work, and leaves no partial file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRY_BYTES = 4096
 RESCUE_PLACES = (None, "~", ".", "/dev/shm")
 """None: the temporary folder."""
 TEMPORARY = ".disagg_ray-"
-"""How the names of files and folders begin that are being written."""
+"""Prefix of the names of files and folders that are being written."""
 
 
 def format_of(output: str | Path) -> str:
@@ -42,7 +42,7 @@ def format_of(output: str | Path) -> str:
 
 
 def is_url(output: str | Path) -> bool:
-    """Return whether fsspec writes it; `file://` is a local path, written as whole as any."""
+    """Return whether fsspec writes it; `file://` is a local path."""
     return "://" in str(output) and not str(output).startswith("file://")
 
 
@@ -83,7 +83,7 @@ def _check_name(path: str | Path, field: str) -> None:
 
 
 def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
-    """Check that a batch can have its folder there; making it shows the rest.
+    """Check that a batch can make its folder there.
 
     Raises:
         OutputError: it is a URL, standard output, or relative inside a Ray job.
@@ -202,7 +202,7 @@ def write(content: bytes | Frames, made: str, output: str | Path, *, overwrite: 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of words.
+    """Write a text file.
 
     Raises:
         OutputError: the place cannot be written.
@@ -216,7 +216,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rescue(content: bytes | Frames, made: str) -> Path:
-    """Write a result that its own place did not take into a new private folder of this machine; return its path.
+    """Write a result that could not be written to its place into a new private folder; return its path.
 
     Raises:
         OutputError: no place took it.
@@ -266,7 +266,7 @@ def _write_folder(frames: Frames, path: Path) -> None:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file that we write or wrote, and none that another name leads to: a link in its place is not followed.
+    """Open a regular file of ours, with one name; a link in its place is refused.
 
     Raises:
         OSError: it is a link, has a second name, or is no regular file.
@@ -286,7 +286,7 @@ def open_own(path: Path, flags: int) -> int:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name only once it is whole and on disk."""
+    """Open a file that gets its name once it is complete and on disk."""
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as sink:

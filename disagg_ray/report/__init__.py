@@ -1,1 +1,1 @@
-"""Where a finished run's time went: tables, a timeline, a trace for Perfetto, a page."""
+"""Reports a finished run: tables, a timeline, a trace for Perfetto, an HTML page."""

@@ -1,4 +1,4 @@
-"""The timeline as an SVG drawing: a lane a replica.
+"""Draws the timeline as SVG, one lane for each replica.
 
 Every column of a lane is filled from the bottom by the share of its time that each phase took. A long task fills whole
 columns; where thousands are narrower than a column, the same drawing shows how busy the replica was.
@@ -18,14 +18,14 @@ from disagg_ray.report.timeline import PHASES, Lane, Phase, Span, Timeline, shar
 from disagg_ray.text import printable
 
 WIDTH, LEFT, RIGHT, TOP, MARGIN = 1600, 190, 84, 60, 24
-"""Pixels: the whole drawing, and what lies beside and above the lanes."""
+"""Pixels: the whole drawing, and the margins beside and above the lanes."""
 MAX_LANES_PX = 1000
-"""All lanes together, as long as each gets LANE_PX[0]."""
+"""Height of all lanes, unless that is less than LANE_PX[0] each."""
 LANE_PX = (4, 36)
 FONT_PX, CHAR_PX = 15, 8.5
 """Height of a line, and the most that a character takes on average."""
 MIN_BLOCK_PX = 8
-"""Wider tasks are set off from each other by a line."""
+"""Wider tasks are separated by a line."""
 MAX_CELLS = 200_000
 """Columns of all lanes: more lanes have wider columns, so that no page grows past a few megabytes."""
 COLOURS: dict[Phase, str] = {"compute": "#4477aa", "publish": "#228833", "pull": "#ee6677", "wait": "#ddcc77"}
@@ -72,7 +72,7 @@ def _columns(num_lanes: int) -> int:
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", fill: str = INK) -> str:
-    """Return a line of text whose middle lies at `y`."""
+    """Return a line of text centred at `y`."""
     at = f'x="{x:.1f}" y="{y + FONT_PX / 3:.1f}"'
     return f'<text {at} text-anchor="{anchor}" fill="{fill}">{escape(printable(words, 400))}</text>'
 
@@ -82,7 +82,7 @@ def _line(x: float, top: float, y: float, colour: str, more: str = "") -> str:
 
 
 def _rows(timeline: Timeline) -> list[_Row]:
-    """Return the lanes' places: more lanes are lower ones, and too low for text only stages are named."""
+    """Return the lanes' places; the more lanes, the lower, and lanes too low for text are labelled by stage only."""
     lanes, counts, by_stage = timeline.lanes, timeline.num_replicas, shares(timeline)
     pitch = max(LANE_PX[0], min(LANE_PX[1], MAX_LANES_PX // max(1, len(lanes))))
     rows: list[_Row] = []
@@ -130,7 +130,7 @@ def _lane(row: _Row, seconds: float, columns: int) -> Iterator[str]:
 
 
 def _fillings(row: _Row, seconds: float, columns: int) -> Iterator[tuple[Phase, str]]:
-    """Yield the path of each phase: rectangles one upon the other, neighbours of equal height in one."""
+    """Yield the path of each phase: stacked rectangles, neighbours of equal height merged."""
     edges = np.linspace(0, seconds, columns + 1)
     spans = list(row.lane.spans())
     spent = np.array([np.diff(_spent([s for s in spans if s.phase == phase], edges)) for phase in PHASES])
@@ -179,7 +179,7 @@ def _axis(timeline: Timeline, bottom: int) -> Iterator[str]:
 
 
 def _clock(seconds: float, step: float) -> str:
-    """Return a time as the axis has it, as exact as its steps."""
+    """Return a time for the axis, to the precision of its steps."""
     if step < 1:
         return f"{seconds:.3f}".rstrip("0").rstrip(".") + " s"
     if seconds < 60:

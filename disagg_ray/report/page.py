@@ -1,4 +1,4 @@
-"""One HTML page about a folder of videos: a drawing, tables, what failed, and each video beside its prompt.
+"""Writes one HTML page about a batch: timeline, tables, failures, and each video with its prompt.
 
 It loads nothing but the videos: links are relative, the drawing is inside, and there is no script. Whatever came from
 a user or an error passes `escape` or, as a link, `quote`.
@@ -17,10 +17,10 @@ from urllib.parse import quote
 from disagg_ray.batch.records import Record
 
 NUM_PREVIEWS = 1000
-"""Videos whose first frame a browser may load before they are played, once they are in sight; an older browser does not
-wait for that, and loads the beginnings of so many files at once. Of the others none loads anything."""
+"""Videos of which a browser may load the first frame, once they are in sight; older browsers load all of these at once.
+Further videos load only when they are played."""
 NUM_OPEN = 10
-"""Failures that are shown unasked: the videos come after them."""
+"""With more failures than this, their table is collapsed."""
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1.5rem; max-width: 1600px }

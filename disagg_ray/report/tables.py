@@ -1,4 +1,4 @@
-"""What a person reads about finished work."""
+"""Prints results, profiles, plans and services, and writes the report of a batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PERCENTILES = (50, 90, 99, 100)
 
 
 def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools: Mapping[str, int]) -> None:
-    """Print where a request's time went, stage by stage, and what each replica holds.
+    """Print a request's seconds by stage, and the memory of each replica.
 
     `weights` are bytes by component, by replica (or by stage where everything runs in one process); `pools` bytes by
     replica.
@@ -61,7 +61,7 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
 
 
 def print_profile(profile: Profile) -> None:
-    """Print what was measured of each stage, a line for each request."""
+    """Print a profile, one line for each stage and request."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=(
         f"{profile.model} on {profile.hardware}, speed={profile.speed}, "
         f"{', '.join(map(' '.join, profile.versions.items()))}, "
@@ -82,7 +82,7 @@ def print_profile(profile: Profile) -> None:
 
 
 def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
-    """Print the best layouts, fused whatever its rank, and those that do not fit."""
+    """Print the best layouts, fused at any rank, and some that do not fit."""
     load = plan.load
     title = f"{load.width}x{load.height}, {load.num_frames} frames, {load.passes} passes"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=title)
@@ -104,7 +104,7 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
 
 
 def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
-    """Print how services are; a word or two say so where no supervisor answers."""
+    """Print the state of services; a text stands for a service whose supervisor does not answer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
         table.add_column(column)
@@ -122,7 +122,7 @@ def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
 
 
 def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
-    """Return how services are, as a JSON list."""
+    """Return the state of services as a JSON list."""
 
     def describe(name: str, shown: Snapshot | str) -> dict[str, object]:
         if isinstance(shown, str):
@@ -142,7 +142,7 @@ def _print(*shown: Table | str) -> None:
 
 
 def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
-    """Print what a finished run came to, and write report.html, timeline.svg and trace.json; return their paths.
+    """Print the results of a finished run, and write report.html, timeline.svg and trace.json; return their paths.
 
     Raises:
         OutputError: there is no manifest in the folder, it is empty, or the output cannot be written.
@@ -170,7 +170,7 @@ def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
 
 
 def _read(folder: Path) -> list[Record]:
-    """Return the last record of each request, with the timings that have all their numbers."""
+    """Return the last record of each request, without incomplete timings."""
     last = {record.id: record for record in read_manifest(folder)}
     if not last:
         raise OutputError(f"{str(folder / MANIFEST)!r} records no request; give the --output-dir of a finished run")
@@ -178,7 +178,7 @@ def _read(folder: Path) -> list[Record]:
 
 
 def _notes(records: Sequence[Record], timeline: Timeline) -> list[str]:
-    """Return in a few lines how it went."""
+    """Return counts, throughput and bottleneck as lines of text."""
     tally = Tally()
     for record in records:
         tally.add(record)
@@ -203,7 +203,7 @@ def _busy(timeline: Timeline) -> Sheet:
 
 
 def _latencies(records: Sequence[Record]) -> Sheet:
-    """Return percentiles of a request's time, whole and by stage; a pull counts whole, hidden behind others or not."""
+    """Return percentiles of a request's seconds, in all and by stage; pulls count even if they overlap computing."""
     seconds = {"seconds a request": [record.seconds for record in records if record.seconds is not None]}
     for timing in (timing for record in records for timing in record.stages):
         parts = {

@@ -1,9 +1,9 @@
-"""Who did what when: the timings of finished requests, laid out on one clock.
+"""Puts the timings of finished requests on one clock: what each replica did when.
 
-A timing says when a stage began to compute and how long each part took; the rest follows from that. A pull may have run
-while the replica still computed the request before; nobody noted when, so it is laid right before its own computing.
-The seconds in the queue hold what the answer took on its way back too: a wait may seem to begin that much early.
-Each replica tells the time by its node's clock: what two clocks differ by shifts their lanes against each other.
+A timing has the start of computing and the seconds of each phase; the other times follow. A pull may overlap the
+computing of the request before, but its start is not recorded, so it is drawn right before its own computing. The
+seconds in the queue include the way of the answer back, so a wait may seem to begin early. Replicas use their node's
+clock: the difference of two clocks shifts their lanes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from disagg_ray.result import StageTiming
 
 Phase: TypeAlias = Literal["compute", "publish", "pull", "wait"]
 PHASES: tuple[Phase, ...] = ("compute", "publish", "pull", "wait")
-"""What a replica is seen at; else it is idle."""
+"""What a replica does while it is not idle."""
 PAUSE_S = 60.0
-"""A longer time without any request under way is left out: it lies between two runs into one folder."""
+"""A longer time without a request is cut out: it is between two runs into one folder."""
 
 Works: TypeAlias = Iterable[tuple[str, Sequence[StageTiming]]]
-"""Finished requests: id, and where the time went by stage, in the order of the graph."""
+"""Finished requests: id, and timings in the order of the graph."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One thing a replica did; times are seconds from the timeline's start."""
+    """One phase on a replica; times are seconds from the timeline's start."""
 
     phase: Phase
     start: float
@@ -44,9 +44,9 @@ class Task:
     request: str
     timing: StageTiming
     start: float
-    """When its computing began."""
+    """Start of computing."""
     limit: float = math.inf
-    """When the replica's next one began: a clock that was set meanwhile could let them overlap."""
+    """Start of the replica's next task: if its clock was set, they could overlap."""
 
     @property
     def end(self) -> float:
@@ -77,7 +77,7 @@ class Lane:
     tasks: tuple[Task, ...]
 
     def spans(self) -> Iterator[Span]:
-        """Yield what the replica did, in order and never two things at once.
+        """Yield the replica's spans, in order and without overlap.
 
         It waits where nothing else is to be seen and the request it takes next was on its way here already.
         """
@@ -97,7 +97,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What all replicas that computed anything did; others left no trace."""
+    """The tasks of all replicas that computed anything."""
 
     began: float
     """Seconds since the epoch."""
@@ -106,7 +106,7 @@ class Timeline:
     lanes: tuple[Lane, ...]
     """In the order of the graph."""
     pauses: tuple[Pause, ...]
-    """Left out: what comes after one is moved up to it."""
+    """Cut out: later tasks move up."""
 
     @property
     def num_replicas(self) -> dict[str, int]:
@@ -140,7 +140,7 @@ def lay_out(works: Works) -> Timeline:
 
 
 def shares(timeline: Timeline) -> dict[str, dict[Phase, float]]:
-    """Return by stage the share of its replicas' time that each phase took, from 0 to 1; the rest they were idle."""
+    """Return by stage the share of its replicas' time that each phase took, 0 to 1; the rest was idle."""
     counts = timeline.num_replicas
     found: dict[str, dict[Phase, float]] = {stage: dict.fromkeys(PHASES, 0.0) for stage in counts}
     for lane in timeline.lanes:
@@ -150,7 +150,7 @@ def shares(timeline: Timeline) -> dict[str, dict[Phase, float]]:
 
 
 def is_whole(timing: StageTiming) -> bool:
-    """Whether it has all its numbers: a manifest may be of another version, or written by hand."""
+    """Return whether no number is missing, as in a manifest of another version."""
     seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s)
     return all(isinstance(s, int | float) and 0 <= s < math.inf for s in (timing.started, *seconds))
 

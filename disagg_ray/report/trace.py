@@ -1,4 +1,4 @@
-"""The timeline as Chrome's trace events, for ui.perfetto.dev or chrome://tracing.
+"""Writes the timeline as Chrome trace events, for ui.perfetto.dev or chrome://tracing.
 
 A process is a stage and a thread a replica, with a second one below for what it pulls; times are whole microseconds,
 so that slices nest exactly. Waits overlap, and are asynchronous events of their stage.
@@ -48,7 +48,7 @@ def to_trace(timeline: Timeline) -> bytes:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A task where the trace has it; times in microseconds."""
+    """A task's place in the trace; times in microseconds."""
 
     pid: int
     tid: int
@@ -110,7 +110,7 @@ def _slice(span: Span, name: str, pid: int, tid: int, args: Event) -> Event:
 
 
 def _arrow(request: str, producer: _Slice, consumer: _Slice, number: int) -> Iterator[Event]:
-    """Yield both ends of an arrow; where two clocks disagree it would point backwards, and is left out."""
+    """Yield both ends of an arrow; nothing if it would point backwards, as with clocks that differ."""
     if producer.sent <= consumer.start:
         both = {"cat": "request", "name": request, "id": number}
         yield both | {"ph": "s", "ts": producer.sent, "pid": producer.pid, "tid": producer.tid}
