@@ -64,51 +64,37 @@ def test_a_wrong_spec_says_what_is_wrong(spec: str) -> None:
         parse_gpus(spec)
 
 
-def test_fused_does_a_video_in_the_sum_of_its_stages() -> None:
-    made = plan(2)
+BESIDE = "transformer on all, encoder and decoder beside it on 1"
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "name", "seconds"),
+    [
+        (2, {}, "fused", 10 / 2),
+        (2, {}, "all stages on every GPU", 10 / 2),
+        (2, {}, "encoder and decoder on 1, transformer on the others", 6),
+        (3, {}, "encoder and decoder on 1, transformer on the others", 4),
+        (3, {}, BESIDE, 1 + 3 + 6 / LOAD.passes),  # the helpers wait for one forward
+        (2, {"finish_s": 2}, "fused", 10 / 2),  # a file is encoded beside the next video
+        (2, {"finish_s": 15}, "fused", 15 / 2),
+        (2, {"host_s": 1}, "fused", 10 / 2),
+        (2, {"host_s": 1}, "all stages on every GPU", 9 / 2),  # work on the host costs no GPU time
+    ],
+)
+def test_a_layout_makes_a_video_in_the_seconds_of_its_slowest_part(
+    count: int, changes: dict[str, float], name: str, seconds: float
+) -> None:
+    made = plan(count, **changes)
+    assert find(made, name) == pytest.approx(60 / seconds)
+    assert made.best.layout.fused == ("host_s" not in changes)
     assert made.fused is not None
-    assert made.fused.per_minute == pytest.approx(2 * 60 / 10)
-    assert made.fused.latency_s == pytest.approx(10 + CALL_S)
-
-
-def test_a_split_does_what_its_slowest_stage_does() -> None:
-    made = plan(2)
-    assert find(made, "encoder and decoder on 1, transformer on the others") == pytest.approx(10)
-    assert find(plan(3), "encoder and decoder on 1, transformer on the others") == pytest.approx(15)
-
-
-def test_a_gpu_that_does_all_stages_does_a_video_in_their_sum() -> None:
-    assert find(plan(2), "all stages on every GPU") == pytest.approx(12)
+    assert made.fused.latency_s == pytest.approx(10 + CALL_S + changes.get("finish_s", 0))
 
 
 def test_helpers_that_need_little_leave_the_rest_of_their_gpu_to_its_transformer() -> None:
     many_steps = replace(LOAD, passes=80)
     made = make_plan([Hardware("H200", 3, 100 * GB, make_profile())], many_steps)
-    assert find(made, "transformer on all, encoder and decoder beside it on 1") == pytest.approx(3 * 60 / 64)
-
-
-def test_helpers_beside_a_transformer_wait_for_one_forward() -> None:
-    forward = 6 / LOAD.passes
-    found = find(plan(3), "transformer on all, encoder and decoder beside it on 1")
-    assert found == pytest.approx(60 / (1 + 3 + forward))
-
-
-def test_equal_throughput_prefers_fused() -> None:
-    assert plan(2).best.layout.fused
-
-
-def test_files_are_encoded_beside_the_next_video() -> None:
-    made = plan(2, finish_s=2)
-    assert made.fused is not None and made.fused.per_minute == pytest.approx(12)
-    slow = plan(2, finish_s=15)
-    assert slow.fused is not None and slow.fused.per_minute == pytest.approx(8)
-
-
-def test_work_on_the_host_beside_a_transformer_costs_no_gpu_time() -> None:
-    made = plan(2, host_s=1)
-    assert made.best.layout.name == "all stages on every GPU"
-    assert made.best.per_minute == pytest.approx(2 * 60 / 9)
-    assert made.fused is not None and made.fused.per_minute == pytest.approx(12)
+    assert find(made, BESIDE) == pytest.approx(3 * 60 / 64)
 
 
 def test_helpers_that_never_call_a_model_take_nothing_of_a_gpu() -> None:

@@ -127,10 +127,3 @@ def test_whatever_stands_in_a_field_it_is_a_record_or_a_fault(path: str, value: 
         assert isinstance(parse(with_value(path, value).encode()), Record)
     except ValueError as error:
         assert str(error)
-
-
-@given(st.binary(max_size=200))
-@settings(deadline=None)
-def test_bytes_are_a_record_or_a_fault(line: bytes) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        parse(line)
