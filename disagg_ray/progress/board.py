@@ -1,4 +1,4 @@
-"""Where every request stands, learned from events; what displays show."""
+"""The progress of every request, from events, for displays."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from disagg_ray.progress.events import FINAL, Event
 
 PACE_STEPS = 16
-"""How many of the latest steps the time of one is learned from: a request's first ones are slower than the rest."""
+"""Latest steps that the seconds of a step are estimated from: a request's first steps are slower."""
 PACE_VIDEOS = 64
 REMEMBERED = 10_000
-"""Finished requests whose late events are known as such."""
+"""Finished requests that are remembered, to ignore their late events."""
 
 
 @dataclass
@@ -23,11 +23,11 @@ class Track:
     event: Event
     """The latest."""
     since: float
-    """When its state was reached, on this process's monotonic clock."""
+    """Time its state was reached, by this process's monotonic clock."""
     seen: float
-    """When the latest event came, on the same clock."""
+    """Time of the latest event, by the same clock."""
     pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))
-    """When steps were done, on the replica's clock."""
+    """Times steps were done, by the replica's clock."""
 
     def update(self, event: Event, now: float) -> None:
         if (event.state, event.attempt, event.replica) != (self.event.state, self.event.attempt, self.event.replica):
@@ -38,7 +38,7 @@ class Track:
             self.pace.append((event.time, event.step))
 
     def seconds_left(self, now: float) -> float | None:
-        """Return how long the steps left will take, None as long as that is unknown."""
+        """Return the seconds of the remaining steps; None: not known yet."""
         if not self.pace:
             return None
         (began, first), (ended, last) = self.pace[0], self.pace[-1]
@@ -50,13 +50,13 @@ class Track:
 
 @dataclass(frozen=True)
 class Totals:
-    """How far the whole is."""
+    """Progress of all requests together."""
 
     done: int
     failed: int
     total: int | None
     running: int
-    """Requests that some replica works on."""
+    """Requests that a replica computes."""
     waiting: dict[str, int]
     """Requests that wait for a replica, by stage."""
     videos_per_min: float | None
@@ -68,16 +68,16 @@ class Board:
 
     def __init__(self, total: int | None) -> None:
         self.lock = threading.Lock()
-        """Held while the tracks it gave are read, too."""
+        """Also held while returned tracks are read."""
         self.requests: dict[str, dict[str, Track]] = {}
-        """By request, then by stage, in the order they began; finished requests and stages are gone."""
+        """By request, then by stage, in the order they began, without finished ones."""
         self._total = total
         self._ok: Counter[bool] = Counter()
         self._ended: dict[str, bool] = {}
         self._times: deque[float] = deque(maxlen=PACE_VIDEOS)  # the first event, then videos that finished
 
     def on_event(self, event: Event) -> Track | None:
-        """Note an event; None says that it came too late to matter. The lock must be held."""
+        """Record an event; return None if it came too late. The lock must be held."""
         now = time.monotonic()
         if not self._times:
             self._times.append(now)
@@ -95,7 +95,7 @@ class Board:
         return track
 
     def finished(self, request_id: str, ok: bool) -> None:
-        """Note that a request is over. The lock must be held."""
+        """Record the end of a request. The lock must be held."""
         self.requests.pop(request_id, None)
         self._times.append(time.monotonic())
         self._ok[ok] += 1
@@ -104,7 +104,7 @@ class Board:
             del self._ended[next(iter(self._ended))]
 
     def active(self) -> list[Track]:
-        """Return the track of each request that a replica works on, oldest request first. The lock must be held."""
+        """Return the track of each request that a replica computes, oldest request first. The lock must be held."""
         found = []
         for tracks in self.requests.values():
             working = [track for track in tracks.values() if track.event.state != "waiting"]
@@ -112,7 +112,7 @@ class Board:
         return found
 
     def totals(self) -> Totals:
-        """Return how far the whole is. The lock must be held."""
+        """Return the progress of all requests. The lock must be held."""
         waiting = Counter(
             stage
             for tracks in self.requests.values()

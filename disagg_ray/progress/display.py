@@ -1,4 +1,4 @@
-"""What a person sees while videos are made: live bars on a terminal, a line now and then elsewhere."""
+"""Displays progress: live bars on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ NARROW_CHARS = 64
 
 
 class View(Protocol):
-    """A way to show a board."""
+    """Displays a board."""
 
     interval_s: float
 
     def draw(self) -> None:
-        """Show what is new."""
+        """Display what changed."""
 
     def close(self) -> None:
-        """Show what is left and put everything back as it was."""
+        """Display the last changes, and restore the terminal."""
 
 
 class Display:
@@ -81,7 +81,7 @@ class Display:
                 self._view.close()
 
     def on_event(self, event: Event) -> None:
-        """Take note of an event."""
+        """Record an event."""
         if self._mode == "quiet":
             return
         if not event.stage:
@@ -93,7 +93,7 @@ class Display:
                 self._changed[event.request_id] = track
 
     def finished(self, request_id: str, ok: bool) -> None:
-        """Take note that a request is over; events of it that are still on their way are ignored."""
+        """Record the end of a request; ignore its later events."""
         if self._mode == "quiet":
             return
         with self._board.lock:
@@ -103,19 +103,19 @@ class Display:
                 self._ended.append((request_id, ok))
 
     def _run(self) -> None:
-        with suppress(OSError, ValueError):  # the stream is gone or closed: nobody watches any more
+        with suppress(OSError, ValueError):  # the stream is closed
             while not self._closing.wait(self._view.interval_s):
                 self._view.draw()
 
 
 def _fitting(stream: TextIO) -> Literal["bars", "lines"]:
-    """Return what a stream can show."""
+    """Return the view for a stream."""
     terminal = stream.isatty() and not Console(file=stream, force_terminal=True).is_dumb_terminal
     return "bars" if terminal else "lines"
 
 
 class _Lines:
-    """A line when something changed, at most one a second: for logs."""
+    """Log lines: one when something changed, at most one a second."""
 
     interval_s = LINE_INTERVAL_S
 
@@ -131,9 +131,9 @@ class _Lines:
             self._stream.flush()
 
     def _next(self) -> str | None:
-        """Return what to say: the requests that ended, else the one whose change has waited longest.
+        """Return the next line: the requests that ended, else the one whose change has waited longest.
 
-        One that waits for a replica has least to tell.
+        One that waits for a replica comes last.
         """
         request_id: str | None
         if self._ended:
@@ -157,7 +157,7 @@ class _Lines:
 
 
 class _Bars:
-    """Live bars: a row for each request that is worked on, and the whole below."""
+    """Live bars: a row for each request that is computed, and the total below."""
 
     interval_s = BARS_INTERVAL_S
 
@@ -236,13 +236,13 @@ def _line(text: str) -> Text:
 
 
 def _clock(track: Track, now: float) -> str:
-    """Return the time left, or what has passed where that is not known."""
+    """Return the time left, or the time passed if that is not known."""
     left = track.seconds_left(now)
     return f"{human_seconds(now - track.since)} so far" if left is None else f"{human_seconds(left)} left"
 
 
 def describe(track: Track, now: float) -> str:
-    """Return where a request stands, as `transformer-0 step 12/50, 38 s left`."""
+    """Return the progress of a request, as `transformer-0 step 12/50, 38 s left`."""
     event = track.event
     if event.state == "waiting":
         return f"waiting for {event.stage}{_attempt(event)}"
@@ -258,7 +258,7 @@ def _attempt(event: Event) -> str:
 
 
 def summary(totals: Totals) -> str:
-    """Return how far the whole is, as `3 of 60 videos done, 1 failed, 4.2 a minute, 12 min left`."""
+    """Return the progress of all requests, as `3 of 60 videos done, 1 failed, 4.2 a minute, 12 min left`."""
     of = "" if totals.total is None else f" of {totals.total}"
     parts = [f"{totals.done}{of} videos done"]
     if totals.failed:
