@@ -158,7 +158,7 @@ def test_a_failing_request_is_recorded_and_the_others_are_made(
     assert (retried.done, retried.already_done, retried.failed) == (1, 2, 1)
 
 
-def test_bad_lines_are_left_out_only_when_told(folder: Path, start: Start) -> None:
+def test_invalid_lines_are_skipped_only_on_request(folder: Path, start: Start) -> None:
     path = write_requests(folder, {"id": "a"}, {"id": "../b"})
     summary = run(path, start, skip_invalid=True)
     assert (summary.done, summary.invalid, summary.complete) == (1, 1, False)
@@ -214,7 +214,7 @@ def test_a_link_in_the_way_of_a_batch_s_video_is_replaced(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("rescue_place")
-def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(folder: Path, small_disk: Path, start: Start) -> None:
+def test_a_full_disk_ends_the_run_and_the_next_one_resumes(folder: Path, small_disk: Path, start: Start) -> None:
     path = write_requests(folder, *({"id": f"clip-{n}"} for n in range(16)))
     summary = run(path, start_fused, small_disk)
     assert "No space left" in str(summary.stopped)
@@ -231,7 +231,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(folder: Path, small_d
 
 @pytest.mark.usefixtures("rescue_place")
 @pytest.mark.parametrize("event", ["folder moved", "file changed"])
-def test_what_is_taken_away_ends_the_run(event: str, folder: Path, start: Start) -> None:
+def test_a_moved_folder_or_a_changed_file_ends_the_run(event: str, folder: Path, start: Start) -> None:
     path, out = write_requests(folder, *({"id": f"clip-{n}"} for n in range(60))), folder / "out"
 
     def disturb() -> None:
@@ -269,7 +269,7 @@ def running(path: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.proof
-def test_sigterm_ends_a_run_and_the_next_one_goes_on(folder: Path, start: Start) -> None:
+def test_sigterm_ends_a_run_and_the_next_one_resumes(folder: Path, start: Start) -> None:
     path, out = write_requests(folder, *({"id": f"clip-{n}"} for n in range(40))), folder / "out"
     with running(path) as child:
         assert child.stderr is not None

@@ -84,7 +84,7 @@ def test_a_batch_is_that_of_a_pipeline_of_ones_own_and_its_second_run_makes_noth
     assert cli.main(["report", str(out)]) == 0
 
 
-def test_sigterm_ends_a_batch_and_the_next_run_goes_on(
+def test_sigterm_ends_a_batch_and_the_next_run_resumes(
     pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests, out = write_requests(tmp_path, 12, num_frames=17), tmp_path / "out"

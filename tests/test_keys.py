@@ -254,7 +254,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "failures.stall_s": Shown("test_hangs.py::test_a_hung_encode_is_replaced_and_its_request_finishes"),
     "failures.answer_s": Shown("test_connect.py::test_the_doctor_asks_every_replica_and_a_silent_one_is_replaced"),
     "failures.timeout_s": Shown(REPLAY + "test_a_request_over_its_time_fails_and_frees_its_slots"),
-    "failures.shutdown_grace_s": Shown("test_connect.py::test_sigterm_ends_a_batch_and_the_next_run_goes_on"),
+    "failures.shutdown_grace_s": Shown("test_connect.py::test_sigterm_ends_a_batch_and_the_next_run_resumes"),
     "service.client_timeout_s": Shown(
         "test_standing.py::test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept"
     ),

@@ -137,7 +137,7 @@ def test_the_largest_sides_are_held(height: int, width: int) -> None:
     assert iio.imread(data, plugin="FFMPEG", extension=".mp4").shape == (1, height, width, 3)
 
 
-def test_each_frame_is_told_and_none_is_copied_before_its_turn() -> None:
+def test_each_frame_is_reported_and_none_is_copied_before_its_turn() -> None:
     frames, told = np.tile(NOISE, (10, 1, 1, 1)), []
     tracemalloc.start()
     try:

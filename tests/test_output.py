@@ -118,7 +118,7 @@ def test_a_suffix_of_another_format_is_refused_by_both_names(made: str, wanted: 
 
 
 @pytest.mark.parametrize("format", NAMES)
-def test_an_existing_output_is_kept_unless_told(format: str, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept_without_overwrite(format: str, tmp_path: Path) -> None:
     path = tmp_path / NAMES[format]
     result(format).save(path)
     assert "exists; give --overwrite" in refusal(path)
@@ -127,7 +127,7 @@ def test_an_existing_output_is_kept_unless_told(format: str, tmp_path: Path) -> 
     check_output(path, overwrite=True)
 
 
-def test_an_existing_file_is_replaced_when_told(tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "out.mp4").write_bytes(b"something old and longer")
     (tmp_path / "reader").hardlink_to(tmp_path / "out.mp4")
     result().save(tmp_path / "out.mp4", overwrite=True)
@@ -298,7 +298,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["mp4", "gif", "npy"])
-def test_a_url_is_written_and_kept_unless_told(format: str) -> None:
+def test_a_url_is_written_and_kept_without_overwrite(format: str) -> None:
     url = f"memory://folder/{NAMES[format]}"
     assert result(format).save(url) == url
     with fsspec.open(url) as source:

@@ -122,7 +122,7 @@ PATHS = [*VALUES, *(f"request.{name}" for name in VALUES["request"]), *(f"stages
 
 @given(st.sampled_from(PATHS), ANY)
 @settings(deadline=None)
-def test_whatever_stands_in_a_field_it_is_a_record_or_a_fault(path: str, value: Any) -> None:
+def test_any_value_in_a_field_gives_a_record_or_a_fault(path: str, value: Any) -> None:
     try:
         assert isinstance(parse(with_value(path, value).encode()), Record)
     except ValueError as error:

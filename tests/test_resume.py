@@ -96,7 +96,7 @@ def test_the_last_line_of_an_id_counts(tmp_path: Path) -> None:
     assert (pending, made.num_done, made.num_failed) == (["cow", "ant"], 1, 1)
 
 
-def test_what_failed_is_tried_again_only_when_told_or_changed(tmp_path: Path) -> None:
+def test_a_failed_request_is_retried_only_on_request_or_when_changed(tmp_path: Path) -> None:
     plan(tmp_path, LINES)
     pretend(tmp_path, "cat", "failed")
     pending, made = plan(tmp_path, LINES)
@@ -134,7 +134,7 @@ def test_another_priority_asks_for_the_same_video(tmp_path: Path) -> None:
     assert plan(tmp_path, [LINES[0] | {"priority": 5}, *LINES[1:]])[0] == ["dog", "cow", "ant"]
 
 
-def test_videos_of_another_model_stay_and_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_videos_of_another_model_stay_and_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan(tmp_path, LINES)
     pretend(tmp_path, "cat", setup="another")
     pretend(tmp_path, "dog")

@@ -102,7 +102,7 @@ def test_a_gif_loops_for_ever_and_keeps_the_picture() -> None:
     assert psnr(frames, iio.imread(data, extension=".gif")) > 25
 
 
-def test_a_gif_that_stands_still_lasts_as_long() -> None:
+def test_a_gif_without_motion_lasts_as_long() -> None:
     assert sum(durations_ms(encode(np.repeat(clip(1), 8, axis=0), 8, "gif"))) == 1000
 
 
