@@ -1,4 +1,4 @@
-"""What the commands share: reading arguments."""
+"""Argument parsers that the commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as everything else is reported: in one line."""
+    """Reports a wrong flag as any invalid input, in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -22,9 +22,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def config_parser(name: str, command: Callable[..., int]) -> Parser:
-    """Return the parser of a command that takes configuration overrides."""
+def config_parser(name: str, command: Callable[..., int], *, required: bool = False) -> Parser:
+    """Return the parser of a command that takes a configuration and overrides of it."""
     parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
+    parser.add_argument("--config", required=required, help="YAML file of the model and its deployment")
     add_overrides(parser)
     return parser
 

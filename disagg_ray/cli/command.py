@@ -1,6 +1,6 @@
 """The `disagg-ray` command.
 
-Exit status: 0 done, 2 what was given cannot be used, 1 it failed, 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 done, 1 failed, 2 invalid input, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -53,19 +53,18 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("disagg-ray: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # noqa: BLE001 - the end of the process, which says what it was
+    except Exception as error:  # noqa: BLE001 - the end of the process, which reports it
         console.crash(error)
         return 1
 
 
 def show_config(argv: Sequence[str]) -> int:
-    """Print the resolved configuration, or with --docs what every key means."""
+    """Print the resolved configuration, or with --docs the reference of all keys."""
     parser = config_parser("config", show_config)
-    parser.add_argument("--config", help="YAML file of the model and its deployment")
     parser.add_argument("--docs", action="store_true", help="print every key with its default and meaning, as Markdown")
     options = parser.parse_intermixed_args(argv)
     if options.docs == (options.config is not None):
-        raise InputError("--config: give a YAML file to resolve, or --docs for every key, and not both")
+        raise InputError("--config: give either a YAML file to resolve, or --docs for all keys")
     if options.docs:
         print(to_markdown(), end="")
         return 0
@@ -78,11 +77,11 @@ def show_config(argv: Sequence[str]) -> int:
 def make_checkpoint(argv: Sequence[str]) -> int:
     """Write a checkpoint of a known shape with seeded random weights."""
     parser = Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
-    parser.add_argument("shape", help="as wan2.1-t2v-1.3b or tiny-t2v")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("shape", help="name of the shape, such as wan2.1-t2v-1.3b or tiny-t2v")
+    parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", help="where the weights are drawn")
+    parser.add_argument("--device", default="cpu", help="device that draws the weights")
     options = parser.parse_args(argv)
     from disagg_ray.models.wan import random
 
@@ -97,20 +96,19 @@ def make_checkpoint(argv: Sequence[str]) -> int:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Check this machine, the cluster's nodes and every way between them, or a service."""
+    """Check this machine, the cluster's nodes and the routes between them, or a service."""
     parser = config_parser("doctor", doctor)
-    parser.add_argument("--config", help="YAML file of the model and its deployment, to check against it")
-    parser.add_argument("--connect", metavar="NAME", help="check this service instead, with a small video")
-    parser.add_argument("--address", help="Ray cluster to join, as cluster.address")
+    parser.add_argument("--connect", metavar="NAME", help="check this service instead, by generating a small video")
+    parser.add_argument("--address", help="Ray cluster to join, as cluster.address does")
     parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--output", help="check also that a video can be written there")
+    parser.add_argument("--output", help="also check that a video can be written there")
     options = parser.parse_intermixed_args(argv)
     overrides = overrides_of(options)
     if overrides and not options.config:
-        raise InputError(f"--config: not given, so {overrides[0]!r} has nothing to override; give a YAML file")
+        raise InputError(f"--config: required to override {overrides[0]!r}; give a YAML file")
     if options.connect and (options.config or options.local):
-        raise InputError("--connect: it goes without --config and --local: what stands is checked as it stands")
+        raise InputError("--connect: not allowed with --config or --local: a service has its own configuration")
     config = load_config(options.config, *overrides) if options.config else None
     from disagg_ray.doctor import check_place, examine, examine_service, exit_status, print_checks, to_json
 
@@ -125,10 +123,10 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """Show where a finished run's time went: numbers, a picture, a trace and a page with the videos."""
+    """Report where a finished run's time went: tables, a timeline, a trace and a page with the videos."""
     parser = Parser(prog="disagg-ray report", description=report.__doc__)
     parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
-    parser.add_argument("--output", metavar="FOLDER", help="where to write instead of into OUT")
+    parser.add_argument("--output", metavar="FOLDER", help="folder to write to; default: OUT")
     options = parser.parse_args(argv)
     if options.output is not None:
         check_folder(options.output)
@@ -147,7 +145,7 @@ COMMANDS = {
 
 def _usage() -> str:
     lines = [f"  {name:<16} {inspect.getdoc(command)}" for name, command in COMMANDS.items()]
-    return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` says more."
+    return "usage: disagg-ray COMMAND ...\n\n" + "\n".join(lines) + "\n\n`disagg-ray COMMAND --help` lists the flags."
 
 
 if __name__ == "__main__":

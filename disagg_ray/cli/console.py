@@ -1,4 +1,4 @@
-"""Standard output and error as the commands need them: always there, and no reason to fail once the work is done."""
+"""Standard output and error for the commands: always open, and never a reason to fail once the work is done."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 MAX_CHARS = 2_000
-"""Of a message."""
+"""Longest message printed."""
 
 
 class _Standard(io.FileIO):
-    """A standard stream; what it does not take is dropped, so that no work is lost for it."""
+    """A standard stream that drops what cannot be written, so that no work is lost."""
 
     failure: OSError | None = None
-    """Other than that its reader has left, as after `| head`."""
+    """Why a write failed, unless the reader has gone, as after `| head`."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
@@ -34,7 +34,7 @@ class _Standard(io.FileIO):
 
 
 def set_up() -> None:
-    """Open what the shell has closed (a file opened later would take its number), and replace both streams."""
+    """Reopen descriptors that the shell has closed (a file opened later would get their numbers); wrap both streams."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -57,7 +57,7 @@ def _text(descriptor: int, before: TextIO | None) -> TextIO:
 
 
 def flush() -> bool:
-    """Write what is left of standard output; say so, and return False, where that fails, as on a full disk."""
+    """Flush standard output; report it and return False if that fails, as on a full disk."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     failure = getattr(raw, "failure", None)
@@ -73,14 +73,14 @@ def fail(how: str, what: object) -> None:
 
 
 def crash(error: Exception) -> None:
-    """Print an error that nobody meant, in one line, which says where its traceback is."""
+    """Print an unexpected error in one line that names the file with its traceback."""
     trace = "".join(traceback.format_exception(error))
-    said = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="disagg_ray-error-", suffix=".txt", delete=False) as file:
             file.write(trace.encode(errors="backslashreplace").decode())
     except OSError:
         print(trace, file=sys.stderr)
-        fail("failed", said)
+        fail("failed", message)
     else:
-        fail("failed", f"{said}; this is a fault of disagg_ray, please report it with {file.name}")
+        fail("failed", f"{message}; this is a bug in disagg_ray, please report it with {file.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,13 @@ if TYPE_CHECKING:
 def generate(argv: Sequence[str]) -> int:
     """Generate one video, or with --requests many."""
     parser = config_parser("generate", generate)
-    parser.add_argument("--config", help="YAML file of the model and its deployment")
-    parser.add_argument("--connect", metavar="NAME", help="use the pipeline that `disagg-ray up NAME` put up")
-    parser.add_argument("--output", help="where to write: .mp4, .gif, .npy, or a folder for png files")
+    parser.add_argument("--connect", metavar="NAME", help="use the service that `disagg-ray up NAME` deployed")
+    parser.add_argument("--output", help="file or URL to write: .mp4, .gif, .npy, or a folder for png files")
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--quiet", action="store_true", help="show no progress, and only warnings")
-    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or json: an object a line")
-    parser.add_argument(
-        "--trace", metavar="FILE", help="where to write a .json that ui.perfetto.dev shows: who did what"
-    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress, log only warnings")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text", help="text, or one JSON object a line")
+    parser.add_argument("--trace", metavar="FILE", help="write a .json trace for ui.perfetto.dev")
     _add_request_flags(parser)
     _add_batch_flags(parser)
     options = parser.parse_intermixed_args(argv)
@@ -55,9 +52,9 @@ def generate(argv: Sequence[str]) -> int:
         check_trace(options.trace, in_job=in_ray_job())
     single = ("output", "local", "overwrite", *(f.name for f in fields(Request)))
     if options.requests is not None:
-        _refuse(options, single, "a batch takes it from the lines of --requests, or not at all; leave it out")
+        _refuse(options, single, "leave it out; fields of a request belong in the lines of that file")
     else:
-        _refuse(options, BATCH_FLAGS, "it goes with --requests; give both, or neither")
+        _refuse(options, BATCH_FLAGS, "give both, or neither")
     if options.connect is not None:
         from disagg_ray.driver.cluster import join
 
@@ -67,12 +64,12 @@ def generate(argv: Sequence[str]) -> int:
 
 def _generate_one(options: argparse.Namespace) -> int:
     if options.output is None:
-        raise InputError("--output: not given; write one such as video.mp4, or for many --requests and --output-dir")
+        raise InputError("--output: not given; give a file such as video.mp4, or --requests and --output-dir")
     config = _config_of(options)
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
-    resolved, _ = resolve(request, config)  # what is wrong with it should show before anything starts
+    resolved, _ = resolve(request, config)  # invalid input fails before anything starts
     check_prompts(resolved, config.model)
     if options.local:
         check_writer(request.format)
@@ -91,10 +88,10 @@ def _generate_one(options: argparse.Namespace) -> int:
 
 
 def _save(result: Result, options: argparse.Namespace) -> Path | str:
-    """Write the video where it was to go, or else anywhere.
+    """Write the video to --output, or, if that fails, to another folder.
 
     Raises:
-        SaveError: says where it is.
+        SaveError: names that other place.
     """
     try:
         return result.save(options.output, overwrite=options.overwrite)
@@ -104,7 +101,7 @@ def _save(result: Result, options: argparse.Namespace) -> Path | str:
 
 def _generate_many(options: argparse.Namespace) -> int:
     if options.output_dir is None:
-        raise InputError("--output-dir: not given; write the folder the videos go to")
+        raise InputError("--output-dir: not given; give the folder for the videos")
     check_folder(options.output_dir, in_job=in_ray_job())
     config = _config_of(options)
 
@@ -115,7 +112,7 @@ def _generate_many(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
     asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
     began = time.time()
-    summary = batch.generate(asked, config, partial(_start_split, config, options))
+    summary = batch.generate(asked, config, partial(_start_on_ray, config, options))
     if options.trace is not None:
         records = [record for record in read_manifest(asked.output_dir) if record.finished >= began]
         _write_trace(options.trace, [(record.id, record.stages) for record in records])
@@ -133,13 +130,15 @@ BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
 
 def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group("many videos")
-    many.add_argument("--requests", metavar="FILE", help="JSON lines: any field of a request, `id` names the video")
-    many.add_argument("--output-dir", metavar="FOLDER", help="where videos and manifest.jsonl go; run again to go on")
     many.add_argument(
-        "--verify", action="store_true", help="tell what is done by its digest, not by its time of change"
+        "--requests",
+        metavar="FILE",
+        help="JSON lines file, a request a line; `id` names the video",
     )
-    many.add_argument("--retry-failed", action="store_true", help="try again what failed in an earlier run")
-    many.add_argument("--skip-invalid", action="store_true", help="go on without lines that cannot be used")
+    many.add_argument("--output-dir", metavar="FOLDER", help="folder for videos and manifest; run again to resume")
+    many.add_argument("--verify", action="store_true", help="check finished videos by digest, not by modification time")
+    many.add_argument("--retry-failed", action="store_true", help="retry requests that failed in an earlier run")
+    many.add_argument("--skip-invalid", action="store_true", help="skip invalid lines")
 
 
 def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> None:
@@ -152,11 +151,11 @@ def _refuse(options: argparse.Namespace, names: Iterable[str], remedy: str) -> N
 
 def _check_source(options: argparse.Namespace) -> None:
     if (options.config is None) == (options.connect is None):
-        raise InputError("--config: give it, or the NAME of a service as --connect, and not both")
+        raise InputError("--config: give either a YAML file, or the NAME of a service as --connect")
     overrides = overrides_of(options)
     if options.connect is not None and (overrides or options.local):
         given = overrides[0] if overrides else "--local"
-        raise InputError(f"--connect: {given} has no effect on a service; leave it out, or use `up`")
+        raise InputError(f"--connect: {given} has no effect on a service; leave it out, or run `disagg-ray up` again")
 
 
 def _config_of(options: argparse.Namespace) -> Config:
@@ -169,41 +168,31 @@ def _config_of(options: argparse.Namespace) -> Config:
 
 @contextmanager
 def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[LocalPipeline | Pipeline | Connection]:
-    """Start the pipeline, show its progress, and end it whatever happens."""
-    if options.local:
-        from disagg_ray.local import LocalPipeline
-
-        with _display(options, total) as display, LocalPipeline(config, display.on_event) as pipeline:
+    """Start the pipeline, show its progress, and close it whatever happens."""
+    if not options.local:
+        with _start_on_ray(config, options, total) as pipeline:
             yield pipeline
         return
-    with _start_split(config, options, total) as split:
-        yield split
+    from disagg_ray.local import LocalPipeline
+
+    with _display(options, total) as display, LocalPipeline(config, display.on_event) as local:
+        yield local
 
 
 @contextmanager
-def _start_split(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline | Connection]:
-    if options.connect is not None:
-        from disagg_ray.service.client import Connection
-
-        run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
-        with (
-            Interrupts(),
-            _display(options, total) as display,
-            Connection(options.connect, run_id=run_id, on_event=display.on_event) as connection,
-        ):
-            yield connection
-        return
-    from disagg_ray.driver.cluster import Cluster
+def _start_on_ray(config: Config, options: argparse.Namespace, total: int) -> Iterator[Pipeline | Connection]:
     from disagg_ray.pipeline import Pipeline
+    from disagg_ray.service.client import Connection
 
-    Pipeline.check(config)
-    with (
-        Interrupts(),
-        _display(options, total) as display,
-        closing(Cluster(config)),
-        Pipeline(config, display.on_event) as split,
-    ):
-        yield split
+    with Interrupts(), _display(options, total) as display:
+        pipeline: Pipeline | Connection
+        if options.connect is not None:
+            run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
+            pipeline = Connection(options.connect, run_id=run_id, on_event=display.on_event)
+        else:
+            pipeline = Pipeline(config, display.on_event)
+        with pipeline:
+            yield pipeline
 
 
 def _display(options: argparse.Namespace, total: int) -> Display:
@@ -213,7 +202,7 @@ def _display(options: argparse.Namespace, total: int) -> Display:
 
 
 def _add_request_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a kebab-case flag for every field of Request but `format`, which the output's suffix decides."""
+    """Add a flag for every field of Request but `format`, which the output's suffix decides."""
     docs = field_docs(Request)
     for f in fields(Request):
         if f.name != "format":

@@ -1,4 +1,4 @@
-"""How log lines look: plain for people, one JSON object a line for machines."""
+"""Log lines: plain text, or one JSON object a line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Format = Literal["text", "json"]
 FORMATS: tuple[Format, ...] = ("text", "json")
 
 
-MOST_CHARS = 4000
-"""Of a message: what holds more was not written for people."""
+MAX_CHARS = 4000
+"""Longest message logged."""
 
 
 class TextFormatter(logging.Formatter):
-    """The message alone: one line whatever it holds, as names and texts of files may be in it."""
+    """The message alone, made one printable line: it may hold file names and contents."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(record.message, MOST_CHARS)
+        return printable(record.message, MAX_CHARS)
 
 
 class JsonFormatter(logging.Formatter):
@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": printable(record.getMessage(), MOST_CHARS),
+            "message": printable(record.getMessage(), MAX_CHARS),
         }
         if request_id := getattr(record, "request_id", None):
             fields["request_id"] = request_id
@@ -45,7 +45,7 @@ class JsonFormatter(logging.Formatter):
 def set_up(log_format: Format = "text", *, quiet: bool = False) -> None:
     """Send log lines to standard error.
 
-    As JSON they also tell when each stage of a request was done, which otherwise the progress shows.
+    As JSON they include each finished stage of a request, which otherwise the progress display shows.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())

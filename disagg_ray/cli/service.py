@@ -14,16 +14,16 @@ from disagg_ray.text import shown
 
 
 def up(argv: Sequence[str]) -> int:
-    """Put a pipeline up that stays, for many drivers; one that stands becomes what is given, replica by replica."""
+    """Deploy a service for many clients, or change a running one to this configuration, replica by replica."""
     parser = Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
-    parser.add_argument("name", metavar="NAME", help="what drivers will call it")
+    parser.add_argument("name", metavar="NAME", help="name that clients connect to")
     add_overrides(parser)
     parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
-    parser.add_argument("--only", metavar="STAGE", help="start this stage; the last one makes the pipeline ready")
-    parser.add_argument("--here", action="store_true", help="with --only: on this machine")
+    parser.add_argument("--only", metavar="STAGE", help="start this stage; the service is ready once all were started")
+    parser.add_argument("--here", action="store_true", help="with --only: start it on this machine")
     options = parser.parse_intermixed_args(argv)
     if options.here and options.only is None:
-        raise InputError("--here: it goes with --only STAGE; give both, or neither")
+        raise InputError("--here: requires --only STAGE")
     config = load_config(options.config, *overrides_of(options))
     check_joining(config.cluster, config.cluster.address or "this machine")
     check_model(config, whole=False)
@@ -43,7 +43,7 @@ def up(argv: Sequence[str]) -> int:
 def ls(argv: Sequence[str]) -> int:
     """List the services."""
     parser = Parser(prog="disagg-ray ls", description=ls.__doc__)
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     options = parser.parse_args(argv)
     from disagg_ray.driver.cluster import join
 
@@ -60,11 +60,11 @@ def ls(argv: Sequence[str]) -> int:
 
 
 def down(argv: Sequence[str]) -> int:
-    """Take a service down."""
+    """Shut a service down."""
     parser = Parser(prog="disagg-ray down", description=down.__doc__)
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--drain", action="store_true", help="let what runs finish first")
-    parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="most that --drain waits")
+    parser.add_argument("--drain", action="store_true", help="let running requests finish first")
+    parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="time limit of --drain")
     options = parser.parse_args(argv)
     if not 0 <= options.grace < math.inf:
         raise InputError(f"invalid --grace={options.grace:g}: must be at least 0 seconds")
@@ -80,7 +80,7 @@ def scale(argv: Sequence[str]) -> int:
     """Change how many replicas a stage of a service has."""
     parser = Parser(prog="disagg-ray scale", description=scale.__doc__)
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="as transformer=4")
+    parser.add_argument("stages", nargs="+", metavar="STAGE=NUMBER", help="such as transformer=4")
     options = parser.parse_args(argv)
     asked = [_parse_scale(text) for text in options.stages]
     _join_for(options.name, None)

@@ -13,8 +13,8 @@ from disagg_ray.driver.handle import Handle, gather
 from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.signals import Answer
 from disagg_ray.errors import RequestError
-from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
+from disagg_ray.progress.listener import Listener
 from disagg_ray.replica.messages import ReplicaInfo
 from disagg_ray.request import Request, ResolvedRequest
 from disagg_ray.result import Result

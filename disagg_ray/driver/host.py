@@ -9,8 +9,8 @@ from disagg_ray.driver.cluster import Cluster
 from disagg_ray.driver.engine import Engine
 from disagg_ray.driver.loop import LoopThread
 from disagg_ray.driver.threads import within
-from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
+from disagg_ray.progress.listener import Listener
 from disagg_ray.replica.messages import Health
 from disagg_ray.scheduling.admission import Admission
 
@@ -56,7 +56,7 @@ class EngineHost:
 
     def _publish(self, event: Event) -> None:
         if self._listener is not None:
-            self._listener.hear(event)
+            self._listener.notify(event)
 
     def health(self) -> dict[str, Health]:
         """Ask every replica for its health, by name; those that turn out to be lost are left out."""

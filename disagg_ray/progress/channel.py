@@ -1,8 +1,8 @@
-"""What replicas tell the driver while they work: the only place that imports zmq and msgpack.
+"""Events from replicas to their driver, over ZeroMQ.
 
-Each replica pushes events to one socket that the driver binds. Events may be lost and never make a stage wait: what
-cannot leave at once is dropped and counted. CURVE encrypts with keys made for the run, and since CURVE alone admits any
-client, a ZAP allow-list admits the run's one client key.
+Each replica pushes events to one socket that the driver binds. Events may be lost and never delay a stage: what cannot
+be sent at once is dropped and counted. CURVE encrypts with keys made for the run. It alone would admit any client, so a
+ZAP handler admits only the run's client key.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import os
-import queue
 import resource
 import socket
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from disagg_ray.progress.events import MAX_BYTES, Event, _leaves, pack, unpack
+from disagg_ray.progress.events import MAX_BYTES, Event, pack, unpack
 from disagg_ray.transfer.sockets import EVERYBODY, NOBODY, Program, admit, listen
 
 logger = logging.getLogger("disagg_ray")
@@ -33,21 +32,24 @@ CURVE_BYTES = 33
 """What encryption adds to a message: its command's name, flags, a nonce and an authenticator."""
 
 QUEUED_EVENTS = 1000
-"""How many may be on their way at each end before more are dropped."""
+"""At each end of a connection; more are dropped."""
 
 STEP_INTERVAL_S = 0.1
 """Least time between two steps of an attempt that are sent; the first and the last always are."""
 
 HANDSHAKE_MS = 5_000
-"""How long a stranger may keep a connection on which it says nothing."""
+"""Time that a connection has to authenticate."""
 
 CONNECT_MS, RECONNECT_MS = 5_000, 10_000
 
 HEARTBEAT_MS, SILENT_MS = 15_000, 60_000
 """Heartbeats keep a quiet connection open through firewalls; one without an answer is closed and made anew."""
 
+DOMAIN = "progress"
+"""Of the ZAP handler."""
+
 CLOSE_S = 5.0
-"""How long closing waits for a callback to return."""
+"""How long closing waits for a thread."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,12 @@ class Credentials:
     secret_key: str = field(repr=False)
 
 
-class _Watcher:
-    """Passes events to a callback; what that raises is logged once and stops nothing."""
-
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._on_event = on_event
-        self._failed = False
-
-    def tell(self, event: Event) -> None:
-        try:
-            self._on_event(event)
-        except Exception:
-            if not self._failed:
-                logger.exception("what watches the progress failed; the videos go on")
-            self._failed = True
-
-
 class Receiver:
-    """The driver's end: binds a port of `host` and hands each event to `on_event`, on a thread of its own.
+    """The driver's end: bind a port of `host` and pass each event to `on_event`, on a thread of its own.
 
-    The port is a free one of `ports`, or any; a filter `program` says who may come. If there is none, or `host` is not
-    an address of this machine, `credentials` is None and no events come: progress is never worth failing for.
+    `on_event` must return at once and not raise. The port is a free one of `ports`, or any; the packet filter `program`
+    decides who may connect. If no port is free, or `host` is not an address of this machine, `credentials` is None and
+    no events come: progress is never worth failing for.
     """
 
     def __init__(
@@ -95,18 +82,19 @@ class Receiver:
         self.received = 0
         self._malformed = 0
         self._connections = Counter[int]()
-        self._watcher = _Watcher(on_event)
-        self._domain = uuid.uuid4().hex
-        self._closing, self._close = socket.socketpair()
-        context = _shared.acquire()
-        self._socket = context.socket(zmq.PULL)
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
+        self._on_event = on_event
         self._program = program or EVERYBODY
         self._gate: socket.socket | None = None
         self._is_shut = False
         self._max_open = _most_connections()
+        self._closing, self._close = socket.socketpair()
+        self._context = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()  # before the port opens: without a handler zmq admits anyone
+        self._socket = self._context.socket(zmq.PULL)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
         self._bind(host, ports)
         self._thread = threading.Thread(target=self._run, name="disagg_ray-progress", daemon=True)
         self._thread.start()
@@ -120,28 +108,27 @@ class Receiver:
     def _bind(self, host: str, ports: range | None) -> None:
         server_key, server_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
-        _shared.admit(self._domain, public_key)  # before the port opens: without a handler zmq admits anyone
+        admits = SimpleNamespace(callback=lambda _domain, key: key == public_key)
+        self._authenticator.configure_curve_callback(DOMAIN, admits)
         options: dict[int, int | bytes] = {
             zmq.LINGER: 0, zmq.IPV6: ":" in host, zmq.RCVHWM: QUEUED_EVENTS, zmq.MAXMSGSIZE: MAX_BYTES + CURVE_BYTES,
             zmq.HANDSHAKE_IVL: HANDSHAKE_MS, zmq.HEARTBEAT_IVL: HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: SILENT_MS,
-            zmq.ZAP_DOMAIN: self._domain.encode(), zmq.CURVE_SERVER: 1, zmq.CURVE_SECRETKEY: server_secret,
+            zmq.ZAP_DOMAIN: DOMAIN.encode(), zmq.CURVE_SERVER: 1, zmq.CURVE_SECRETKEY: server_secret,
         }  # fmt: skip
         for option, value in options.items():
             self._socket.set(option, value)
+        address = f"[{host}]" if ":" in host else host
         try:
-            self._listen(host, ports)
+            self._gate = listen(host, ports, None if self._program is EVERYBODY else self._program)
+            self._gate.setblocking(False)
+            self._socket.set(zmq.USE_FD, os.dup(self._gate.fileno()))
+            self._socket.bind(f"tcp://{address}:*")
         except (OSError, zmq.ZMQError) as error:
             within = f" within transport.port_range={ports[0]}-{ports[-1]}" if ports else ""
             logger.warning("no progress will be shown: cannot listen on %s%s (%s)", host, within, error)
             return
         endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self.credentials = Credentials(endpoint, server_key.decode(), public_key.decode(), secret_key.decode())
-
-    def _listen(self, host: str, ports: range | None) -> None:
-        gate = self._gate = listen(host, ports, None if self._program is EVERYBODY else self._program)
-        gate.setblocking(False)
-        self._socket.set(zmq.USE_FD, os.dup(gate.fileno()))
-        self._socket.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -150,19 +137,27 @@ class Receiver:
         while self._closing.fileno() not in (ready := dict(poller.poll())):
             if self._monitor in ready:
                 self._connections[parse_monitor_message(self._monitor.recv_multipart())["event"]] += 1
-                self._watch_gate()
+                self._bound_connections()
             if self._socket in ready:
                 with suppress(zmq.Again):  # zmq may announce a message where a stranger sent what is none
                     self._receive(self._socket.recv(zmq.NOBLOCK))
+        self._closing.close()
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close()
+        if self._gate is not None:
+            self._gate.close()
+        self._authenticator.stop()
+        self._context.term()
 
-    def _watch_gate(self) -> None:
-        """Let nobody in while there are too many connections, or strangers would use up the process's descriptors."""
+    def _bound_connections(self) -> None:
+        """Refuse new connections while there are too many, or strangers would use up the process's descriptors."""
         num_open = self._connections[zmq.EVENT_ACCEPTED] - self._connections[zmq.EVENT_DISCONNECTED]
         shut = num_open >= self._max_open
         if shut == self._is_shut or self._gate is None:
             return
         if shut:
-            logger.warning("%d connections to the progress port: no more are taken until some end", num_open)
+            logger.warning("%d connections to the progress port: more are refused until some end", num_open)
         self._is_shut = shut
         admit(self._gate, NOBODY if shut else self._program)
 
@@ -173,28 +168,12 @@ class Receiver:
             self._malformed += 1
             return
         self.received += 1
-        self._watcher.tell(event)
+        self._on_event(event)
 
     def close(self) -> None:
         """Close the port and end the thread; `on_event` is not called any more. Idempotent."""
-        if self._close.fileno() < 0:
-            return
         self._close.close()
         self._thread.join(CLOSE_S)
-        if self._thread.is_alive():
-            logger.warning("what watches the progress has hung for %.0f s: left behind", CLOSE_S)
-        else:
-            self._end()
-
-    def _end(self) -> None:
-        self._closing.close()
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close()
-        if self._gate is not None:
-            self._gate.close()
-        _shared.expel(self._domain)
-        _shared.release()
 
 
 def _most_connections() -> int:
@@ -203,67 +182,36 @@ def _most_connections() -> int:
     return (limit if limit != resource.RLIM_INFINITY else 4096) // 4
 
 
-class Listener:
-    """Hands events to `on_event` on a thread of its own, so that it holds nobody up; too many are dropped."""
-
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._watcher = _Watcher(on_event)
-        self._events: queue.Queue[Event | None] = queue.Queue(QUEUED_EVENTS)
-        self._thread = threading.Thread(target=self._run, name="disagg_ray-listener", daemon=True)
-        self._thread.start()
-
-    def hear(self, event: Event) -> None:
-        with suppress(queue.Full):
-            self._events.put_nowait(event)
-
-    def _run(self) -> None:
-        while (event := self._events.get()) is not None:
-            self._watcher.tell(event)
-
-    def close(self) -> None:
-        """Deliver what came before and end the thread; one that hangs is left behind."""
-        with suppress(queue.Full):
-            self._events.put(None, timeout=CLOSE_S)
-            if self._thread is not threading.current_thread():  # a callback may close the pipeline
-                self._thread.join(CLOSE_S)
-
-
 class Sender:
     """A replica's end. Any of its threads may send, and none ever waits. Without credentials nothing is sent."""
 
     def __init__(self, credentials: Credentials | None) -> None:
         self.sent = 0
         self.dropped = 0
-        """Events that had nowhere to go, steps that followed too closely not among them."""
-        self._lock = threading.Lock()  # of the socket, which is not thread-safe, and of what is below
+        """Events that could not be sent; steps that followed too closely not among them."""
+        self._lock = threading.Lock()
+        """Guards the socket, which is not thread-safe, and the counts."""
         self._last: dict[str, float] = {}
         """By request: when a step of it was last sent."""
-        self._socket: zmq.Socket[bytes] | None = None
-        if credentials is not None:
-            self._socket = _shared.acquire().socket(zmq.PUSH)
-            self._connect(self._socket, credentials)
+        self._socket = _connect(credentials) if credentials is not None else None
 
-    def _connect(self, push: zmq.Socket[bytes], credentials: Credentials) -> None:
-        options: dict[int, int | bytes] = {
-            zmq.LINGER: 0, zmq.IPV6: "[" in credentials.endpoint, zmq.SNDHWM: QUEUED_EVENTS, zmq.IMMEDIATE: 1,
-            zmq.CONNECT_TIMEOUT: CONNECT_MS, zmq.RECONNECT_IVL_MAX: RECONNECT_MS,
-            zmq.HEARTBEAT_IVL: HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: SILENT_MS,
-            zmq.CURVE_SERVERKEY: credentials.server_key.encode(),
-            zmq.CURVE_PUBLICKEY: credentials.public_key.encode(),
-            zmq.CURVE_SECRETKEY: credentials.secret_key.encode(),
-        }  # fmt: skip
-        for option, value in options.items():
-            push.set(option, value)
-        push.connect(credentials.endpoint)
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Return whether events can be sent, at the latest after `timeout_s`."""
+        with self._lock:
+            return self._socket is not None and bool(self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT))
 
     def send(self, event: Event) -> None:
         """Send an event if that can be done at once; drop it otherwise."""
+        data = pack(event)
         with self._lock:
             if self._socket is None or self._follows_closely(event):
                 return
-            if _leaves(self._socket, pack(event)):
+            try:
+                if len(data) > MAX_BYTES:  # the receiver would cut the connection
+                    raise zmq.Again
+                self._socket.send(data, zmq.NOBLOCK)
                 self.sent += 1
-            else:
+            except zmq.Again:
                 self.dropped += 1
 
     def _follows_closely(self, event: Event) -> bool:
@@ -282,56 +230,19 @@ class Sender:
             push, self._socket = self._socket, None
         if push is not None:
             push.close()
-            _shared.release()
 
 
-class _OneKey:
-    """An allow-list of one client, in the form that pyzmq's authenticator asks for."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return key == self._key
-
-
-class _Shared:
-    """The process's one zmq context, from its first user to its last, and the one ZAP handler a context can have."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._context: zmq.Context[zmq.Socket[bytes]]
-        self._authenticator: ThreadAuthenticator | None = None
-
-    def acquire(self) -> zmq.Context[zmq.Socket[bytes]]:
-        with self._lock:
-            if self._users == 0:
-                self._context = zmq.Context()
-            self._users += 1
-            return self._context
-
-    def admit(self, domain: str, key: bytes) -> None:
-        """Admit a client key to the sockets of a ZAP domain, and no other."""
-        with self._lock:
-            if self._authenticator is None:
-                self._authenticator = ThreadAuthenticator(self._context)
-                self._authenticator.start()
-            self._authenticator.configure_curve_callback(domain, _OneKey(key))
-
-    def expel(self, domain: str) -> None:
-        with self._lock:
-            assert self._authenticator is not None
-            del self._authenticator.credentials_providers[domain]
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                if self._authenticator is not None:
-                    self._authenticator.stop()
-                    self._authenticator = None
-                self._context.term()
-
-
-_shared = _Shared()
+def _connect(credentials: Credentials) -> zmq.Socket[bytes]:
+    push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    options: dict[int, int | bytes] = {
+        zmq.LINGER: 0, zmq.IPV6: "[" in credentials.endpoint, zmq.SNDHWM: QUEUED_EVENTS, zmq.IMMEDIATE: 1,
+        zmq.CONNECT_TIMEOUT: CONNECT_MS, zmq.RECONNECT_IVL_MAX: RECONNECT_MS,
+        zmq.HEARTBEAT_IVL: HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: SILENT_MS,
+        zmq.CURVE_SERVERKEY: credentials.server_key.encode(),
+        zmq.CURVE_PUBLICKEY: credentials.public_key.encode(),
+        zmq.CURVE_SECRETKEY: credentials.secret_key.encode(),
+    }  # fmt: skip
+    for option, value in options.items():
+        push.set(option, value)
+    push.connect(credentials.endpoint)
+    return push

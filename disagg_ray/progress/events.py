@@ -1,14 +1,13 @@
-"""What is reported of a request, as it travels: small, bounded, checked when it arrives."""
+"""Events of a request's progress: small, bounded, checked when they arrive."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Literal, get_args
 
 import msgpack
-import zmq
 
 State = Literal["waiting", "pulling", "running", "publishing", "done", "failed", "cancelled"]
 
@@ -28,7 +27,7 @@ MAX_COUNT = 1_000_000
 
 @dataclass(frozen=True)
 class Event:
-    """What became of an attempt of a stage for a request."""
+    """A change in one attempt of one stage for a request."""
 
     request_id: str
     stage: str
@@ -46,32 +45,21 @@ class Event:
     """Seconds since the epoch, by the clock of the node it happened on."""
 
 
-def _leaves(push: zmq.Socket[bytes], data: bytes) -> bool:
-    """Send a message if that can be done at once; return whether it was."""
-    if len(data) > MAX_BYTES:  # the receiver would cut the connection
-        return False
-    try:
-        push.send(data, zmq.NOBLOCK)
-    except zmq.Again:
-        return False
-    return True
-
-
 def pack(event: Event) -> bytes:
-    """Return an event as it travels: a msgpack array of its fields."""
-    fields = (event.request_id, event.stage, event.replica, event.attempt, event.state, event.step, event.steps)
-    data: bytes = msgpack.packb((*fields, event.time))
+    """Return an event as it is sent: a msgpack array of its fields."""
+    data: bytes = msgpack.packb(astuple(event))
     return data
 
 
 WIRE = (str, str, str, int, str, int, int, float)
+"""Types of an event's fields."""
 
 
 def unpack(data: bytes) -> Event:
-    """Return the event that `data` is.
+    """Return the event in `data`, which is untrusted.
 
     Raises:
-        ValueError: it is none, or an impossible one.
+        ValueError: it holds no valid event.
     """
     limits = {"max_str_len": 4 * MAX_CHARS, "max_array_len": len(WIRE)}
     fields = msgpack.unpackb(data, use_list=False, max_bin_len=0, max_map_len=0, max_ext_len=0, **limits)

@@ -139,7 +139,7 @@ class Connection(PipelineApi):
                 if (handle := self._in_flight.get(event.request_id)) is not None:
                     handle.progress = event
                 if self.listener is not None:
-                    self.listener.hear(event)
+                    self.listener.notify(event)
 
     def snapshot(self) -> Snapshot:
         """Return the service's state; wait while its supervisor starts or returns.

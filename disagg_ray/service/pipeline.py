@@ -21,8 +21,8 @@ from disagg_ray.driver.metrics import Reason
 from disagg_ray.driver.placement import room_for
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.models.identity import identify_setup
-from disagg_ray.progress.channel import Listener
 from disagg_ray.progress.events import Event
+from disagg_ray.progress.listener import Listener
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.scheduling.admission import Admission
 from disagg_ray.scheduling.work import measure
