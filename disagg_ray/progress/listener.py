@@ -26,6 +26,7 @@ class Listener:
     def __init__(self, on_event: Callable[[Event], None]) -> None:
         self._on_event = on_event
         self._events: queue.Queue[Event | None] = queue.Queue(QUEUED_EVENTS)
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="disagg_ray-listener", daemon=True)
         self._thread.start()
 
@@ -42,11 +43,13 @@ class Listener:
                 if not failed:
                     logger.exception("the callback for progress events failed; requests continue")
                 failed = True
+            if self._closing and self._events.empty():
+                return
 
     def close(self) -> None:
         """Deliver the events that came before and end the thread; a callback that hangs is left behind."""
-        if self._thread is threading.current_thread():  # a callback closes the pipeline
-            return
-        with suppress(queue.Full):
-            self._events.put(None, timeout=CLOSE_S)
+        self._closing = True
+        with suppress(queue.Full):  # then it is not waiting for an event
+            self._events.put_nowait(None)
+        if self._thread is not threading.current_thread():  # a callback closes the pipeline
             self._thread.join(CLOSE_S)
