@@ -8,10 +8,11 @@ demo:
 test: check
 	.venv/bin/python -m pytest
 
-quick: check # under two minutes on two cores: what is decided in one process, and one kill, one rollout and one resume
+quick: check # about 90 s on two cores: what is decided in one process, and one kill, one rollout and one resume
 	.venv/bin/python -m pytest -q -m 'quick or not slow and not proof' $(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY)))
 
-HEAVY = bench_scheduler bench_tables checkpoint doctor guard holdings lora options parity plan pool sockets tiles transfer video
+HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings lora memory models_maker options \
+	parity plan pool report schedulers sockets tiles tiny transfer turns video
 
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some twenty minutes
 	@.ci/setup test
