@@ -41,7 +41,7 @@ def test_images_install_the_versions_that_the_tests_passed_with() -> None:
     installs = re.findall(r"pip install (.+)", DOCKERFILE)
     assert len(installs) == 2
     assert all("-c constraints.txt" in install for install in installs)
-    extras = set(re.findall(r"'\.\[(\w+)\]'", DOCKERFILE))
+    extras = set(re.findall(r"'\.\[(\w+),serve\]'", DOCKERFILE))
     wheels = {re.match(r"[\w-]+", line)[0] for extra in extras for line in PROJECT["optional-dependencies"][extra]}
     assert len(wheels) == 2
     assert all(re.search(rf"^{wheel}==", CONSTRAINTS, re.MULTILINE) for wheel in wheels)

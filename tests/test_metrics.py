@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from disagg_ray.driver import metrics
+from disagg_ray.http import metrics as http_metrics
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -214,9 +215,12 @@ def test_every_alert_is_tested() -> None:
 
 def test_expressions_use_declared_metrics_only() -> None:
     text = "\n".join([*dashboard_expressions(), *(rule["expr"] for rule in rules())])
-    histograms = {f"{name}_{suffix}" for name in metrics.HISTOGRAMS for suffix in ("bucket", "sum", "count")}
+    rooms = (metrics, http_metrics)
+    histograms = {
+        f"{name}_{suffix}" for room in rooms for name in room.HISTOGRAMS for suffix in ("bucket", "sum", "count")
+    }
     used = set(re.findall(r"ray_disagg_ray_(\w+)", text))
-    assert used - histograms - {*metrics.COUNTERS, *metrics.GAUGES} == set()
+    assert used - histograms - {name for room in rooms for name in (*room.COUNTERS, *room.GAUGES)} == set()
     assert set(re.findall(r"disagg_ray:[\w:]+", text)) == {rule["record"] for rule in rules() if "record" in rule}
 
 

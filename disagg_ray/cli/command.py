@@ -14,6 +14,7 @@ from disagg_ray.cli import console, logs
 from disagg_ray.cli.arguments import Parser, config_parser, overrides_of
 from disagg_ray.cli.generate import generate
 from disagg_ray.cli.plan import plan, profile
+from disagg_ray.cli.serve import keys, serve
 from disagg_ray.cli.service import down, ls, scale, up
 from disagg_ray.config.docs import to_markdown
 from disagg_ray.config.load import load_config, to_yaml
@@ -138,7 +139,8 @@ def report(argv: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "generate": generate, "report": report, "up": up, "ls": ls, "scale": scale, "down": down, "config": show_config,
+    "generate": generate, "report": report, "up": up, "ls": ls, "scale": scale, "down": down, "serve": serve,
+    "keys": keys, "config": show_config,
     "make-checkpoint": make_checkpoint, "doctor": doctor, "profile": profile, "plan": plan,
 }  # fmt: skip
 

@@ -46,6 +46,18 @@ class ServiceConfig(Section):
     """Disk space, in bytes, for finished latents of clients that may reconnect; the oldest are evicted."""
     latents_expire_s: Positive = 86400.0
     """Seconds for which those latents are kept."""
+    folder: str = "outputs/videos"
+    """Where `disagg-ray serve` keeps videos: a path, or a URL that fsspec knows."""
+    database: str | None = None
+    """Where it keeps its jobs, as postgresql://user@host/name; null: SQLite, the file jobs.db in the folder."""
+    api_keys: str | None = None
+    """File of its keys, which `disagg-ray keys add` writes; null: no keys, and it answers this machine alone."""
+    expires_after_s: Positive | None = None
+    """Seconds for which a finished video is kept; null: until it is deleted."""
+    max_bytes: Bytes | None = None
+    """Disk space, in bytes, for finished videos; the oldest are evicted. null: no limit."""
+    max_upload_bytes: Bytes = 64 * 2**20
+    """Most bytes of a request's body, its images included; more is refused unread."""
 
 
 @dataclass(frozen=True)

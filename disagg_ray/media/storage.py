@@ -1,4 +1,7 @@
-"""Results that go to a URL: the only place that imports fsspec. Each kind of storage has errors of its own."""
+"""Results that go to a URL, and folders of either kind read back: the only place that imports fsspec.
+
+Each kind of storage has errors of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ import fsspec
 
 from disagg_ray.errors import OutputError
 from disagg_ray.text import printable
+
+PIECE_BYTES = 256 * 1024
+"""Of what is read at once."""
 
 
 def exists(url: str) -> bool:
@@ -40,6 +46,44 @@ def write(url: str, fill: Callable[[IO[bytes]], None]) -> None:
     """
     with _mapped(url, "written"), fsspec.open(url, "wb") as sink:
         fill(sink)
+
+
+def size(place: str) -> int:
+    """Return the bytes of a file at a path or URL.
+
+    Raises:
+        OutputError: it is not there, or cannot be reached.
+    """
+    with _mapped(place, "read"):
+        filesystem, path = fsspec.core.url_to_fs(place)
+        return int(filesystem.size(path))
+
+
+def read(place: str, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the bytes of a file at a path or URL from `start` up to `stop`, in pieces.
+
+    Raises:
+        OutputError: it is not there, or cannot be reached.
+    """
+    with _mapped(place, "read"):
+        filesystem, path = fsspec.core.url_to_fs(place)
+        with filesystem.open(path, "rb") as file:
+            file.seek(start)
+            while start < stop and (piece := file.read(min(PIECE_BYTES, stop - start))):
+                start += len(piece)
+                yield piece
+
+
+def remove(place: str) -> None:
+    """Remove a file at a path or URL, if it is there.
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    with _mapped(place, "removed"):
+        filesystem, path = fsspec.core.url_to_fs(place)
+        if filesystem.exists(path):
+            filesystem.rm_file(path)
 
 
 @contextmanager

@@ -198,6 +198,14 @@ def load_video(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(iio.imread(path, plugin="FFMPEG"), dtype=np.uint8)
 
 
+def make_thumbnail(video: bytes) -> bytes:
+    """Return the first frame of an mp4 file as a WebP file."""
+    frame = iio.imread(video, index=0, plugin="FFMPEG", extension=".mp4")
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(frame, dtype=np.uint8)).save(buffer, format="WEBP")
+    return buffer.getvalue()
+
+
 def encode_png(frame: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
     """Return one frame as a png file."""
     buffer = io.BytesIO()

@@ -1,0 +1,155 @@
+"""The commands about services over HTTP: serve, keys."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from disagg_ray.cli.arguments import Parser, config_parser
+from disagg_ray.config.load import load_config
+from disagg_ray.config.schema import Config
+from disagg_ray.errors import InputError, StartError
+from disagg_ray.models.preflight import check_model
+from disagg_ray.text import shown
+
+EXTRA = "needs the extra `serve`: pip install 'disagg-ray[serve]'"
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve models over HTTP: OpenAI's videos API, and a page to try it on; Ctrl-C ends it."""
+    parser = config_parser("serve", serve)
+    parser.add_argument("--config", help="YAML file of a model and its deployment, which is put up too")
+    parser.add_argument("--name", help="with --config: the model's id; the file's name if left out")
+    parser.add_argument("--connect", nargs="+", metavar="NAME", help="serve pipelines that `disagg-ray up` put up")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen; others than this machine need keys")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_intermixed_args(argv)
+    names = [name for name in options.connect or () if "=" not in name]
+    options.overrides += [name for name in options.connect or () if "=" in name]
+    if (options.config is None) == (not names):
+        raise InputError("--config: give a YAML file to put up, or --connect NAME of services that run, and not both")
+    if options.name is not None and names:
+        raise InputError("--name: it goes with --config; a service has its name")
+    _check_port(options.host, options.port)
+    try:
+        import disagg_ray.http.app  # noqa: F401 - whether what it needs is installed
+    except ImportError as error:
+        raise StartError(f"`disagg-ray serve` {EXTRA} ({error})") from error
+    with ExitStack() as stack:
+        if names:
+            config = _connect(names, options.overrides)
+        else:
+            names = [options.name or Path(options.config).stem]
+            config = stack.enter_context(_put_up(names[0], options))
+        _serve(names, config, options)
+    return 0
+
+
+def _serve(names: list[str], config: Config, options: argparse.Namespace) -> None:
+    """Serve until a signal comes."""
+    from disagg_ray.http.app import serving
+    from disagg_ray.http.guard import is_loopback
+    from disagg_ray.http.keys import digest_of, new_key
+    from disagg_ray.http.settings import make_settings
+
+    has_keys = config.service.api_keys is not None
+    if not has_keys and not is_loopback(options.host):
+        raise InputError(
+            f"invalid --host={shown(options.host)}: without keys must be this machine, as 127.0.0.1; set "
+            f"service.api_keys=FILE, which `disagg-ray keys add NAME --file FILE` writes"
+        )
+    key = new_key() if has_keys else None
+    settings = make_settings(tuple(names), config, session_key=digest_of(key) if key is not None else None)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with serving(settings, options.host, options.port):
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"page: http://{host}:{options.port}/\nAPI:  http://{host}:{options.port}/v1", flush=True)
+        if key is not None:
+            print(f"key: {key}", flush=True)
+        threading.Event().wait()
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return
+    except (OSError, OverflowError) as error:
+        raise InputError(f"invalid --port={port}: cannot listen on {host}: {error}; give another") from error
+
+
+def _connect(names: list[str], overrides: list[str]) -> Config:
+    """Join the cluster that is there; return the first service's configuration, with other settings of its section."""
+    from disagg_ray.driver.cluster import join
+    from disagg_ray.http.settings import KEYS, override, parse_value
+    from disagg_ray.service.client import fetch_config
+
+    given = {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        section, _, name = key.partition(".")
+        if section != "service" or name not in KEYS:
+            raise InputError(
+                f"{shown(text)} has no effect: the service runs already; only service.{', service.'.join(KEYS)} can be "
+                f"given here"
+            )
+        given[name] = parse_value(name, value)
+    join(None)
+    configs = [fetch_config(name) for name in names]
+    return override(configs[0], given)
+
+
+@contextmanager
+def _put_up(name: str, options: argparse.Namespace) -> Iterator[Config]:
+    """Put a pipeline up in the cluster that is given, or in one of our own; take it down at the end."""
+    from disagg_ray.driver.cluster import Cluster
+    from disagg_ray.driver.names import check_name
+    from disagg_ray.service import lifecycle
+
+    check_name(name)
+    config = load_config(options.config, *options.overrides)
+    check_model(config, whole=False)
+    cluster = Cluster(config)
+    try:
+        if cluster.is_own and config.transport.admit == "auto":
+            config = replace(config, transport=replace(config.transport, admit="host"))
+        lifecycle.up(name, config)
+        try:
+            yield config
+        finally:
+            lifecycle.down(name, 0.0)
+    finally:
+        cluster.close()
+
+
+def keys(argv: Sequence[str]) -> int:
+    """Add, list or remove the keys of an HTTP service; a key is printed once and kept as a digest."""
+    parser = Parser(prog="disagg-ray keys", description=keys.__doc__)
+    parser.add_argument("action", choices=("add", "list", "remove"))
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of a tenant: what is asked for with a key is its own")
+    parser.add_argument("--file", required=True, type=Path, help="the file that service.api_keys names")
+    parser.add_argument("--in-flight", type=int, metavar="N", help="most unfinished jobs at once")
+    parser.add_argument("--seconds-a-day", type=float, metavar="SECONDS", help="most seconds of video within a day")
+    parser.add_argument("--priority", type=int, default=0, help="added to that of its requests")
+    options = parser.parse_args(argv)
+    from disagg_ray.http.keys import Key, add_key, read_keys, remove_key
+
+    if (options.name is None) != (options.action == "list"):
+        raise InputError("NAME: give one to add or remove, and none to list")
+    if options.action == "add":
+        limits = {"max_in_flight": options.in_flight, "seconds_a_day": options.seconds_a_day}
+        made = add_key(options.file, Key(options.name, priority=options.priority, **limits))
+        print(f"key: {made}")
+    elif options.action == "remove":
+        remove_key(options.file, options.name)
+        print(f"{options.name} is removed")
+    else:
+        for key in read_keys(options.file):
+            print(f"{key.name}: in flight {key.max_in_flight or 'any'}, seconds a day {key.seconds_a_day or 'any'}, "
+                  f"priority {key.priority}")  # fmt: skip
+    return 0

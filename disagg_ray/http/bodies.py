@@ -1,0 +1,138 @@
+"""Bodies of requests into what a model is asked for; what cannot be is refused, and the field named."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from disagg_ray.config.schema import Config
+from disagg_ray.errors import DisaggError, RequestError
+from disagg_ray.http.schema import SHOWN, ApiError, CreateVideo
+from disagg_ray.models.prompts import check_prompts
+from disagg_ray.request import MAX_PRIORITY, Request, resolve
+from disagg_ray.text import printable, shown
+
+IMAGES = {"input_reference": "image", "last_image": "last_image"}
+"""Fields of a body that are images, and of the request that they become."""
+PARAMS = {"height x width": "size", "height": "size", "width": "size", "image": "input_reference"}
+"""Fields of a body, by those of the request that they decide."""
+FIELD = re.compile(r"(?:invalid )?(height x width|\w+)[=:]")
+"""How messages about a request begin."""
+SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An image as it was sent."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that the model can serve."""
+
+    prompt: str
+    settings: dict[str, Any]
+    size: str
+    seconds: str
+
+
+def image_of(field: str, url: str) -> Upload:
+    """Return the image of a data URL; no other URL is fetched for a stranger.
+
+    Raises:
+        ApiError: it is none.
+    """
+    head, comma, data = url.partition(",")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        raise ApiError(400, f"{field}: image_url is no data URL; give data:image/png;base64,...", param=field)
+    try:
+        return Upload(field, base64.b64decode(data, validate=True))
+    except binascii.Error as error:
+        raise ApiError(400, f"{field}: image_url is not base64: {error}", param=field) from error
+
+
+def fingerprint(body: CreateVideo, uploads: Mapping[str, Upload]) -> str:
+    """Return a digest by which a repeated body is known."""
+    told = body.model_dump(exclude={"input_reference", "last_image"}, exclude_none=True)
+    digests = {field: hashlib.sha256(upload.data).hexdigest() for field, upload in uploads.items()}
+    return hashlib.sha256(json.dumps([told, digests], sort_keys=True).encode()).hexdigest()
+
+
+def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config, priority: int) -> Asked:
+    """Check a body as every request is checked; `priority` is its key's.
+
+    Raises:
+        ApiError: it cannot be served; names the field.
+    """
+    fields: dict[str, Any] = body.model_dump(
+        include={"negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "seed", "fps"}
+    )
+    num_frames = _num_frames(body, config)
+    with ExitStack() as stack:
+        names: dict[str, str] = {}
+        for field, upload in uploads.items():
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="disagg_ray-"))
+            file.write(upload.data)
+            file.flush()
+            fields[IMAGES[field]], names[file.name] = file.name, upload.name
+        fields |= _sides(body)
+        request = Request(body.prompt, num_frames=num_frames, priority=body.priority, **fields)
+        try:
+            resolved, _ = resolve(request, config)
+            check_prompts(resolved, config.model)
+        except DisaggError as error:
+            raise _answer(error, names, body) from error
+    settings = {name: getattr(resolved, name) for name in (*SHOWN, "height", "width")}
+    settings["priority"] = max(-MAX_PRIORITY, min(MAX_PRIORITY, resolved.priority + priority))
+    seconds = str(body.seconds) if body.seconds is not None else f"{resolved.num_frames / resolved.fps:g}"
+    return Asked(resolved.prompt, settings, f"{resolved.width}x{resolved.height}", seconds.strip())
+
+
+def _answer(error: DisaggError, names: Mapping[str, str], body: CreateVideo) -> ApiError:
+    """Return the answer to a refused request: files by the names that they were sent with, fields as in the body."""
+    message = str(error)
+    for path, name in names.items():
+        message = message.replace(repr(path), shown(name))
+    match = FIELD.match(message)
+    field = match[1] if match is not None else ""
+    param = "seconds" if field == "num_frames" and body.seconds is not None else PARAMS.get(field, field)
+    if param != field and param:
+        message = f"{param}: {message}"
+    return ApiError(400 if isinstance(error, RequestError) else 500, printable(message, 1000), param=param or None)
+
+
+def _sides(body: CreateVideo) -> dict[str, int]:
+    if body.size is None:
+        return {}
+    match = SIZE.fullmatch(body.size)
+    if match is None:
+        raise ApiError(400, f"size: {shown(body.size)} is not WIDTHxHEIGHT, as 832x480", param="size")
+    return {"width": int(match[1]), "height": int(match[2])}
+
+
+def _num_frames(body: CreateVideo, config: Config) -> int | None:
+    """Return the number of frames that comes nearest to the seconds."""
+    if body.seconds is None:
+        return body.num_frames
+    if body.num_frames is not None:
+        raise ApiError(400, "num_frames: given beside seconds; give one of the two", param="num_frames")
+    try:
+        seconds = float(body.seconds)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e6:
+        raise ApiError(400, f"seconds: {shown(body.seconds)} is not a positive number", param="seconds")
+    fps = body.fps if body.fps is not None else config.defaults.fps
+    return max(1, round((seconds * max(1, min(fps, 240)) - 1) / 4) * 4 + 1)

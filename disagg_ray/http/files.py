@@ -1,0 +1,84 @@
+"""Files of an HTTP service: videos, thumbnails and uploaded images, in a folder or at a URL."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from disagg_ray.errors import OutputError
+from disagg_ray.media import storage
+from disagg_ray.media.output import atomic_file, check_output, is_url, local_path
+from disagg_ray.media.video import make_thumbnail
+
+
+class Folder:
+    """Files by name, each written whole or not at all."""
+
+    def __init__(self, place: str) -> None:
+        """Check that files can be written there.
+
+        Raises:
+            OutputError: they cannot.
+        """
+        self._place = place.rstrip("/") if is_url(place) else str(local_path(place))
+        check_output(self._path("probe.mp4"), overwrite=True)
+        if not is_url(self._place):
+            Path(self._place).mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self._place}/{name}"
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file.
+
+        Raises:
+            OutputError: the place does not take it.
+        """
+        if is_url(self._place):
+            storage.write(self._path(name), lambda sink: sink.writelines([data]))
+            return
+        try:
+            with atomic_file(Path(self._path(name))) as sink:
+                sink.write(data)
+        except OSError as error:
+            raise OutputError(f"service.folder: {name} cannot be written: {error.strerror}") from error
+
+    def write_video(self, job_id: str, video: bytes) -> int:
+        """Write a video and its thumbnail; return how many bytes both are."""
+        thumbnail = make_thumbnail(video)
+        self.write(thumbnail_of(job_id), thumbnail)
+        self.write(video_of(job_id), video)
+        return len(video) + len(thumbnail)
+
+    def size(self, name: str) -> int:
+        return storage.size(self._path(name))
+
+    def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        return storage.read(self._path(name), start, stop)
+
+    def remove(self, *names: str) -> None:
+        """Remove files, those that there are."""
+        for name in names:
+            storage.remove(self._path(name))
+
+    @contextmanager
+    def local(self, names: Mapping[str, str]) -> Iterator[dict[str, Path]]:
+        """Give paths of this machine to files, by field."""
+        with ExitStack() as stack:
+            if not is_url(self._place):
+                yield {field: Path(self._path(name)) for field, name in names.items()}
+                return
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="disagg_ray-")))
+            for name in names.values():
+                (folder / name).write_bytes(b"".join(self.read(name, 0, self.size(name))))
+            yield {field: folder / name for field, name in names.items()}
+
+
+def video_of(job_id: str) -> str:
+    return f"{job_id}.mp4"
+
+
+def thumbnail_of(job_id: str) -> str:
+    return f"{job_id}.webp"

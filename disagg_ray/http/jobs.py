@@ -1,0 +1,330 @@
+"""What an HTTP service does: accept jobs, say how they are, cancel and delete them, and keep house."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from disagg_ray.http.bodies import IMAGES, Upload, check_body, fingerprint
+from disagg_ray.http.files import Folder, thumbnail_of, video_of
+from disagg_ray.http.keys import EVERYBODY, Key, Keys
+from disagg_ray.http.metrics import Metrics
+from disagg_ray.http.runner import Runner, Update
+from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
+from disagg_ray.http.settings import Settings
+from disagg_ray.http.store import UNFINISHED, Accepting, Job, Store
+from disagg_ray.service.client import fetch_config
+from disagg_ray.text import shown
+
+logger = logging.getLogger("disagg_ray")
+
+KEEP_HOUSE_S = 0.5
+UNFINISHED_S = 0.5
+"""How old the list may be by which positions in the queue are told."""
+MAX_WORKERS = 1000
+MAX_RETRY_S = 3600
+
+
+class Jobs:
+    """All jobs of one process, from any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open database and folder, connect to the services, and go on with what was left unfinished.
+
+        Raises:
+            DisaggError: a service, the database, the folder or the keys cannot be used.
+        """
+        configs = {model: fetch_config(model) for model in settings.models}
+        self.settings, self.metrics = settings, Metrics()
+        self.folder = Folder(settings.service.folder)
+        self.store = Store(settings.database)
+        self.keys = Keys(settings.service.api_keys, settings.session_key)
+        self.worker = self._take_worker()
+        self._workers = {self.worker}
+        self.runners = {
+            model: Runner(
+                model, config, self.store, self.folder, settings.service.expires_after_s, self.metrics.first_event
+            )
+            for model, config in configs.items()
+        }
+        self._unfinished: tuple[float, list[Job]] = -math.inf, []
+        self._closing = threading.Event()
+        self._resume()
+        self._housekeeper = threading.Thread(target=self._keep_house, daemon=True)
+        self._housekeeper.start()
+
+    def _take_worker(self) -> int:
+        return next(number for number in range(MAX_WORKERS) if self.store.take_worker(number))
+
+    def _resume(self) -> None:
+        """Run what workers of our numbers left; take numbers over whose process is gone."""
+        for job in self.store.unfinished():
+            if job.worker not in self._workers:
+                if not self.store.take_worker(job.worker):
+                    continue
+                self._workers.add(job.worker)
+            if job.model in self.runners:
+                self.runners[job.model].run(job)
+
+    def close(self) -> None:
+        """Give running jobs `grace_s`, then leave the others to the next process."""
+        self._closing.set()
+        self._housekeeper.join()
+        closing = [
+            threading.Thread(target=runner.close, args=(self.settings.grace_s,)) for runner in self.runners.values()
+        ]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+        self.store.close()
+
+    def accept(
+        self, key: Key, body: CreateVideo, uploads: Mapping[str, Upload], idempotency_key: str | None = None,
+        remixed_from: str | None = None,
+    ) -> Job:  # fmt: skip
+        """Check a request and write its job; it is kept once this returns.
+
+        Raises:
+            ApiError: it cannot be served, the key is repeated with another body, or there is too much to do.
+        """
+        runner = self.runner(body.model)
+        made_of = fingerprint(body, uploads)
+        if idempotency_key is not None and (job := self.store.by_idempotency_key(key.name, idempotency_key)):
+            return _repeated(job, made_of)
+        asked = check_body(body, uploads, runner.config, key.priority)
+        now, job_id = time.time(), f"video_{uuid.uuid4().hex}"
+        images = {IMAGES[field]: f"{job_id}.{IMAGES[field]}" for field in uploads}
+        job = Job(
+            job_id, key.name, runner.model, self.worker, asked.prompt, asked.settings, images, asked.size,
+            asked.seconds, now, remixed_from=remixed_from, idempotency_key=idempotency_key, fingerprint=made_of,
+            deadline_at=now + body.deadline_s if body.deadline_s is not None else None,
+        )  # fmt: skip
+        for field, upload in uploads.items():
+            self.folder.write(images[IMAGES[field]], upload.data)
+        try:
+            with self.store.accepting(key.name) as accepting:
+                if idempotency_key is not None and (before := accepting.find(idempotency_key)):
+                    self.folder.remove(*images.values())
+                    return _repeated(before, made_of)
+                self._check_limits(accepting, key, job, runner)
+                accepting.add(job)
+        except ApiError:
+            self.folder.remove(*images.values())
+            raise
+        self.metrics.accepted(key.name)
+        runner.run(job)
+        return job
+
+    def _check_limits(self, accepting: Accepting, key: Key, job: Job, runner: Runner) -> None:
+        """Refuse a job when the queue or what its key may have is full."""
+        limit = runner.config.limits.max_queued
+        if accepting.count(job.model) >= limit:
+            raise self._overloaded(runner, f"{job.model}: {limit} jobs are unfinished", "queue_full")
+        usage = accepting.usage()
+        if key.max_in_flight is not None and usage.in_flight >= key.max_in_flight:
+            raise self._overloaded(runner, f"{key.max_in_flight} jobs of this key are unfinished", "too_many_in_flight")
+        asked = job.settings["num_frames"] / job.settings["fps"]
+        if key.seconds_a_day is not None and usage.seconds_a_day + asked > key.seconds_a_day:
+            message = f"{key.seconds_a_day:g} seconds of video a day are this key's limit; ask for less, or tomorrow"
+            raise ApiError(429, message, code="daily_limit", headers={"Retry-After": str(MAX_RETRY_S)})
+
+    def _overloaded(self, runner: Runner, message: str, code: str) -> ApiError:
+        jobs = [job for job in self.unfinished() if job.model == runner.model]
+        wait_s = runner.pace.wait_s(jobs, runner.replicas)
+        seconds = 10 if wait_s is None else wait_s / max(len(jobs), 1)
+        retry = min(MAX_RETRY_S, max(1, math.ceil(seconds)))
+        return ApiError(429, f"{message}; try again in {retry} s", code=code, headers={"Retry-After": str(retry)})
+
+    def runner(self, model: str | None) -> Runner:
+        """Return what runs a model's jobs; None is the only one.
+
+        Raises:
+            ApiError: there is no such model, or none is named and there are several.
+        """
+        known = ", ".join(self.runners)
+        if model is None and len(self.runners) > 1:
+            raise ApiError(400, f"model: missing; give one of {known}", param="model")
+        name = next(iter(self.runners)) if model is None else model
+        if name not in self.runners:
+            message = f"model: {shown(name)} is unknown; give one of {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.runners[name]
+
+    def find(self, key: Key, job_id: str) -> Job:
+        """Return a job of a key.
+
+        Raises:
+            ApiError: there is none of that id; another key's are none.
+        """
+        job = self.store.get(job_id, key.name)
+        if job is None:
+            raise ApiError(404, f"video_id: there is no video {shown(job_id)}", param="video_id", code="not_found")
+        return job
+
+    def update(self, job: Job) -> Update:
+        """Return a job as it is this moment, as far as this process knows."""
+        runner = self.runners.get(job.model)
+        return runner.view(job) if runner is not None else Update(job, {})
+
+    def show(self, update: Update) -> Video:
+        """Return the answer that describes a job."""
+        job, runner = update.job, self.runners.get(update.job.model)
+        if job.is_finished or runner is None:
+            return to_video(job)
+        shares = runner.pace.shares(job)
+        stages = [
+            StageProgress(stage=name, state=event.state, step=event.step, steps=event.steps, share=shares.get(name, 0))
+            for name, event in sorted(update.stages.items(), key=lambda item: list(shares).index(item[0]))
+        ]
+        ahead = self._ahead(job)
+        waits = runner.pace.wait_s([*ahead, job], runner.replicas)
+        position = len(ahead) if job.status == "queued" else None
+        return to_video(job, stages=stages, queue_position=position, wait_s=waits and round(waits, 1))
+
+    def _ahead(self, job: Job) -> list[Job]:
+        """Return the unfinished jobs of a model that come before one."""
+        ahead = []
+        for other in self.unfinished():
+            if other.id == job.id:
+                break
+            if other.model == job.model:
+                ahead.append(other)
+        return ahead
+
+    def unfinished(self) -> list[Job]:
+        """Return all unfinished jobs, of all processes, as they were a moment ago."""
+        read, jobs = self._unfinished
+        if time.monotonic() > read + UNFINISHED_S:
+            jobs = self.store.unfinished()
+            self._unfinished = time.monotonic(), jobs
+        return jobs
+
+    def cancel(self, key: Key, job_id: str) -> Job:
+        """Cancel a job; what runs of it ends within a step.
+
+        Raises:
+            ApiError: there is no such job, or it has ended otherwise.
+        """
+        job = self.find(key, job_id)
+        if not self.store.change(job_id, UNFINISHED, status="cancelling"):
+            job = self.find(key, job_id)
+            if job.status != "cancelled":
+                raise ApiError(409, f"video_id: the video is {job.status}, no longer to cancel", param="video_id")
+            return job
+        self._cancel_here(job)
+        return self.find(key, job_id)
+
+    def _cancel_here(self, job: Job) -> None:
+        if (runner := self.runners.get(job.model)) is not None:
+            runner.cancel(job.id)
+
+    def delete(self, key: Key, job_id: str) -> None:
+        """Delete a job and its files; one that runs is cancelled."""
+        job = self.find(key, job_id)
+        gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
+        self.store.change(job_id, (*UNFINISHED, "completed", "failed", "cancelled"), status="deleted", **gone)
+        self._cancel_here(job)
+        self.folder.remove(video_of(job_id), thumbnail_of(job_id), *job.images.values())
+
+    def remix(self, key: Key, job_id: str, prompt: str, idempotency_key: str | None) -> Job:
+        """Accept a new prompt with the settings and images of another job.
+
+        Raises:
+            ApiError: as `accept` and `find`.
+        """
+        source = self.find(key, job_id)
+        fields = {name: value for name, value in source.settings.items() if name not in ("height", "width", "priority")}
+        body = CreateVideo(prompt=prompt, model=source.model, size=source.size, **fields)
+        uploads = {
+            field: Upload(field, b"".join(self.folder.read(file, 0, self.folder.size(file))))
+            for field, name in IMAGES.items()
+            if (file := source.images.get(name)) is not None
+        }
+        return self.accept(key, body, uploads, idempotency_key, remixed_from=job_id)
+
+    def content(self, job: Job, variant: str) -> tuple[str, int]:
+        """Return the name and bytes of a file of a finished job.
+
+        Raises:
+            ApiError: the job is not completed, or its video has expired.
+        """
+        if job.status != "completed":
+            message = f"video_id: the video is {job.status}, and has no content"
+            raise ApiError(404 if job.is_finished else 409, message, param="video_id", code="not_ready")
+        if job.num_bytes == 0:
+            raise ApiError(404, "video_id: the video has expired", param="video_id", code="expired")
+        name = video_of(job.id) if variant == "video" else thumbnail_of(job.id)
+        return name, self.folder.size(name)
+
+    def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        return self.folder.read(name, start, stop)
+
+    def subscribe(self, job: Job, receive: Callable[[Update], None]) -> Callable[[], None]:
+        runner = self.runners.get(job.model)
+        return runner.subscribe(job.id, receive) if runner is not None else lambda: None
+
+    def authenticate(self, authorization: str | None) -> Key:
+        """Return whose request it is, from its Authorization header.
+
+        Raises:
+            ApiError: there are keys, and it has none of them.
+        """
+        if not self.keys.are_on:
+            return EVERYBODY
+        kind, _, secret = (authorization or "").partition(" ")
+        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" and secret else None
+        if key is None:
+            message = "Authorization: no valid key; give `Authorization: Bearer sk-...`"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return key
+
+    def _keep_house(self) -> None:
+        while not self._closing.wait(KEEP_HOUSE_S):
+            try:
+                self._tidy()
+            except Exception:
+                logger.exception("keeping house")
+
+    def _tidy(self) -> None:
+        """Write progress, end late and cancelled jobs, take over those of dead processes, remove what has expired."""
+        now = time.time()
+        for runner in self.runners.values():
+            runner.flush()
+        unfinished = self.store.unfinished()
+        for job in unfinished:
+            if job.model not in self.runners or job.worker not in self._workers:
+                continue
+            runner = self.runners[job.model]
+            limit_s = runner.config.cluster.start_timeout_s
+            if job.deadline_at is not None and now > job.deadline_at:
+                runner.fail_late(job, "deadline_exceeded", "not finished within deadline_s")
+            elif runner.lost_s > limit_s:
+                runner.fail_late(job, "service_lost", f"the service has been away for {limit_s:g} s")
+            elif job.status == "cancelling":
+                runner.cancel(job.id)
+        self._resume()
+        for job in self.store.expired(now, self.settings.service.max_bytes):
+            self.store.change(job.id, ("completed",), num_bytes=0, expires_at=min(job.expires_at or now, now))
+            self.folder.remove(video_of(job.id), thumbnail_of(job.id))
+        self.store.forget_deleted(now)
+        self.metrics.queue({model: sum(job.model == model for job in unfinished) for model in self.runners})
+
+
+def _repeated(job: Job, made_of: str) -> Job:
+    """Return the job that a repeated POST made before.
+
+    Raises:
+        ApiError: the body is another one.
+    """
+    if job.fingerprint != made_of:
+        raise ApiError(
+            409, "Idempotency-Key: another body was sent under this key; give another key", param="Idempotency-Key",
+            code="idempotency_conflict",
+        )  # fmt: skip
+    return job

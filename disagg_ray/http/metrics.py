@@ -1,0 +1,61 @@
+"""What Prometheus scrapes of an HTTP service, through `ray.util.metrics` like the pipelines' numbers."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Mapping
+
+import ray
+from ray.util.metrics import Counter, Gauge, Histogram
+
+SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0]
+"""Upper bounds of the histograms' buckets."""
+OURS = "disagg_ray_"
+SCRAPE_S = 5.0
+
+
+COUNTERS = {
+    "http_requests_total": ("Requests, by route and status.", ("route", "status")),
+    "http_jobs_total": ("Accepted jobs, by key.", ("key",)),
+}
+GAUGES = {"http_jobs_unfinished": ("Accepted jobs that have not ended.", ("model",))}
+HISTOGRAMS = {
+    "http_request_duration_seconds": ("Seconds until the answer began.", ("route",)),
+    "http_first_event_seconds": ("Seconds from accepting a job to its first event.", ()),
+}
+"""Help and labels by name, below `disagg_ray_`."""
+
+
+class Metrics:
+    """Counts what it is told. Labels name routes, statuses, models and keys' names, never prompts, ids or keys."""
+
+    def __init__(self) -> None:
+        self._counters = {name: Counter(OURS + name, *about) for name, about in COUNTERS.items()}
+        self._gauges = {name: Gauge(OURS + name, *about) for name, about in GAUGES.items()}
+        self._histograms = {
+            name: Histogram(OURS + name, about, SECONDS, labels) for name, (about, labels) in HISTOGRAMS.items()
+        }
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        self._counters["http_requests_total"].inc(1, {"route": route, "status": str(status)})
+        self._histograms["http_request_duration_seconds"].observe(seconds, {"route": route})
+
+    def accepted(self, key: str) -> None:
+        self._counters["http_jobs_total"].inc(1, {"key": key or "none"})
+
+    def first_event(self, seconds: float) -> None:
+        self._histograms["http_first_event_seconds"].observe(seconds)
+
+    def queue(self, unfinished: Mapping[str, int]) -> None:
+        for model, number in unfinished.items():
+            self._gauges["http_jobs_unfinished"].set(number, {"model": model})
+
+
+def scrape() -> str:
+    """Return this node's metrics of ours, in Prometheus' text form."""
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=SCRAPE_S) as answer:
+        lines = answer.read().decode().splitlines()
+    return "".join(f"{line}\n" for line in lines if OURS in line.partition("{")[0])

@@ -1,0 +1,324 @@
+"""The routes: OpenAI's videos API, our own beside it, and what a cluster asks a service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from importlib.resources import files
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from disagg_ray.errors import OutputError
+from disagg_ray.http import schema
+from disagg_ray.http.bodies import IMAGES, Upload, image_of
+from disagg_ray.http.jobs import Jobs
+from disagg_ray.http.keys import Key
+from disagg_ray.http.metrics import scrape
+from disagg_ray.http.runner import Update
+from disagg_ray.http.schema import ApiError, CreateVideo, Deleted, RemixVideo, Video, VideoList, explain
+from disagg_ray.http.store import Job
+from disagg_ray.text import shown
+
+Body = TypeVar("Body", bound=BaseModel)
+
+PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+MAX_IDEMPOTENCY_CHARS = 255
+POLL_S = 1.0
+"""How soon a stream sees what another process did."""
+BEAT_S = 15.0
+"""Between two signs of life on a stream where nothing happens."""
+BACKLOG = 256
+"""Events that wait for a slow reader; older ones are dropped."""
+TYPES = {"video": "video/mp4", "thumbnail": "image/webp"}
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+router = APIRouter()
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.ErrorBody} for status in (400, 401, 403, 404, 409, 413, 416, 429, 500, 503)
+}
+
+
+def jobs_of(request: Request) -> Jobs:
+    jobs: Jobs = request.app.state.jobs
+    return jobs
+
+
+def key_of(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key:
+    return jobs_of(request).authenticate(authorization)
+
+
+WithJobs = Annotated[Jobs, Depends(jobs_of)]
+WithKey = Annotated[Key, Depends(key_of)]
+Idempotency = Annotated[str | None, Header(max_length=MAX_IDEMPOTENCY_CHARS, min_length=1)]
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the description of a body that is JSON or a form."""
+    described = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    described.pop("$defs", None)
+    form = json.loads(json.dumps(described))
+    for field in IMAGES:
+        if field in form["properties"]:
+            form["properties"][field] = {"type": "string", "format": "binary"}
+    contents = {"application/json": {"schema": described}, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "content": contents}}
+
+
+async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, Upload]]:
+    """Return a body of JSON or a form, and the images in it."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    uploads: dict[str, Upload] = {}
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        given = await _read_form(request, uploads)
+    elif kind in ("application/json", ""):
+        try:
+            given = json.loads(await request.body())
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, "body: it is not JSON; give an object") from error
+    else:
+        raise ApiError(415, f"Content-Type: {shown(kind)} is none of application/json and multipart/form-data")
+    try:
+        body = model.model_validate(given)
+    except ValidationError as error:
+        raise explain(error, model) from error
+    for field in IMAGES:
+        if (reference := getattr(body, field, None)) is not None:
+            uploads[field] = image_of(field, reference.image_url)
+    return body, uploads
+
+
+async def _read_form(request: Request, uploads: dict[str, Upload]) -> dict[str, Any]:
+    """Return a form's fields; files go into `uploads`."""
+    given: dict[str, Any] = {}
+    try:
+        form = await request.form(max_files=len(IMAGES), max_fields=64, max_part_size=request.app.state.max_bytes)
+    except HTTPException as error:
+        raise ApiError(400, f"body: {error.detail}") from error
+    for name, value in form.multi_items():
+        if name in given or name in uploads:
+            raise ApiError(400, f"{shown(name)}: given twice", param=name[:80])
+        if not isinstance(value, UploadFile):
+            given.update(_form_field(name, value))
+        elif name in IMAGES:
+            uploads[name] = Upload(value.filename or name, await value.read())
+        else:
+            raise ApiError(400, f"{shown(name)}: is a file; only {' and '.join(IMAGES)} are", param=name[:80])
+    return given
+
+
+def _form_field(name: str, value: str) -> dict[str, Any]:
+    """Return a form's field; `input_reference[image_url]` is one of an object, and an empty text leaves a field out."""
+    outer, bracket, inner = name.partition("[")
+    if bracket and outer in IMAGES:
+        return {outer: {inner.rstrip("]"): value}}
+    return {name: value} if value or name == "prompt" else {}
+
+
+@router.post("/v1/videos", response_model=Video, openapi_extra=_body(CreateVideo), responses=ERRORS)
+async def create_video(
+    request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
+) -> schema.Video:
+    """Accept a video job; it is kept once this answers."""
+    body, uploads = await read_body(request, CreateVideo)
+    job = await run_in_threadpool(jobs.accept, key, body, uploads, idempotency_key)
+    return await run_in_threadpool(lambda: jobs.show(jobs.update(job)))
+
+
+@router.get("/v1/videos", response_model=VideoList, responses=ERRORS)
+def list_videos(
+    jobs: WithJobs, key: WithKey, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> VideoList:  # fmt: skip
+    """List one's videos, a page after a video's id."""
+    last = jobs.store.get(after, key.name) if after is not None else None
+    if after is not None and last is None:
+        raise ApiError(400, f"after: there is no video {shown(after)}", param="after")
+    found = jobs.store.page(key.name, last, limit + 1, ascending=order == "asc")
+    data = [jobs.show(jobs.update(job)) for job in found[:limit]]
+    first, end = (data[0].id, data[-1].id) if data else (None, None)
+    return VideoList(data=data, first_id=first, last_id=end, has_more=len(found) > limit)
+
+
+@router.get("/v1/videos/{video_id}", response_model=Video, responses=ERRORS)
+def get_video(video_id: str, jobs: WithJobs, key: WithKey, response: Response) -> Video:
+    """Say how a job is."""
+    response.headers["openai-poll-after-ms"] = "500"
+    return jobs.show(jobs.update(jobs.find(key, video_id)))
+
+
+@router.delete("/v1/videos/{video_id}", response_model=Deleted, responses=ERRORS)
+def delete_video(video_id: str, jobs: WithJobs, key: WithKey) -> Deleted:
+    """Delete a job and its video; one that runs is cancelled."""
+    jobs.delete(key, video_id)
+    return Deleted(id=video_id)
+
+
+@router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=ERRORS)
+def cancel_video(video_id: str, jobs: WithJobs, key: WithKey) -> Video:
+    """Cancel a job: the GPU stops within a step."""
+    return jobs.show(jobs.update(jobs.cancel(key, video_id)))
+
+
+@router.post("/v1/videos/{video_id}/remix", response_model=Video, openapi_extra=_body(RemixVideo), responses=ERRORS)
+async def remix_video(
+    video_id: str, request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
+) -> Video:
+    """Accept a new prompt with the settings, images and seed of another video."""
+    body, _ = await read_body(request, RemixVideo)
+    job = await run_in_threadpool(jobs.remix, key, video_id, body.prompt, idempotency_key)
+    return await run_in_threadpool(lambda: jobs.show(jobs.update(job)))
+
+
+@router.get("/v1/videos/{video_id}/content", responses=ERRORS, response_class=Response)
+def get_content(
+    video_id: str, jobs: WithJobs, key: WithKey, variant: Literal["video", "thumbnail"] = "video",
+    range: Annotated[str | None, Header()] = None,
+) -> Response:  # fmt: skip
+    """Return the video, or its first frame; part of it with a Range header."""
+    name, size = jobs.content(jobs.find(key, video_id), variant)
+    start, stop = _part(range, size)
+    headers = {
+        "Accept-Ranges": "bytes", "Content-Length": str(stop - start), "ETag": f'"{name}"',
+        "Cache-Control": "private, max-age=3600",
+        "Content-Disposition": f'inline; filename="{name}"',
+    }  # fmt: skip
+    if (start, stop) != (0, size):
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    status = 206 if "Content-Range" in headers else 200
+    return StreamingResponse(jobs.read(name, start, stop), status, headers, TYPES[variant])
+
+
+def _part(header: str | None, size: int) -> tuple[int, int]:
+    """Return the bytes that a Range header asks for; the whole for one of several parts or another unit."""
+    match = RANGE.fullmatch(header or "")
+    if match is None or match[1] == match[2] == "":
+        return 0, size
+    if match[1] == "":
+        start, stop = max(0, size - int(match[2])), size
+    else:
+        start, stop = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
+    if start >= stop:
+        message = f"Range: {shown(header)} is outside the file's {size} bytes"
+        raise ApiError(416, message, headers={"Content-Range": f"bytes */{size}"})
+    return start, stop
+
+
+@router.get("/v1/videos/{video_id}/events", responses=ERRORS, response_class=StreamingResponse)
+def get_events(video_id: str, jobs: WithJobs, key: WithKey) -> Response:
+    """Stream a job as server-sent events: one a denoising step and one a change of its status, until it ends."""
+    job = jobs.find(key, video_id)
+    return StreamingResponse(_stream(jobs, key, job), headers={"Cache-Control": "no-store"}, media_type=EVENTS)
+
+
+EVENTS = "text/event-stream"
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, put: Callable[[Update], None], update: Update) -> None:
+    loop.call_soon_threadsafe(put, update)
+
+
+async def _stream(jobs: Jobs, key: Key, job: Job) -> AsyncIterator[str]:
+    queue: asyncio.Queue[Update] = asyncio.Queue(BACKLOG)
+    loop = asyncio.get_running_loop()
+
+    def put(update: Update) -> None:
+        if queue.full():
+            queue.get_nowait()
+        queue.put_nowait(update)
+
+    unsubscribe = jobs.subscribe(job, partial(_call_soon, loop, put))
+    try:
+        sent, update, waited = "", await run_in_threadpool(jobs.update, job), 0.0
+        while True:
+            video = (await run_in_threadpool(jobs.show, update)).model_dump_json()
+            if video != sent:
+                sent, waited = video, 0.0
+                yield f"event: {update.job.status}\ndata: {video}\n\n"
+            if update.job.is_finished:
+                return
+            try:
+                async with asyncio.timeout(POLL_S):
+                    update = await queue.get()
+            except TimeoutError:
+                row = await run_in_threadpool(jobs.store.get, job.id, key.name)
+                if row is None:  # deleted
+                    return
+                update = await run_in_threadpool(jobs.update, row)
+                waited += POLL_S
+                if waited >= BEAT_S:
+                    waited = 0.0
+                    yield ": waiting\n\n"
+    finally:
+        unsubscribe()
+
+
+@router.get("/v1/models", response_model=schema.ModelList, responses=ERRORS)
+def list_models(jobs: WithJobs, key: WithKey) -> schema.ModelList:  # noqa: ARG001 - one must have one
+    """List the services, with their defaults and limits."""
+    data = []
+    for name, runner in jobs.runners.items():
+        created = int(runner.snapshot.began) if runner.snapshot is not None else 0
+        task, defaults, limits = runner.config.model.task, runner.config.defaults, runner.config.limits
+        data.append(
+            schema.Model(id=name, created=created, task=task, defaults=vars(defaults), limits=vars(limits))
+        )  # fmt: skip
+    return schema.ModelList(data=data)
+
+
+@router.get("/v1/models/{model}", response_model=schema.Model, responses=ERRORS)
+def get_model(model: str, jobs: WithJobs, key: WithKey) -> schema.Model:
+    """Describe a service."""
+    jobs.runner(model)
+    return next(each for each in list_models(jobs, key).data if each.id == model)
+
+
+@router.get("/health", tags=["cluster"])
+def health() -> dict[str, str]:
+    """Say that this process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", tags=["cluster"], responses=ERRORS)
+def ready(jobs: WithJobs) -> dict[str, Any]:
+    """Say whether the database answers and every stage of every model has a replica."""
+    jobs.store.check()
+    models = {name: runner.is_ready for name, runner in jobs.runners.items()}
+    if not all(models.values()):
+        waiting = ", ".join(name for name, is_ready in models.items() if not is_ready)
+        raise ApiError(503, f"not ready: {waiting}", code="not_ready", headers={"Retry-After": "5"})
+    return {"status": "ready", "models": models}
+
+
+@router.get("/metrics", tags=["cluster"], response_class=PlainTextResponse, responses=ERRORS)
+def metrics() -> str:
+    """Return this node's metrics of disagg_ray in Prometheus' text form."""
+    try:
+        return scrape()
+    except OSError as error:
+        raise ApiError(503, f"Ray's metrics agent does not answer: {error}") from error
+
+
+@router.get("/", include_in_schema=False)
+def page() -> Response:
+    return asset("index.html")
+
+
+@router.get("/page/{name}", include_in_schema=False)
+def asset(name: str) -> Response:
+    if name not in PAGE:
+        raise ApiError(404, f"there is no page {shown(name)}")
+    content = files("disagg_ray.http").joinpath("page", name).read_bytes()
+    return Response(content, media_type=PAGE[name], headers={"Cache-Control": "no-cache"})
+
+
+def storage_error(error: OutputError) -> ApiError:
+    return ApiError(503, f"service.folder: {error}", code="storage_failed")

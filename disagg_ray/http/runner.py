@@ -1,0 +1,329 @@
+"""Runs accepted jobs of one model on its service, and keeps what comes of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from queue import SimpleQueue
+
+from disagg_ray.config.schema import Config
+from disagg_ray.driver.handle import Handle
+from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, Overloaded, ReplicaLost
+from disagg_ray.http.files import Folder, thumbnail_of, video_of
+from disagg_ray.http.pace import Pace
+from disagg_ray.http.store import UNFINISHED, Job, Store, with_progress
+from disagg_ray.progress.events import Event
+from disagg_ray.request import Request
+from disagg_ray.result import Result
+from disagg_ray.service.client import Connection, connect
+from disagg_ray.service.protocol import Snapshot
+from disagg_ray.text import printable
+
+logger = logging.getLogger("disagg_ray")
+
+RETRY_S = 1.0
+"""Between two tries to reach a service, or to submit to one that is full."""
+LOOK_S = 2.0
+"""Between two looks at how a service is."""
+FRESH_S = 15.0
+"""How old a look may be of a service that is ready."""
+MAX_TRIES = 3
+"""Of a job whose service was lost."""
+NUM_WRITERS = 2
+"""Threads that write videos."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What subscribers of a job receive."""
+
+    job: Job
+    stages: dict[str, Event]
+
+
+@dataclass(eq=False)
+class Live:
+    """A job that this process runs."""
+
+    job: Job
+    handle: Handle | None = None
+    stages: dict[str, Event] = field(default_factory=dict)
+    subscribers: set[Callable[[Update], None]] = field(default_factory=set)
+    changed: bool = False
+    """Since its progress was last written."""
+
+
+class Runner:
+    """Takes jobs in order; what fails with the service is run again, what fails by itself fails."""
+
+    def __init__(
+        self, model: str, config: Config, store: Store, folder: Folder, expires_after_s: float | None,
+        on_first_event: Callable[[float], None],
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.pace = model, config, Pace(config)
+        self.snapshot: Snapshot | None = None
+        """How the service was at the latest look."""
+        self._seen = time.monotonic()
+        self._store, self._folder, self._expires_after_s = store, folder, expires_after_s
+        self._on_first_event = on_first_event
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._lives: dict[str, Live] = {}
+        self._lock = threading.Lock()
+        """Of `_lives` and what is in them."""
+        self._tries: Counter[str] = Counter()
+        self._connections: dict[int, Connection] = {}
+        self._connecting = threading.Lock()
+        self._closing = threading.Event()
+        self._writers = ThreadPoolExecutor(NUM_WRITERS, f"disagg_ray-write-{model}")
+        if (last := store.last_completed(model)) is not None:
+            self.pace.learn(last)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._submit_all, self._look)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every stage of the service had a replica a moment ago."""
+        fresh = self.snapshot is not None and time.monotonic() < self._seen + FRESH_S
+        return fresh and all(stage.ready for stage in self.snapshot.stages) if self.snapshot else False
+
+    @property
+    def lost_s(self) -> float:
+        """For how long the service has not answered."""
+        return time.monotonic() - self._seen
+
+    @property
+    def replicas(self) -> dict[str, int]:
+        return {stage.stage: stage.ready for stage in self.snapshot.stages} if self.snapshot else {}
+
+    def run(self, job: Job) -> None:
+        """Have a job run; returns at once."""
+        with self._lock:
+            if job.id in self._lives:
+                return
+            self._lives[job.id] = Live(job)
+        self._queue.put(job)
+
+    def runs(self, job_id: str) -> bool:
+        return job_id in self._lives
+
+    def view(self, job: Job) -> Update:
+        """Return a job as it is this moment."""
+        with self._lock:
+            live = self._lives.get(job.id)
+            return self._update(live, job) if live is not None else Update(job, {})
+
+    def _update(self, live: Live, job: Job) -> Update:
+        running = any(event.state != "waiting" for event in live.stages.values())
+        return Update(with_progress(job, self.pace.progress(job, live.stages), running=running), dict(live.stages))
+
+    def subscribe(self, job_id: str, receive: Callable[[Update], None]) -> Callable[[], None]:
+        """Have `receive` called, on some thread, for every event of a job; return what ends that."""
+        with self._lock:
+            live = self._lives.get(job_id)
+            if live is None:
+                return lambda: None
+            live.subscribers.add(receive)
+        return lambda: live.subscribers.discard(receive)
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job if it runs here; what becomes of it is in the database."""
+        with self._lock:
+            live = self._lives.get(job_id)
+        if live is not None and live.handle is not None:
+            live.handle.cancel()
+        elif live is not None:
+            self._end(live.job, "cancelled")
+
+    def flush(self) -> None:
+        """Write the progress of all jobs that have come further."""
+        with self._lock:
+            moved = [live for live in self._lives.values() if live.changed]
+            updates = [self._update(live, live.job).job for live in moved]
+            for live, job in zip(moved, updates, strict=True):
+                live.changed, live.job = False, job
+        for status in ("queued", "in_progress"):
+            values = {
+                job.id: {"progress": job.progress, "status": status, "started_at": job.started_at or time.time()}
+                for job in updates
+                if job.status == status
+            }
+            if values:
+                self._store.change_all(values, ("queued", status))
+
+    def close(self, grace_s: float) -> None:
+        """Give running jobs some seconds, then leave; those that are not done are run by the next process."""
+        self._closing.set()
+        self._queue.put(None)
+        for connection in list(self._connections.values()):
+            connection.drain(grace_s)
+        self._writers.shutdown()
+        for connection in list(self._connections.values()):
+            connection.close()
+        for thread in self._threads:
+            thread.join(LOOK_S)
+
+    def _submit_all(self) -> None:
+        while (job := self._queue.get()) is not None and not self._closing.is_set():
+            try:
+                self._submit(job)
+            except Exception as error:  # the thread must outlive a fault of one job, which says what it was
+                logger.exception("job %s", job.id)
+                self._fail(job, "internal_error", f"{type(error).__name__}")
+
+    def _submit(self, job: Job) -> None:
+        """Submit a job, however often it takes to find the service, and room there."""
+        while not self._closing.is_set():
+            connection, live = self._connection(job.worker), self._lives.get(job.id)
+            if connection is None or live is None:
+                return
+            if not self._is_wanted(job):
+                self._end(job, "cancelled")
+                return
+            try:
+                with self._folder.local(job.images) as images:
+                    request = Request(job.prompt, id=job.id, **job.settings | images)
+                    handle = connection.submit(request, wait=False)
+            except (Overloaded, Cancelled, ReplicaLost) as error:
+                logger.info("job %s is submitted again: %s", job.id, error)
+                self._closing.wait(RETRY_S)
+            except DisaggError as error:
+                self._fail(job, "invalid_request" if isinstance(error, InputError) else "generation_failed", error)
+                return
+            else:
+                live.handle = handle
+                handle.add_done_callback(partial(self._on_done, job))
+                if not self._is_wanted(job):
+                    handle.cancel()
+                return
+
+    def _is_wanted(self, job: Job) -> bool:
+        """Return whether a job has neither been cancelled nor deleted."""
+        row = self._store.get(job.id)
+        return row is not None and row.status in ("queued", "in_progress")
+
+    def _connection(self, worker: int) -> Connection | None:
+        """Return the connection of a worker's number, as soon as there is one; None: this closes."""
+        while not self._closing.is_set():
+            with self._connecting:
+                if worker in self._connections:
+                    return self._connections[worker]
+                try:
+                    made = connect(self.model, run_id=f"http-{worker}", on_event=self._on_event)
+                except DisaggError as error:
+                    logger.warning("model %s: %s", self.model, error)
+                else:
+                    self.config = made.config
+                    self._connections[worker] = made
+                    return made
+            self._closing.wait(RETRY_S)
+        return None
+
+    def _look(self) -> None:
+        """Ask the service how it is, again and again; connect anew when it was taken down."""
+        while not self._closing.wait(LOOK_S if self.snapshot is not None else 0.0):
+            workers = list(self._connections) or [0]
+            for worker in workers:
+                connection = self._connection(worker)
+                if connection is None:
+                    return
+                try:
+                    self.snapshot, self._seen = connection.snapshot(), time.monotonic()
+                except DisaggError as error:
+                    if self._closing.is_set():
+                        return
+                    logger.warning("model %s: %s; connecting again", self.model, error)
+                    with self._connecting:
+                        del self._connections[worker]
+                    connection.close()  # its jobs end with Cancelled and are run again
+
+    def _on_event(self, event: Event) -> None:
+        if not event.stage:
+            return  # as a whole it is over, which its handle says
+        with self._lock:
+            live = self._lives.get(event.request_id)
+            if live is None:
+                return
+            if not live.stages:
+                self._on_first_event(time.time() - live.job.created_at)
+            live.stages[event.stage] = event
+            live.changed = True
+            update, receivers = self._update(live, live.job), list(live.subscribers)
+        for receive in receivers:
+            receive(update)
+
+    def _on_done(self, job: Job, handle: Handle) -> None:
+        with suppress(RuntimeError):  # this has closed: the next process runs the job
+            self._writers.submit(self._finish, job, handle)
+
+    def _finish(self, job: Job, handle: Handle) -> None:
+        try:
+            self._complete(job, handle.result())
+        except (Cancelled, ReplicaLost) as error:
+            self._lose(job, error)
+        except DisaggError as error:
+            self._fail(job, "storage_failed" if isinstance(error, OutputError) else "generation_failed", error)
+        except Exception as error:  # the thread's end, which says what it was
+            logger.exception("job %s", job.id)
+            self._fail(job, "internal_error", type(error).__name__)
+
+    def _complete(self, job: Job, result: Result) -> None:
+        assert result.data is not None
+        num_bytes, now = self._folder.write_video(job.id, result.data), time.time()
+        seconds = {timing.stage: timing.compute_s + timing.encode_s for timing in result.stages}
+        expires_at = now + self._expires_after_s if self._expires_after_s is not None else None
+        done = self._end(
+            job, "completed", progress=100, completed_at=now, expires_at=expires_at, num_bytes=num_bytes,
+            stage_seconds=seconds,
+        )  # fmt: skip
+        if done:
+            self.pace.learn(replace(job, stage_seconds=seconds))
+        elif self._store.get(job.id) is None:  # deleted meanwhile
+            self._folder.remove(video_of(job.id), thumbnail_of(job.id))
+
+    def _lose(self, job: Job, error: DisaggError) -> None:
+        """Run a job again that was cancelled with its service; one that somebody cancelled is over."""
+        if self._closing.is_set():
+            return
+        row = self._store.get(job.id)
+        if row is None or row.status not in ("queued", "in_progress"):
+            self._end(job, "cancelled")
+            return
+        self._tries[job.id] += 1
+        if self._tries[job.id] >= MAX_TRIES:
+            self._fail(job, "service_lost", error)
+            return
+        logger.warning("job %s is run again: %s", job.id, error)
+        if (live := self._lives.get(job.id)) is not None:
+            live.handle = None
+            self._queue.put(job)
+
+    def _fail(self, job: Job, code: str, error: object) -> None:
+        message = printable(str(error).strip().partition("\n")[0], 500)
+        self._end(job, "failed", error_code=code, error_message=message)
+
+    def _end(self, job: Job, status: str, **values: object) -> bool:
+        """Write how a job ended, unless it has ended already; return whether it had not."""
+        values = {"completed_at": time.time()} | values
+        before = ("cancelling",) if status == "cancelled" else UNFINISHED
+        done = self._store.change(job.id, before, status=status, **values)
+        with self._lock:
+            live = self._lives.pop(job.id, None)
+        self._tries.pop(job.id, None)
+        row = self._store.get(job.id)
+        if live is not None and row is not None:
+            for receive in list(live.subscribers):
+                receive(Update(row, {}))
+        return done
+
+    def fail_late(self, job: Job, code: str, message: str) -> None:
+        """Fail a job for a reason that is not its own run's, and cancel that."""
+        self.cancel(job.id)
+        self._fail(job, code, message)

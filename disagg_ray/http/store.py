@@ -1,0 +1,287 @@
+"""Jobs in a database: SQLite for one process, PostgreSQL for several; the only importer of SQLAlchemy."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from disagg_ray.errors import ConfigError
+from disagg_ray.text import mask, printable
+
+Status = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "deleted"]
+UNFINISHED: tuple[Status, ...] = ("queued", "in_progress", "cancelling")
+BUSY_S = 30.0
+"""How long SQLite waits for another process that writes."""
+DAY_S = 86400.0
+LOCKS = 0x64726179
+"""PostgreSQL's class of our advisory locks."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One accepted video, as the database has it; times are seconds since the epoch."""
+
+    id: str
+    tenant: str
+    """Name of the key it was asked for with; empty: there are no keys."""
+    model: str
+    worker: int
+    """Number of the process that runs it (`Store.take_worker`)."""
+    prompt: str
+    settings: dict[str, Any]
+    """Fields of the request beside the prompt, resolved: the same video comes of them whenever it is made."""
+    images: dict[str, str]
+    """Files in the folder by field of the request."""
+    size: str
+    """As 832x480."""
+    seconds: str
+    """Of the video, as it was asked for."""
+    created_at: float
+    status: Status = "queued"
+    progress: int = 0
+    started_at: float | None = None
+    completed_at: float | None = None
+    deadline_at: float | None = None
+    expires_at: float | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    remixed_from: str | None = None
+    idempotency_key: str | None = None
+    fingerprint: str = ""
+    """Digest of the body, to tell a repeated POST from another one under its key."""
+    num_bytes: int = 0
+    """Of the finished video's files."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """What each stage took."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status not in UNFINISHED
+
+
+COLUMN_TYPES: dict[str, Any] = {
+    "str": sa.Text, "str | None": sa.Text, "int": sa.BigInteger, "float": sa.Double, "float | None": sa.Double,
+    "Status": sa.Text, "dict[str, Any]": sa.JSON, "dict[str, str]": sa.JSON, "dict[str, float]": sa.JSON,
+}  # fmt: skip
+METADATA = sa.MetaData()
+JOBS = sa.Table(
+    "jobs",
+    METADATA,
+    *(
+        sa.Column(f.name, COLUMN_TYPES[str(f.type)], primary_key=f.name == "id", nullable=str(f.type).endswith("None"))
+        for f in fields(Job)
+    ),
+    sa.Index("jobs_by_tenant", "tenant", "created_at", "id"),
+    sa.Index("jobs_by_status", "status"),
+    sa.UniqueConstraint("tenant", "idempotency_key"),
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a tenant takes."""
+
+    in_flight: int
+    seconds_a_day: float
+    """Seconds of video accepted within the last day."""
+
+
+class Store:
+    """Reads and writes jobs, from any thread."""
+
+    def __init__(self, url: str) -> None:
+        """Open the database; make its table where there is none.
+
+        Raises:
+            ConfigError: the URL is none, or the database cannot be reached.
+        """
+        try:
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            self._is_sqlite = self._engine.dialect.name == "sqlite"
+            if self._is_sqlite:
+                Path(self._engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
+                _set_up_sqlite(self._engine)
+            METADATA.create_all(self._engine)
+        except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
+            raise ConfigError(
+                f"invalid service.database={mask(url)!r}: {printable(str(error).partition(chr(10))[0])}; must be a "
+                f"URL such as sqlite:////path/jobs.db or postgresql://user@host/name"
+            ) from error
+        self._locks: list[IO[str] | Connection] = []
+
+    def close(self) -> None:
+        """Give back worker numbers and connections."""
+        for lock in self._locks:
+            lock.close()
+        self._engine.dispose()
+
+    def take_worker(self, number: int) -> bool:
+        """Become the worker of a number, unless a living process is: the lock goes with its process."""
+        if self._is_sqlite:
+            file = Path(f"{self._engine.url.database}.worker{number}").open("w")  # noqa: SIM115 - held until `close`
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                return False
+            self._locks.append(file)
+            return True
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        taken = bool(connection.execute(sa.select(sa.func.pg_try_advisory_lock(LOCKS, number))).scalar())
+        if not taken:
+            connection.close()
+            return False
+        self._locks.append(connection)
+        return True
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._engine.execution_options(immediate=True).begin() as connection:
+            yield connection
+
+    def get(self, job_id: str, tenant: str | None = None) -> Job | None:
+        """Return a job, of a tenant if one is given; deleted ones are not there."""
+        mine = sa.true() if tenant is None else JOBS.c.tenant == tenant
+        jobs = self._select(sa.select(JOBS).where(JOBS.c.id == job_id, mine, JOBS.c.status != "deleted"))
+        return jobs[0] if jobs else None
+
+    def page(self, tenant: str, after: Job | None, limit: int, *, ascending: bool) -> list[Job]:
+        """Return a tenant's jobs in order of their making, from after one."""
+        order = (JOBS.c.created_at, JOBS.c.id)
+        query = sa.select(JOBS).where(JOBS.c.tenant == tenant, JOBS.c.status != "deleted").limit(limit)
+        if after is not None:
+            key, place = sa.tuple_(*order), sa.tuple_(sa.literal(after.created_at), sa.literal(after.id))
+            query = query.where(key > place if ascending else key < place)
+        return self._select(query.order_by(*(c.asc() if ascending else c.desc() for c in order)))
+
+    def unfinished(self, model: str | None = None) -> list[Job]:
+        """Return all jobs that wait or run, in the order in which they are to run."""
+        query = sa.select(JOBS).where(JOBS.c.status.in_(UNFINISHED))
+        if model is not None:
+            query = query.where(JOBS.c.model == model)
+        jobs = self._select(query)
+        return sorted(jobs, key=lambda job: (-job.settings["priority"], job.created_at))
+
+    def last_completed(self, model: str) -> Job | None:
+        """Return the job that was completed last: what its stages took predicts the next."""
+        query = sa.select(JOBS).where(JOBS.c.model == model, JOBS.c.status == "completed")
+        jobs = self._select(query.order_by(JOBS.c.completed_at.desc()).limit(1))
+        return jobs[0] if jobs else None
+
+    def by_idempotency_key(self, tenant: str, key: str) -> Job | None:
+        jobs = self._select(sa.select(JOBS).where(JOBS.c.tenant == tenant, JOBS.c.idempotency_key == key))
+        return jobs[0] if jobs else None
+
+    @contextmanager
+    def accepting(self, tenant: str) -> Iterator[Accepting]:
+        """Give what counts a tenant's jobs and adds one, no other of the tenant's coming between."""
+        with self._writing() as connection:
+            if not self._is_sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(tenant))))
+            yield Accepting(connection, tenant)
+
+    def change(self, job_id: str, before: Sequence[Status], **values: Any) -> bool:
+        """Set columns of a job that has one of these statuses; return whether it had."""
+        return self.change_all({job_id: values}, before) == 1
+
+    def change_all(self, values: Mapping[str, Mapping[str, Any]], before: Sequence[Status]) -> int:
+        """Set columns of several jobs at once, of those that have one of these statuses; return how many had."""
+        with self._writing() as connection:
+            return sum(
+                connection.execute(
+                    sa.update(JOBS).where(JOBS.c.id == job_id, JOBS.c.status.in_(before)).values(**columns)
+                ).rowcount
+                for job_id, columns in values.items()
+            )
+
+    def expired(self, now: float, max_bytes: int | None) -> list[Job]:
+        """Return completed jobs whose videos are to go: those past their time, and the oldest of too many bytes."""
+        query = sa.select(JOBS).where(JOBS.c.status == "completed", JOBS.c.num_bytes > 0)
+        late = self._select(query.where(JOBS.c.expires_at <= now))
+        if max_bytes is None:
+            return late
+        total, excess = sa.func.sum(JOBS.c.num_bytes), list[Job]()
+        with self._engine.connect() as connection:
+            held = connection.execute(sa.select(total).where(JOBS.c.status == "completed")).scalar() or 0
+        if held > max_bytes:
+            for job in self._select(query.order_by(JOBS.c.completed_at)):
+                if held <= max_bytes:
+                    break
+                excess.append(job)
+                held -= job.num_bytes
+        return late + [job for job in excess if job not in late]
+
+    def forget_deleted(self, now: float) -> None:
+        """Remove rows of jobs that were deleted, once they count for no limit of a day."""
+        with self._writing() as connection:
+            connection.execute(sa.delete(JOBS).where(JOBS.c.status == "deleted", JOBS.c.created_at < now - DAY_S))
+
+    def check(self) -> None:
+        """Raise `SQLAlchemyError` unless the database answers."""
+        with self._engine.connect() as connection:
+            connection.execute(sa.select(1))
+
+    def _select(self, query: sa.Select[Any]) -> list[Job]:
+        with self._engine.connect() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+
+@dataclass
+class Accepting:
+    """A transaction in which a job is accepted."""
+
+    connection: Connection
+    tenant: str
+
+    def count(self, model: str) -> int:
+        """Return how many jobs of a model are unfinished, of all tenants."""
+        query = sa.select(sa.func.count()).where(JOBS.c.model == model, JOBS.c.status.in_(UNFINISHED))
+        return int(self.connection.execute(query).scalar() or 0)
+
+    def usage(self) -> Usage:
+        mine = JOBS.c.tenant == self.tenant
+        count = sa.select(sa.func.count()).where(mine, JOBS.c.status.in_(UNFINISHED))
+        recent = sa.select(JOBS.c.settings).where(
+            mine, JOBS.c.created_at > time.time() - DAY_S, JOBS.c.status != "failed"
+        )
+        made = sum(s["num_frames"] / s["fps"] for (s,) in self.connection.execute(recent))
+        return Usage(int(self.connection.execute(count).scalar() or 0), made)
+
+    def find(self, idempotency_key: str) -> Job | None:
+        query = sa.select(JOBS).where(JOBS.c.tenant == self.tenant, JOBS.c.idempotency_key == idempotency_key)
+        row = self.connection.execute(query).first()
+        return Job(**row._mapping) if row is not None else None
+
+    def add(self, job: Job) -> None:
+        self.connection.execute(sa.insert(JOBS).values(**asdict(job)))
+
+
+def _set_up_sqlite(engine: Engine) -> None:
+    """Have readers go on beside a writer, writers take turns, and what is committed be on disk."""
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # `begin` below begins
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={1000 * BUSY_S:.0f}"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        immediate = connection.get_execution_options().get("immediate", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def with_progress(job: Job, progress: int, *, running: bool) -> Job:
+    """Return a job as the process that runs it knows it, ahead of the database."""
+    if job.is_finished:
+        return job
+    status: Status = "in_progress" if running and job.status == "queued" else job.status
+    return replace(job, progress=max(job.progress, progress), status=status)
