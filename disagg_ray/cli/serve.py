@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from disagg_ray import environment
 from disagg_ray.cli.arguments import Parser, config_parser
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
@@ -87,7 +88,7 @@ def _connect(names: list[str], overrides: list[str]) -> Config:
     """Join the cluster that is there; return the first service's configuration, with other settings of its section."""
     from disagg_ray.driver.cluster import join
     from disagg_ray.http.settings import KEYS, override, parse_value
-    from disagg_ray.service.client import fetch_config
+    from disagg_ray.service.stub import take_snapshot
 
     given = {}
     for text in overrides:
@@ -100,7 +101,7 @@ def _connect(names: list[str], overrides: list[str]) -> Config:
             )
         given[name] = parse_value(name, value)
     join(None)
-    configs = [fetch_config(name) for name in names]
+    configs = [take_snapshot(name).config for name in names]
     return override(configs[0], given)
 
 
@@ -114,6 +115,7 @@ def _put_up(name: str, options: argparse.Namespace) -> Iterator[Config]:
     check_name(name)
     config = load_config(options.config, *options.overrides)
     check_model(config, whole=False)
+    environment.default("GRPC_VERBOSITY", "ERROR")  # it tells of every process that starts, as ffmpeg for a thumbnail
     cluster = Cluster(config)
     try:
         if cluster.is_own and config.transport.admit == "auto":

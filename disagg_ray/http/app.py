@@ -27,7 +27,7 @@ from disagg_ray.http.routes import router
 from disagg_ray.http.schema import ApiError
 from disagg_ray.http.settings import Settings, make_settings, override
 from disagg_ray.service import lifecycle
-from disagg_ray.service.client import fetch_config
+from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import printable
 from disagg_ray.version import VERSION
 
@@ -146,4 +146,4 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     if file is not None:
         models = (name or Path(file).stem,)
         lifecycle.up(models[0], load_config(file, *given.pop("overrides", ())))
-    return deploy(make_settings(models, override(fetch_config(models[0]), given)))
+    return deploy(make_settings(models, override(take_snapshot(models[0]).config, given)))

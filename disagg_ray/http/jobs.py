@@ -18,7 +18,7 @@ from disagg_ray.http.runner import Runner, Update
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
 from disagg_ray.http.store import UNFINISHED, Accepting, Job, Store
-from disagg_ray.service.client import fetch_config
+from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
 
 logger = logging.getLogger("disagg_ray")
@@ -39,7 +39,7 @@ class Jobs:
         Raises:
             DisaggError: a service, the database, the folder or the keys cannot be used.
         """
-        configs = {model: fetch_config(model) for model in settings.models}
+        configs = {model: take_snapshot(model).config for model in settings.models}
         self.settings, self.metrics = settings, Metrics()
         self.folder = Folder(settings.service.folder)
         self.store = Store(settings.database)
