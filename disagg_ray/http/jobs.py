@@ -24,7 +24,7 @@ from disagg_ray.text import shown
 logger = logging.getLogger("disagg_ray")
 
 KEEP_HOUSE_S = 0.5
-UNFINISHED_S = 0.5
+UNFINISHED_S = 1.0
 """How old the list may be by which positions in the queue are told."""
 MAX_WORKERS = 1000
 MAX_RETRY_S = 3600
@@ -54,16 +54,16 @@ class Jobs:
         }
         self._unfinished: tuple[float, list[Job]] = -math.inf, []
         self._closing = threading.Event()
-        self._resume()
+        self._resume(self.store.unfinished())
         self._housekeeper = threading.Thread(target=self._keep_house, daemon=True)
         self._housekeeper.start()
 
     def _take_worker(self) -> int:
         return next(number for number in range(MAX_WORKERS) if self.store.take_worker(number))
 
-    def _resume(self) -> None:
+    def _resume(self, unfinished: list[Job]) -> None:
         """Run what workers of our numbers left; take numbers over whose process is gone."""
-        for job in self.store.unfinished():
+        for job in unfinished:
             if job.worker not in self._workers:
                 if not self.store.take_worker(job.worker):
                     continue
@@ -297,6 +297,7 @@ class Jobs:
         for runner in self.runners.values():
             runner.flush()
         unfinished = self.store.unfinished()
+        self._unfinished = time.monotonic(), unfinished
         for job in unfinished:
             if job.model not in self.runners or job.worker not in self._workers:
                 continue
@@ -308,7 +309,7 @@ class Jobs:
                 runner.fail_late(job, "service_lost", f"the service has been away for {limit_s:g} s")
             elif job.status == "cancelling":
                 runner.cancel(job.id)
-        self._resume()
+        self._resume(unfinished)
         for job in self.store.expired(now, self.settings.service.max_bytes):
             self.store.change(job.id, ("completed",), num_bytes=0, expires_at=min(job.expires_at or now, now))
             self.folder.remove(video_of(job.id), thumbnail_of(job.id))
