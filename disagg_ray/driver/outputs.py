@@ -27,6 +27,9 @@ from disagg_ray.transfer.handoff import AttemptKey, Handoff
 
 logger = logging.getLogger("disagg_ray")
 
+COPY_S = 5.0
+"""How long a cancelled request waits for the copy of its finished latents."""
+
 
 @dataclass(frozen=True)
 class Video:
@@ -195,7 +198,13 @@ class Outputs:
             self._fleet.send(output.holder, "release", output.key)
 
     async def close(self) -> None:
-        """Cancel what computes and copies, and release every slot; one that is being written out stays until then."""
+        """Cancel what computes and copies, and release every slot; one that is being written out stays until then.
+
+        Finished latents that a file keeps are copied first: the next run of the request starts from them.
+        """
+        copying = [stage.copying for stage in self._stages.values() if stage.copying is not None]
+        if self._latents_file is not None and copying:
+            await asyncio.wait(copying, timeout=COPY_S)
         tasks: list[asyncio.Future[None]] = [task for stage in self._stages.values() for task in stage.tasks]
         for task in tasks:
             task.cancel()
