@@ -147,12 +147,12 @@ def joined(config: Config) -> Any:
 
 
 def kept(config: Config) -> list[str]:
-    """Return which of two files of 1 kB are still there after tidying."""
+    """Return which of two files of 1 kB are still there after evicting."""
     keep = LatentsStore("keys", config.service.latents_bytes, config.service.latents_expire_s)
     for path in (cache_folder() / "service/keys/a/1", cache_folder() / "service/keys/a/2"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
-    keep.tidy()
+    keep.evict()
     left = sorted(path.name for path in (cache_folder() / "service/keys").glob("*/*"))
     keep.clear()
     return left
