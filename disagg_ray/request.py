@@ -114,7 +114,7 @@ class GivenImage:
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A request with every default filled in and every check passed; images travel beside it."""
+    """A request with every default filled in and every check passed; images are passed beside it."""
 
     id: str
     prompt: str

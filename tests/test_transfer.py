@@ -294,7 +294,7 @@ def no_rdma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_rdma")
 def test_rdma_is_refused_where_there_is_no_device_for_it():
-    with pytest.raises(ConfigError, match=r"transport\.protocol: 'rdma' is not possible on .*; write auto"):
+    with pytest.raises(ConfigError, match=r"transport\.protocol: 'rdma' cannot be used on .*; write auto"):
         Pool("puller", 1024, HOST, TransportConfig(protocol="rdma", timeout_s=5))
 
 

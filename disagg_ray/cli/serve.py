@@ -115,7 +115,7 @@ def _put_up(name: str, options: argparse.Namespace) -> Iterator[Config]:
     check_name(name)
     config = load_config(options.config, *options.overrides)
     check_model(config, whole=False)
-    environment.default("GRPC_VERBOSITY", "ERROR")  # it tells of every process that starts, as ffmpeg for a thumbnail
+    environment.default("GRPC_VERBOSITY", "ERROR")  # it logs every process that starts, as ffmpeg for a thumbnail
     cluster = Cluster(config)
     try:
         if cluster.is_own and config.transport.admit == "auto":

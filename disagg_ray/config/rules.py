@@ -1,4 +1,4 @@
-"""What a value must be: rules that stand beside the fields of dataclasses, and the check that applies them.
+"""What a value must be: rules beside the fields of dataclasses, and the check that applies them.
 
 A field's type carries the rules of its value, `replicas: Annotated[int, at_least(1)]`; rules between fields are in the
 `rules` of their section.

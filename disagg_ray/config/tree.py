@@ -96,7 +96,7 @@ class _Reader:
     def read(self, node: Any) -> Tree:
         self._num_nodes += 1
         if self._num_nodes > MOST_NODES:
-            raise ConfigError(f"{self._source} cannot be used: it stands for over {MOST_NODES} values")
+            raise ConfigError(f"{self._source} cannot be used: it expands to over {MOST_NODES} values")
         line = node.start_mark.line
         place = _place(self._file, line)
         if isinstance(node, yaml.SequenceNode):

@@ -74,7 +74,7 @@ def check_auth(mode: str | None) -> Check:
     if mode == "token":
         return ok("authentication", "Ray requires a token")
     return warn(
-        "authentication", f"RAY_AUTH_MODE is {mode or 'not set'}: whoever reaches Ray's ports can run code here",
+        "authentication", f"RAY_AUTH_MODE is {mode or 'not set'}: anyone who reaches Ray's ports can run code here",
         "ray get-auth-token --generate, copy ~/.ray/auth_token to all nodes, RAY_AUTH_MODE=token ray start ... there",
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ def join(address: str | None) -> None:
 
     Raises:
         ConfigError: it is no address of a cluster.
-        StartError: there is none, or this machine could not join it within seconds.
+        StartError: no cluster was found, or this machine could not join it within seconds.
     """
     if ray.is_initialized():
         return

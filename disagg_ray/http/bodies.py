@@ -65,9 +65,9 @@ def image_of(field: str, url: str) -> Upload:
 
 def fingerprint(body: CreateVideo, uploads: Mapping[str, Upload]) -> str:
     """Return a digest by which a repeated body is known."""
-    told = body.model_dump(exclude={"input_reference", "last_image"}, exclude_none=True)
+    fields = body.model_dump(exclude={"input_reference", "last_image"}, exclude_none=True)
     digests = {field: hashlib.sha256(upload.data).hexdigest() for field, upload in uploads.items()}
-    return hashlib.sha256(json.dumps([told, digests], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([fields, digests], sort_keys=True).encode()).hexdigest()
 
 
 def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config, priority: int) -> Asked:

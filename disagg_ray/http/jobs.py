@@ -25,7 +25,7 @@ logger = logging.getLogger("disagg_ray")
 
 KEEP_HOUSE_S = 0.5
 UNFINISHED_S = 1.0
-"""How old the list may be by which positions in the queue are told."""
+"""Longest age of the list from which positions in the queue are read."""
 MAX_WORKERS = 1000
 MAX_RETRY_S = 3600
 
@@ -160,7 +160,7 @@ class Jobs:
         """Return a job of a key.
 
         Raises:
-            ApiError: there is none of that id; another key's are none.
+            ApiError: no job of this key has that id.
         """
         job = self.store.get(job_id, key.name)
         if job is None:

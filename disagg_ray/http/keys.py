@@ -148,7 +148,7 @@ def remove_key(file: Path, name: str) -> None:
     """Remove a key from a file.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no key has that name.
     """
     keys = read_keys(file)
     left = [key for key in keys if key.name != name]

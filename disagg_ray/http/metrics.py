@@ -27,7 +27,7 @@ HISTOGRAMS = {
 
 
 class Metrics:
-    """Counts what it is told. Labels name routes, statuses, models and keys' names, never prompts, ids or keys."""
+    """Counts requests and jobs. Labels name routes, statuses, models and keys' names, never prompts, ids or keys."""
 
     def __init__(self) -> None:
         self._counters = {name: Counter(OURS + name, *about) for name, about in COUNTERS.items()}

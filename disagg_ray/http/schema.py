@@ -88,7 +88,7 @@ class CreateVideo(BaseModel):
     priority: int = 0
     """Higher goes first."""
     deadline_s: Annotated[Number, Field(gt=0, le=1e9)] | None = None
-    """A job that is not finished so many seconds after it was accepted fails."""
+    """Seconds after it was accepted in which a job must finish; later it fails."""
 
 
 class RemixVideo(BaseModel):
@@ -182,7 +182,7 @@ def to_video(job: Job, **more: Any) -> Video:
     if job.error_code is not None:
         error = VideoError(code=job.error_code, message=job.error_message or "")
     return Video(
-        id=job.id, model=job.model, status=job.status,  # type: ignore[arg-type] # deleted ones are shown to nobody
+        id=job.id, model=job.model, status=job.status,  # type: ignore[arg-type] # deleted ones are never shown
         progress=job.progress, created_at=int(job.created_at),
         completed_at=_whole(job.completed_at), expires_at=_whole(job.expires_at),
         prompt=job.prompt, size=job.size, seconds=job.seconds, remixed_from_video_id=job.remixed_from, error=error,

@@ -24,7 +24,7 @@ class Settings:
     """Names of the services behind it; each is a model's id."""
     service: ServiceConfig
     session_key: str | None = None
-    """Digest of a key that is valid while this service runs, beside those in the file; None: there is none."""
+    """Digest of a key that is valid while this service runs, beside those in the file; None: no such key."""
     grace_s: float = 30.0
     """What running jobs get to finish when it ends."""
 

@@ -56,7 +56,7 @@ class Job:
     remixed_from: str | None = None
     idempotency_key: str | None = None
     fingerprint: str = ""
-    """Digest of the body, to tell a repeated POST from another one under its key."""
+    """Digest of the body, to distinguish a repeated POST from another one under its key."""
     num_bytes: int = 0
     """Of the finished video's files."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Store:
     """Reads and writes jobs, from any thread."""
 
     def __init__(self, url: str) -> None:
-        """Open the database; make its table where there is none.
+        """Open the database; create its table if it has none.
 
         Raises:
             ConfigError: the URL is none, or the database cannot be reached.

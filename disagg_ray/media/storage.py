@@ -30,7 +30,7 @@ def attempt(url: str, prefix: str) -> None:
     """Write a small object beside what a URL names, and remove it.
 
     Raises:
-        OutputError: that is not allowed, or not possible.
+        OutputError: access is refused, or the storage does not support it.
     """
     with _mapped(url, "written, as a small object beside it shows"):
         filesystem, path = fsspec.core.url_to_fs(f"{url.rpartition('/')[0]}/{prefix}{uuid.uuid4().hex}")

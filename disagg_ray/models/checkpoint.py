@@ -61,7 +61,7 @@ class Geometry:
         return (1, self.latent_channels, times, height // self.spatial_factor, width // self.spatial_factor)
 
     def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
-        """Return an upper bound (4 bytes an element, images 1) of every tensor that may travel between stages.
+        """Return an upper bound (4 bytes an element, images 1) of every tensor that may pass between stages.
 
         `pixels` is height x width of the video; `image_pixels` that of the larger conditioning image as given;
         `num_parts` share the tiles of a decode.

@@ -1,6 +1,6 @@
 """The components of a Wan checkpoint: which files of each are opened, and whether each is what this family expects.
 
-Only files that stand in the model's own folder are opened, all weights are safetensors, every class is one of those
+Only files in the model's own folder are opened, all weights are safetensors, every class is one of those
 named here, and none of a folder's own code runs. Nothing here imports a model's library, so a driver can ask it before
 anything starts.
 """

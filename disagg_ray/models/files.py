@@ -98,7 +98,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"tensor {printable(key)!r} does not begin where the one before it ends")
         position = end
     if position != size - 8 - length:
-        raise ValueError(f"holds {size - 8 - length} bytes of tensors, and its header tells of {position}")
+        raise ValueError(f"holds {size - 8 - length} bytes of tensors, and its header describes {position}")
     return dict(zip(header, (tensor for tensor, _ in ends), strict=True))
 
 

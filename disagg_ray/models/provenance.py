@@ -27,7 +27,7 @@ def local_folder(model: ModelConfig) -> Path | None:
 
 
 def digest_model(model: ModelConfig, folder: Path | None) -> str:
-    """Return what tells a model's files from others: of a hub id its commit; `folder` is None where it is not known."""
+    """Return what identifies a model's files: of a hub id its commit; `folder` is None where it is not known."""
     if model.path.startswith(RANDOM):
         return "drawn from the shape"
     if folder is None:

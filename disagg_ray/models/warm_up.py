@@ -1,4 +1,4 @@
-"""Made-up requests and tensors that stand for real ones of the same size: what a stage warms up on."""
+"""Made-up requests and tensors of real sizes, on which a stage warms up."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ CLOSE_S = 5.0
 
 
 class Listener:
-    """Calls `on_event` on a thread of its own, so that it delays nobody; events that it is too slow for are dropped.
+    """Calls `on_event` on a thread of its own, so that it delays nothing; events that it is too slow for are dropped.
 
     What it raises is logged once, and stops nothing.
     """

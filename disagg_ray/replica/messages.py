@@ -1,4 +1,4 @@
-"""What a driver and its replicas tell each other in calls; what replicas tell unasked is in `progress`."""
+"""What a driver and its replicas send each other in calls; events that replicas publish are in `progress`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Task:
     key: AttemptKey
     request: ResolvedRequest
     handoffs: tuple[Handoff, ...]
-    """Where its inputs lie; each producer keeps them until it is told to release."""
+    """Where its inputs are; each producer keeps them until it is asked to release them."""
     attempt: int = 0
     """How often the stage was begun for this request before."""
     driver_epoch: str = ""
@@ -82,7 +82,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """What a standing replica tells a new driver."""
+    """What a running replica reports to a new driver."""
 
     spec: Spec | None
     config: Config
@@ -91,7 +91,7 @@ class ReplicaState:
     info: ReplicaInfo | None
     """None: it is not ready."""
     fresh: bool
-    """Nobody has told it to load."""
+    """It has not been asked to load."""
 
 
 @dataclass(frozen=True)

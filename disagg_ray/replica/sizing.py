@@ -15,7 +15,7 @@ MAX_VIDEOS = 2
 """Decoded and not yet fetched at a replica: one whose file is being encoded and one that waits for that."""
 
 UNEVEN = 2
-"""A replica has room for so many times its even share of what is in flight."""
+"""Pool over-provisioning: capacity as a multiple of the replica's even share of what is in flight."""
 
 if TYPE_CHECKING:
     from disagg_ray.replica.stage import Stage
@@ -63,7 +63,7 @@ def pool_bytes(config: Config, stage: Stage) -> int:
 
 
 PIECE_BYTES = 16 * 2**20
-"""Raw frames travel in pieces of about this size, at least one frame."""
+"""Raw frames are sent in pieces of about this size, at least one frame."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def frame_bytes(pixels: int) -> int:
 
 
 def frames_in_piece(pixels: int, num_frames: int) -> int:
-    """Return how many frames travel at once when raw frames are asked for."""
+    """Return how many frames are sent at once when raw frames are asked for."""
     return min(num_frames, max(1, PIECE_BYTES // frame_bytes(pixels)))
 
 

@@ -30,7 +30,7 @@ class Software:
     """What a process runs."""
 
     folder: str
-    """Where this package lies."""
+    """Folder of this package."""
     digest: str
     """Of this package's sources."""
     versions: tuple[tuple[str, str], ...]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 RAW = ("png", "npy")
-"""Formats for which the frames themselves travel to the driver."""
+"""Formats for which the frames themselves are sent to the driver."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Stage:
         return {component: self.config.dtype_of(self.name, component) for component in self._cut.components}
 
     def output_bytes(self, request: ResolvedRequest) -> dict[str, int]:
-        """Return the most that each output of a request can take, by name; frames travel in pieces of one slot."""
+        """Return the most that each output of a request can take, by name; frames are sent in pieces of one slot."""
         pixels = request.height * request.width
         return self._sizes(self._outputs, pixels, request.num_frames, request.image_pixels, request.format in RAW)
 
@@ -187,7 +187,7 @@ class Stage:
         raises ends the work.
 
         Raises:
-            torch.OutOfMemoryError: the GPU is too small, or torch's free memory lies in pieces that are too small. From
+            torch.OutOfMemoryError: the GPU is too small, or torch's free memory is in pieces that are too small. From
                 then on nothing is kept from one call to the next, so a second attempt has all of it in one piece.
         """
         torch.set_num_threads(self._settings.torch_threads)  # of this thread: torch keeps it a thread
@@ -204,7 +204,7 @@ class Stage:
             self._short = True
             raise
         if self._stream is not None:
-            self._stream.synchronize()  # so that whoever times this, times the work
+            self._stream.synchronize()  # so that a timer around this call times the work
         videos = made.get(FRAMES)
         return Outputs(
             {name: made[name] for name in self._outputs if name in made}, None if videos is None else videos[0]

@@ -104,7 +104,7 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
 
 
 def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
-    """Print the state of services; a text stands for a service whose supervisor does not answer."""
+    """Print the state of services; a text replaces a service whose supervisor does not answer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
         table.add_column(column)

@@ -11,7 +11,7 @@
   anything since that one came: what never works does not work in another process either.
 - An error after which CUDA fails whatever comes next ends the replica's process at once (`poisons`).
 - A post whose replica does not start, or is lost before it has computed anything, is closed for a while, longer each
-  time (`pause_s`), and never for good: but in a pipeline of one's own whose configuration or model is at fault.
+  time (`pause_s`), and never permanently, except in a pipeline of one's own whose configuration or model is at fault.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class StageScheduler:
         self._notify()
 
     def _extend_overdue(self, now: float) -> None:
-        """Predict anew when jobs end that should have ended; from here on no end lies in the past."""
+        """Predict anew when jobs end that should have ended; from here on every predicted end is in the future."""
         for replica in self._replicas.values():
             if replica.running is not None and replica.free_at < now:
                 relearned = replica.started + self.predict(replica.group, replica.running)

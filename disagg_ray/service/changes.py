@@ -19,7 +19,7 @@ def check_change(before: Config, after: Config) -> None:
     """Check that a service can become what a configuration says.
 
     Raises:
-        ConfigError: names the key that stands in the way.
+        ConfigError: a key cannot be changed while the service runs; names it.
     """
     remedy = "it cannot change while the service runs; take it down and up again"
     limits = replace(after.limits, max_queued=before.limits.max_queued)
@@ -57,7 +57,7 @@ def changed(before: Config, after: Config) -> Config:
     """Return a new configuration with the numbers of replicas that the load has decided, as far as it allows them.
 
     Raises:
-        ConfigError: names the key that stands in the way.
+        ConfigError: a key cannot be changed while the service runs; names it.
     """
     check_change(before, after)
     for name, stage in after.stages.items():

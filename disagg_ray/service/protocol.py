@@ -85,6 +85,6 @@ class Snapshot:
     replicas: tuple[ReplicaInfo, ...] = ()
     num_restarts: dict[str, int] = field(default_factory=dict)
     rollout: str = ""
-    """What a change of the configuration does now; empty: there is none."""
+    """What a change of the configuration does now; empty: none is under way."""
     driver_bytes_in_use: int = 0
     """Of the supervisor's own pool."""

@@ -34,7 +34,7 @@ class Rollouts:
         self._fleet = fleet
         self._lock = asyncio.Lock()
         self.status = ""
-        """What a rollout does now; empty: there is none."""
+        """What a rollout does now; empty: none is under way."""
 
     async def roll_out(self, config: Config) -> None:
         """Become what `config` says, replica by replica; return when all that it asks for serve.

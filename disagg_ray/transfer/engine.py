@@ -38,7 +38,7 @@ MAX_MET = 10_000
 class Engine:
     """One Mooncake transfer engine: a session, one registered region, reads from other sessions.
 
-    Mooncake listens on all interfaces whatever `host` says; the host is only what peers are told.
+    Mooncake listens on all interfaces whatever `host` says; the host is only what is announced to peers.
     """
 
     def __init__(self, host: str, transport: TransportConfig, taken: frozenset[str] = frozenset()) -> None:
@@ -129,7 +129,7 @@ class Engine:
 def _guard(host: str, port: int, transport: TransportConfig, known: frozenset[int]) -> Guard | None:
     """Hide Mooncake's handshake port behind a guard, and admit to its others only those who may come.
 
-    RDMA's own handshake goes to Mooncake's port by name, and a metadata server tells that name: neither has a guard.
+    RDMA's own handshake goes to Mooncake's port by name, as does one through a metadata server: neither has a guard.
     """
     program = filter_of(transport.admit)
     opened = listeners(known)

@@ -1,7 +1,7 @@
-"""What stands before Mooncake's handshake port.
+"""A guard in front of Mooncake's handshake port.
 
 Mooncake listens on all interfaces, takes one connection after another, waits five seconds for each that is silent, and
-ends the process when JSON is not what it expects. Here nobody reaches its port but a guard in the same process. That
+ends the process when JSON is not what it expects. Here only a guard in the same process reaches its port. That
 listens on the node's address, takes one message of a known kind within a deadline, and asks Mooncake in its own words:
 no byte of a stranger's arrives there.
 """
@@ -20,7 +20,7 @@ from disagg_ray.transfer.sockets import BACKLOG, NOBODY, Program, admit, listen,
 logger = logging.getLogger("disagg_ray")
 
 METADATA, PROBE = 1, 3
-"""Kinds of messages that are passed on: where the memory lies, and whether anybody is there. Mooncake's number for each
+"""Kinds of messages that are passed on: where the memory is, and whether the engine answers. Mooncake's number for each
 is the first byte after the length (8 bytes, little-endian) that counts it too."""
 EMPTY = b"{}"
 """What Mooncake does not look at in either."""
@@ -87,7 +87,7 @@ class Guard:
             logger.warning("handshake port %d: %d conversations were refused or given up", self.port, self.refused)
 
     async def _ask(self, kind: int) -> bytes:
-        """Ask Mooncake; return its answer as it travels."""
+        """Ask Mooncake; return its answer as sent."""
         message = (1 + len(EMPTY)).to_bytes(8, "little") + bytes([kind]) + EMPTY
         async with self._turn:
             with socket.socket() as own:

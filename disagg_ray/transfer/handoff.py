@@ -25,7 +25,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """Where one published tensor lies."""
+    """Where one published tensor is."""
 
     name: str
     spec: TensorSpec

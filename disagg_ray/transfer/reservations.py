@@ -174,7 +174,7 @@ class Reservations:
         """Return the slot that was reserved for a tensor of these bytes.
 
         Raises:
-            PoolError: there is none, or it is too small.
+            PoolError: no such slot, or it is too small.
             Cancelled: `key` was released.
         """
         with self._changed:

@@ -69,7 +69,7 @@ def open_endpoints(
     asked = transport.protocol
     if asked == "rdma" and not rdma_devices():  # Mooncake would go by tcp and not say so
         raise ConfigError(
-            f"transport.protocol: 'rdma' is not possible on {host}: it has no RDMA device in {INFINIBAND}; write auto, "
+            f"transport.protocol: 'rdma' cannot be used on {host}: it has no RDMA device in {INFINIBAND}; write auto, "
             f"here or in the file that MOONCAKE_CONFIG_PATH names, or run driver and stages where there is one"
         )
     wanted = [route for route in ROUTES if _is_possible(route, memory)] if asked == "auto" else [asked]
@@ -120,7 +120,7 @@ def _has_cuda() -> bool:
 
 
 def _machine() -> str:
-    """Return what tells this machine from others: GPU memory is only shared within one."""
+    """Return what identifies this machine: GPU memory is only shared within one."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 

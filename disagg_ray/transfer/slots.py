@@ -1,4 +1,4 @@
-"""Where in a pool each slot lies: first fit over a sorted free list, coalesced on free."""
+"""The place of each slot in a pool: first fit over a sorted free list, coalesced on free."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ FAMILIES = (socket.AF_INET, socket.AF_INET6)
 SO_ATTACH_FILTER = 26
 """Linux's number; Python has no name for it."""
 BACKLOG = 32
-"""Connections that wait to be accepted; more are dropped by the kernel, and tried again by whoever means it."""
+"""Connections that wait to be accepted; more are dropped by the kernel, and an honest peer tries again."""
 SPEAK_S = 20
 """How long the kernel keeps a connection back on which nothing was said."""
 
@@ -52,7 +52,7 @@ THIS_MACHINE: Program = [
     _PASS,
     _DROP,
 ]
-"""From 127.0.0.0/8, or from the very address that is spoken to: nobody else has that, and the kernel drops lies."""
+"""From 127.0.0.0/8, or from the very address that is spoken to: no other host has it; the kernel drops forged ones."""
 
 
 def filter_of(admit: str) -> Program | None:
@@ -67,7 +67,7 @@ def local_port(port: int) -> Program:
 
 
 def admit(listener: socket.socket, program: Program) -> None:
-    """Have a listening socket, and what it accepts from now on, hear only what a filter passes."""
+    """Have a listening socket, and what it accepts from now on, receive only what a filter passes."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", len(program), ctypes.addressof(code)))
 

@@ -163,7 +163,7 @@ def _without_negative(inputs: list[InputParam]) -> list[InputParam]:
 
 
 class SchedulerStep(WanLoopAfterDenoiser):  # type: ignore[misc]
-    """Steps the scheduler with the prediction in the transformer's own precision, then tells `on_step`.
+    """Steps the scheduler with the prediction in the transformer's own precision, then calls `on_step`.
 
     Diffusers' modular block converts the prediction to float32 first, which differs from stock in bfloat16. Schedulers
     that draw noise draw it from the request's generator, where the first noise came from; diffusers' blocks and stock

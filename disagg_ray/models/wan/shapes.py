@@ -126,7 +126,7 @@ class TransformerConfig:
     text_dim: int = 4096
     """Width of the prompt embeddings."""
     freq_dim: int = 256
-    """Width of the sinusoids that stand for the timestep."""
+    """Width of the sinusoids that encode the timestep."""
     image_dim: int | None = None
     """Width of the image embeddings; None where the model takes none."""
     added_kv_proj_dim: int | None = None
@@ -197,7 +197,7 @@ def get_shape(name: str) -> Shape:
     """Return the shape of that name.
 
     Raises:
-        ValueError: there is none; names the nearest.
+        ValueError: no shape has this name; names the nearest.
     """
     if name in SHAPES:
         return SHAPES[name]
