@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from disagg_ray import environment
-from disagg_ray.cli.arguments import Parser, config_parser
+from disagg_ray.cli.arguments import EPILOG, Parser
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import InputError, StartError
@@ -24,7 +24,8 @@ EXTRA = "needs the extra `serve`: pip install 'disagg-ray[serve]'"
 
 def serve(argv: Sequence[str]) -> int:
     """Serve models over HTTP: OpenAI's videos API, and a page to try it on; Ctrl-C ends it."""
-    parser = config_parser("serve", serve)
+    parser = Parser(prog="disagg-ray serve", description=serve.__doc__, epilog=EPILOG)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
     parser.add_argument("--config", help="YAML file of a model and its deployment, which is put up too")
     parser.add_argument("--name", help="with --config: the model's id; the file's name if left out")
     parser.add_argument("--connect", nargs="+", metavar="NAME", help="serve pipelines that `disagg-ray up` put up")
