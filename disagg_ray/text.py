@@ -53,12 +53,12 @@ def mask(text: str) -> str:
     return SECRET.sub(lambda found: (found[1] or found[2]) + MASK, text)
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that is most similar to one; None: none is similar."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that is most similar to one; None: none is similar (by `difflib`'s ratio)."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the end of a message about an unknown word: a suggestion, or nothing."""
-    near = nearest(word[:100], known)
+    near = nearest(word[:100], known, cutoff)
     return f"; did you mean {printable(near)}?" if near is not None else ""

@@ -241,8 +241,16 @@ def test_a_service_that_ends_leaves_its_jobs_to_the_next(model: str, tmp_path: P
         assert [finish(http, video_id)["status"] for video_id in made] == ["completed"] * 3
 
 
-def test_expired_and_excess_videos_are_removed(model: str, tmp_path: Path) -> None:
-    with serve(tmp_path, "service.max_bytes=1") as http:
+def test_the_size_of_a_body_is_bounded_by_the_configuration(model: str, tmp_path: Path) -> None:
+    with serve(tmp_path, "service.max_upload_bytes=10") as http:
+        refused = http.post("/v1/videos", json={"prompt": "a red circle"})
+    assert refused.status_code == 413
+    assert "service.max_upload_bytes=10" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("limit", ["service.max_bytes=1", "service.expires_after_s=0.5"])
+def test_expired_and_excess_videos_are_removed(limit: str, model: str, tmp_path: Path) -> None:
+    with serve(tmp_path, limit) as http:
         video_id = post(http, SMALL)["id"]
         finish(http, video_id)
         content = f"/v1/videos/{video_id}/content"

@@ -201,7 +201,7 @@ def get_shape(name: str) -> Shape:
     """
     if name in SHAPES:
         return SHAPES[name]
-    raise ValueError(f"no model shape {name!r}; known: {', '.join(SHAPES)}{did_you_mean(name, SHAPES)}")
+    raise ValueError(f"no model shape {name!r}; known: {', '.join(SHAPES)}{did_you_mean(name, SHAPES, cutoff=0)}")
 
 
 _UMT5_XXL = TextEncoderConfig()
