@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 from disagg_ray import Request, cli, connect, load_config
 from disagg_ray.http.app import build_app
 from disagg_ray.http.bodies import Upload, check_body
+from disagg_ray.http.guard import FORM_BYTES
 from disagg_ray.http.keys import Key, add_key
 from disagg_ray.http.schema import ApiError, CreateVideo
 from disagg_ray.http.settings import make_settings
@@ -243,7 +244,7 @@ def test_a_service_that_ends_leaves_its_jobs_to_the_next(model: str, tmp_path: P
 
 def test_the_size_of_a_body_is_bounded_by_the_configuration(model: str, tmp_path: Path) -> None:
     with serve(tmp_path, "service.max_upload_bytes=10") as http:
-        refused = http.post("/v1/videos", json={"prompt": "a red circle"})
+        refused = http.post("/v1/videos", content=b"", headers={"Content-Length": str(FORM_BYTES + 11)})
     assert refused.status_code == 413
     assert "service.max_upload_bytes=10" in refused.json()["error"]["message"]
 
