@@ -19,25 +19,28 @@ def test_only_what_is_being_done_can_stall_and_by_its_name() -> None:
 
 
 def test_of_two_that_do_the_same_the_longest_counts() -> None:
-    activities = Activities()
-    with activities.working("piece") as first:
-        first._progressed -= 100
+    now = [1000.0]
+    activities = Activities(clock=lambda: now[0])
+    with activities.working("piece"):
+        now[0] += 100
         with activities.working("piece"):
             assert activities.stalled()["piece"] >= 100
 
 
 def test_progress_starts_the_clock_anew() -> None:
-    activities = Activities()
+    now = [1000.0]
+    activities = Activities(clock=lambda: now[0])
     with activities.working("compute") as activity:
-        activity._progressed -= 100
+        now[0] += 100
         activity.progress()
         assert activities.stalled()["compute"] < 100
 
 
 def test_what_is_excused_stalls_only_from_then_on() -> None:
-    activities, until = Activities(), math.inf
-    with activities.working("pull", lambda: min(until, time.monotonic())) as activity:
-        activity._progressed -= 100
+    now, until = [1000.0], math.inf
+    activities = Activities(clock=lambda: now[0])
+    with activities.working("pull", lambda: min(until, now[0])):
+        now[0] += 100
         assert activities.stalled() == {"pull": 0.0}
         until = -math.inf
         assert 0 <= activities.stalled()["pull"] < 100, "it was excused until a moment ago"

@@ -84,5 +84,6 @@ def test_what_is_remembered_of_finished_requests_is_bounded() -> None:
         board.on_event(replace(EVENT, request_id=str(index)))
         board.finished(str(index), ok=True)
     assert board.totals().done == REMEMBERED + 5
-    assert len(board._ended) == REMEMBERED
     assert board.requests == {}
+    late = (board.on_event(replace(EVENT, request_id=str(index))) for index in range(REMEMBERED + 5))
+    assert [track is None for track in late] == [False] * 5 + [True] * REMEMBERED

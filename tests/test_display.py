@@ -28,6 +28,8 @@ from disagg_ray.progress.events import Event
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
 DEADLINE_S = 20
+NEVER_S = 3600.0
+"""Interval of a display whose thread draws nothing in a test."""
 
 
 def wait_for(read: Callable[[], str], text: str) -> None:
@@ -40,15 +42,14 @@ def wait_for(read: Callable[[], str], text: str) -> None:
 def draw_lines(events: list[Event], ended: dict[str, bool], total: int | None = 60) -> list[str]:
     """Return what would be written if one line were drawn after another until nothing is left."""
     stream = io.StringIO()
-    shown = Display(total, "lines", stream)
-    for event in events:
-        shown.on_event(event)
-    for request_id, ok in ended.items():
-        shown.finished(request_id, ok)
-    view = shown._make_view()
-    for _ in range(len(events) + len(ended) + 1):
-        view.draw()
-    return stream.getvalue().splitlines()
+    with Display(total, "lines", stream, interval_s=NEVER_S) as shown:
+        for event in events:
+            shown.on_event(event)
+        for request_id, ok in ended.items():
+            shown.finished(request_id, ok)
+        for _ in range(len(events) + len(ended) + 1):
+            shown.draw()
+        return stream.getvalue().splitlines()
 
 
 def test_a_line_says_request_replica_step_and_time_left() -> None:
@@ -87,14 +88,18 @@ def test_a_single_request_ends_without_totals() -> None:
     assert draw_lines([], {"a1b2": True}, total=1) == ["request a1b2: done"]
 
 
-def test_lines_come_while_work_goes_on_and_the_last_one_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display._Lines, "interval_s", 0.01)
+def test_lines_come_while_work_goes_on() -> None:
     stream = io.StringIO()
-    with Display(None, "auto", stream) as shown:
+    with Display(None, "auto", stream, interval_s=0.01) as shown:
         shown.on_event(replace(EVENT, step=5))
         wait_for(stream.getvalue, "request a1b2: transformer-0 step 5/50\n")
-        shown._closing.set()
-        shown._thread.join()
+
+
+def test_the_last_line_comes_when_work_ends() -> None:
+    stream = io.StringIO()
+    with Display(None, "auto", stream, interval_s=NEVER_S) as shown:
+        shown.on_event(replace(EVENT, step=5))
+        shown.draw()
         shown.finished("a1b2", ok=True)
     assert stream.getvalue().splitlines()[1].startswith("request a1b2: done; 1 videos done")
 
@@ -130,7 +135,7 @@ def test_a_stream_that_is_closed_meanwhile_ends_the_display_and_nothing_else(mod
         shown.on_event(EVENT)
         stream.close()
         shown.finished("a1b2", ok=True)
-    assert not shown._thread.is_alive()
+    assert "disagg_ray-display" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_many_threads_report_at_once() -> None:
@@ -140,27 +145,24 @@ def test_many_threads_report_at_once() -> None:
             threads.submit(shown.on_event, replace(EVENT, request_id=str(index)))
             threads.submit(shown.finished, str(index), ok=True)
         threads.shutdown()
-        assert shown._board.totals().done == 2000
-        assert shown._board.requests == {}
+        assert shown.board.totals().done == 2000
+        assert shown.board.requests == {}
 
 
-def render(num_requests: int, size: tuple[int, int], total: int | None = 60, **change: object) -> list[str]:
+def draw_bars(num_requests: int, size: tuple[int, int], total: int | None = 60, **change: object) -> list[str]:
     """Return the bars' lines for requests at step 12 of 50, on a terminal of `size` columns and lines."""
     board, stream = Board(total), io.StringIO()
     for index in range(num_requests):
         event = replace(EVENT, request_id=f"request-{index}", replica=f"transformer-{index}", **change)  # type: ignore[arg-type]
         for step in (0, 12):
             board.on_event(replace(event, step=step, time=1000.0 + step))
-    view = display._Bars(board, io.StringIO())
-    view._console.size = size  # type: ignore[assignment]
-    view.close()
-    Console(file=stream, width=size[0], height=size[1]).print(view._render())
+    Console(file=stream, width=size[0], height=size[1]).print(display.render(board, *size))
     return stream.getvalue().splitlines()
 
 
 def test_each_request_that_runs_has_a_row() -> None:
     for number in (1, 3):
-        *rows, overall = render(number, (80, 24))
+        *rows, overall = draw_bars(number, (80, 24))
         assert len(rows) == number
         assert overall.startswith("0 of 60 videos done")
         assert all(row.split()[:2] == [f"request-{n}", f"transformer-{n}"] for n, row in enumerate(rows))
@@ -168,29 +170,29 @@ def test_each_request_that_runs_has_a_row() -> None:
 
 
 def test_rows_beyond_the_cap_are_counted() -> None:
-    lines = render(60, (80, 24))
+    lines = draw_bars(60, (80, 24))
     assert len(lines) == display.MAX_ROWS + 2
     assert lines[-2].strip() == "and 44 more"
 
 
 def test_a_single_request_has_no_overall_line() -> None:
-    assert len(render(1, (80, 24), total=1)) == 1
+    assert len(draw_bars(1, (80, 24), total=1)) == 1
 
 
 def test_waiting_requests_are_counted_by_stage() -> None:
-    assert render(7, (80, 24), state="waiting")[-1].strip() == "waiting: transformer 7"
+    assert draw_bars(7, (80, 24), state="waiting")[-1].strip() == "waiting: transformer 7"
 
 
 @pytest.mark.parametrize("size", [(200, 50), (80, 24), (62, 12), (44, 8), (20, 4)])
 def test_bars_fit_the_terminal(size: tuple[int, int]) -> None:
-    lines = render(60, size)
+    lines = draw_bars(60, size)
     assert max(cell_len(line) for line in lines) <= size[0]
     assert len(lines) < size[1]
 
 
 @pytest.mark.parametrize("columns", [80, 50])
 def test_the_numbers_outlive_a_narrow_terminal(columns: int) -> None:
-    assert all("12/50 38 s left" in row for row in render(3, (columns, 24))[:3])
+    assert all("12/50 38 s left" in row for row in draw_bars(3, (columns, 24))[:3])
 
 
 class Terminal:
@@ -234,9 +236,8 @@ def logging_to(stream: TextIO) -> Iterator[logging.StreamHandler[TextIO]]:
 
 def test_a_terminal_gets_bars_and_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(display._Bars, "interval_s", 0.01)
     terminal = Terminal()
-    with Display(2, "auto", terminal.stream) as shown:
+    with Display(2, "auto", terminal.stream, interval_s=0.01) as shown:
         shown.on_event(EVENT)
         terminal.wait_for("transformer-0")
         shown.finished("a1b2", ok=True)

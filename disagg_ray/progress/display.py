@@ -35,8 +35,6 @@ NARROW_CHARS = 64
 class View(Protocol):
     """Displays a board."""
 
-    interval_s: float
-
     def draw(self) -> None:
         """Display what changed."""
 
@@ -48,28 +46,32 @@ class Display:
     """Shows progress while it is entered. Any thread may report to it, at the price of a dictionary update.
 
     `total` is the number of requests, None if that is not known beforehand; `mode` auto means bars on a terminal and
-    lines elsewhere; `stream` is standard error by default, so that what a command prints stays clean.
+    lines elsewhere; `stream` is standard error by default, so that what a command prints stays clean; `interval_s` is
+    the time between two updates, by default `BARS_INTERVAL_S` or `LINE_INTERVAL_S`.
     """
 
-    def __init__(self, total: int | None, mode: Mode = "auto", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int | None, mode: Mode = "auto", stream: TextIO | None = None, interval_s: float | None = None
+    ) -> None:
         self._stream = stream or sys.stderr
         self._mode = mode if mode != "auto" else _fitting(self._stream)
-        self._board = Board(total)
+        self._interval_s = interval_s or (BARS_INTERVAL_S if self._mode == "bars" else LINE_INTERVAL_S)
+        self.board = Board(total)
+        """What is displayed."""
         self._changed: dict[str, Track] = {}
         self._ended: list[tuple[str, bool]] = []
         self._closing = threading.Event()
 
     def __enter__(self) -> Display:
         if self._mode != "quiet":
-            self._view = self._make_view()
+            self._view: View
+            if self._mode == "bars":
+                self._view = _Bars(self.board, self._stream)
+            else:
+                self._view = _Lines(self.board, self._changed, self._ended, self._stream)
             self._thread = threading.Thread(target=self._run, name="disagg_ray-display", daemon=True)
             self._thread.start()
         return self
-
-    def _make_view(self) -> View:
-        if self._mode == "bars":
-            return _Bars(self._board, self._stream)
-        return _Lines(self._board, self._changed, self._ended, self._stream)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,8 +89,8 @@ class Display:
         if not event.stage:
             self.finished(event.request_id, event.state == "done")
             return
-        with self._board.lock:
-            track = self._board.on_event(event)
+        with self.board.lock:
+            track = self.board.on_event(event)
             if track is not None and self._mode == "lines":
                 self._changed[event.request_id] = track
 
@@ -96,16 +98,21 @@ class Display:
         """Record the end of a request; ignore its later events."""
         if self._mode == "quiet":
             return
-        with self._board.lock:
-            self._board.finished(request_id, ok)
+        with self.board.lock:
+            self.board.finished(request_id, ok)
             if self._mode == "lines":
                 self._changed.pop(request_id, None)
                 self._ended.append((request_id, ok))
 
+    def draw(self) -> None:
+        """Display what changed: in lines, the next line. Between entering and leaving, a thread calls this."""
+        if self._mode != "quiet":
+            self._view.draw()
+
     def _run(self) -> None:
         with suppress(OSError, ValueError):  # the stream is closed
-            while not self._closing.wait(self._view.interval_s):
-                self._view.draw()
+            while not self._closing.wait(self._interval_s):
+                self.draw()
 
 
 def _fitting(stream: TextIO) -> Literal["bars", "lines"]:
@@ -115,9 +122,7 @@ def _fitting(stream: TextIO) -> Literal["bars", "lines"]:
 
 
 class _Lines:
-    """Log lines: one when something changed, at most one a second."""
-
-    interval_s = LINE_INTERVAL_S
+    """Log lines: at most one at each draw, and only when something changed."""
 
     def __init__(self, board: Board, changed: dict[str, Track], ended: list[tuple[str, bool]], stream: TextIO) -> None:
         self._board, self._changed, self._ended, self._stream = board, changed, ended, stream
@@ -157,16 +162,15 @@ class _Lines:
 
 
 class _Bars:
-    """Live bars: a row for each request that is computed, and the total below."""
-
-    interval_s = BARS_INTERVAL_S
+    """Live bars, as `render` makes them; log lines go above them."""
 
     def __init__(self, board: Board, stream: TextIO) -> None:
         self._board, self._stream = board, stream
         self._console = Console(file=stream, force_terminal=True, markup=False, highlight=False, emoji=False)
         self._handlers = list(_handlers(stream))
         self._live = Live(
-            console=self._console, get_renderable=self._render, auto_refresh=False, transient=True,
+            console=self._console, get_renderable=lambda: render(board, *self._console.size),
+            auto_refresh=False, transient=True,
             redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty(),
         )  # fmt: skip
         self._live.start()
@@ -187,21 +191,22 @@ class _Bars:
         if totals.total != 1 and totals.done + totals.failed:
             self._console.print(summary(totals))
 
-    def _render(self) -> RenderableType:
-        width, height = self._console.size
-        wide = width >= NARROW_CHARS
-        with self._board.lock:
-            active, totals = self._board.active(), self._board.totals()
-            rows = active[: max(min(MAX_ROWS, height - 5), 1)]
-            table = _table(rows, time.monotonic(), wide=wide)
-        parts: list[RenderableType] = [table] if rows else []
-        if len(active) > len(rows):
-            parts.append(_line(f"and {len(active) - len(rows)} more"))
-        if totals.total != 1:
-            parts.append(_overall(totals, wide=wide))
-        if totals.waiting:
-            parts.append(_line("waiting: " + ", ".join(f"{stage} {n}" for stage, n in totals.waiting.items())))
-        return Group(*parts)
+
+def render(board: Board, columns: int, lines: int) -> RenderableType:
+    """Return the bars for a terminal of this size: a row for each request that is computed, the total below."""
+    wide = columns >= NARROW_CHARS
+    with board.lock:
+        active, totals = board.active(), board.totals()
+        rows = active[: max(min(MAX_ROWS, lines - 5), 1)]
+        table = _table(rows, time.monotonic(), wide=wide)
+    parts: list[RenderableType] = [table] if rows else []
+    if len(active) > len(rows):
+        parts.append(_line(f"and {len(active) - len(rows)} more"))
+    if totals.total != 1:
+        parts.append(_overall(totals, wide=wide))
+    if totals.waiting:
+        parts.append(_line("waiting: " + ", ".join(f"{stage} {n}" for stage, n in totals.waiting.items())))
+    return Group(*parts)
 
 
 def _table(rows: list[Track], now: float, *, wide: bool) -> Table:

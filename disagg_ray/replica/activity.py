@@ -11,25 +11,27 @@ from contextlib import contextmanager
 class Activity:
     """One piece of work of one thread."""
 
-    def __init__(self, name: str, lock_wait_until: Callable[[], float]) -> None:
+    def __init__(self, name: str, lock_wait_until: Callable[[], float], clock: Callable[[], float]) -> None:
         self.name = name
-        self._progressed = time.monotonic()
+        self._clock = clock
+        self._progressed = clock()
         self._excused_until = lock_wait_until
 
     def progress(self) -> None:
-        self._progressed = time.monotonic()
+        self._progressed = self._clock()
 
     def stalled_s(self) -> float:
         """Return the seconds since it last made progress, or could not be expected to make any."""
-        now = time.monotonic()
+        now = self._clock()
         self._progressed = max(self._progressed, self._excused_until())
         return max(0.0, now - self._progressed)
 
 
 class Activities:
-    """Thread-safe. Waiting for what others do, as for room in a pool, is no activity."""
+    """Thread-safe. Waiting for what others do, as for room in a pool, is no activity. `clock` returns seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._running: set[Activity] = set()
 
@@ -37,9 +39,9 @@ class Activities:
     def working(self, name: str, lock_wait_until: Callable[[], float] = lambda: 0.0) -> Iterator[Activity]:
         """Count what is done inside as work that has to make progress.
 
-        `lock_wait_until` returns the monotonic time until which none could be made.
+        `lock_wait_until` returns the time of the clock until which none could be made.
         """
-        activity = Activity(name, lock_wait_until)
+        activity = Activity(name, lock_wait_until, self._clock)
         with self._lock:
             self._running.add(activity)
         try:
