@@ -26,7 +26,8 @@ from disagg_ray.replica.messages import Task
 from disagg_ray.replica.sizing import num_rooms, pool_bytes
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, resolve
-from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
+from disagg_ray.scheduling.job import Assignment, Job
+from disagg_ray.scheduling.scheduler import StageScheduler
 from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.pool import Pool
 

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
+from disagg_ray.scheduling.job import Assignment, Job
+from disagg_ray.scheduling.scheduler import StageScheduler
 
 SPEEDS = {"fast": 1.0, "slow": 4.0}
 """Seconds per unit of work, by group."""

@@ -11,42 +11,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 
+from disagg_ray.scheduling.job import Assignment, Job
 from disagg_ray.scheduling.predictor import Predictor
 from disagg_ray.scheduling.queues import PriorityQueue
 
 OVERDUE_SHARE = 0.1
 """A job that takes longer than predicted is expected to take this much longer than it already has."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Which replica a job is assigned to."""
-
-    replica: str
-    run: bool
-    """True: compute there now. False: prefetch its inputs there and wait."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One stage's work for one request."""
-
-    request_id: str
-    work: float
-    """Frames x pixels x steps, or what else seconds grow with."""
-    shape: Hashable
-    """Jobs of equal shape take equally long on like hardware."""
-    priority: int
-    """Higher first."""
-    sequence: int
-    """Order of admission, kept when the job is tried again."""
-    on_place: Callable[[Assignment | None], None]
-    """Called when its place has changed; with None when the replica it was prefetched on is lost and it waits again.
-    May call the scheduler."""
-    avoid: frozenset[str] = frozenset()
-    """Replicas that failed it: it goes to others as long as the stage has any."""
-    place: Assignment | None = None
-    """None: it waits. Set by the scheduler alone."""
 
 
 @dataclass(eq=False)

@@ -22,7 +22,8 @@ from disagg_ray.planning.layouts import Layout
 from disagg_ray.planning.plan import Plan, equip, make_plan, parse_gpus
 from disagg_ray.planning.predict import Hardware, Prediction
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, read_profile
-from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
+from disagg_ray.scheduling.job import Assignment, Job
+from disagg_ray.scheduling.scheduler import StageScheduler
 
 CLUSTERS = {"2xH200": {}, "4xH200": {}, "8xH200,4xL40S": {"L40S": 0.35}, "700xH200,300xL40S": {"L40S": 0.35}}
 """GPUs, and the speeds of those that the profile is not of."""

@@ -20,7 +20,8 @@ from benchmarks.baselines import Floats, Requests, lower_bound, round_robin
 from benchmarks.machine import subplots
 
 from disagg_ray.config.schema import LimitsConfig
-from disagg_ray.scheduling.scheduler import Assignment, Job, StageScheduler
+from disagg_ray.scheduling.job import Assignment, Job
+from disagg_ray.scheduling.scheduler import StageScheduler
 
 SPEEDS = {"slow": 1.0, "middle": 2.0, "fast": 4.0}
 """Units of work a second, by group; the groups are equally large as far as the number of replicas allows."""
