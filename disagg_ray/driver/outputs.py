@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,8 @@ class Outputs:
         self._keys: list[AttemptKey] = []
         self._images: Handoff | None = None
         self._saving: asyncio.Task[None] | None = None
+        self._copied = asyncio.Event()
+        """The latest copy has arrived and is being written, or failed."""
 
     def new_key(self) -> AttemptKey:
         key = AttemptKey(self._run_id, len(self._keys))
@@ -113,11 +116,13 @@ class Outputs:
     async def _copy(self, stage: StageRun, output: Output) -> None:
         """Copy latents into the driver's pool and their file; from then on no replica's death costs the denoise."""
         key = self.new_key()
+        self._copied.clear()
         try:
             handoff, tensors = await self._driver_pool.hold(key, output.handoff)
         except (TransferError, PoolError, Cancelled) as error:
             self._log("the driver has no copy of the %s's output: %s", stage.name, error)
             self._driver_pool.release(key)
+            self._copied.set()
             return
         stage.copy = Output(key, handoff, None)
         stage.output = stage.output or stage.copy
@@ -128,6 +133,8 @@ class Outputs:
             about = describe(self._request, blocks)
             saving = off_loop(write_latents, self._latents_file, tensors[LATENTS], about)
             self._saving = asyncio.ensure_future(saving)
+        self._copied.set()
+        if self._saving is not None:
             await asyncio.shield(self._saving)
 
     async def fetch_video(self, output: Output) -> Video:
@@ -200,11 +207,17 @@ class Outputs:
     async def close(self) -> None:
         """Cancel what computes and copies, and release every slot; one that is being written out stays until then.
 
-        Finished latents that a file keeps are copied first: the next run of the request starts from them.
+        A copy of latents for their file arrives first: the next run of the request starts from them.
         """
-        copying = [stage.copying for stage in self._stages.values() if stage.copying is not None]
-        if self._latents_file is not None and copying:
-            await asyncio.wait(copying, timeout=COPY_S)
+        try:
+            if self._latents_file is not None and any(stage.copying for stage in self._stages.values()):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(COPY_S):
+                        await self._copied.wait()
+        finally:
+            await self._release_all()
+
+    async def _release_all(self) -> None:
         tasks: list[asyncio.Future[None]] = [task for stage in self._stages.values() for task in stage.tasks]
         for task in tasks:
             task.cancel()
