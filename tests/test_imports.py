@@ -50,7 +50,7 @@ IMPORTERS = {
     "tokenizers": {"models", "jobs"},
     "huggingface_hub": {"models"},
     "ray": {"pipeline", "driver", "service", "http", "replica.actor", "doctor", "jobs"},
-    "fastapi": {"http.app", "http.routes"},
+    "fastapi": {"http.app", "http.forms", "http.routes"},
     "sqlalchemy": {"http.store", "http.app"},
     "starlette": {"http"},
     "accelerate": {"models"},

@@ -17,6 +17,7 @@ from typing import Any
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import DisaggError, RequestError
 from disagg_ray.http.schema import SHOWN, ApiError, CreateVideo
+from disagg_ray.http.store import Job
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import MAX_PRIORITY, Request, resolve
 from disagg_ray.text import printable, shown
@@ -68,6 +69,20 @@ def fingerprint(body: CreateVideo, uploads: Mapping[str, Upload]) -> str:
     fields = body.model_dump(exclude={"input_reference", "last_image"}, exclude_none=True)
     digests = {field: hashlib.sha256(upload.data).hexdigest() for field, upload in uploads.items()}
     return hashlib.sha256(json.dumps([fields, digests], sort_keys=True).encode()).hexdigest()
+
+
+def repeated(job: Job, made_of: str) -> Job:
+    """Return the job that a repeated POST made before.
+
+    Raises:
+        ApiError: the body is another one.
+    """
+    if job.fingerprint != made_of:
+        raise ApiError(
+            409, "Idempotency-Key: another body was sent under this key; give another key", param="Idempotency-Key",
+            code="idempotency_conflict",
+        )  # fmt: skip
+    return job
 
 
 def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config, priority: int) -> Asked:

@@ -7,14 +7,15 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from disagg_ray.http.bodies import IMAGES, Upload, check_body, fingerprint
+from disagg_ray.http.bodies import IMAGES, Upload, check_body, fingerprint, repeated
 from disagg_ray.http.files import Folder, thumbnail_of, video_of
-from disagg_ray.http.keys import EVERYBODY, Key, Keys
+from disagg_ray.http.keys import Key, Keys
+from disagg_ray.http.live import Update
 from disagg_ray.http.metrics import Metrics
-from disagg_ray.http.runner import Runner, Update
+from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
 from disagg_ray.http.store import UNFINISHED, Accepting, Job, Store
@@ -96,7 +97,7 @@ class Jobs:
         runner = self.runner(body.model)
         made_of = fingerprint(body, uploads)
         if idempotency_key is not None and (job := self.store.by_idempotency_key(key.name, idempotency_key)):
-            return _repeated(job, made_of)
+            return repeated(job, made_of)
         asked = check_body(body, uploads, runner.config, key.priority)
         now, job_id = time.time(), f"video_{uuid.uuid4().hex}"
         images = {IMAGES[field]: f"{job_id}.{IMAGES[field]}" for field in uploads}
@@ -111,7 +112,7 @@ class Jobs:
             with self.store.accepting(key.name) as accepting:
                 if idempotency_key is not None and (before := accepting.find(idempotency_key)):
                     self.folder.remove(*images.values())
-                    return _repeated(before, made_of)
+                    return repeated(before, made_of)
                 self._check_limits(accepting, key, job, runner)
                 accepting.add(job)
         except ApiError:
@@ -262,27 +263,9 @@ class Jobs:
         name = video_of(job.id) if variant == "video" else thumbnail_of(job.id)
         return name, self.folder.size(name)
 
-    def read(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        return self.folder.read(name, start, stop)
-
     def subscribe(self, job: Job, receive: Callable[[Update], None]) -> Callable[[], None]:
         runner = self.runners.get(job.model)
         return runner.subscribe(job.id, receive) if runner is not None else lambda: None
-
-    def authenticate(self, authorization: str | None) -> Key:
-        """Return whose request it is, from its Authorization header.
-
-        Raises:
-            ApiError: there are keys, and it has none of them.
-        """
-        if not self.keys.are_on:
-            return EVERYBODY
-        kind, _, secret = (authorization or "").partition(" ")
-        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" and secret else None
-        if key is None:
-            message = "Authorization: no valid key; give `Authorization: Bearer sk-...`"
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return key
 
     def _keep_house(self) -> None:
         while not self._closing.wait(KEEP_HOUSE_S):
@@ -315,17 +298,3 @@ class Jobs:
             self.folder.remove(video_of(job.id), thumbnail_of(job.id))
         self.store.forget_deleted(now)
         self.metrics.queue({model: sum(job.model == model for job in unfinished) for model in self.runners})
-
-
-def _repeated(job: Job, made_of: str) -> Job:
-    """Return the job that a repeated POST made before.
-
-    Raises:
-        ApiError: the body is another one.
-    """
-    if job.fingerprint != made_of:
-        raise ApiError(
-            409, "Idempotency-Key: another body was sent under this key; give another key", param="Idempotency-Key",
-            code="idempotency_conflict",
-        )  # fmt: skip
-    return job

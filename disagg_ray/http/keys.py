@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.errors import ConfigError, InputError
+from disagg_ray.http.schema import ApiError
 from disagg_ray.media.output import write_text
 from disagg_ray.request import MAX_PRIORITY
 from disagg_ray.text import shown
@@ -68,6 +69,21 @@ class Keys:
             if hmac.compare_digest(known.sha256, digest):
                 found = known
         return found
+
+    def authenticate(self, authorization: str | None) -> Key:
+        """Return whose request it is, from its Authorization header.
+
+        Raises:
+            ApiError: there are keys, and it has none of them.
+        """
+        if not self.are_on:
+            return EVERYBODY
+        kind, _, secret = (authorization or "").partition(" ")
+        key = self.find(secret.strip()) if kind.lower() == "bearer" and secret else None
+        if key is None:
+            message = "Authorization: no valid key; give `Authorization: Bearer sk-...`"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return key
 
     def _current(self) -> list[Key]:
         if self._file is None:

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from importlib.resources import files
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from disagg_ray.errors import OutputError
 from disagg_ray.http import schema
-from disagg_ray.http.bodies import IMAGES, Upload, image_of
+from disagg_ray.http.forms import describe_body, read_body
 from disagg_ray.http.jobs import Jobs
 from disagg_ray.http.keys import Key
+from disagg_ray.http.live import Update
 from disagg_ray.http.metrics import scrape
-from disagg_ray.http.runner import Update
-from disagg_ray.http.schema import ApiError, CreateVideo, Deleted, RemixVideo, Video, VideoList, explain
+from disagg_ray.http.schema import ApiError, CreateVideo, Deleted, RemixVideo, Video, VideoList
 from disagg_ray.http.store import Job
 from disagg_ray.text import shown
-
-Body = TypeVar("Body", bound=BaseModel)
 
 PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 MAX_IDEMPOTENCY_CHARS = 255
@@ -53,7 +47,7 @@ def jobs_of(request: Request) -> Jobs:
 
 
 def key_of(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key:
-    return jobs_of(request).authenticate(authorization)
+    return jobs_of(request).keys.authenticate(authorization)
 
 
 WithJobs = Annotated[Jobs, Depends(jobs_of)]
@@ -61,69 +55,7 @@ WithKey = Annotated[Key, Depends(key_of)]
 Idempotency = Annotated[str | None, Header(max_length=MAX_IDEMPOTENCY_CHARS, min_length=1)]
 
 
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the description of a body that is JSON or a form."""
-    described = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    described.pop("$defs", None)
-    form = json.loads(json.dumps(described))
-    for field in IMAGES:
-        if field in form["properties"]:
-            form["properties"][field] = {"type": "string", "format": "binary"}
-    contents = {"application/json": {"schema": described}, "multipart/form-data": {"schema": form}}
-    return {"requestBody": {"required": True, "content": contents}}
-
-
-async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, Upload]]:
-    """Return a body of JSON or a form, and the images in it."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    uploads: dict[str, Upload] = {}
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        given = await _read_form(request, uploads)
-    elif kind in ("application/json", ""):
-        try:
-            given = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, "body: it is not JSON; give an object") from error
-    else:
-        raise ApiError(415, f"Content-Type: {shown(kind)} is none of application/json and multipart/form-data")
-    try:
-        body = model.model_validate(given)
-    except ValidationError as error:
-        raise explain(error, model) from error
-    for field in IMAGES:
-        if (reference := getattr(body, field, None)) is not None:
-            uploads[field] = image_of(field, reference.image_url)
-    return body, uploads
-
-
-async def _read_form(request: Request, uploads: dict[str, Upload]) -> dict[str, Any]:
-    """Return a form's fields; files go into `uploads`."""
-    given: dict[str, Any] = {}
-    try:
-        form = await request.form(max_files=len(IMAGES), max_fields=64, max_part_size=request.app.state.max_bytes)
-    except HTTPException as error:
-        raise ApiError(400, f"body: {error.detail}") from error
-    for name, value in form.multi_items():
-        if name in given or name in uploads:
-            raise ApiError(400, f"{shown(name)}: given twice", param=name[:80])
-        if not isinstance(value, UploadFile):
-            given.update(_form_field(name, value))
-        elif name in IMAGES:
-            uploads[name] = Upload(value.filename or name, await value.read())
-        else:
-            raise ApiError(400, f"{shown(name)}: is a file; only {' and '.join(IMAGES)} are", param=name[:80])
-    return given
-
-
-def _form_field(name: str, value: str) -> dict[str, Any]:
-    """Return a form's field; `input_reference[image_url]` is one of an object, and an empty text leaves a field out."""
-    outer, bracket, inner = name.partition("[")
-    if bracket and outer in IMAGES:
-        return {outer: {inner.rstrip("]"): value}}
-    return {name: value} if value or name == "prompt" else {}
-
-
-@router.post("/v1/videos", response_model=Video, openapi_extra=_body(CreateVideo), responses=ERRORS)
+@router.post("/v1/videos", response_model=Video, openapi_extra=describe_body(CreateVideo), responses=ERRORS)
 async def create_video(
     request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
 ) -> schema.Video:
@@ -168,7 +100,9 @@ def cancel_video(video_id: str, jobs: WithJobs, key: WithKey) -> Video:
     return jobs.show(jobs.update(jobs.cancel(key, video_id)))
 
 
-@router.post("/v1/videos/{video_id}/remix", response_model=Video, openapi_extra=_body(RemixVideo), responses=ERRORS)
+@router.post(
+    "/v1/videos/{video_id}/remix", response_model=Video, openapi_extra=describe_body(RemixVideo), responses=ERRORS
+)
 async def remix_video(
     video_id: str, request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
 ) -> Video:
@@ -194,7 +128,7 @@ def get_content(
     if (start, stop) != (0, size):
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     status = 206 if "Content-Range" in headers else 200
-    return StreamingResponse(jobs.read(name, start, stop), status, headers, TYPES[variant])
+    return StreamingResponse(jobs.folder.read(name, start, stop), status, headers, TYPES[variant])
 
 
 def _part(header: str | None, size: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -17,8 +17,9 @@ from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, Overloaded, ReplicaLost
 from disagg_ray.http.files import Folder, thumbnail_of, video_of
+from disagg_ray.http.live import Live, Update
 from disagg_ray.http.pace import Pace
-from disagg_ray.http.store import UNFINISHED, Job, Store, with_progress
+from disagg_ray.http.store import UNFINISHED, Job, Store
 from disagg_ray.progress.events import Event
 from disagg_ray.request import Request
 from disagg_ray.result import Result
@@ -38,26 +39,6 @@ MAX_TRIES = 3
 """Of a job whose service was lost."""
 NUM_WRITERS = 2
 """Threads that write videos."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What subscribers of a job receive."""
-
-    job: Job
-    stages: dict[str, Event]
-
-
-@dataclass(eq=False)
-class Live:
-    """A job that this process runs."""
-
-    job: Job
-    handle: Handle | None = None
-    stages: dict[str, Event] = field(default_factory=dict)
-    subscribers: set[Callable[[Update], None]] = field(default_factory=set)
-    changed: bool = False
-    """Since its progress was last written."""
 
 
 class Runner:
@@ -91,8 +72,7 @@ class Runner:
     @property
     def is_ready(self) -> bool:
         """Whether every stage of the service had a replica a moment ago."""
-        fresh = self.snapshot is not None and time.monotonic() < self._seen + FRESH_S
-        return fresh and all(stage.ready for stage in self.snapshot.stages) if self.snapshot else False
+        return self.lost_s < FRESH_S and self.snapshot is not None and all(self.replicas.values())
 
     @property
     def lost_s(self) -> float:
@@ -111,18 +91,11 @@ class Runner:
             self._lives[job.id] = Live(job)
         self._queue.put(job)
 
-    def runs(self, job_id: str) -> bool:
-        return job_id in self._lives
-
     def view(self, job: Job) -> Update:
         """Return a job as it is this moment."""
         with self._lock:
             live = self._lives.get(job.id)
-            return self._update(live, job) if live is not None else Update(job, {})
-
-    def _update(self, live: Live, job: Job) -> Update:
-        running = any(event.state != "waiting" for event in live.stages.values())
-        return Update(with_progress(job, self.pace.progress(job, live.stages), running=running), dict(live.stages))
+            return live.update(job, self.pace) if live is not None else Update(job, {})
 
     def subscribe(self, job_id: str, receive: Callable[[Update], None]) -> Callable[[], None]:
         """Have `receive` called, on some thread, for every event of a job; return what ends that."""
@@ -146,7 +119,7 @@ class Runner:
         """Write the progress of all jobs that have come further."""
         with self._lock:
             moved = [live for live in self._lives.values() if live.changed]
-            updates = [self._update(live, live.job).job for live in moved]
+            updates = [live.update(live.job, self.pace).job for live in moved]
             for live, job in zip(moved, updates, strict=True):
                 live.changed, live.job = False, job
         for status in ("queued", "in_progress"):
@@ -229,8 +202,7 @@ class Runner:
     def _look(self) -> None:
         """Ask the service how it is, again and again; connect anew when it was taken down."""
         while not self._closing.wait(LOOK_S if self.snapshot is not None else 0.0):
-            workers = list(self._connections) or [0]
-            for worker in workers:
+            for worker in list(self._connections) or [0]:
                 connection = self._connection(worker)
                 if connection is None:
                     return
@@ -255,7 +227,7 @@ class Runner:
                 self._on_first_event(time.time() - live.job.created_at)
             live.stages[event.stage] = event
             live.changed = True
-            update, receivers = self._update(live, live.job), list(live.subscribers)
+            update, receivers = live.update(live.job, self.pace), list(live.subscribers)
         for receive in receivers:
             receive(update)
 
@@ -292,8 +264,7 @@ class Runner:
         """Run a job again that was cancelled with its service; one that somebody cancelled is over."""
         if self._closing.is_set():
             return
-        row = self._store.get(job.id)
-        if row is None or row.status not in ("queued", "in_progress"):
+        if not self._is_wanted(job):
             self._end(job, "cancelled")
             return
         self._tries[job.id] += 1
