@@ -1,4 +1,4 @@
-"""A driver that runs a tiny pipeline and tells metrics of another model what a busy one would, until stdin closes.
+"""A driver that runs a tiny pipeline, and reports what another, busy model and HTTP service would, until stdin closes.
 
 python tests/busy_driver.py 127.0.0.1:8265    # where Ray's dashboard shall listen
 """
@@ -13,6 +13,7 @@ import ray
 
 from disagg_ray import Pipeline, Request
 from disagg_ray.driver.metrics import Metrics
+from disagg_ray.http.metrics import Metrics as HttpMetrics
 from disagg_ray.replica.messages import Health
 from disagg_ray.result import StageTiming
 
@@ -29,8 +30,16 @@ HEALTH = Health(
 )  # fmt: skip
 
 
+def report_http(metrics: HttpMetrics) -> None:
+    """Report what one job brings about."""
+    metrics.accepted("alice")
+    metrics.answered("/v1/videos", 200, 0.01)
+    metrics.first_event(0.2)
+    metrics.queue({"tiny": 2})
+
+
 def report(metrics: Metrics, health: Health) -> None:
-    """Tell what one request and one health poll bring about."""
+    """Report what one request and one health poll bring about."""
     for stage in STAGES:
         replica = f"{stage}-0"
         metrics.attempt(stage, "ok")
@@ -64,7 +73,7 @@ def main() -> None:
         address="local", num_cpus=4, include_dashboard=True, dashboard_host=host, dashboard_port=int(port),
         logging_level="ERROR",
     )  # fmt: skip
-    metrics = Metrics("Wan-AI/tiny", STAGES)
+    metrics, http = Metrics("Wan-AI/tiny", STAGES), HttpMetrics()
     health = HEALTH
     over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
@@ -72,6 +81,7 @@ def main() -> None:
         while not select.select([sys.stdin], [], [], 0.2)[0]:
             health = replace(health, cache_hits=health.cache_hits + 3, cache_misses=health.cache_misses + 1)
             report(metrics, health)
+            report_http(http)
         over.set()
         running.result()
     ray.shutdown()

@@ -146,8 +146,9 @@ def test_every_expression_of_dashboard_and_rules_gives_numbers_from_a_live_run(q
 
 @pytest.mark.proof
 def test_every_metric_arrives_under_the_name_it_is_declared_with(query: Query) -> None:
-    suffixed = [f"{name}_{suffix}" for name in metrics.HISTOGRAMS for suffix in ("bucket", "sum", "count")]
-    names = [*metrics.COUNTERS, *metrics.GAUGES, *suffixed]
+    histograms = [*metrics.HISTOGRAMS, *http_metrics.HISTOGRAMS]
+    suffixed = [f"{name}_{suffix}" for name in histograms for suffix in ("bucket", "sum", "count")]
+    names = [*metrics.COUNTERS, *http_metrics.COUNTERS, *metrics.GAUGES, *http_metrics.GAUGES, *suffixed]
     assert without_numbers(query, [f"ray_disagg_ray_{name}" for name in names]) == []
 
 
