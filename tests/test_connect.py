@@ -243,7 +243,7 @@ def test_the_same_request_may_be_asked_for_again_and_again(pipeline: str) -> Non
 
 REFUSED = [
     (["--connect", "us"], "no service named 'us' in this cluster; running: used"),
-    (["--connect", NAME, "--config", T2V], "--config: give it, or the NAME of a service as --connect"),
+    (["--connect", NAME, "--config", T2V], "--config: give either a YAML file, or the NAME of a service as --connect"),
     (["--connect", NAME, "stages.transformer.replicas=2"], "stages.transformer.replicas=2 has no effect"),
     (["--connect", NAME], "1 lines of"),
 ]

@@ -259,7 +259,8 @@ def test_a_request_over_its_time_fails_and_frees_its_slots(
     pipeline: Pipeline, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = replace(pipeline.config.failures, timeout_s=0.5)
-    monkeypatch.setattr(pipeline.engine.fleet, "config", replace(pipeline.config, failures=failures))
+    launcher = pipeline.engine.fleet.launcher
+    monkeypatch.setattr(launcher, "spec", replace(launcher.spec, config=replace(pipeline.config, failures=failures)))
     faults.set("encoder.publish", "wait")
     handle = pipeline.submit(ask("over-time"))
     with pytest.raises(StageError, match=r"not done within failures.timeout_s=0.5 s"):
