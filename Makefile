@@ -8,13 +8,16 @@ demo:
 test: check
 	.venv/bin/python -m pytest
 
-quick: check # about 90 s on two cores: what is decided in one process, and one kill, one rollout and one resume
-	.venv/bin/python -m pytest -q -m 'quick or not slow and not proof' $(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY)))
+quick: check # under 90 s on two cores: what is decided in one process, and beside it one kill, one rollout and one resume
+	@mkdir -p .pytest_cache; .venv/bin/python -m pytest -q -m quick >.pytest_cache/quick.log 2>&1 & replicas=$$!; \
+	.venv/bin/python -m pytest -q -m 'not quick and not slow and not proof' \
+		$(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY))); one=$$?; \
+	wait $$replicas; two=$$?; cat .pytest_cache/quick.log; exit $$((one | two))
 
 HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings lora memory models_maker options \
 	parity plan pool report schedulers sockets tiles tiny transfer turns video
 
-proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some twenty minutes
+proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 25 minutes
 	@.ci/setup test
 	.venv/bin/python -m pytest -m proof
 

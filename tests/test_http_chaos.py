@@ -103,6 +103,7 @@ def test_no_accepted_job_is_lost_or_made_twice_whatever_is_killed(tmp_path: Path
     ):
         try:
             clients = [Client(port, key) for key in keys]
+            helpers.wait_until(lambda: "page: " in (tmp_path / "log").read_text(), "not up", DEADLINE_S)
             clients[0].ask("/ready")
             over, struck, results = threading.Event(), list[str](), list[tuple[int, str, bytes]]()
             striker = threading.Thread(target=strike, args=(psutil.Process(child.pid), over, struck))
