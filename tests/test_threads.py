@@ -1,4 +1,4 @@
-"""Calls that hang keep neither whoever closes nor the process waiting."""
+"""Calls that hang block neither close() nor the end of the process."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -21,7 +22,7 @@ def describe_body(model: type[BaseModel]) -> dict[str, Any]:
     """Return the description of a body that is JSON or a form."""
     described = model.model_json_schema(ref_template="#/components/schemas/{model}")
     described.pop("$defs", None)
-    form = json.loads(json.dumps(described))
+    form = deepcopy(described)
     for field in IMAGES:
         if field in form["properties"]:
             form["properties"][field] = {"type": "string", "format": "binary"}

@@ -162,12 +162,9 @@ class Store:
             query = query.where(key > place if ascending else key < place)
         return self._select(query.order_by(*(c.asc() if ascending else c.desc() for c in order)))
 
-    def unfinished(self, model: str | None = None) -> list[Job]:
+    def unfinished(self) -> list[Job]:
         """Return all jobs that wait or run, in the order in which they are to run."""
-        query = sa.select(JOBS).where(JOBS.c.status.in_(UNFINISHED))
-        if model is not None:
-            query = query.where(JOBS.c.model == model)
-        jobs = self._select(query)
+        jobs = self._select(sa.select(JOBS).where(JOBS.c.status.in_(UNFINISHED)))
         return sorted(jobs, key=lambda job: (-job.settings["priority"], job.created_at))
 
     def last_completed(self, model: str) -> Job | None:

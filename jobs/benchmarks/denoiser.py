@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from benchmarks.denoiser_model import FEW, OPTIONS, TEXT_TOKENS, Model, tune
 from benchmarks.machine import machine
+from benchmarks.stage_report import psnr
 
 from disagg_ray import LocalPipeline, Request
 from disagg_ray.config.options import VaeConfig
@@ -99,11 +100,6 @@ def difference(made: torch.Tensor, expected: torch.Tensor) -> Row:
     scale = expected.square().mean().sqrt()
     apart = made - expected
     return {"rms": float(apart.square().mean().sqrt() / scale), "max": float(apart.abs().max() / scale)}
-
-
-def psnr(made: torch.Tensor, expected: torch.Tensor, peak: float) -> float | None:
-    error = float((made.double() - expected.double()).square().mean())
-    return None if error == 0 else float(10 * torch.log10(torch.tensor(peak**2 / error)))
 
 
 def interleave(
