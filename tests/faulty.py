@@ -62,7 +62,11 @@ class Faults:
             raise RuntimeError("this replica is broken")
         for name in (f"{stage}.{point}", f"{stage}.{point}.{request_id}"):
             path = self.folder / name
-            if path.exists() and (what := path.read_text()):
+            try:
+                what = path.read_text()
+            except FileNotFoundError:  # or another replica took it just now
+                continue
+            if what:
                 self._suffer(path, what)
 
     def _suffer(self, path: Path, what: str) -> None:

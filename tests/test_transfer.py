@@ -308,7 +308,7 @@ def mooncake_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("no_rdma")
 def test_mooncake_file_is_honoured(mooncake_file):
     mooncake_file.write_text(json.dumps({"protocol": "rdma", "device_name": "none0", "local_hostname": "ignored"}))
-    with pytest.raises(ConfigError, match=r"'rdma' is not possible .* MOONCAKE_CONFIG_PATH"):
+    with pytest.raises(ConfigError, match=r"'rdma' cannot be used .* MOONCAKE_CONFIG_PATH names"):
         Pool("puller", 1024, HOST, TransportConfig(timeout_s=5))
 
 
