@@ -13,6 +13,7 @@ import torch
 
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
+from disagg_ray.errors import ConfigError
 from disagg_ray.graph import build_graph
 from disagg_ray.media.video import check_writer, encode, to_array
 from disagg_ray.models.prompts import check_prompts
@@ -26,7 +27,12 @@ class LocalPipeline:
     """Runs requests one after the other; has `Pipeline`'s blocking methods."""
 
     def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
-        """Load the stages; `on_event` is called with every request's progress."""
+        """Load the stages; `on_event` is called with every request's progress.
+
+        Raises:
+            ConfigError: a stage is split over ranks, which are processes of their own.
+        """
+        check_alone(config)
         self.config = config
         self._on_event = on_event
         stages = {name: Stage(name, config) for name in config.stages}
@@ -97,6 +103,19 @@ class LocalPipeline:
     def close(self) -> None:
         """Drop the weights."""
         self.stages = []
+
+
+def check_alone(config: Config) -> None:
+    """Check that no stage is split over ranks.
+
+    Raises:
+        ConfigError: one is; names it.
+    """
+    for name, stage in config.stages.items():
+        if any(group.parallel.is_gang for group in stage.replica_groups.values()):
+            raise ConfigError(
+                f"stages.{name}.parallel: a pipeline in one process has no ranks; leave parallel out, or run on Ray"
+            )
 
 
 def _timing(stage: Stage, began: float, seconds: float) -> StageTiming:

@@ -209,6 +209,11 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "stages.*.groups.*.memory": Seen(f"{FAST}.memory=1000", actors, (GROUPS,)),
     "stages.*.groups.*.resources": Seen(f"{FAST}.resources={{disk: 1}}", actors, (GROUPS,)),
     "stages.*.groups.*.label_selector": Seen(f"{FAST}.label_selector={{zone: a}}", actors, (GROUPS,)),
+    **{
+        f"stages.*.{group}parallel.{key}": Shown("test_gangs.py::test_the_ranks_of_a_replica_are_configured")
+        for group in ("", "groups.*.")
+        for key in ("cfg", "ulysses", "ring", "shard_weights", "spread")
+    },
     "stages.*.num_threads": Seen(f"{T}.num_threads=3", threads),
     "stages.*.dtype": Seen(f"{T}.dtype=float16", precision),
     "stages.*.device": Seen(f"{T}.device=cpu", turns, (f"{T}.num_gpus=0.5",)),

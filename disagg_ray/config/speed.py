@@ -40,11 +40,15 @@ def _fast(stage: StageConfig, size: list[int]) -> dict[str, Any]:
 def _smallest(stage: StageConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     large = {"denoise", TEXT_ENCODER, "image_encoder"} & set(stage.blocks)
-    if large and stage.denoiser.quantization != "fp8":
+    if large and stage.denoiser.quantization != "fp8" and not _is_gang(stage):
         keys["offload"] = "group"
     if _has_vae(stage) and not any(map(parse_part, stage.blocks)):
         keys["vae"] = {"tile_pixels": 0}
     return keys
+
+
+def _is_gang(stage: StageConfig) -> bool:
+    return any(group.parallel.is_gang for group in stage.replica_groups.values())
 
 
 def _has_vae(stage: StageConfig) -> bool:

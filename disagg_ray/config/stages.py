@@ -15,12 +15,13 @@ from disagg_ray.config.options import (
     name_parts,
     parse_part,
 )
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.rules import MULTIPLE, Bytes, Check, Count, Rule, Section, at_least, one_of
 from disagg_ray.text import did_you_mean, nearest, printable
 
 
 def _replicas_instead(num_gpus: float) -> str:
-    more = f"; write replicas={num_gpus:g} for that many" if 1 < num_gpus < math.inf else ""
+    more = f"; write replicas={num_gpus:g} for that many, or parallel" if 1 < num_gpus < math.inf else ""
     return f": a replica computes on one GPU{more}"
 
 
@@ -58,6 +59,8 @@ class GroupConfig(Section):
     """Custom Ray resources of each replica."""
     label_selector: dict[str, str] | None = None
     """Labels that a replica's node must have."""
+    parallel: ParallelConfig | None = None
+    """The ranks of each replica, in place of all of the stage's `parallel`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class StageConfig(Section):
     max_replicas: int | None = None
     """The max of {min, max}, for which pools are sized; null: `replicas`."""
     num_gpus: NumGpus = 0.0
-    """GPUs of each replica, from 0 to 1; a fraction shares one."""
+    """GPUs of each replica, or of each of its ranks, from 0 to 1; a fraction shares one."""
     num_cpus: NumCpus = 1.0
     """CPUs that Ray reserves for each replica."""
     memory: Bytes | None = None
@@ -106,6 +109,8 @@ class StageConfig(Section):
     """How its transformers run."""
     vae: VaeConfig = field(default_factory=VaeConfig)
     """How its VAE runs."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The ranks of each replica, each with the stage's num_gpus, num_cpus, memory and resources."""
     offload: Annotated[str, one_of("none", "group", "model")] = "none"
     """Weights in host memory, to save VRAM at the cost of time: none, group (all but the layers at work) or model (all
     but the component at work). For stages on a GPU only."""
@@ -140,6 +145,7 @@ class StageConfig(Section):
             key = f"groups.{name}.accelerator_type" if name else "accelerator_type"
             ok = group.accelerator_type is None or group.num_gpus > 0
             yield key, group.accelerator_type, ok, "must be null, or give the stage num_gpus"
+            yield from _gang_rules(f"groups.{name}.parallel" if name else "parallel", group)
 
     @property
     def num_replicas(self) -> int:
@@ -172,6 +178,20 @@ class StageConfig(Section):
         if self.device == "auto":
             return "cuda" if self.num_gpus > 0 else "cpu"
         return self.device
+
+
+def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
+    """Yield the rules of replicas of several ranks."""
+    sizes = {name: getattr(stage.parallel, name) for name in ("cfg", "ulysses", "ring")}
+    alone = not stage.parallel.is_gang
+    remedy = "must be left out: only a stage with the block denoise can be split over ranks"
+    yield key, sizes, alone or "denoise" in stage.blocks, remedy
+    remedy = f"must be left out: a rank has a GPU of its own, and num_gpus is {stage.num_gpus:g}; write num_gpus: 1"
+    yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus == 1, remedy
+    remedy = f"must be left out with offload={stage.offload}, which keeps all weights at each rank; write shard_weights"
+    yield key, sizes, alone or stage.offload == "none", remedy
+    remedy = "must be left out with placement=spread; write parallel.spread for ranks on several nodes"
+    yield key, sizes, alone or stage.placement == "pack", remedy
 
 
 def cut_rules(stages: Mapping[str, StageConfig]) -> Iterator[Check]:
@@ -212,6 +232,8 @@ def sharing_rules(names: list[str], stages: Mapping[str, StageConfig]) -> Iterat
         yield "share_gpu", names, not stage.groups, f"must leave {name} out: a stage with groups cannot share"
         fixed = stage.max_replicas is None
         yield "share_gpu", names, fixed, f"must leave {name} out: its replicas are {{min, max}}; write a number there"
+        alone = not stage.parallel.is_gang
+        yield "share_gpu", names, alone, f"must leave {name} out: its ranks have GPUs of their own (parallel)"
         remedy = "must be pack: replicas of stages in share_gpu are placed together, on one GPU"
         yield f"stages.{name}.placement", stage.placement, stage.placement == "pack", remedy
     numbers = ", ".join(f"{name} {stage.replicas}" for name, stage in sharing.items())

@@ -65,7 +65,8 @@ def build(given: Layer) -> Config:
 
 def _build(kind: Kind, given: Layer | Tree, key: str) -> Any:
     if kind.is_section:
-        return _build_section(kind, given, key)
+        is_null = kind.optional and isinstance(given, Tree) and given.is_null
+        return None if is_null else _build_section(kind, given, key)
     if kind.is_mapping and isinstance(given, dict):
         assert kind.item is not None
         return {name: _build(kind.item, child, f"{key}.{name}") for name, child in given.items()}
@@ -109,7 +110,7 @@ def _build_section(kind: Kind, given: Layer | Tree, key: str) -> Any:
             _refuse_key(prefix, name, hints, child.place)
         values[name] = _build(hints[name], child, f"{prefix}{name}")
     for f in fields(kind.type):
-        if f.name not in values and hints[f.name].is_section:
+        if f.name not in values and hints[f.name].is_section and not hints[f.name].optional:
             values[f.name] = _build(hints[f.name], {}, f"{prefix}{f.name}")
         if f.default == MISSING and f.name not in values:
             raise ConfigError(f"{prefix}{f.name}: not given; write it in the file or as {prefix}{f.name}=VALUE")

@@ -18,6 +18,7 @@ from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver import names
 from disagg_ray.driver.calls import GROUPS, Actor, ReplicaId
 from disagg_ray.driver.cluster import DIGITS, add_up, resources_of
+from disagg_ray.errors import ConfigError
 from disagg_ray.replica.served import ServedReplica
 
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
@@ -68,6 +69,8 @@ class Placement:
 
     def launch(self, config: Config, replica: ReplicaId, incarnation: int = 0) -> Actor:
         """Create an actor for a replica; it starts once there is room for it."""
+        if settings_of(config, replica).parallel.is_gang:
+            raise ConfigError(f"stages.{replica.stage}.parallel: replicas of several ranks cannot be launched yet")
         if self._detached:
             name = names.replica_name(self._pipeline_id, replica, incarnation)
             options = {"name": name, "namespace": names.NAMESPACE, "lifetime": "detached"}

@@ -9,7 +9,7 @@ from disagg_ray.errors import ConfigError
 
 CHANGEABLE = (
     "replicas", "min_replicas", "max_replicas", "num_gpus", "num_cpus", "memory", "resources", "label_selector",
-    "accelerator_type", "placement", "cache_bytes", "denoiser", "vae", "offload", "warm_up",
+    "accelerator_type", "placement", "cache_bytes", "denoiser", "vae", "parallel", "offload", "warm_up",
 )  # fmt: skip
 """Settings of a stage that may change while the service runs. Some of the denoiser's and the VAE's change frames a
 little, as their user wants."""

@@ -1,0 +1,57 @@
+"""Replicas of several ranks: their configuration, their placement, and the videos that they make."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from disagg_ray import ConfigError, load_config
+from disagg_ray.config.parallel import ParallelConfig
+from disagg_ray.local import LocalPipeline
+
+CONF = Path(__file__).parent.parent / "conf"
+T2V = CONF / "tiny_t2v.yaml"
+T = "stages.transformer"
+
+
+def test_the_ranks_of_a_replica_are_configured() -> None:
+    parallel = "{cfg: 2, ulysses: 2, ring: 1, shard_weights: true, spread: true}"
+    stage = load_config(T2V, f"{T}.parallel={parallel}").stages["transformer"]
+    assert stage.parallel == ParallelConfig(2, 2, 1, True, True)
+    assert stage.parallel.size == 4
+
+
+def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
+    groups = f"{T}.groups={{one: {{parallel: {{cfg: 1}}}}, four: {{num_cpus: 2}}, two: {{parallel: {{ulysses: 2}}}}}}"
+    stage = load_config(T2V, f"{T}.parallel.cfg=2", f"{T}.parallel.ulysses=2", groups).stages["transformer"]
+    assert {name: group.parallel.size for name, group in stage.replica_groups.items()} == {
+        "one": 1,
+        "four": 4,
+        "two": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((f"{T}.parallel.cfg=3",), f"invalid {T}.parallel.cfg=3: must be from 1 to 2"),
+        ((f"{T}.parallel.ulysses=0",), f"invalid {T}.parallel.ulysses=0: must be at least 1"),
+        ((f"{T}.parallel.spread=true",), f"invalid {T}.parallel.spread=true: must be false: a replica of one rank"),
+        ((f"{T}.parallel.shard_weights=true",), "must be false: a replica of one rank"),
+        ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "a rank has a GPU of its own, and num_gpus is 0.5"),
+        ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=1", f"{T}.offload=group"), "must be left out with offload=group"),
+        ((f"{T}.parallel.cfg=2", f"{T}.placement=spread"), "write parallel.spread"),
+        (("stages.encoder.parallel.ulysses=2",), "only a stage with the block denoise"),
+        ((f"{T}.parallel.cfg=2", "share_gpu=[transformer, decoder]"), "must leave transformer out: its ranks"),
+    ],
+)
+def test_what_a_gang_cannot_be_is_refused_by_name(overrides: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_config(T2V, *overrides)
+
+
+def test_a_pipeline_in_one_process_refuses_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"stages.transformer.parallel: a pipeline in one process has no ranks"):
+        LocalPipeline.from_config(T2V, f"{T}.parallel.cfg=2")
