@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.errors import InputError
 
+CONFIG = "YAML file of the model and its deployment, or builtin:NAME (`disagg-ray config --list`)"
 EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
 
 
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 def config_parser(name: str, command: Callable[..., int], *, required: bool = False) -> Parser:
     """Return the parser of a command that takes a configuration and overrides of it."""
     parser = Parser(prog=f"disagg-ray {name}", description=command.__doc__, epilog=EPILOG)
-    parser.add_argument("--config", required=required, help="YAML file of the model and its deployment")
+    parser.add_argument("--config", required=required, help=CONFIG)
     add_overrides(parser)
     return parser
 

@@ -16,6 +16,7 @@ from disagg_ray.cli.generate import generate
 from disagg_ray.cli.plan import plan, profile
 from disagg_ray.cli.serve import keys, serve
 from disagg_ray.cli.service import down, ls, scale, up
+from disagg_ray.config.builtin import BUILTIN, list_builtin
 from disagg_ray.config.docs import to_markdown
 from disagg_ray.config.load import load_config, to_yaml
 from disagg_ray.driver.signals import exiting_on_sigterm
@@ -60,12 +61,17 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def show_config(argv: Sequence[str]) -> int:
-    """Print the resolved configuration, or with --docs the reference of all keys."""
+    """Print the resolved configuration, with --docs the reference of all keys, or with --list what comes along."""
     parser = config_parser("config", show_config)
     parser.add_argument("--docs", action="store_true", help="print every key with its default and meaning, as Markdown")
+    parser.add_argument("--list", action="store_true", help="list the configurations that come with the package")
     options = parser.parse_intermixed_args(argv)
-    if options.docs == (options.config is not None):
-        raise InputError("--config: give either a YAML file to resolve, or --docs for all keys")
+    if options.docs + options.list + (options.config is not None) != 1:
+        raise InputError("--config: give either a YAML file to resolve, --docs for all keys, or --list")
+    if options.list:
+        for name, about in list_builtin().items():
+            print(f"{BUILTIN}{name:<22} {about}")
+        return 0
     if options.docs:
         print(to_markdown(), end="")
         return 0

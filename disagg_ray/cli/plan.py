@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagg_ray.cli.arguments import config_parser, overrides_of
+from disagg_ray.config.builtin import anywhere
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import PlanError
@@ -106,7 +107,7 @@ def plan(argv: Sequence[str]) -> int:
     text = to_yaml(to_settings(made.best.layout, made.stages))
     print("\n" + text, end="")
     if options.output is not None:
-        write_text(options.output, f"base: {Path(options.config).absolute()}\n{text}")
+        write_text(options.output, f"base: {anywhere(options.config)}\n{text}")
     return 0
 
 

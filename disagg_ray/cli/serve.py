@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from disagg_ray import environment
-from disagg_ray.cli.arguments import EPILOG, Parser
+from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser
+from disagg_ray.config.builtin import find_file
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import InputError, StartError
@@ -26,7 +27,7 @@ def serve(argv: Sequence[str]) -> int:
     """Serve models over HTTP: OpenAI's videos API, and a page to try it on; Ctrl-C ends it."""
     parser = Parser(prog="disagg-ray serve", description=serve.__doc__, epilog=EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
-    parser.add_argument("--config", help="YAML file of a model and its deployment, which is put up too")
+    parser.add_argument("--config", help=f"{CONFIG}; it is put up too")
     parser.add_argument("--name", help="with --config: the model's id; the file's name if left out")
     parser.add_argument("--connect", nargs="+", metavar="NAME", help="serve pipelines that `disagg-ray up` put up")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; others than this machine need keys")
@@ -47,7 +48,7 @@ def serve(argv: Sequence[str]) -> int:
         if names:
             config = _connect(names, options.overrides)
         else:
-            names = [options.name or Path(options.config).stem]
+            names = [options.name or find_file(options.config).stem]
             config = stack.enter_context(_put_up(names[0], options))
         _serve(names, config, options)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from disagg_ray.cli.arguments import EPILOG, Parser, add_overrides, overrides_of
+from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser, add_overrides, overrides_of
 from disagg_ray.config.deployment import check_joining
 from disagg_ray.config.load import load_config
 from disagg_ray.errors import InputError
@@ -18,7 +18,7 @@ def up(argv: Sequence[str]) -> int:
     parser = Parser(prog="disagg-ray up", description=up.__doc__, epilog=EPILOG)
     parser.add_argument("name", metavar="NAME", help="name that clients connect to")
     add_overrides(parser)
-    parser.add_argument("--config", required=True, help="YAML file of the model and its deployment")
+    parser.add_argument("--config", required=True, help=CONFIG)
     parser.add_argument("--only", metavar="STAGE", help="start this stage; the service is ready once all were started")
     parser.add_argument("--here", action="store_true", help="with --only: start it on this machine")
     options = parser.parse_intermixed_args(argv)

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from disagg_ray.config.builtin import BUILTIN, find_file
 from disagg_ray.config.fusing import fuse
 from disagg_ray.config.rules import Kind
 from disagg_ray.config.schema import Config
@@ -25,13 +26,13 @@ MOST_BYTES = 2**20
 
 
 def load_config(path: str | Path, *overrides: str) -> Config:
-    """Read a YAML file, the `base:` files below it and dotted overrides (`stages.transformer.replicas=2`).
+    """Read a YAML file or `builtin:NAME`, its `base:` files and dotted overrides (`stages.transformer.replicas=2`).
 
     Raises:
         ConfigError: names the key, the value and the nearest right key.
     """
     merged: Layer = {}
-    for layer in (*_layers(expand_home(path)), *map(_parse_override, overrides)):
+    for layer in (*_layers(find_file(path)), *map(_parse_override, overrides)):
         _read_stages(layer, _stages(merged))
         merged = _merge(merged, _sections(SCHEMA, layer))
     _check_groups(_stages(merged))
@@ -138,8 +139,8 @@ def _layers(path: Path) -> list[Tree]:
 
 def _base(path: Path, below: Tree) -> Path:
     if not isinstance(below.value, str) or "${" in below.value:
-        refuse("base", below, "must be the path of a YAML file, from this one's folder")
-    return path.parent / expand_home(below.value)
+        refuse("base", below, "must be the path of a YAML file, from this one's folder, or builtin:NAME")
+    return find_file(below.value) if below.value.startswith(BUILTIN) else path.parent / expand_home(below.value)
 
 
 def _read_yaml(path: Path) -> Tree:
@@ -153,7 +154,7 @@ def _read_yaml(path: Path) -> Tree:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the path, or no UTF-8
         if isinstance(error, UnicodeDecodeError):
             raise ConfigError(f"{name} is not YAML: byte {error.start + 1} is not UTF-8") from None
-        raise ConfigError(f"{name} is not a file; give the path of a YAML file such as conf/tiny_t2v.yaml") from error
+        raise ConfigError(f"{name} is not a file; give the path of a YAML file or builtin:NAME") from error
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
     if len(text) > MOST_BYTES:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from disagg_ray.config.builtin import find_file
 from disagg_ray.config.load import load_config
 from disagg_ray.errors import DisaggError, InputError, OutputError, StartError
 from disagg_ray.http.guard import Guard, to_response
@@ -144,6 +144,6 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     if bool(models) == (file is not None):
         raise InputError("args.connect: give names of services, or a file as args.config, and not both")
     if file is not None:
-        models = (name or Path(file).stem,)
+        models = (name or find_file(file).stem,)
         lifecycle.up(models[0], load_config(file, *given.pop("overrides", ())))
     return deploy(make_settings(models, override(take_snapshot(models[0]).config, given)))
