@@ -13,7 +13,6 @@ from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any
 
 from disagg_ray.config.rules import (
-    MULTIPLE,
     Check,
     Count,
     Fps,
@@ -27,6 +26,7 @@ from disagg_ray.config.rules import (
     enforce,
     kinds,
     one_of,
+    side_check,
 )
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import RequestError
@@ -42,8 +42,10 @@ MAX_BITS = 8192
 """Of any whole number."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_PRIORITY = 1000
-IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
+IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image"), "ti2v": ()}
 """Images that a model of a task needs."""
+OPTIONAL_IMAGES_OF: dict[str, tuple[str, ...]] = {"ti2v": ("image",)}
+"""Images that it takes and does not need."""
 
 Text = Annotated[
     str,
@@ -70,13 +72,13 @@ class Request(Section):
     negative_prompt: Text | None = None
     """What CFG steers away from."""
     image: ImageSource | None = None
-    """First frame, for an image-to-video model: a PIL image or a file."""
+    """First frame, for a model of task i2v, flf2v or ti2v: a PIL image or a file."""
     last_image: ImageSource | None = None
     """Last frame, for a first-and-last-frame model."""
     height: Side | None = None
-    """Pixels, a multiple of 16. For an image model and left out: the image's aspect at the model's area."""
+    """Pixels, a multiple of 16 (ti2v: 32). With an image and left out: the image's aspect at the default area."""
     width: Side | None = None
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 16 (ti2v: 32)."""
     num_frames: NumFrames | None = None
     """Frames, 4k + 1."""
     num_inference_steps: Count | None = None
@@ -148,7 +150,7 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _check_fields(request)
+    request = _check_fields(request, config.model.multiple)
     given = _given_images(request, config)
     images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
     known = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
@@ -163,18 +165,20 @@ def check(request: Request, config: Config) -> ResolvedRequest:
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _check_fields(request)
+    request = _check_fields(request, config.model.multiple)
     given = _given_images(request, config)
     for name, image in given.items():
         check_image_file(image, name)
-    height, width = (MULTIPLE, MULTIPLE) if given else (config.defaults.height, config.defaults.width)
+    height, width = (config.model.multiple,) * 2 if given else (config.defaults.height, config.defaults.width)
     return _fill(request, config, (_or(request.height, height), _or(request.width, width)), {})
 
 
-def _check_fields(request: Request) -> Request:
+def _check_fields(request: Request, multiple: int) -> Request:
     """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
     given = {name: _take(name, getattr(request, name), kind) for name, kind in TYPES.items()}
     taken = replace(request, **given)
+    sides = {name: given[name] for name in ("height", "width") if given[name] is not None}
+    enforce((side_check(name, side, multiple) for name, side in sides.items()), RequestError)
     enforce(checks(taken, null=""), RequestError)
     return taken
 
@@ -220,9 +224,13 @@ def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
     for name in ("image", "last_image"):
         if name in IMAGES_OF[task] and name not in given:
             raise RequestError(f"{name}: none given; a model of task {task} needs one")
-        if name in given and name not in IMAGES_OF[task]:
+        if name in given and name not in IMAGES_OF[task] + OPTIONAL_IMAGES_OF.get(task, ()):
             raise RequestError(
                 f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
+            )
+        if name in given and name not in IMAGES_OF[task] and not config.encodes_images:
+            raise RequestError(
+                f"{name}: given, but no stage holds the block vae_encoder; leave it out, or add the block"
             )
     return given
 
@@ -230,22 +238,24 @@ def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
 def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
     """Return (height, width); missing ones follow the image's aspect at the default area (Wan's own rule)."""
     height, width, area = request.height, request.width, config.defaults.height * config.defaults.width
+    multiple = config.model.multiple
     if image is None:
         return _or(height, config.defaults.height), _or(width, config.defaults.width)
     if height is None:
         if width is None:
-            return _side(area, image.height, image.width), _side(area, image.width, image.height)
-        return _floor(width * image.height // image.width), width
-    return height, _or(width, _floor(height * image.width // image.height))
+            sides = (image.height, image.width)
+            return _side(area, *sides, multiple), _side(area, *sides[::-1], multiple)
+        return _floor(width * image.height // image.width, multiple), width
+    return height, _or(width, _floor(height * image.width // image.height, multiple))
 
 
-def _side(area: int, length: int, across: int) -> int:
-    """Return one side of an area of aspect length / across, no thinner than MULTIPLE either way."""
-    return min(_floor(math.isqrt(area * length // across)), _floor(area // MULTIPLE))
+def _side(area: int, length: int, across: int, multiple: int) -> int:
+    """Return one side of an area of aspect length / across, no thinner than the multiple either way."""
+    return min(_floor(math.isqrt(area * length // across), multiple), _floor(area // multiple, multiple))
 
 
-def _floor(pixels: int) -> int:
-    return max(MULTIPLE, pixels // MULTIPLE * MULTIPLE)
+def _floor(pixels: int, multiple: int) -> int:
+    return max(multiple, pixels // multiple * multiple)
 
 
 def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:

@@ -20,7 +20,10 @@ from disagg_ray.models.wan.shapes import SHAPES
 from disagg_ray.replica.stage import Stage
 
 CONF = Path(__file__).parent.parent / "conf"
-TASKS = {"tiny-t2v": "t2v", "tiny-i2v": "i2v", "tiny-flf2v": "flf2v", "tiny-a14b-t2v": "t2v", "tiny-a14b-i2v": "i2v"}
+TASKS = {
+    "tiny-t2v": "t2v", "tiny-i2v": "i2v", "tiny-flf2v": "flf2v", "tiny-a14b-t2v": "t2v", "tiny-a14b-i2v": "i2v",
+    "tiny-ti2v": "ti2v",
+}  # fmt: skip
 ALIKE = {
     "wan21_t2v_1_3b.yaml": "tiny-t2v",
     "wan21_t2v_14b.yaml": "tiny-t2v",
@@ -29,6 +32,7 @@ ALIKE = {
     "wan21_flf2v_14b_720p.yaml": "tiny-flf2v",
     "wan22_t2v_a14b.yaml": "tiny-a14b-t2v",
     "wan22_i2v_a14b.yaml": "tiny-a14b-i2v",
+    "wan22_ti2v_5b.yaml": "tiny-ti2v",
 }
 """Files of published models, and the tiny shape with the same components."""
 
@@ -183,11 +187,22 @@ def test_weights_other_than_safetensors_are_refused(broken: Path) -> None:
     assert "model.safetensors' is missing; only .safetensors weights are loaded" in message
 
 
-def test_ti2v_5b_is_refused_by_name(broken: Path) -> None:
-    edit(broken / "model_index.json", expand_timesteps=True)
-    message = refusal(ModelConfig(path=str(broken)))
-    assert "TI2V-5B" in message
-    assert "not supported yet" in message
+@pytest.mark.parametrize(
+    ("file", "changes", "what"),
+    [
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+        ("transformer/config.json", {"image_dim": 32}, "wants an image encoder"),
+        ("transformer/config.json", {"in_channels": 36}, "other channels than the VAE's latents"),
+        ("vae/config.json", {"scale_factor_spatial": 8}, "sizes in multiples of 16, not 32"),
+    ],
+)
+def test_a_ti2v_model_of_another_kind_is_refused_by_name(
+    checkpoint: Made, tmp_path: Path, file: str, changes: dict[str, Any], what: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("tiny-ti2v"), tmp_path / "model"))
+    edit(folder / file, **changes)
+    message = refusal(ModelConfig(path=str(folder), task="ti2v"))
+    assert "expand_timesteps" in message and what in message
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", None])
@@ -207,6 +222,8 @@ def test_another_kind_of_model_is_refused_by_name(name: str | None, broken: Path
         ("tiny-i2v", "flf2v", "write i2v"),
         ("tiny-flf2v", "i2v", "write flf2v"),
         ("tiny-a14b-i2v", "t2v", "i2v or flf2v"),
+        ("tiny-ti2v", "i2v", "which serves ti2v"),
+        ("tiny-t2v", "ti2v", "which serves t2v"),
     ],
 )
 def test_a_task_that_the_model_does_not_serve_is_refused(shape: str, task: str, right: str, checkpoint: Made) -> None:

@@ -134,8 +134,9 @@ def test_index_is_what_the_stock_pipeline_writes(stock: Stock, tmp_path: Path) -
 
 
 def test_tiny_vae_has_the_published_scale_factors(stock: Stock) -> None:
-    assert (stock.pipeline.vae_scale_factor_spatial, stock.pipeline.vae_scale_factor_temporal) == (8, 4)
-    assert stock.pipeline.vae.config.latents_std == list(get_shape("wan2.1-t2v-14b").vae.latents_std)
+    published, spatial = ("wan2.2-ti2v-5b", 16) if stock.name == "tiny-ti2v" else ("wan2.1-t2v-14b", 8)
+    assert (stock.pipeline.vae_scale_factor_spatial, stock.pipeline.vae_scale_factor_temporal) == (spatial, 4)
+    assert stock.pipeline.vae.config.latents_std == list(get_shape(published).vae.latents_std)
 
 
 def test_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
@@ -239,6 +240,7 @@ PUBLISHED_BILLIONS = {
     "wan2.1-flf2v-14b-720p": {"transformer": 16.396, "image_encoder": 0.631},
     "wan2.2-t2v-a14b": {"transformer": 14.288, "transformer_2": 14.288},
     "wan2.2-i2v-a14b": {"transformer": 14.289, "transformer_2": 14.289},
+    "wan2.2-ti2v-5b": {"transformer": 5.000, "vae": 0.7047},
 }
 
 
@@ -265,6 +267,7 @@ PUBLISHED_GEOMETRY = {
     "wan2.1-flf2v-14b-720p": (40, 128, 40, 13824, 36, 4096, 1280, 5120, 514),
     "wan2.2-t2v-a14b": (40, 128, 40, 13824, 16, 4096, None, None, None),
     "wan2.2-i2v-a14b": (40, 128, 40, 13824, 36, 4096, None, None, None),
+    "wan2.2-ti2v-5b": (24, 128, 30, 14336, 48, 4096, None, None, None),
 }
 
 
@@ -284,7 +287,13 @@ def test_published_transformers_have_their_published_geometry(published: tuple[s
             config.pos_embed_seq_len,
         )
         assert geometry == PUBLISHED_GEOMETRY[name]
-        assert (config.out_channels, config.freq_dim, config.rope_max_seq_len, config.eps) == (16, 256, 1024, 1e-6)
+        channels = 48 if name == "wan2.2-ti2v-5b" else 16
+        assert (config.out_channels, config.freq_dim, config.rope_max_seq_len, config.eps) == (
+            channels,
+            256,
+            1024,
+            1e-6,
+        )
         assert tuple(config.patch_size) == (1, 2, 2)
         assert (config.qk_norm, config.cross_attn_norm) == ("rms_norm_across_heads", True)
 
@@ -313,4 +322,14 @@ def test_saved_schedules_and_boundaries_are_the_published_ones() -> None:
         "wan2.1-flf2v-14b-720p": (16.0, None),
         "wan2.2-t2v-a14b": (3.0, 0.875),
         "wan2.2-i2v-a14b": (3.0, 0.9),
+        "wan2.2-ti2v-5b": (5.0, None),
     }
+
+
+def test_the_vae_of_ti2v_5b_is_the_published_one() -> None:
+    """Source: `vae/config.json` of Wan-AI/Wan2.2-TI2V-5B-Diffusers."""
+    vae = get_shape("wan2.2-ti2v-5b").vae
+    assert (vae.z_dim, vae.base_dim, vae.decoder_base_dim, vae.in_channels, vae.out_channels) == (48, 160, 256, 12, 12)
+    assert (vae.patch_size, vae.is_residual, vae.scale_factor_spatial, vae.scale_factor_temporal) == (2, True, 16, 4)
+    assert (len(vae.latents_mean), vae.latents_mean[0], vae.latents_mean[-1]) == (48, -0.2289, -0.0667)
+    assert (len(vae.latents_std), vae.latents_std[0], vae.latents_std[-1]) == (48, 0.4765, 0.7744)

@@ -53,6 +53,8 @@ def nearest_in(step: int, offset: int) -> Callable[[int], str]:
 
 MULTIPLE = 16
 """Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
+MULTIPLES = {"ti2v": 32}
+"""The same of tasks whose VAE has another factor."""
 
 Count = Annotated[int, at_least(1)]
 Bytes = Annotated[int, Rule(lambda number: number > 0, "must be a positive number of bytes")]
@@ -65,6 +67,12 @@ NumFrames = Annotated[int, Rule(lambda frames: frames > 0 and frames % 4 == 1, "
 FINITE = "must be a finite number of at least 0"
 Guidance = Annotated[float, Rule(lambda scale: 0 <= scale <= sys.float_info.max, FINITE)]  # an int may be over it
 Fps = Annotated[int, between(1, 240)]
+
+
+def side_check(key: str, side: int, multiple: int) -> Check:
+    """Return the rule of a height or width for a model whose sides are multiples of a number."""
+    ok, remedy = side > 0 and side % multiple == 0, f"must be a positive multiple of {multiple}"
+    return key, side, ok, remedy + nearest_in(multiple, 0)(side)
 
 
 @dataclass(frozen=True)

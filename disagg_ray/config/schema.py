@@ -11,6 +11,8 @@ from typing import Annotated, Self
 from disagg_ray.config.deployment import ClusterConfig, FailuresConfig, OutputConfig, ServiceConfig
 from disagg_ray.config.options import Dtype, parse_part
 from disagg_ray.config.rules import (
+    MULTIPLE,
+    MULTIPLES,
     Check,
     Count,
     Fps,
@@ -25,6 +27,7 @@ from disagg_ray.config.rules import (
     checks,
     enforce,
     one_of,
+    side_check,
 )
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.config.stages import StageConfig, cut_rules, sharing_rules
@@ -60,8 +63,9 @@ class ModelConfig(Section):
     path: str = "???"
     """A folder in diffusers' format, a hub id (`org/name`), `builtin:NAME` for a tiny trained model of this package,
     or `random:SHAPE` for seeded random weights."""
-    task: Annotated[str, one_of("t2v", "i2v", "flf2v")] = "t2v"
-    """Input of the model: t2v (text), i2v (text and first frame) or flf2v (text, first and last frame)."""
+    task: Annotated[str, one_of("t2v", "i2v", "flf2v", "ti2v")] = "t2v"
+    """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame) or ti2v (text, and
+    a first frame if the request gives one)."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
     flow_shift: Positive | None = None
@@ -78,15 +82,20 @@ class ModelConfig(Section):
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     """Precision of each component's weights."""
 
+    @property
+    def multiple(self) -> int:
+        """What height and width are multiples of."""
+        return MULTIPLES.get(self.task, MULTIPLE)
+
 
 @dataclass(frozen=True)
 class DefaultsConfig(Section):
     """Values of the fields that a request leaves out."""
 
     height: Side = 480
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 16; of 32 where model.task is ti2v."""
     width: Side = 832
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 16; of 32 where model.task is ti2v."""
     num_frames: NumFrames = 81
     """Frames, 4k + 1."""
     num_inference_steps: Count = 50
@@ -217,9 +226,13 @@ class Config(Section):
         steps = defaults.num_inference_steps
         for key, value, ok, remedy in limits.size_rules(defaults.height, defaults.width, defaults.num_frames, steps):
             yield f"defaults.{key}", value, ok, remedy
+        for key in ("height", "width"):
+            yield side_check(f"defaults.{key}", getattr(defaults, key), self.model.multiple)
         yield from cut_rules(self.stages)
         for name, stage in self.stages.items():
             for height, width, num_frames in stage.warm_up:
+                for side in (height, width):
+                    yield side_check(f"stages.{name}.warm_up", side, self.model.multiple)
                 for _, value, ok, remedy in limits.size_rules(height, width, num_frames, 1):
                     yield f"stages.{name}.warm_up", value, ok, remedy
         if not self.fused:
@@ -234,6 +247,11 @@ class Config(Section):
     def num_parts(self) -> int:
         """How many blocks share the tiles of a decode; 0: one decodes the whole."""
         return sum(parse_part(block) is not None for stage in self.stages.values() for block in stage.blocks)
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether some stage reads the images that a request may do without."""
+        return any("vae_encoder" in stage.blocks for stage in self.stages.values())
 
     def for_group(self, stage: str, group: str) -> Self:
         """Return the configuration as a replica of a stage's group sees it."""

@@ -34,6 +34,8 @@ BUILTIN = "builtin:"
 RANDOM = "random:"
 PIPELINES = {"WanPipeline": ("t2v",), "WanImageToVideoPipeline": ("i2v", "flf2v")}
 """Pipeline classes of the model families that are known, and the tasks they serve."""
+TI2V = ("ti2v",)
+"""Tasks of a model of either class with a timestep a token (`expand_timesteps`)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Geometry:
     image_dim: int
     two_transformers: bool
     boundary_ratio: float | None
+    expand_timesteps: bool = False
+    """Whether each token has a timestep of its own (TI2V)."""
 
     def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         """Return the shape of a video's latents, which are float32."""
@@ -72,6 +76,7 @@ class Geometry:
             "prompt_embeds": prompt,
             "negative_prompt_embeds": prompt,
             "image_embeds": 2 * 4 * self.image_tokens * self.image_dim,
+            "image_latents": 4 * self.latent_channels * (pixels // self.spatial_factor**2),
             "image_condition_latents": 4 * (self.latent_channels + self.temporal_factor) * latents,
             "first_frame_latents": 4 * self.latent_channels * latents,
             "first_last_frame_latents": 4 * self.latent_channels * latents,
@@ -160,12 +165,11 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
     path = folder / "model_index.json"
     check_inside(path, folder)
     index = read_json(path)
-    if index.get("expand_timesteps"):
-        raise CheckpointError(f"model.path: {model.path!r} is a TI2V-5B model (expand_timesteps), not supported yet")
     tasks = PIPELINES.get(str(index.get("_class_name")))
     if tasks is None:
         kind = printable(str(index.get("_class_name")))
         raise CheckpointError(f"model.path: {model.path!r} holds a {kind}; known are {', '.join(PIPELINES)}")
+    tasks = TI2V if index.get("expand_timesteps") else tasks
     if model.task not in tasks:
         raise CheckpointError(
             f"model.task: {model.task!r} does not fit {model.path!r}, which serves {' or '.join(tasks)}"
@@ -278,15 +282,31 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
     if model.task != "t2v" and wants_image and first_and_last != (model.task == "flf2v"):
         right = "flf2v" if first_and_last else "i2v"
         raise CheckpointError(f"model.task: {model.task!r} does not fit {model.path!r}; write {right}")
+    if index.get("expand_timesteps"):
+        _check_ti2v(model, transformer, vae, components)
     downsample = vae.get("temperal_downsample", [False, True, True])  # diffusers' spelling
     return Geometry(
         text_dim=transformer["text_dim"],
         max_sequence_length=model.max_sequence_length,
         latent_channels=vae["z_dim"],
-        spatial_factor=2 ** len(downsample),
+        spatial_factor=2 ** len(downsample) * (vae.get("patch_size") or 1),
         temporal_factor=2 ** sum(downsample),
         image_tokens=image_tokens,
         image_dim=image_dim,
         two_transformers="transformer_2" in components,
         boundary_ratio=model.boundary_ratio if model.boundary_ratio is not None else index.get("boundary_ratio"),
+        expand_timesteps=bool(index.get("expand_timesteps")),
     )
+
+
+def _check_ti2v(model: ModelConfig, transformer: dict[str, Any], vae: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse a model with a timestep a token that is otherwise than TI2V-5B."""
+    pixels = vae.get("scale_factor_spatial", 8) * transformer.get("patch_size", [1, 2, 2])[1]
+    for wrong, what in (
+        ("transformer_2" in names, "two transformers"),
+        (transformer.get("image_dim") is not None, "a transformer that wants an image encoder"),
+        (transformer.get("in_channels") != vae["z_dim"], "a transformer of other channels than the VAE's latents"),
+        (pixels != model.multiple, f"sizes in multiples of {pixels}, not {model.multiple}"),
+    ):
+        if wrong:
+            raise CheckpointError(f"model.path: {model.path!r} has expand_timesteps and {what}, which is not supported")

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.files import Tensor, one_line, quote, read_header, read_json
-from disagg_ray.models.wan.shapes import (
+from disagg_ray.models.wan.component_configs import (
     ImageEncoderConfig,
     SchedulerConfig,
     TextEncoderConfig,

@@ -31,6 +31,7 @@ from disagg_ray.models.tuning import (
     tune_vae,
 )
 from disagg_ray.models.wan.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
+from disagg_ray.models.wan.ti2v import ti2v_blocks
 from disagg_ray.models.wan.tiles import Blend, DecodePart
 from disagg_ray.models.warm_up import example_tensors
 from disagg_ray.request import ResolvedRequest
@@ -225,8 +226,11 @@ class Cut:
 def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str], num_parts: int) -> dict[str, Any]:
     """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
     task = checkpoint.model.task
-    model = _model_blocks(task, checkpoint.geometry)
-    leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
+    if checkpoint.geometry.expand_timesteps:
+        leaves = ti2v_blocks(checkpoint.geometry)
+    else:
+        model = _model_blocks(task, checkpoint.geometry)
+        leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
     parts = {name: DecodePart(*part) for name in names if (part := parse_part(name))}
     if BLEND in names:
         parts[BLEND] = Blend(num_parts, checkpoint.folder / "vae")

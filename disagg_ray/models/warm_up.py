@@ -54,6 +54,7 @@ def _shapes(checkpoint: Checkpoint, height: int, width: int, num_frames: int) ->
     return {
         "prompt_embeds": (1, geometry.max_sequence_length, geometry.text_dim),
         "image_embeds": (2 if checkpoint.model.task == "flf2v" else 1, geometry.image_tokens, geometry.image_dim),
+        "image_latents": (1, channels, 1, *video[1:]),
         "image_condition_latents": (1, channels + geometry.temporal_factor, *video),
         "first_frame_latents": (1, channels, *video),
         "first_last_frame_latents": (1, channels, *video),

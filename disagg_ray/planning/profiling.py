@@ -19,7 +19,7 @@ from disagg_ray.media.video import encode
 from disagg_ray.planning.layouts import CPU
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile, installed_versions
 from disagg_ray.replica.stage import RAW, Stage
-from disagg_ray.request import Request, ResolvedRequest, resolve
+from disagg_ray.request import IMAGES_OF, Request, ResolvedRequest, resolve
 from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import slot_bytes
@@ -56,8 +56,8 @@ def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 
         raise PlanError("profile: fused stages and groups cannot be measured; leave fused and groups out")
     if config.num_parts:
         raise PlanError("profile: a tiled decode cannot be measured; write decode in place of its parts")
-    if config.model.task != "t2v":
-        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v can be measured")
+    if IMAGES_OF[config.model.task]:
+        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v and ti2v can be measured")
     cases = [_Case(resolve(request, config)[0], {}) for request in requests]
     on_gpu = any(stage.torch_device == "cuda" for stage in config.stages.values())
     shares = {  # so that stages take turns, which are measured

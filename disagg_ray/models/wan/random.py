@@ -13,15 +13,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from disagg_ray.models.wan.shapes import (
+from disagg_ray.models.wan.component_configs import (
     ImageEncoderConfig,
     SchedulerConfig,
-    Shape,
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
-    get_shape,
 )
+from disagg_ray.models.wan.shapes import Shape, get_shape
 
 ComponentConfig = TextEncoderConfig | ImageEncoderConfig | VaeConfig | TransformerConfig | SchedulerConfig
 
@@ -152,7 +151,8 @@ def _write_components(shape: Shape, folder: Path, seed: int, dtype: torch.dtype,
 
 def _write_index(shape: Shape, components: dict[str, Any], folder: Path) -> None:
     """Let the stock pipeline write `model_index.json` of the components, on whatever device."""
-    pipeline = getattr(diffusers, shape.pipeline)(**components, boundary_ratio=shape.boundary_ratio)
+    settings = {"boundary_ratio": shape.boundary_ratio, "expand_timesteps": shape.expand_timesteps}
+    pipeline = getattr(diffusers, shape.pipeline)(**components, **settings)
     pipeline.save_config(folder)
     index = folder / "model_index.json"
     # The published checkpoints name the class that takes torchvision where it is installed.
