@@ -129,11 +129,13 @@ def test_job_configuration_is_possible_and_fits_the_cluster() -> None:
     }
 
 
-def test_others_reach_only_ports_that_want_a_token_or_tell_numbers() -> None:
+def test_others_reach_only_ports_that_want_a_token_or_a_key_and_prometheus_the_metrics() -> None:
     documents = list(yaml.safe_load_all((DOCKER / "kuberay" / "shared.yaml").read_text()))
     (policy,) = (document["spec"] for document in documents if document["kind"] == "NetworkPolicy")
     labels = policy["podSelector"]["matchLabels"].items()
     templates = [CLUSTER["headGroupSpec"]["template"], *(group["template"] for group in CLUSTER["workerGroupSpecs"])]
     assert all(labels <= template["metadata"]["labels"].items() for template in templates)
     open_to_all = [port["port"] for rule in policy["ingress"] if "from" not in rule for port in rule["ports"]]
-    assert open_to_all == [8265, 8080]
+    assert open_to_all == [8265, 8000]
+    (metrics,) = (rule for rule in policy["ingress"] if "from" in rule and "ports" in rule)
+    assert metrics["ports"] == [{"port": 8080}]
