@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -51,7 +52,7 @@ class Client:
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code != 429:
                     raise
-            except OSError:
+            except (OSError, http.client.HTTPException):  # HTTPException: an answer cut off in the middle
                 pass
             assert time.monotonic() < self._deadline, path
             time.sleep(0.5)
