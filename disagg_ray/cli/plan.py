@@ -13,7 +13,7 @@ from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import PlanError
 from disagg_ray.media.output import check_file, write_text
-from disagg_ray.request import TYPES, Request, resolve
+from disagg_ray.request import IMAGES_OF, TYPES, Request, resolve
 
 if TYPE_CHECKING:
     from disagg_ray.planning.profile import Profile
@@ -83,7 +83,9 @@ def plan(argv: Sequence[str]) -> int:
         check_file(options.output, "output")
     config = load_config(options.config, *overrides_of(options))
     given = {name: getattr(options, name) for name in SHAPE}
-    request, _ = resolve(Request("a cat", **given), replace(config, model=replace(config.model, task="t2v")))
+    if IMAGES_OF[config.model.task]:  # which do not change a plan
+        config = replace(config, model=replace(config.model, task="t2v"))
+    request, _ = resolve(Request("a cat", **given), config)
     if options.requests is not None and options.requests < 1:
         raise PlanError(f"invalid --requests={options.requests}: must be at least 1")
 

@@ -35,7 +35,7 @@ class StepCacheConfig(Section):
     """
 
     method: Annotated[str, one_of("none", "first_block", "mag", "sea", "taylorseer")] = "none"
-    """none, first_block (FirstBlockCache), mag (MagCache), sea (SeaCache, text-to-video only) or taylorseer (of the
+    """none, first_block (FirstBlockCache), mag (MagCache), sea (SeaCache, model.task t2v only) or taylorseer (of the
     model's output)."""
     threshold: Annotated[float, at_least(0)] | None = None
     """For first_block, mag and sea: the change of a step's input below which its work is skipped. Higher is faster and

@@ -229,7 +229,11 @@ class Config(Section):
         for key in ("height", "width"):
             yield side_check(f"defaults.{key}", getattr(defaults, key), self.model.multiple)
         yield from cut_rules(self.stages)
+        remedy = f"knows only text-to-video, and model.task is {self.model.task}; write first_block"
         for name, stage in self.stages.items():
+            method = stage.denoiser.step_cache.method
+            ok = method != "sea" or self.model.task == "t2v"
+            yield f"stages.{name}.denoiser.step_cache.method", method, ok, remedy
             for height, width, num_frames in stage.warm_up:
                 for side in (height, width):
                     yield side_check(f"stages.{name}.warm_up", side, self.model.multiple)

@@ -49,8 +49,6 @@ def tune_transformer(
         CheckpointError: a LoRA file is missing, unsafe or does not fit.
     """
     load_loras(f"{key}.loras", transformer, [lora for lora in options.loras if lora.transformer == name])
-    if options.step_cache.method == "sea" and transformer.config.in_channels != transformer.config.out_channels:
-        raise ConfigError(f"{key}.step_cache.method: sea knows only text-to-video models; write first_block")
     if options.quantization != "none":
         _quantize(key, transformer, options.quantization)
     if options.attention is not None:
