@@ -38,12 +38,13 @@ NODE = {"resources": {"CPU": 2}, "node_config": {}}
 DEADLINE_S = 180.0
 
 
-def cluster_config(address: str) -> dict[str, Any]:
+def cluster_config(address: str, head_cpus: int) -> dict[str, Any]:
     provider = {
         "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
         "disable_launch_config_check": True, "gcs_address": address,
     }  # fmt: skip
-    types = {"ray.head.default": NODE | {"max_workers": 0}, "worker": NODE | {"min_workers": 0, "max_workers": 3}}
+    head = NODE | {"resources": {"CPU": head_cpus}, "max_workers": 0}
+    types = {"ray.head.default": head, "worker": NODE | {"min_workers": 0, "max_workers": 3}}
     return {
         "cluster_name": "growing", "max_workers": 3, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.1,
         "provider": provider, "available_node_types": types, "head_node_type": "ray.head.default", "auth": {},
@@ -55,13 +56,13 @@ def cluster_config(address: str) -> dict[str, Any]:
 
 
 @contextmanager
-def growing_cluster(folder: Path) -> Iterator[str]:
+def growing_cluster(folder: Path, head_cpus: int = 2) -> Iterator[str]:
     """Start a head with an autoscaler, as a process of its own; give its address."""
     address = f"{ray.util.get_node_ip_address()}:{free_port()}"
-    (folder / "cluster.yaml").write_text(json.dumps(cluster_config(address)))
+    (folder / "cluster.yaml").write_text(json.dumps(cluster_config(address, head_cpus)))
     options = [
         f"--port={address.rpartition(':')[2]}",
-        "--num-cpus=2",
+        f"--num-cpus={head_cpus}",
         f"--autoscaling-config={folder / 'cluster.yaml'}",
     ]
     options += ["--include-dashboard=false", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"]

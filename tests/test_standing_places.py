@@ -30,3 +30,10 @@ def test_a_cluster_that_grows_is_waited_for_visibly_and_grows_with_the_load(tmp_
     shown = run("growing.py", str(tmp_path))
     assert "waiting for the replicas of grow" in shown
     assert "grew and shrank" in shown
+
+
+def test_nodes_come_for_one_video_and_go_and_what_can_never_be_placed_is_said(tmp_path: Path) -> None:
+    shown = run("growing_once.py", str(tmp_path))
+    assert "made on nodes that came" in shown
+    assert "idle nodes went" in shown
+    assert "said what can never be" in shown
