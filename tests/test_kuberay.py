@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from schemas import closed, errors
 
 DOCKER = Path(__file__).parent.parent / "docker"
 FILES = sorted((DOCKER / "kuberay").glob("*.yaml"))
@@ -21,29 +22,8 @@ RAY = [kind for kind in DOCUMENTS if kind.startswith("Ray")]
 CLUSTER = DOCUMENTS["RayCluster"]["spec"]
 GROUPS = [CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]]
 PODS = [group["template"]["spec"] for group in GROUPS]
+SCHEMA = Path(__file__).with_name("kuberay.yaml")
 CRDS = os.environ.get("KUBERAY_CRDS")
-
-
-def closed(schema: Any) -> Any:
-    """Return a schema that refuses fields which it does not name, as `kubectl apply --validate=strict` does."""
-    if isinstance(schema, list):
-        return [closed(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: closed(each) for key, each in schema.items()}
-    if "properties" in schema:
-        found["properties"] = {name: closed(each) for name, each in schema["properties"].items()}
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            found.setdefault("additionalProperties", False)
-    return found
-
-
-OURS = closed(yaml.safe_load(Path(__file__).with_name("kuberay.yaml").read_text()))
-
-
-def errors(kind: str, document: Any) -> list[str]:
-    schema = {"$ref": f"#/$defs/{kind}"} | OURS
-    return [f"{each.json_path}: {each.message}" for each in Draft202012Validator(schema).iter_errors(document)]
 
 
 def crd(kind: str) -> dict[str, Any]:
@@ -81,14 +61,14 @@ FREE = {"labels", "matchLabels", "rayStartParams", "nodeSelector", "requests", "
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_manifest_has_only_fields_that_exist(kind: str) -> None:
-    assert errors(kind, DOCUMENTS[kind]) == []
+    assert errors(SCHEMA, kind, DOCUMENTS[kind]) == []
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_a_misspelt_field_is_found_wherever_it_is(kind: str) -> None:
     wrong = list(misspelt(DOCUMENTS[kind]))
     assert len(wrong) > 2
-    assert all(any("nosuchfield" in error for error in errors(kind, each)) for each in wrong)
+    assert all(any("nosuchfield" in error for error in errors(SCHEMA, kind, each)) for each in wrong)
 
 
 @pytest.mark.skipif(CRDS is None, reason="KUBERAY_CRDS names no folder of KubeRay's CRDs")
