@@ -26,10 +26,10 @@ class Model:
         self.shape, self.config, self.device = shape, shape.transformer, device
         self.dtype = torch.bfloat16
         self.transformer = build_random(self.config, "bfloat16", device)
-        height, width, num_frames = size
-        self.latents = self.draw(1, 16, (num_frames - 1) // 4 + 1, height // 8, width // 8)
+        (height, width, num_frames), channels, factor = size, shape.vae.z_dim, shape.vae.scale_factor_spatial
+        self.latents = self.draw(1, channels, (num_frames - 1) // 4 + 1, height // factor, width // factor)
         self.texts = [self.draw(1, TEXT_TOKENS, self.config.text_dim) for _ in range(2)]
-        rest = self.config.in_channels - 16
+        rest = self.config.in_channels - channels
         self.condition = self.draw(1, rest, *self.latents.shape[2:]) if rest else None
         tokens = shape.image_encoder.num_tokens if shape.image_encoder else 0
         self.image = self.draw(1, tokens, self.config.image_dim) if self.config.image_dim else None
@@ -43,9 +43,10 @@ class Model:
         latents = self.latents if latents is None else latents.to(self.dtype)
         joined = latents if self.condition is None else torch.cat([latents, self.condition], dim=1)
         images = {} if self.image is None else {"encoder_hidden_states_image": self.image}
-        made: torch.Tensor = self.transformer(
-            joined, torch.tensor([timestep], device=self.device), self.texts[text], return_dict=False, **images
-        )[0]
+        times = torch.tensor([timestep], device=self.device)
+        if self.shape.expand_timesteps:
+            times = times.expand(1, latents[0, 0, :, ::2, ::2].numel())
+        made: torch.Tensor = self.transformer(joined, times, self.texts[text], return_dict=False, **images)[0]
         return made
 
     @torch.inference_mode()
