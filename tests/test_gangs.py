@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_ray import ConfigError, load_config
+from disagg_ray import ConfigError, Pipeline, Request, load_config
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.local import LocalPipeline
 
@@ -55,3 +55,15 @@ def test_what_a_gang_cannot_be_is_refused_by_name(overrides: tuple[str, ...], sa
 def test_a_pipeline_in_one_process_refuses_ranks() -> None:
     with pytest.raises(ConfigError, match=r"stages.transformer.parallel: a pipeline in one process has no ranks"):
         LocalPipeline.from_config(T2V, f"{T}.parallel.cfg=2")
+
+
+TWO = (f"{T}.parallel.ulysses=2", f"{T}.num_threads=1")
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_video_of_one(cluster: None) -> None:
+    request = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=2)
+    with Pipeline.from_config(T2V, *TWO) as pipeline:
+        (gang,) = (replica for replica in pipeline.replicas if replica.ranks)
+        assert [rank.rank for rank in gang.ranks] == [0, 1]
+        assert pipeline.generate(request).data == LocalPipeline.from_config(T2V).generate(request).data

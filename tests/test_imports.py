@@ -49,7 +49,7 @@ IMPORTERS = {
     "transformers": {"models", "jobs"},
     "tokenizers": {"models", "jobs"},
     "huggingface_hub": {"models"},
-    "ray": {"pipeline", "driver", "service", "http", "replica.actor", "doctor", "jobs"},
+    "ray": {"pipeline", "driver", "service", "http", "replica.actor", "replica.gang", "doctor", "jobs"},
     "fastapi": {"http.app", "http.forms", "http.routes"},
     "sqlalchemy": {"http.store", "http.app"},
     "starlette": {"http"},

@@ -188,6 +188,8 @@ def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
     yield key, sizes, alone or "denoise" in stage.blocks, remedy
     remedy = f"must be left out: a rank has a GPU of its own, and num_gpus is {stage.num_gpus:g}; write num_gpus: 1"
     yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus == 1, remedy
+    has_place = stage.num_gpus > 0 or stage.num_cpus > 0
+    yield key, sizes, alone or has_place, "must be left out: ranks that reserve nothing; write num_cpus or num_gpus"
     remedy = f"must be left out with offload={stage.offload}, which keeps all weights at each rank; write shard_weights"
     yield key, sizes, alone or stage.offload == "none", remedy
     remedy = "must be left out with placement=spread; write parallel.spread for ranks on several nodes"

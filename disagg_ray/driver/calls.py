@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
@@ -70,6 +71,8 @@ class Actor:
     """What it was launched with (`placement.settings_of`); None: not known."""
     info: ReplicaInfo | None = field(default=None, compare=False)
     """None: it is not loaded."""
+    bundles: PlacementGroup | None = field(default=None, compare=False)
+    """Of its ranks, where they are several: theirs alone, so that it ends with the actor."""
 
     @property
     def stage(self) -> str:
@@ -85,9 +88,11 @@ class Actor:
         return f"{self.name}.{self.incarnation}"
 
     def kill(self) -> None:
-        """End the process; after the cluster was left, do nothing."""
+        """End the process, and those of its other ranks; after the cluster was left, do nothing."""
         if ray.is_initialized():
             ray.kill(self.handle, no_restart=True)
+            if self.bundles is not None:
+                remove_placement_group(self.bundles)
 
     def call(self, method: str, *args: Any) -> Awaitable[Any]:
         """Call a method, under a title for Ray's dashboard.

@@ -117,7 +117,8 @@ def _metadata(config: Config) -> dict[str, str]:
 def total_resources(stages: Mapping[str, StageConfig]) -> dict[str, float]:
     """Return the resources that all replicas need together, by Ray's names."""
     groups = [group for stage in stages.values() for group in stage.replica_groups.values()]
-    return {"CPU": 0, "GPU": 0} | add_up((group.replicas, resources_of(group)) for group in groups)
+    counted = ((group.replicas * group.parallel.size, resources_of(group)) for group in groups)
+    return {"CPU": 0, "GPU": 0} | add_up(counted)
 
 
 def add_up(counted: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
@@ -130,7 +131,7 @@ def add_up(counted: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, floa
 
 
 def resources_of(settings: StageConfig) -> dict[str, float]:
-    """Return the resources that one replica needs, by Ray's names."""
+    """Return the resources that one replica, or each of its ranks, needs, by Ray's names."""
     memory = {"memory": float(settings.memory)} if settings.memory is not None else {}
     return {"CPU": settings.num_cpus, "GPU": settings.num_gpus} | memory | settings.resources
 
@@ -139,13 +140,13 @@ def _check_gpus(config: Config, available: float) -> None:
     needed = total_resources(config.stages)["GPU"]
     if needed > available:
         by_stage = ", ".join(
-            f"{name} {group.replicas} x {group.num_gpus:g}"
+            f"{name} {group.replicas} x {group.num_gpus * group.parallel.size:g}"
             for name, stage in config.stages.items()
             for group in stage.replica_groups.values()
         )
         raise ConfigError(
             f"stages.*.num_gpus: the stages need {needed:g} GPUs ({by_stage}) and this machine has {available:g}; "
-            f"lower num_gpus or replicas, or join a cluster with cluster.address"
+            f"lower num_gpus, replicas or parallel, or join a cluster with cluster.address"
         )
 
 

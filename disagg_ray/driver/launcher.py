@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.calls import Actor, ReplicaId, ask, gather_ready, replicas_of
-from disagg_ray.driver.names import find_replicas
+from disagg_ray.driver.names import find_replicas, release_gangs
 from disagg_ray.driver.placement import Placement, settings_of, without_count
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import DisaggError, ReplicaLost
@@ -197,6 +197,7 @@ async def adopt(name: str, config: Config) -> tuple[Spec, list[tuple[Actor, Desc
     """
     actors = sorted(await off_loop(find_replicas, name), key=lambda actor: actor.incarnation)
     found: list[Found] = list(zip(actors, await asyncio.gather(*map(_ask_state, actors)), strict=True))
+    await off_loop(release_gangs, name, {actor.id for actor in actors})
     specs = [state.spec for _, state in found if state is not None and state.spec is not None]
     spec = max(specs, key=lambda spec: spec.revision, default=Spec(0, config))
     replicas, kept = {replica.name: replica for replica in replicas_of(spec.config)}, list[tuple[Actor, Description]]()
@@ -205,7 +206,7 @@ async def adopt(name: str, config: Config) -> tuple[Spec, list[tuple[Actor, Desc
             actor.kill()
             continue
         settings = without_count(state.config.stages[actor.stage])
-        adopted = Actor(replicas.pop(actor.name), actor.incarnation, actor.handle, settings, state.info)
+        adopted = replace(actor, replica=replicas.pop(actor.name), settings=settings, info=state.info)
         kept.append((adopted, state.description))
     return spec, kept, {actor.name: actor.incarnation + 1 for actor in actors}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +46,11 @@ def group_name(name: str, index: int) -> str:
     return f"{PREFIX}{name}/{index}"
 
 
+def is_gang(group: str) -> bool:
+    """Return whether a placement group, by its name, is of one replica's ranks; it has that actor's name."""
+    return "." in group
+
+
 def find_groups(name: str) -> dict[str, PlacementGroup]:
     """Return a service's placement groups by name; Ray's own lookup sees those of the caller's namespace only."""
     with _cluster_errors():
@@ -57,9 +63,16 @@ def find_groups(name: str) -> dict[str, PlacementGroup]:
 
 
 def release_groups(name: str) -> None:
-    """Remove the placement groups of a service's stages that share GPUs."""
+    """Remove the placement groups of a service: of stages that share GPUs, and of ranks."""
     for group in find_groups(name).values():
         remove_placement_group(group)
+
+
+def release_gangs(name: str, living: AbstractSet[str]) -> None:
+    """Remove the placement groups of ranks whose actors, but for those `living`, by id, are gone."""
+    for group, bundles in find_groups(name).items():
+        if is_gang(group) and group.removeprefix(f"{PREFIX}{name}/") not in living:
+            remove_placement_group(bundles)
 
 
 def services() -> list[str]:
@@ -94,7 +107,7 @@ def find_supervisor(name: str) -> ActorHandle[Any]:
 def find_replicas(name: str) -> list[Actor]:
     """Return the living actors of a service's replicas; their groups and settings are not known."""
     pattern = re.compile(re.escape(f"{PREFIX}{name}/") + r"(\w+)-(\d+)\.(\d+)")
-    found = []
+    found, groups = [], find_groups(name)
     for actor in _actors():
         if match := pattern.fullmatch(actor):
             try:
@@ -102,7 +115,9 @@ def find_replicas(name: str) -> list[Actor]:
                     handle = ray.get_actor(actor, namespace=NAMESPACE)
             except ValueError:  # it died meanwhile
                 continue
-            found.append(Actor(ReplicaId(match[1], int(match[2]), ""), int(match[3]), handle))
+            found.append(
+                Actor(ReplicaId(match[1], int(match[2]), ""), int(match[3]), handle, bundles=groups.get(actor))
+            )
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,7 +18,6 @@ from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver import names
 from disagg_ray.driver.calls import GROUPS, Actor, ReplicaId
 from disagg_ray.driver.cluster import DIGITS, add_up, resources_of
-from disagg_ray.errors import ConfigError
 from disagg_ray.replica.served import ServedReplica
 
 STRATEGIES = {"pack": "DEFAULT", "spread": "SPREAD"}
@@ -62,25 +61,32 @@ class Placement:
     def _reserve_each(self, config: Config) -> Iterator[PlacementGroup]:
         """Yield the placement group of each shared GPU; a service's may exist already."""
         found = names.find_groups(self._pipeline_id) if self._detached else {}
-        for index in range(config.stages[config.share_gpu[0]].replicas):
+        sharing = [config.stages[name] for name in config.share_gpu]
+        for index in range(sharing[0].replicas):
             name = names.group_name(self._pipeline_id, index)
             options = {"name": name, "lifetime": "detached"} if self._detached else {}
-            yield found.get(name) or reserve_shared(config, **options)
+            yield found.get(name) or _reserve(sharing, 1, **options)
 
     def launch(self, config: Config, replica: ReplicaId, incarnation: int = 0) -> Actor:
         """Create an actor for a replica; it starts once there is room for it."""
-        if settings_of(config, replica).parallel.is_gang:
-            raise ConfigError(f"stages.{replica.stage}.parallel: replicas of several ranks cannot be launched yet")
         if self._detached:
             name = names.replica_name(self._pipeline_id, replica, incarnation)
             options = {"name": name, "namespace": names.NAMESPACE, "lifetime": "detached"}
         else:
             name = f"disagg_ray-{self._pipeline_id}-{replica.name}" + (f".{incarnation}" if incarnation else "")
             options = {"name": name}
-        actor_class = _actor_class(ServedReplica, replica.stage).options(**self.options(config, replica), **options)
-        config = config.for_group(replica.stage, replica.group)
-        handle = actor_class.remote(replica.stage, replica.index, config)
-        return Actor(replica, incarnation, handle, without_count(config.stages[replica.stage]))
+        settings = settings_of(config, replica)
+        bundles = self._reserve_ranks(settings, name) if settings.parallel.is_gang else None
+        placed = self.options(config, replica) | _in_bundle(bundles)
+        actor_class = _actor_class(ServedReplica, replica.stage).options(**placed, **options)
+        handle = actor_class.remote(replica.stage, replica.index, config.for_group(replica.stage, replica.group))
+        return Actor(replica, incarnation, handle, settings, bundles=bundles)
+
+    def _reserve_ranks(self, settings: StageConfig, name: str) -> PlacementGroup:
+        """Reserve a bundle for each rank of a replica; whoever ends its actor removes them."""
+        strategy = "PACK" if settings.parallel.spread else "STRICT_PACK"
+        options = {"name": name, "strategy": strategy} | ({"lifetime": "detached"} if self._detached else {})
+        return _reserve([settings], settings.parallel.size, **options)
 
     def options(self, config: Config, replica: ReplicaId) -> dict[str, Any]:
         """Return Ray's options for a replica's actor."""
@@ -110,9 +116,16 @@ class Placement:
         self._shared = []
 
 
-def reserve_shared(config: Config, **options: str) -> PlacementGroup:
-    """Reserve one bundle for a replica of each stage that shares a GPU."""
-    sharing = [config.stages[name] for name in config.share_gpu]
+def _in_bundle(bundles: PlacementGroup | None) -> dict[str, Any]:
+    """Return the options of an actor that is rank 0 of a gang, which do without what its bundle has already."""
+    if bundles is None:
+        return {}
+    strategy = PlacementGroupSchedulingStrategy(bundles, 0)
+    return {"scheduling_strategy": strategy, "label_selector": None, "accelerator_type": None}
+
+
+def _reserve(sharing: Sequence[StageConfig], count: int, **options: str) -> PlacementGroup:
+    """Reserve equal bundles, each for one process of each of some stages."""
     labels: dict[str, str] = {}
     for stage in sharing:
         labels |= stage.label_selector
@@ -120,20 +133,21 @@ def reserve_shared(config: Config, **options: str) -> PlacementGroup:
             labels["ray.io/accelerator-type"] = stage.accelerator_type
     total = add_up((1, resources_of(stage)) for stage in sharing)
     bundle = {name: number for name, number in total.items() if number}
-    selector = [labels] if labels else None
-    group: PlacementGroup = placement_group([bundle], bundle_label_selector=selector, **options)
+    selector = [labels] * count if labels else None
+    group: PlacementGroup = placement_group([bundle] * count, bundle_label_selector=selector, **options)
     return group
 
 
 def room_for(config: Config, stage: str) -> int:
     """Return how many more replicas of a stage the cluster can take now, as if it were one node."""
     free = ray.available_resources()
-    needed = {name: number for name, number in resources_of(config.stages[stage]).items() if number}
+    settings = config.stages[stage]
+    needed = {k: n * settings.parallel.size for k, n in resources_of(settings).items() if n}
     return min((int(round(free.get(name, 0) / number, DIGITS)) for name, number in needed.items()), default=MANY)
 
 
 def has_room(config: Config, replica: ReplicaId) -> bool:
-    """Return whether some node has room for one more actor of a replica, or the cluster grows."""
+    """Return whether some node has room for one more replica, or the cluster grows; ranks may `spread` over nodes."""
     if replica.stage in config.share_gpu or config.service.cluster_grows:
         return replica.stage not in config.share_gpu
     settings = settings_of(config, replica)
@@ -142,8 +156,10 @@ def has_room(config: Config, replica: ReplicaId) -> bool:
         needed[f"accelerator_type:{settings.accelerator_type}"] = 0.001
     exact = {key: value for key, value in settings.label_selector.items() if EXACT.fullmatch(value)}
     labels = {node["NodeID"]: node.get("Labels", {}) for node in ray.nodes()}
-    return any(
-        all(round(free.get(name, 0) - number, DIGITS) >= 0 for name, number in needed.items())
+    rooms = [
+        min((int(round(free.get(name, 0) / number, DIGITS)) for name, number in needed.items()), default=MANY)
         for node, free in available_resources_per_node().items()
         if exact.items() <= labels.get(node, {}).items()
-    )
+    ]
+    parallel = settings.parallel
+    return (sum(rooms) if parallel.spread else max(rooms, default=0)) >= parallel.size

@@ -24,6 +24,7 @@ from disagg_ray.process import imports_kept
 from disagg_ray.progress.channel import Credentials, Sender
 from disagg_ray.progress.events import Event, State
 from disagg_ray.replica.activity import Activities
+from disagg_ray.replica.computer import Computer, load
 from disagg_ray.replica.messages import (
     Description,
     DriverInfo,
@@ -55,7 +56,7 @@ class _Pulled:
 
 
 class Replica:
-    """One actor of a stage."""
+    """One actor of a stage: of its ranks, the one that the driver knows."""
 
     def __init__(self, stage: str, index: int, config: Config) -> None:
         self.name = f"{stage}-{index}"
@@ -76,7 +77,8 @@ class Replica:
         """From the first call of `load` on."""
         self._activities = Activities()
         self.pool: Pool
-        """From `load` on."""
+        self._computer: Computer
+        """Both from `load` on."""
 
     def __repr__(self) -> str:  # Ray prefixes log lines and lists actors with it
         return self.name
@@ -110,7 +112,7 @@ class Replica:
         self.pool = Pool(self.name, nbytes, host, transport, device, cache_bytes, taken)
         self.stage.use_cache(self.pool.cache)
         blocks = identify_blocks(self._config, self.stage.name, self.stage.folder)  # of files as they are read now
-        self.stage.load()
+        self._computer, ranks = load(self.name, self.stage, self._config, graph, host)
         self._info = ReplicaInfo(
             name=self.name,
             stage=self.stage.name,
@@ -123,6 +125,7 @@ class Replica:
             load_s=time.monotonic() - began,
             ready=time.time(),
             blocks=blocks,
+            ranks=ranks,
         )
         return self._info
 
@@ -216,7 +219,7 @@ class Replica:
         began, started = time.time(), time.monotonic()
         self._report(task, "running")
         with self._activities.working("compute", lambda: self.stage.lock_wait_until) as activity:
-            outputs = self.stage.compute(request, pulled.tensors, stop_when_released)
+            outputs = self._computer.compute(request, pulled.tensors, stop_when_released)
         computed = time.monotonic()
         self._report(task, "publishing")
         handoff = self._publish(task.key, outputs.tensors)

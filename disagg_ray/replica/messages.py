@@ -25,6 +25,16 @@ class Description:
 
 
 @dataclass(frozen=True)
+class RankInfo:
+    """A process of a replica."""
+
+    rank: int
+    """0: the replica's own."""
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True)
 class ReplicaInfo:
     """A ready replica."""
 
@@ -44,6 +54,8 @@ class ReplicaInfo:
     """When that was done, in seconds since the epoch, by its node's clock."""
     blocks: dict[str, str]
     """What its outputs follow from besides requests, as digests by block (`identity`)."""
+    ranks: tuple[RankInfo, ...] = ()
+    """Its processes, where they are several."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class ServedReplica(Replica):
     """A replica whose methods return errors.
 
     What its constructor raised is the answer to every call: Ray would end the process, with its native stack. After an
-    error that poisons its process (`blame`) it answers so, does nothing more, and ends.
+    error that poisons its process (`blame`), or that ends its gang, it answers so, does nothing more, and ends.
     """
 
     def __init__(self, stage: str, index: int, config: Config) -> None:
@@ -101,9 +101,8 @@ class ServedReplica(Replica):
         try:
             return method(self, *args)
         except (DisaggError, RuntimeError) as error:
-            if poisons(error):
-                first_line = (str(error).splitlines() or [""])[0]
-                self._end = ReplicaLost(f"{self.name}: {type(error).__name__}: {first_line}")
+            if isinstance(error, ReplicaLost) or poisons(error):
+                self._end = _lost(self.name, error)
                 exiting = threading.Timer(LAST_WORDS_S, os._exit, (1,))
                 exiting.daemon = True
                 exiting.start()
@@ -112,3 +111,10 @@ class ServedReplica(Replica):
                 error.__cause__ = error.__context__ = None  # Ray drops them; here they would keep tensors alive
                 return error.with_traceback(None)
             raise
+
+
+def _lost(name: str, error: BaseException) -> ReplicaLost:
+    if isinstance(error, ReplicaLost):  # of a rank, whose gang ends
+        return ReplicaLost(str(error))
+    first_line = (str(error).splitlines() or [""])[0]
+    return ReplicaLost(f"{name}: {type(error).__name__}: {first_line}")

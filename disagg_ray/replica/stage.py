@@ -23,6 +23,7 @@ from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
 
 if TYPE_CHECKING:
+    from disagg_ray.models.parallel.ranks import Ranks
     from disagg_ray.models.wan.blocks import EmbeddingCache, OnStep
 
 
@@ -127,11 +128,14 @@ class Stage:
         self.has_sibling = any(len(graph.producers(consumer)) > 1 for consumer in graph.consumers(self.name))
         """Another stage's outputs are needed too before its own are of use."""
 
-    def load(self) -> None:
-        """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once."""
+    def load(self, ranks: Ranks | None = None) -> None:
+        """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once.
+
+        With `ranks` all of them do so at once, and compute every request together from then on.
+        """
         defaults = self.config.defaults
         sizes = self._settings.warm_up or [[defaults.height, defaults.width, defaults.num_frames]]
-        self.weights = self._cut.load(self._dtypes(), self.device, self._settings, sizes)
+        self.weights = self._cut.load(self._dtypes(), self.device, self._settings, sizes, ranks)
         if self.device == "cuda":  # a stream of its own: Mooncake's reads of GPU memory wait for the default one
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
