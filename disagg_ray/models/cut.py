@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -36,6 +36,9 @@ from disagg_ray.models.wan.tiles import Blend, DecodePart
 from disagg_ray.models.warm_up import example_tensors
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.text import did_you_mean
+
+if TYPE_CHECKING:
+    from disagg_ray.models.parallel.ranks import Ranks
 
 SPARE_BYTES = 2**21
 """More than is lost when torch rounds tensors up."""
@@ -84,17 +87,23 @@ class Cut:
             block.cache = cache
 
     def load(
-        self, dtypes: Mapping[str, str], device: str, options: StageConfig, sizes: Sequence[Sequence[int]]
+        self,
+        dtypes: Mapping[str, str],
+        device: str,
+        options: StageConfig,
+        sizes: Sequence[Sequence[int]],
+        ranks: Ranks | None = None,
     ) -> dict[str, int]:
         """Load the components' weights as the stage's options say, and return their bytes by component.
 
-        `sizes` (height, width, num_frames) are those at which `attention: auto` is timed.
+        `sizes` (height, width, num_frames) are those at which `attention: auto` is timed. With `ranks`, every one of
+        them loads and runs the same.
 
         Raises:
             CheckpointError: a component is missing, unsafe or unreadable.
             ConfigError: an option cannot be had here.
         """
-        self._options = options
+        self._options, self._ranks = options, ranks
         self._check_options()
         self._check_attention(dtypes, device)
         self._checkpoint.fetch(self.components)

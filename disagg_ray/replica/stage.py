@@ -131,7 +131,7 @@ class Stage:
     def load(self, ranks: Ranks | None = None) -> None:
         """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once.
 
-        With `ranks` all of them do so at once, and compute every request together from then on.
+        With `ranks`, each of them loads, and computes the same requests in the same order.
         """
         defaults = self.config.defaults
         sizes = self._settings.warm_up or [[defaults.height, defaults.width, defaults.num_frames]]
