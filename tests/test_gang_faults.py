@@ -115,7 +115,7 @@ def test_a_rank_that_dies_while_idle_is_replaced(pipeline: Pipeline, video: Any)
 def test_all_ranks_stop_at_a_cancelled_step_and_go_on(pipeline: Pipeline, faults: Faults, video: Any) -> None:
     before = gang(pipeline)
     faults.set("transformer.step", "wait")
-    handle = pipeline.submit(ask("cancelled", steps=200))
+    handle = pipeline.submit(ask("cancelled", steps=100))
     faults.await_arrival("transformer.step")
     handle.cancel()
     faults.clear("transformer.step")
