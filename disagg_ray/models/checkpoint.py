@@ -17,6 +17,7 @@ from disagg_ray.models.components import (
     SMALL,
     check_component,
     check_inside,
+    check_ti2v,
     read_components,
     read_config,
     read_tensors,
@@ -283,7 +284,7 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
         right = "flf2v" if first_and_last else "i2v"
         raise CheckpointError(f"model.task: {model.task!r} does not fit {model.path!r}; write {right}")
     if index.get("expand_timesteps"):
-        _check_ti2v(model, transformer, vae, components)
+        check_ti2v(model, transformer, vae, components)
     downsample = vae.get("temperal_downsample", [False, True, True])  # diffusers' spelling
     return Geometry(
         text_dim=transformer["text_dim"],
@@ -297,16 +298,3 @@ def _geometry(model: ModelConfig, folder: Path, index: dict[str, Any], component
         boundary_ratio=model.boundary_ratio if model.boundary_ratio is not None else index.get("boundary_ratio"),
         expand_timesteps=bool(index.get("expand_timesteps")),
     )
-
-
-def _check_ti2v(model: ModelConfig, transformer: dict[str, Any], vae: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse a model with a timestep a token that is otherwise than TI2V-5B."""
-    pixels = vae.get("scale_factor_spatial", 8) * transformer.get("patch_size", [1, 2, 2])[1]
-    for wrong, what in (
-        ("transformer_2" in names, "two transformers"),
-        (transformer.get("image_dim") is not None, "a transformer that wants an image encoder"),
-        (transformer.get("in_channels") != vae["z_dim"], "a transformer of other channels than the VAE's latents"),
-        (pixels != model.multiple, f"sizes in multiples of {pixels}, not {model.multiple}"),
-    ):
-        if wrong:
-            raise CheckpointError(f"model.path: {model.path!r} has expand_timesteps and {what}, which is not supported")

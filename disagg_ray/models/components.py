@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.files import Tensor, one_line, quote, read_header, read_json
 from disagg_ray.models.wan.component_configs import (
@@ -250,6 +251,23 @@ def read_tensors(folder: Path, name: str, *, partial: bool = False) -> list[Tens
         except (OSError, ValueError) as error:
             raise CheckpointError(f"model.path: {quote(path)}: {one_line(error)}") from error
     return tensors
+
+
+def check_ti2v(model: ModelConfig, transformer: dict[str, Any], vae: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse a model with a timestep a token that is otherwise than TI2V-5B.
+
+    Raises:
+        CheckpointError: names what is otherwise.
+    """
+    pixels = vae.get("scale_factor_spatial", 8) * transformer.get("patch_size", [1, 2, 2])[1]
+    for wrong, what in (
+        ("transformer_2" in names, "two transformers"),
+        (transformer.get("image_dim") is not None, "a transformer that wants an image encoder"),
+        (transformer.get("in_channels") != vae["z_dim"], "a transformer of other channels than the VAE's latents"),
+        (pixels != model.multiple, f"sizes in multiples of {pixels}, not {model.multiple}"),
+    ):
+        if wrong:
+            raise CheckpointError(f"model.path: {model.path!r} has expand_timesteps and {what}, which is not supported")
 
 
 def check_inside(path: Path, folder: Path) -> None:
