@@ -229,7 +229,7 @@ def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
                 f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
             )
         if name in given and name not in IMAGES_OF[task] and not config.encodes_images:
-            raise RequestError(f"{name}: given, but no stage has the block vae_encoder; leave it out, or add the block")
+            raise RequestError(f"{name}: given, but no stage has the block vae_encoder; leave it out, or add that")
     return given
 
 
