@@ -17,9 +17,9 @@ T = "stages.transformer"
 
 
 def test_the_ranks_of_a_replica_are_configured() -> None:
-    parallel = "{cfg: 2, ulysses: 2, ring: 1, shard_weights: true, spread: true}"
+    parallel = "{cfg: 2, ulysses: 2, ring: 1, shard_weights: false, spread: true}"
     stage = load_config(T2V, f"{T}.parallel={parallel}").stages["transformer"]
-    assert stage.parallel == ParallelConfig(2, 2, 1, True, True)
+    assert stage.parallel == ParallelConfig(2, 2, 1, False, True)
     assert stage.parallel.size == 4
 
 
@@ -40,6 +40,11 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.ulysses=0",), f"invalid {T}.parallel.ulysses=0: must be at least 1"),
         ((f"{T}.parallel.spread=true",), f"invalid {T}.parallel.spread=true: must be false: a replica of one rank"),
         ((f"{T}.parallel.shard_weights=true",), "must be false: a replica of one rank"),
+        ((f"{T}.parallel={{cfg: 2, shard_weights: true}}",), "must be false: a gang cannot shard weights yet"),
+        ((f"{T}.parallel.ulysses=2", f"{T}.denoiser.step_cache.method=taylorseer"), "must be none with parallel"),
+        ((f"{T}.parallel.cfg=2", f"{T}.denoiser.quantization=fp8_storage"), "must be none with parallel"),
+        ((f"{T}.parallel.cfg=2", f"{T}.denoiser.attention=auto"), "must name a backend, or be null"),
+        ((f"{T}.parallel.ring=2",), "must be one of _native_cudnn, _native_flash, flash, _flash_3, flash_4"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "a rank has a GPU of its own, and num_gpus is 0.5"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=1", f"{T}.offload=group"), "must be left out with offload=group"),
         ((f"{T}.parallel.cfg=2", f"{T}.placement=spread"), "write parallel.spread"),

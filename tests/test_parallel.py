@@ -1,14 +1,27 @@
 """A stage's models over several processes: gloo on CPUs, equal threads, tiny checkpoints in float32."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import free_port
+from conftest import make_image
+from helpers import connect_stages, free_port
 
+from disagg_ray.config.load import load_config
 from disagg_ray.config.parallel import ParallelConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.errors import DisaggError
+from disagg_ray.graph import build_graph
+from disagg_ray.media.video import to_array
 from disagg_ray.models.parallel.ranks import Ranks
+from disagg_ray.models.wan.shapes import get_shape
+from disagg_ray.replica.stage import Stage
+from disagg_ray.request import Request, ResolvedRequest, resolve
 
 TIMEOUT_S = 120.0
 
@@ -44,6 +57,7 @@ def talk(ranks: Ranks) -> Any:
     return value, plain, ranks.agree(ranks.rank == 0), ranks.agree(ranks.rank != 0), torch.cat(branches).tolist()
 
 
+@pytest.mark.slow
 def test_ranks_share_what_the_first_one_has_and_follow_its_word() -> None:
     first, *others = run_ranks(talk, ParallelConfig(cfg=2))
     value, tensors, go, stop, branches = first
@@ -51,3 +65,96 @@ def test_ranks_share_what_the_first_one_has_and_follow_its_word() -> None:
     assert tensors["one"] == (torch.float32, 2.5) and tensors["none"][1] == []
     assert (go, stop, branches) == (True, False, [0.0, 1.0])
     assert others == [first]
+
+
+PROOF_TASKS = [pytest.param(task, marks=pytest.mark.proof) for task in ("i2v", "flf2v", "a14b_t2v", "a14b_i2v")]
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def load(task: str, folder: Path, *overrides: str) -> Config:
+    return load_config(CONF / f"tiny_{task}.yaml", f"model.path={folder}", *overrides)
+
+
+def asked(task: str, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a request that this model takes."""
+    shape = get_shape(f"tiny-{task.replace('_', '-')}")
+    arguments: dict[str, Any] = {
+        "prompt": "a red circle", "negative_prompt": "blurry", "height": 32, "width": 48, "num_frames": 5,
+        "num_inference_steps": 3, "guidance_scale": 5.0, "seed": 7,
+    }  # fmt: skip
+    arguments |= {"image": make_image(60, 40)} if shape.takes_image else {}
+    arguments |= {"last_image": make_image(40, 60, seed=1)} if shape.takes_last_image else {}
+    arguments |= {"guidance_scale_2": 2.5} if shape.transformer_2 is not None else {}
+    return arguments | changes
+
+
+def generate(ranks: Ranks, config: Config, many: list[dict[str, Any]]) -> list[Any]:
+    """Return the frames of each request; the transformer is that of a gang."""
+    stages = connect_stages(config)
+    graph = build_graph([stage.ports for stage in stages.values()])
+    for stage in stages.values():
+        stage.load(ranks if "denoise" in stage.config.stages[stage.name].blocks else None)
+    return [_run(stages, graph.order, *resolve(Request(**arguments, format="npy"), config)) for arguments in many]
+
+
+def _run(stages: dict[str, Stage], order: Any, request: ResolvedRequest, images: dict[str, Any]) -> Any:
+    tensors = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
+    frames = None
+    for name in order:
+        inputs = {n: tensors[n] for n in stages[name].ports.inputs if n in tensors}
+        made = stages[name].compute(request, inputs, None)
+        tensors |= made.tensors
+        frames = made.frames
+    return np.asarray(frames)
+
+
+def make_stock(task: str, folder: Path, many: list[dict[str, Any]], length: int) -> list[Any]:
+    """Return the frames of the stock pipeline."""
+    shape = get_shape(f"tiny-{task.replace('_', '-')}")
+    stock = getattr(diffusers, shape.pipeline).from_pretrained(folder, dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    frames = []
+    for arguments in many:
+        given = dict(arguments)
+        generator = torch.Generator("cpu").manual_seed(given.pop("seed"))
+        frames.append(stock(**given, generator=generator, max_sequence_length=length).frames[0])
+    return frames
+
+
+@pytest.mark.parametrize("task", [pytest.param("t2v", marks=pytest.mark.slow), *PROOF_TASKS])
+def test_two_branches_of_two_shares_make_the_frames_of_stock(
+    task: str, checkpoint: Callable[[str], Path], one_thread: None
+) -> None:
+    folder = checkpoint(f"tiny-{task.replace('_', '-')}")
+    config = load(task, folder, "stages.transformer.parallel={cfg: 2, ulysses: 2}", "stages.transformer.num_threads=1")
+    many = [asked(task), asked(task, height=32, width=32, num_frames=13, guidance_scale=1.0, num_inference_steps=2)]
+    made = run_ranks(generate, config.stages["transformer"].parallel, config, many)
+    for rank in made:
+        for ours, stock in zip(rank, make_stock(task, folder, many, config.model.max_sequence_length), strict=True):
+            assert np.abs(ours - stock).max() == 0
+
+
+def refuse(ranks: Ranks, config: Config, many: list[dict[str, Any]]) -> str:
+    with pytest.raises(DisaggError) as refused:
+        generate(ranks, config, many)
+    return str(refused.value)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("ranks", "size", "message"),
+    [
+        (2, {"height": 16, "width": 48, "num_frames": 1}, "1 x 1 x 3 = 3 tokens (frames, height, width), which do not"),
+        (
+            3,
+            {},
+            "invalid stages.transformer.parallel.ulysses=3: must divide the 2 attention heads of this model; write",
+        ),
+    ],
+)
+def test_tokens_or_heads_that_do_not_divide_are_refused_with_the_numbers(
+    ranks: int, size: dict[str, int], message: str, checkpoint: Callable[[str], Path]
+) -> None:
+    config = load("t2v", checkpoint("tiny-t2v"), f"stages.transformer.parallel.ulysses={ranks}")
+    refused = run_ranks(refuse, config.stages["transformer"].parallel, config, [asked("t2v", **size)])
+    assert all(message in words for words in refused)

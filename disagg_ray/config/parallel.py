@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+from disagg_ray.config.options import DenoiserConfig
 from disagg_ray.config.rules import Check, Count, Section, between
+
+RING_ATTENTION = ("_native_cudnn", "_native_flash", "flash", "_flash_3", "flash_4")
+"""Attention backends that return the log-sum-exp, with which a ring joins what its ranks attended to."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class ParallelConfig(Section):
     """Ranks that share the tokens of a video, and pass keys and values around. For attention backends that return a
     log-sum-exp."""
     shard_weights: bool = False
-    """Hold a part of the weights at each rank and gather each block when it computes: less VRAM, more time."""
+    """Hold a part of the weights at each rank. Not to be had yet: must be false."""
     spread: bool = False
     """Let the ranks lie on several nodes; false: all on one."""
 
@@ -27,6 +31,11 @@ class ParallelConfig(Section):
     def size(self) -> int:
         """How many ranks a replica has."""
         return self.cfg * self.ulysses * self.ring
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks among which the tokens of one prediction are split."""
+        return self.ulysses * self.ring
 
     @property
     def is_gang(self) -> bool:
@@ -37,3 +46,23 @@ class ParallelConfig(Section):
         for key in ("shard_weights", "spread"):
             value = getattr(self, key)
             yield key, value, self.is_gang or not value, remedy
+        remedy = "must be false: a gang cannot shard weights yet; each rank holds all of them"
+        yield "shard_weights", self.shard_weights, not self.shard_weights, remedy
+
+
+def denoiser_rules(parallel: ParallelConfig, denoiser: DenoiserConfig) -> Iterator[Check]:
+    """Yield the rules between the ranks of a stage's replicas and how its transformers run."""
+    attention, cache = denoiser.attention, denoiser.step_cache.method
+    remedy = "must name a backend, or be null: each rank would time them and may find another one fastest"
+    yield "denoiser.attention", attention, not parallel.is_gang or attention != "auto", remedy
+    remedy = f"must be one of {', '.join(RING_ATTENTION)}, which return what parallel.ring needs; or write ring: 1"
+    yield "denoiser.attention", attention, parallel.ring == 1 or attention in RING_ATTENTION, remedy
+    ok = not parallel.is_gang or cache == "none"
+    yield "denoiser.step_cache.method", cache, ok, "must be none with parallel: ranks may not decide alike"
+    remedy = "must be none with parallel: not held to one process's frames"
+    yield (
+        "denoiser.quantization",
+        denoiser.quantization,
+        not parallel.is_gang or denoiser.quantization == "none",
+        remedy,
+    )

@@ -15,7 +15,7 @@ from disagg_ray.config.options import (
     name_parts,
     parse_part,
 )
-from disagg_ray.config.parallel import ParallelConfig
+from disagg_ray.config.parallel import ParallelConfig, denoiser_rules
 from disagg_ray.config.rules import MULTIPLE, Bytes, Check, Count, Rule, Section, at_least, one_of
 from disagg_ray.text import did_you_mean, nearest, printable
 
@@ -192,6 +192,7 @@ def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
     yield key, sizes, alone or has_place, "must be left out: ranks that reserve nothing; write num_cpus or num_gpus"
     remedy = f"must be left out with offload={stage.offload}, which keeps all weights at each rank; write shard_weights"
     yield key, sizes, alone or stage.offload == "none", remedy
+    yield from denoiser_rules(stage.parallel, stage.denoiser)
     remedy = "must be left out with placement=spread; write parallel.spread for ranks on several nodes"
     yield key, sizes, alone or stage.placement == "pack", remedy
 

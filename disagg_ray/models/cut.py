@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from disagg_ray.models.attention import FLASH_4, check_flash_4
 from disagg_ray.models.checkpoint import Checkpoint, Geometry
 from disagg_ray.models.components import read_config
 from disagg_ray.models.gpu_lock import GpuLock
-from disagg_ray.models.load import check_scheduler, load_component
+from disagg_ray.models.load import check_scheduler, load_component, reserve, weight_bytes
 from disagg_ray.models.tuning import (
     choose_scheduler,
     offload_groups,
@@ -40,8 +41,9 @@ from disagg_ray.text import did_you_mean
 if TYPE_CHECKING:
     from disagg_ray.models.parallel.ranks import Ranks
 
-SPARE_BYTES = 2**21
-"""More than is lost when torch rounds tensors up."""
+logger = logging.getLogger("disagg_ray")
+
+IDLE = "stages.%s: a request without guidance leaves half of the ranks idle (parallel.cfg=2)"
 TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
 """Inputs by which diffusers picks the blocks of a task."""
 
@@ -60,6 +62,8 @@ class Cut:
         self._checkpoint = checkpoint
         self._stage = stage
         self._offloaded: list[Any] = []
+        self._ranks: Ranks | None = None
+        self._told_idle = False
         leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks, num_parts))
         self._text_encoders = [block for block in leaves.values() if isinstance(block, TextEncoder)]
         self.ports = _ports(stage, leaves)
@@ -110,7 +114,7 @@ class Cut:
         home = device if options.offload == "none" else "cpu"
         loaded = {name: self._load_component(name, dtypes[name], home) for name in self.components}
         models = {name: c for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
-        weights = {name: _weight_bytes(model) for name, model in models.items()}
+        weights = {name: weight_bytes(model) for name, model in models.items()}
         for name, model in models.items():
             self._tune(name, model, device, sizes)
         if options.offload == "model":
@@ -159,6 +163,10 @@ class Cut:
             latents = [example_tensors(self._checkpoint, ["latents"], size)["latents"].to(device) for size in sizes]
             text_tokens = self._checkpoint.geometry.max_sequence_length
             tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, latents, text_tokens)
+            if self._ranks is not None and self._ranks.parallel.num_shards > 1:
+                from disagg_ray.models.parallel.tokens import split_tokens  # torch.distributed is for gangs alone
+
+                split_tokens(f"stages.{self._stage}", model, self._ranks)
             model.register_forward_pre_hook(cast_inputs, with_kwargs=True)
         if name == "vae":
             tune_vae(model, options.vae)
@@ -184,7 +192,7 @@ class Cut:
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
         reserved = (self._component_bytes(name, dtype) or 0) if device != "cpu" else 0
         if reserved:
-            _reserve(reserved, device)
+            reserve(reserved, device)
         class_name = self._checkpoint.components[name]
         component = load_component(self._checkpoint.folder, name, class_name, dtype, device)
         if name == "scheduler":
@@ -222,9 +230,12 @@ class Cut:
         if "scheduler" in self.components:
             scheduler = copy.deepcopy(self._pipeline.scheduler)
             for guidance in own.values():
-                guidance.scheduler = scheduler
+                guidance.scheduler, guidance.ranks = scheduler, self._ranks
             own["scheduler"] = scheduler
         self._pipeline.register_components(**own)
+        if self._ranks is not None and self._ranks.parallel.cfg > 1 and own and not request.guided:
+            logger.log(logging.DEBUG if self._told_idle else logging.INFO, IDLE, self._stage)
+            self._told_idle = True
         cache, tile = self._options.denoiser.step_cache, self._options.vae.tile_pixels
         for name in self._transformers if cache.method != "none" else ():
             renew_step_cache(self.component(name), cache, request.num_inference_steps)
@@ -283,17 +294,3 @@ def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[st
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
     }
-
-
-def _reserve(nbytes: int, device: str) -> None:
-    """Have torch keep one free piece of GPU memory that all of a model's weights fit into.
-
-    Transformers does so too, but takes whatever else is free for a part of it: then the largest tensor (2 GB of a text
-    encoder's) finds no room in the piece, and a hole as large stays in it for ever.
-    """
-    torch.empty(nbytes + SPARE_BYTES, dtype=torch.uint8, device=device)
-
-
-def _weight_bytes(module: torch.nn.Module) -> int:
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)

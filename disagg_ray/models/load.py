@@ -20,6 +20,10 @@ from disagg_ray.models.files import one_line, quote
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 
+SPARE_BYTES = 2**21
+"""More than is lost when torch rounds tensors up."""
+
+
 def load_component(model: Path, name: str, class_name: str, dtype: str = "float32", device: str = "cpu") -> Any:
     """Load a component of a model folder that was checked: of the class its index names, from safetensors alone.
 
@@ -71,3 +75,18 @@ def check_scheduler(scheduler: Any, sigmas: Sequence[float]) -> None:
         name = type(scheduler).__name__
         field = "model.sigmas" if sigmas else "model.path"
         raise CheckpointError(f"{field}: the scheduler {name} cannot be used: {one_line(error)}") from error
+
+
+def reserve(nbytes: int, device: str) -> None:
+    """Have torch keep one free piece of GPU memory that all of a model's weights fit into.
+
+    Transformers does so too, but takes whatever else is free for a part of it: then the largest tensor (2 GB of a text
+    encoder's) finds no room in the piece, and a hole as large stays in it for ever.
+    """
+    torch.empty(nbytes + SPARE_BYTES, dtype=torch.uint8, device=device)
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Return what a module's parameters and buffers take."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)

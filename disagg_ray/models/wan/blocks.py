@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from inspect import signature
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -26,6 +26,9 @@ from diffusers.modular_pipelines.wan.encoders import (
 )
 
 from disagg_ray.models.prompts import check_length
+
+if TYPE_CHECKING:
+    from disagg_ray.models.parallel.ranks import Ranks
 
 OnStep = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all); may raise to stop."""
@@ -47,9 +50,31 @@ class Guidance(ClassifierFreeGuidance):  # type: ignore[misc]
 
     scheduler: Any = None
     """The request's, for step caches that go by the noise level."""
+    ranks: Ranks | None = None
+    """Of which one half predicts with the prompt, and the other one with the negative prompt."""
 
     def _is_cfg_enabled(self) -> bool:
         return bool(self._enabled)
+
+    @property
+    def _halved(self) -> bool:
+        return self.ranks is not None and self.ranks.parallel.cfg > 1 and self._is_cfg_enabled()
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        """Return the batches that this rank predicts."""
+        batches: list[Any] = super().prepare_inputs_from_block_state(data, input_fields)
+        if not self._halved:
+            return batches
+        assert self.ranks is not None
+        self._count_prepared = self.ranks.branch  # the batches before it are the other half's
+        return [batches[self.ranks.branch]]
+
+    def __call__(self, data: list[Any]) -> Any:
+        """Return the guided prediction, the same on every rank."""
+        if not self._halved:
+            return super().__call__(data)
+        assert self.ranks is not None
+        return self.forward(*self.ranks.gather_branches(data[0].noise_pred))
 
     def prepare_models(self, denoiser: Any) -> None:
         """Tell step caches which pass of which step follows, as the stock pipelines do; diffusers' blocks do not."""

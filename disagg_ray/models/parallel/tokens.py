@@ -1,0 +1,62 @@
+"""The tokens of one video over several ranks, through diffusers' context parallelism."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import ContextParallelConfig
+from diffusers.models._modeling_parallel import ParallelConfig as Applied
+
+from disagg_ray.errors import ConfigError, RequestError
+from disagg_ray.models.parallel.ranks import Ranks
+
+
+def split_tokens(key: str, transformer: Any, ranks: Ranks) -> None:
+    """Have each rank compute an equal share of a transformer's tokens, with the arithmetic of one process.
+
+    Its attention backend must be set already. Diffusers' modes for shares that differ gather tensors of several sizes,
+    which gloo refuses: they could not be held to stock here.
+
+    Raises:
+        ConfigError: the heads do not divide, or the attention backend cannot; names the stage's `key`.
+    """
+    parallel, heads = ranks.parallel, transformer.config.num_attention_heads
+    if heads % parallel.ulysses:
+        able = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise ConfigError(
+            f"invalid {key}.parallel.ulysses={parallel.ulysses}: must divide the {heads} attention heads of this "
+            f"model; write one of {able}"
+        )
+    config = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses, mesh=ranks.mesh)
+    transformer._resolve_parallel_config = partial(_resolve, transformer, ranks)
+    try:
+        transformer.enable_parallelism(config=config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{key}.denoiser.attention: cannot be had with parallel: {reason}") from error
+    transformer.register_forward_pre_hook(partial(_check_tokens, parallel.num_shards), with_kwargs=True)
+
+
+def _resolve(transformer: Any, ranks: Ranks, config: ContextParallelConfig) -> Applied:
+    """Stand in for diffusers' own, which divides by the number of GPUs in this process, perhaps 0."""
+    applied = Applied(context_parallel_config=config)
+    applied.setup(ranks.rank, ranks.size, torch.device(ranks.device), mesh=ranks.mesh)
+    transformer._parallel_config = applied
+    return applied
+
+
+def _check_tokens(num_shards: int, transformer: Any, _: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse latents (1, channels, frames, height, width) whose tokens do not divide: a forward pre-hook."""
+    frames, height, width = (
+        size // patch
+        for size, patch in zip(kwargs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
+    )
+    tokens = frames * height * width
+    if tokens % num_shards:
+        raise RequestError(
+            f"this size has {frames} x {height} x {width} = {tokens} tokens (frames, height, width), which do not "
+            f"divide by the {num_shards} ranks that share them (parallel.ulysses x parallel.ring); choose another "
+            f"height, width or num_frames"
+        )
