@@ -177,8 +177,8 @@ def _check_fields(request: Request, multiple: int) -> Request:
     """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
     given = {name: _take(name, getattr(request, name), kind) for name, kind in TYPES.items()}
     taken = replace(request, **given)
-    sides = {name: given[name] for name in ("height", "width") if given[name] is not None}
-    enforce((side_check(name, side, multiple) for name, side in sides.items()), RequestError)
+    sides = (side_check(key, given[key], multiple) for key in ("height", "width") if given[key] is not None)
+    enforce(sides, RequestError)
     enforce(checks(taken, null=""), RequestError)
     return taken
 
@@ -235,13 +235,12 @@ def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
 
 def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
     """Return (height, width); missing ones follow the image's aspect at the default area (Wan's own rule)."""
-    height, width, area = request.height, request.width, config.defaults.height * config.defaults.width
-    multiple = config.model.multiple
+    height, width, multiple = request.height, request.width, config.model.multiple
     if image is None:
         return _or(height, config.defaults.height), _or(width, config.defaults.width)
     if height is None:
         if width is None:
-            sides = (image.height, image.width)
+            sides, area = (image.height, image.width), config.defaults.height * config.defaults.width
             return _side(area, *sides, multiple), _side(area, *sides[::-1], multiple)
         return _floor(width * image.height // image.width, multiple), width
     return height, _or(width, _floor(height * image.width // image.height, multiple))
