@@ -258,3 +258,16 @@ def test_expired_and_excess_videos_are_removed(limit: str, model: str, tmp_path:
         wait_until(lambda: http.get(content).status_code == 404, "it stays")
         assert http.get(content).json()["error"]["code"] == "expired"
         assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_videos_go_to_a_url_too(model: str, tmp_path: Path) -> None:
+    with serve(
+        tmp_path, f"service.folder=local://{tmp_path}", f"service.database=sqlite:///{tmp_path}/jobs.db"
+    ) as http:
+        video_id = post(http, SMALL)["id"]
+        assert finish(http, video_id)["status"] == "completed"
+        content = f"/v1/videos/{video_id}/content"
+        assert b"ftyp" in http.get(content).content[:12]
+        assert http.get(content, params={"variant": "thumbnail"}).content[:4] == b"RIFF"
+        assert http.delete(f"/v1/videos/{video_id}").status_code == 200
+        assert http.get(content).status_code == 404

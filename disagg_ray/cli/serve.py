@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from disagg_ray import environment
-from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser
+from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser, add_overrides, overrides_of
 from disagg_ray.config.builtin import find_file
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
@@ -26,7 +26,7 @@ EXTRA = "needs the extra `serve`: pip install 'disagg-ray[serve]'"
 def serve(argv: Sequence[str]) -> int:
     """Serve models over HTTP: OpenAI's videos API, and a page to try it on; Ctrl-C ends it."""
     parser = Parser(prog="disagg-ray serve", description=serve.__doc__, epilog=EPILOG)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides, anywhere")
+    add_overrides(parser)
     parser.add_argument("--config", help=f"{CONFIG}; it is put up too")
     parser.add_argument("--name", help="with --config: the model's id; the file's name if left out")
     parser.add_argument("--connect", nargs="+", metavar="NAME", help="serve pipelines that `disagg-ray up` put up")
@@ -39,6 +39,8 @@ def serve(argv: Sequence[str]) -> int:
         raise InputError("--config: give a YAML file to put up, or --connect NAME of services that run, and not both")
     if options.name is not None and names:
         raise InputError("--name: it goes with --config; a service has its name")
+    if options.speed is not None and names:
+        raise InputError("--speed: it goes with --config; a service that runs has its own")
     _check_port(options.host, options.port)
     try:
         import disagg_ray.http.app  # noqa: F401 - whether what it needs is installed
@@ -47,9 +49,12 @@ def serve(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         if names:
             config = _connect(names, options.overrides)
+            _check_host(options.host, config)
         else:
             names = [options.name or find_file(options.config).stem]
-            config = stack.enter_context(_put_up(names[0], options))
+            config = load_config(options.config, *overrides_of(options))
+            _check_host(options.host, config)
+            config = stack.enter_context(_put_up(names[0], config))
         _serve(names, config, options)
     return 0
 
@@ -57,17 +62,10 @@ def serve(argv: Sequence[str]) -> int:
 def _serve(names: list[str], config: Config, options: argparse.Namespace) -> None:
     """Serve until a signal comes."""
     from disagg_ray.http.app import serving
-    from disagg_ray.http.guard import is_loopback
     from disagg_ray.http.keys import digest_of, new_key
     from disagg_ray.http.settings import make_settings
 
-    has_keys = config.service.api_keys is not None
-    if not has_keys and not is_loopback(options.host):
-        raise InputError(
-            f"invalid --host={shown(options.host)}: without keys must be this machine, as 127.0.0.1; set "
-            f"service.api_keys=FILE, which `disagg-ray keys add NAME --file FILE` writes"
-        )
-    key = new_key() if has_keys else None
+    key = new_key() if config.service.api_keys is not None else None
     settings = make_settings(tuple(names), config, session_key=digest_of(key) if key is not None else None)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with serving(settings, options.host, options.port):
@@ -76,6 +74,17 @@ def _serve(names: list[str], config: Config, options: argparse.Namespace) -> Non
         if key is not None:
             print(f"key: {key}", flush=True)
         threading.Event().wait()
+
+
+def _check_host(host: str, config: Config) -> None:
+    """Refuse to listen for other machines without keys."""
+    from disagg_ray.http.guard import is_loopback
+
+    if config.service.api_keys is None and not is_loopback(host):
+        raise InputError(
+            f"invalid --host={shown(host)}: without keys must be this machine, as 127.0.0.1; set "
+            f"service.api_keys=FILE, which `disagg-ray keys add NAME --file FILE` writes"
+        )
 
 
 def _check_port(host: str, port: int) -> None:
@@ -108,14 +117,13 @@ def _connect(names: list[str], overrides: list[str]) -> Config:
 
 
 @contextmanager
-def _put_up(name: str, options: argparse.Namespace) -> Iterator[Config]:
+def _put_up(name: str, config: Config) -> Iterator[Config]:
     """Put a pipeline up in the cluster that is given, or in one of our own; take it down at the end."""
     from disagg_ray.driver.cluster import Cluster
     from disagg_ray.driver.names import check_name
     from disagg_ray.service import lifecycle
 
     check_name(name)
-    config = load_config(options.config, *options.overrides)
     check_model(config, whole=False)
     environment.default("GRPC_VERBOSITY", "ERROR")  # it logs every process that starts, as ffmpeg for a thumbnail
     cluster = Cluster(config)

@@ -45,12 +45,11 @@ class Folder:
         except OSError as error:
             raise OutputError(f"service.folder: {name} cannot be written: {error.strerror}") from error
 
-    def write_video(self, job_id: str, video: bytes) -> int:
-        """Write a video and its thumbnail; return how many bytes both are."""
-        thumbnail = make_thumbnail(video)
-        self.write(thumbnail_of(job_id), thumbnail)
-        self.write(video_of(job_id), video)
-        return len(video) + len(thumbnail)
+    def add_thumbnail(self, job_id: str) -> None:
+        """Write a video's first frame beside it, unless it is there."""
+        video, thumbnail = video_of(job_id), thumbnail_of(job_id)
+        if not storage.exists(self._path(thumbnail)):
+            self.write(thumbnail, make_thumbnail(b"".join(self.read(video, 0, self.size(video)))))
 
     def size(self, name: str) -> int:
         return storage.size(self._path(name))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from disagg_ray.http.bodies import IMAGES, Upload, check_body, fingerprint, repeated
@@ -15,14 +15,13 @@ from disagg_ray.http.files import Folder, thumbnail_of, video_of
 from disagg_ray.http.keys import Key, Keys
 from disagg_ray.http.live import Update
 from disagg_ray.http.metrics import Metrics
+from disagg_ray.http.repeat import repeat
 from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
 from disagg_ray.http.store import UNFINISHED, Accepting, Job, Store
 from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
-
-logger = logging.getLogger("disagg_ray")
 
 KEEP_HOUSE_S = 0.5
 UNFINISHED_S = 1.0
@@ -56,7 +55,8 @@ class Jobs:
         self._unfinished: tuple[float, list[Job]] = -math.inf, []
         self._closing = threading.Event()
         self._resume(self.store.unfinished())
-        self._housekeeper = threading.Thread(target=self._keep_house, daemon=True)
+        keep = partial(repeat, "keeping house", self._tidy, lambda: KEEP_HOUSE_S, self._closing)
+        self._housekeeper = threading.Thread(target=keep, daemon=True)
         self._housekeeper.start()
 
     def _take_worker(self) -> int:
@@ -260,19 +260,15 @@ class Jobs:
             raise ApiError(404 if job.is_finished else 409, message, param="video_id", code="not_ready")
         if job.num_bytes == 0:
             raise ApiError(404, "video_id: the video has expired", param="video_id", code="expired")
-        name = video_of(job.id) if variant == "video" else thumbnail_of(job.id)
+        name = video_of(job.id)
+        if variant == "thumbnail":
+            self.folder.add_thumbnail(job.id)
+            name = thumbnail_of(job.id)
         return name, self.folder.size(name)
 
     def subscribe(self, job: Job, receive: Callable[[Update], None]) -> Callable[[], None]:
         runner = self.runners.get(job.model)
         return runner.subscribe(job.id, receive) if runner is not None else lambda: None
-
-    def _keep_house(self) -> None:
-        while not self._closing.wait(KEEP_HOUSE_S):
-            try:
-                self._tidy()
-            except Exception:
-                logger.exception("keeping house")
 
     def _tidy(self) -> None:
         """Write progress, end late and cancelled jobs, take over those of dead processes, remove what has expired."""

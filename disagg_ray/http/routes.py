@@ -41,16 +41,18 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def jobs_of(request: Request) -> Jobs:
+async def jobs_of(request: Request) -> Jobs:
     jobs: Jobs = request.app.state.jobs
     return jobs
 
 
-def key_of(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key:
-    return jobs_of(request).keys.authenticate(authorization)
-
-
 WithJobs = Annotated[Jobs, Depends(jobs_of)]
+
+
+async def key_of(jobs: WithJobs, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key:
+    return jobs.keys.authenticate(authorization)
+
+
 WithKey = Annotated[Key, Depends(key_of)]
 Idempotency = Annotated[str | None, Header(max_length=MAX_IDEMPOTENCY_CHARS, min_length=1)]
 
@@ -61,8 +63,7 @@ async def create_video(
 ) -> schema.Video:
     """Accept a video job; it is kept once this answers."""
     body, uploads = await read_body(request, CreateVideo)
-    job = await run_in_threadpool(jobs.accept, key, body, uploads, idempotency_key)
-    return await run_in_threadpool(lambda: jobs.show(jobs.update(job)))
+    return await run_in_threadpool(lambda: jobs.show(jobs.update(jobs.accept(key, body, uploads, idempotency_key))))
 
 
 @router.get("/v1/videos", response_model=VideoList, responses=ERRORS)
@@ -81,10 +82,14 @@ def list_videos(
 
 
 @router.get("/v1/videos/{video_id}", response_model=Video, responses=ERRORS)
-def get_video(video_id: str, jobs: WithJobs, key: WithKey, response: Response) -> Video:
+async def get_video(video_id: str, jobs: WithJobs, key: WithKey, response: Response) -> Video:
     """Say how a job is."""
     response.headers["openai-poll-after-ms"] = "500"
-    return jobs.show(jobs.update(jobs.find(key, video_id)))
+
+    def look() -> Video:
+        return jobs.show(jobs.update(jobs.find(key, video_id)))
+
+    return look() if jobs.store.is_quick else await run_in_threadpool(look)
 
 
 @router.delete("/v1/videos/{video_id}", response_model=Deleted, responses=ERRORS)
@@ -108,8 +113,9 @@ async def remix_video(
 ) -> Video:
     """Accept a new prompt with the settings, images and seed of another video."""
     body, _ = await read_body(request, RemixVideo)
-    job = await run_in_threadpool(jobs.remix, key, video_id, body.prompt, idempotency_key)
-    return await run_in_threadpool(lambda: jobs.show(jobs.update(job)))
+    return await run_in_threadpool(
+        lambda: jobs.show(jobs.update(jobs.remix(key, video_id, body.prompt, idempotency_key)))
+    )
 
 
 @router.get("/v1/videos/{video_id}/content", responses=ERRORS, response_class=Response)

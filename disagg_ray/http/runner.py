@@ -19,6 +19,7 @@ from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, O
 from disagg_ray.http.files import Folder, thumbnail_of, video_of
 from disagg_ray.http.live import Live, Update
 from disagg_ray.http.pace import Pace
+from disagg_ray.http.repeat import repeat
 from disagg_ray.http.store import UNFINISHED, Job, Store
 from disagg_ray.progress.events import Event
 from disagg_ray.request import Request
@@ -65,7 +66,8 @@ class Runner:
         self._writers = ThreadPoolExecutor(NUM_WRITERS, f"disagg_ray-write-{model}")
         if (last := store.last_completed(model)) is not None:
             self.pace.learn(last)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._submit_all, self._look)]
+        watch = partial(repeat, f"watch {model}", self._look, lambda: LOOK_S if self.snapshot else 0.0, self._closing)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._submit_all, watch)]
         for thread in self._threads:
             thread.start()
 
@@ -200,21 +202,20 @@ class Runner:
         return None
 
     def _look(self) -> None:
-        """Ask the service how it is, again and again; connect anew when it was taken down."""
-        while not self._closing.wait(LOOK_S if self.snapshot is not None else 0.0):
-            for worker in list(self._connections) or [0]:
-                connection = self._connection(worker)
-                if connection is None:
+        """Ask the service how it is; connect anew when it was taken down."""
+        for worker in list(self._connections) or [0]:
+            connection = self._connection(worker)
+            if connection is None:
+                return
+            try:
+                self.snapshot, self._seen = connection.snapshot(), time.monotonic()
+            except DisaggError as error:
+                if self._closing.is_set():
                     return
-                try:
-                    self.snapshot, self._seen = connection.snapshot(), time.monotonic()
-                except DisaggError as error:
-                    if self._closing.is_set():
-                        return
-                    logger.warning("model %s: %s; connecting again", self.model, error)
-                    with self._connecting:
-                        del self._connections[worker]
-                    connection.close()  # its jobs end with Cancelled and are run again
+                logger.warning("model %s: %s; connecting again", self.model, error)
+                with self._connecting:
+                    del self._connections[worker]
+                connection.close()  # its jobs end with Cancelled and are run again
 
     def _on_event(self, event: Event) -> None:
         if not event.stage:
@@ -248,16 +249,17 @@ class Runner:
 
     def _complete(self, job: Job, result: Result) -> None:
         assert result.data is not None
-        num_bytes, now = self._folder.write_video(job.id, result.data), time.time()
-        seconds = {timing.stage: timing.compute_s + timing.encode_s for timing in result.stages}
+        self._folder.write(video_of(job.id), result.data)
+        now, seconds = time.time(), {timing.stage: timing.compute_s + timing.encode_s for timing in result.stages}
         expires_at = now + self._expires_after_s if self._expires_after_s is not None else None
-        done = self._end(
-            job, "completed", progress=100, completed_at=now, expires_at=expires_at, num_bytes=num_bytes,
+        if self._end(
+            job, "completed", progress=100, completed_at=now, expires_at=expires_at, num_bytes=len(result.data),
             stage_seconds=seconds,
-        )  # fmt: skip
-        if done:
+        ):  # fmt: skip
             self.pace.learn(replace(job, stage_seconds=seconds))
-        elif self._store.get(job.id) is None:  # deleted meanwhile
+            self._folder.add_thumbnail(job.id)  # after its end, for which somebody waits
+        row = self._store.get(job.id)
+        if row is None or row.num_bytes == 0:  # deleted, late or expired meanwhile
             self._folder.remove(video_of(job.id), thumbnail_of(job.id))
 
     def _lose(self, job: Job, error: DisaggError) -> None:
@@ -270,9 +272,8 @@ class Runner:
         self._tries[job.id] += 1
         if self._tries[job.id] >= MAX_TRIES:
             self._fail(job, "service_lost", error)
-            return
-        logger.warning("job %s is run again: %s", job.id, error)
-        if (live := self._lives.get(job.id)) is not None:
+        elif (live := self._lives.get(job.id)) is not None:
+            logger.warning("job %s is run again: %s", job.id, error)
             live.handle = None
             self._queue.put(job)
 
@@ -282,9 +283,8 @@ class Runner:
 
     def _end(self, job: Job, status: str, **values: object) -> bool:
         """Write how a job ended, unless it has ended already; return whether it had not."""
-        values = {"completed_at": time.time()} | values
         before = ("cancelling",) if status == "cancelled" else UNFINISHED
-        done = self._store.change(job.id, before, status=status, **values)
+        done = self._store.change(job.id, before, **({"completed_at": time.time(), "status": status} | values))
         with self._lock:
             live = self._lives.pop(job.id, None)
         self._tries.pop(job.id, None)

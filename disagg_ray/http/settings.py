@@ -41,6 +41,11 @@ def make_settings(models: tuple[str, ...], config: Config, **more: Any) -> Setti
         ConfigError: names the key.
     """
     service = config.service
+    if service.folder.startswith("memory:"):
+        raise ConfigError(
+            f"invalid service.folder={shown(service.folder)}: is lost with its process; must be a path, or a URL of "
+            f"storage that stays, as s3://bucket/videos"
+        )
     if is_url(service.folder) and service.database is None:
         raise ConfigError(
             f"invalid service.database=null: service.folder={shown(service.folder)} is a URL, which holds no database; "

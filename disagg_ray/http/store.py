@@ -123,6 +123,11 @@ class Store:
             lock.close()
         self._engine.dispose()
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether a row is read in this process, waiting for no other: an event loop may, without a thread."""
+        return self._is_sqlite
+
     def take_worker(self, number: int) -> bool:
         """Become the worker of a number, unless a living process is: the lock goes with its process."""
         if self._is_sqlite:
@@ -174,8 +179,8 @@ class Store:
         return jobs[0] if jobs else None
 
     def by_idempotency_key(self, tenant: str, key: str) -> Job | None:
-        jobs = self._select(sa.select(JOBS).where(JOBS.c.tenant == tenant, JOBS.c.idempotency_key == key))
-        return jobs[0] if jobs else None
+        with self._engine.connect() as connection:
+            return Accepting(connection, tenant).find(key)
 
     @contextmanager
     def accepting(self, tenant: str) -> Iterator[Accepting]:

@@ -1,0 +1,51 @@
+"""What `disagg-ray serve` refuses before anything starts, and the threads of an HTTP service."""
+
+from __future__ import annotations
+
+from threading import Event
+
+import helpers
+import pytest
+
+from disagg_ray import load_config
+from disagg_ray.cli.serve import serve
+from disagg_ray.errors import ConfigError, InputError
+from disagg_ray.http.repeat import repeat
+from disagg_ray.http.settings import make_settings
+
+T2V = "conf/tiny_t2v.yaml"
+
+
+@pytest.mark.parametrize(("folder", "key"), [("memory://films", "folder"), ("s3://bucket/films", "database")])
+def test_a_folder_that_keeps_no_files_or_no_database_is_refused(folder: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^invalid service\.{key}="):
+        make_settings(("films",), load_config(T2V, f"service.folder={folder}"))
+
+
+def test_a_thread_that_repeats_outlives_an_error_and_reports_it(caplog: pytest.LogCaptureFixture) -> None:
+    closing, calls = Event(), list[int]()
+
+    def call() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            closing.set()
+        raise ValueError("once")
+
+    repeat("looking", call, lambda: 0.0, closing)
+    assert (len(calls), caplog.messages) == (2, ["looking", "looking"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", T2V, "--host", "0.0.0.0"], r"invalid --host='0\.0\.0\.0': without keys"),
+        (["--connect", "x", "--speed", "fast"], "--speed: it goes with --config"),
+        (["--config", T2V, "--speed", "slow"], "argument --speed: invalid choice: 'slow'"),
+    ],
+)
+def test_what_serve_cannot_do_is_refused_before_ray_starts(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("disagg_ray.driver.cluster.Cluster.__init__", lambda *_: pytest.fail("Ray was started"))
+    with pytest.raises(InputError, match=message):
+        serve([*arguments, "--port", str(helpers.free_port())])
