@@ -190,7 +190,7 @@ def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
     yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus == 1, remedy
     has_place = stage.num_gpus > 0 or stage.num_cpus > 0
     yield key, sizes, alone or has_place, "must be left out: ranks that reserve nothing; write num_cpus or num_gpus"
-    remedy = f"must be left out with offload={stage.offload}, which keeps all weights at each rank; write shard_weights"
+    remedy = f"must be left out with offload={stage.offload}: each rank would keep a copy on its host; write none"
     yield key, sizes, alone or stage.offload == "none", remedy
     yield from denoiser_rules(stage.parallel, stage.denoiser)
     remedy = "must be left out with placement=spread; write parallel.spread for ranks on several nodes"
