@@ -261,7 +261,7 @@ for (const drop of document.querySelectorAll(".drop")) {
     });
   }
 }
-form.addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+form.addEventListener("submit", (event) => { event.preventDefault(); loaded.then(submit, () => {}); });
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
@@ -269,4 +269,5 @@ $("model").addEventListener("change", showModel);
 $("more").addEventListener("click", () => loadPage().catch((error) => showError(error.message)));
 $("change-key").addEventListener("click", async () => { await askKey(""); location.reload(); });
 $("change-key").hidden = !key;
-loadModels().then(loadPage).catch((error) => showError(error.message));
+const loaded = loadModels();
+loaded.then(loadPage).catch((error) => showError(error.message));
