@@ -18,7 +18,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.errors import DisaggError
 from disagg_ray.graph import build_graph
 from disagg_ray.media.video import to_array
-from disagg_ray.models.parallel.ranks import Ranks
+from disagg_ray.models.parallel.ranks import Ranks, layout_of
 from disagg_ray.models.wan.shapes import get_shape
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, ResolvedRequest, resolve
@@ -51,17 +51,17 @@ def talk(ranks: Ranks) -> Any:
         "one": torch.tensor(2.5),
         "none": torch.empty(0, 4),
     }
-    value, tensors = ranks.share("a cat", sent) if ranks.rank == 0 else ranks.share(None, None)
+    tensors = ranks.share(layout_of(sent), sent if ranks.rank == 0 else None)
     plain = {name: (tensor.dtype, tensor.tolist()) for name, tensor in tensors.items()}
     branches = ranks.gather_branches(torch.tensor([float(ranks.branch)]))
-    return value, plain, ranks.agree(ranks.rank == 0), ranks.agree(ranks.rank != 0), torch.cat(branches).tolist()
+    return plain, ranks.agree(ranks.rank == 0), ranks.agree(ranks.rank != 0), torch.cat(branches).tolist()
 
 
 @pytest.mark.slow
 def test_ranks_share_what_the_first_one_has_and_follow_its_word() -> None:
     first, *others = run_ranks(talk, ParallelConfig(cfg=2))
-    value, tensors, go, stop, branches = first
-    assert value == "a cat" and tensors["halves"] == (torch.bfloat16, [[0, 3], [1, 4], [2, 5]])
+    tensors, go, stop, branches = first
+    assert tensors["halves"] == (torch.bfloat16, [[0, 3], [1, 4], [2, 5]])
     assert tensors["one"] == (torch.float32, 2.5) and tensors["none"][1] == []
     assert (go, stop, branches) == (True, False, [0.0, 1.0])
     assert others == [first]

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import Cancelled, InputError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
-from disagg_ray.models.parallel.ranks import Ranks
+from disagg_ray.models.parallel.ranks import Ranks, layout_of
 from disagg_ray.replica.messages import RankInfo
 from disagg_ray.replica.peer import Peer, end_with
 from disagg_ray.replica.stage import Outputs, Stage
@@ -104,11 +104,12 @@ class Gang:
                 raise
             self._ranks.agree(True)
 
-        def compute() -> Outputs:
-            _, shared = self._ranks.share(request, tensors)
-            return self._stage.compute(request, shared, decide)
+        layout = layout_of(tensors)
 
-        outputs: Outputs = self._together(compute, [peer.compute.remote() for peer in self._peers])
+        def compute() -> Outputs:
+            return self._stage.compute(request, self._ranks.share(layout, tensors), decide)
+
+        outputs: Outputs = self._together(compute, [peer.compute.remote(request, layout) for peer in self._peers])
         return outputs
 
     def _together(self, work: Callable[[], Any], calls: list[Any]) -> Any:

@@ -19,7 +19,7 @@ from disagg_ray.replica.stage import Stage
 from disagg_ray.request import ResolvedRequest
 
 if TYPE_CHECKING:
-    from disagg_ray.models.parallel.ranks import Ranks
+    from disagg_ray.models.parallel.ranks import Layout, Ranks
 
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """In seconds: a node that is gone is noticed within half a minute."""
@@ -53,8 +53,8 @@ class Peer:
         self._ranks = Ranks.join(self._rank, address, parallel, self.stage.device, timeout_s)
         self.stage.load(self._ranks)
 
-    def compute(self) -> None:
-        """Compute what rank 0 shares now.
+    def compute(self, request: ResolvedRequest, layout: Layout) -> None:
+        """Compute a request with the tensors that rank 0 shares now.
 
         Raises:
             Cancelled: rank 0 has cancelled it, between two steps.
@@ -64,9 +64,7 @@ class Peer:
             if not self._ranks.agree(True):
                 raise Cancelled(f"{self.name}: cancelled at step {step} of {steps}")
 
-        nothing: ResolvedRequest | None = None
-        request, tensors = self._ranks.share(nothing, None)
-        self.stage.compute(request, tensors, obey)
+        self.stage.compute(request, self._ranks.share(layout), obey)
 
 
 def end_with(connection: socket.socket, after_s: float = 0.0) -> None:

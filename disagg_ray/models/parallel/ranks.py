@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,10 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disagg_ray.config.parallel import ParallelConfig
 
-T = TypeVar("T")
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor that the ranks share, by name."""
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By device; words between ranks are tensors on the CPU, so they pass through gloo in either case."""
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 class Ranks:
@@ -48,23 +52,19 @@ class Ranks:
         shape = (parallel.cfg, parallel.ring, parallel.ulysses)
         return cls(parallel, device, init_device_mesh(device, shape, mesh_dim_names=("cfg", "ring", "ulysses")))
 
-    def share(self, value: T | None, tensors: Mapping[str, Tensor] | None) -> tuple[T, dict[str, Tensor]]:
-        """Give rank 0's value and tensors to all; the other ranks' arguments do not count.
+    def share(self, layout: Layout, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Give rank 0's tensors, which have this layout, to all ranks, on the gang's device.
 
-        The value is pickled: ranks trust each other. Tensors arrive on the gang's device, whatever rank 0 has them on.
+        Bytes of tensors are all that ranks send each other: these connections are not authenticated, and what is
+        unpickled can run code. Everything else comes through Ray.
         """
-        sent = tensors or {}
-        words = [(value, {name: (tensor.shape, tensor.dtype) for name, tensor in sent.items()})]
-        dist.broadcast_object_list(words, src=0, device=torch.device("cpu"))
-        value, shapes = words[0]
-        assert value is not None
         shared = {}
-        for name, (shape, dtype) in shapes.items():
-            tensor = sent[name] if self.rank == 0 else torch.empty(shape, dtype=dtype, device=self.device)
+        for name, (shape, dtype) in layout.items():
+            tensor = torch.empty(shape, dtype=dtype, device=self.device) if tensors is None else tensors[name]
             shared[name] = tensor.to(self.device).contiguous()
             if tensor.numel():
                 dist.broadcast(shared[name].view(-1).view(torch.uint8), src=0)  # gloo does not know all dtypes
-        return value, shared
+        return shared
 
     def agree(self, go: bool) -> bool:
         """Return rank 0's word on every rank."""
