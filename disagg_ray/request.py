@@ -286,7 +286,7 @@ def _rules(request: ResolvedRequest, config: Config) -> Iterator[Check]:
         )
         yield name, text, len(text) <= limits.max_prompt_chars, remedy
     steps = request.num_inference_steps
-    yield from limits.size_rules(request.height, request.width, request.num_frames, steps)
+    yield from config.size_rules(request.height, request.width, request.num_frames, steps)
     remedy = f"must be left out: model.sigmas holds {len(model.sigmas)}"
     yield "num_inference_steps", steps, steps == len(model.sigmas) or not model.sigmas, remedy
     ok = request.guidance_scale_2 is None or config.defaults.guidance_scale_2 is not None

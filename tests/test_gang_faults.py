@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -122,3 +123,15 @@ def test_all_ranks_stop_at_a_cancelled_step_and_go_on(pipeline: Pipeline, faults
         handle.result(SURE)
     assert pipeline.generate(ask("next")).data == video(4)
     assert gang(pipeline) == before
+
+
+def test_requests_outlive_random_kills_of_ranks(pipeline: Pipeline, faults: Faults, video: Any) -> None:
+    dice, before = random.Random(7), pipeline.num_restarts["transformer"]
+    handles = [pipeline.submit(ask(f"storm-{number}")) for number in range(20)]
+    for strike in range(1, 4):
+        faults.set("transformer.step", "wait")
+        faults.await_arrival("transformer.step")
+        os.kill(dice.choice(gang(pipeline).ranks).pid, signal.SIGKILL)
+        faults.clear("transformer.step")
+        wait_until(lambda least=strike: pipeline.num_restarts["transformer"] >= before + least, "no new gang")
+    assert {handle.result(SURE).data for handle in handles} == {video(4)}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from disagg_ray import ConfigError, Pipeline, Request, load_config
+from disagg_ray import ConfigError, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.local import LocalPipeline
+from disagg_ray.request import check
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = CONF / "tiny_t2v.yaml"
@@ -44,17 +45,26 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.ulysses=2", f"{T}.denoiser.step_cache.method=taylorseer"), "must be none with parallel"),
         ((f"{T}.parallel.cfg=2", f"{T}.denoiser.quantization=fp8_storage"), "must be none with parallel"),
         ((f"{T}.parallel.cfg=2", f"{T}.denoiser.attention=auto"), "must name a backend, or be null"),
-        ((f"{T}.parallel.ring=2",), "must be one of _native_cudnn, _native_flash, flash, _flash_3, flash_4"),
+        ((f"{T}.parallel.ring=2",), f"invalid {T}.parallel.ring=2: must be 1: no attention backend"),
+        ((f"{T}.parallel.ulysses=2", "model.task=ti2v"), "must be 1 where model.task is ti2v"),
+        ((f"{T}.parallel.cfg=2", "fused=true"), "only a stage of the block denoise alone"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "a rank has a GPU of its own, and num_gpus is 0.5"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=1", f"{T}.offload=group"), "must be left out with offload=group"),
         ((f"{T}.parallel.cfg=2", f"{T}.placement=spread"), "write parallel.spread"),
-        (("stages.encoder.parallel.ulysses=2",), "only a stage with the block denoise"),
+        (("stages.encoder.parallel.ulysses=2",), "only a stage of the block denoise alone"),
         ((f"{T}.parallel.cfg=2", "share_gpu=[transformer, decoder]"), "must leave transformer out: its ranks"),
     ],
 )
 def test_what_a_gang_cannot_be_is_refused_by_name(overrides: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_config(T2V, *overrides)
+
+
+def test_a_size_whose_tokens_do_not_divide_is_refused_before_it_is_queued() -> None:
+    config = load_config(T2V, f"{T}.parallel.ulysses=2")
+    says = r"invalid height x width x num_frames='16x48x1': makes 1 x 1 x 3 = 3 tokens .* by the 2 ranks"
+    with pytest.raises(RequestError, match=says):
+        check(Request("a red circle", height=16, width=48, num_frames=1), config)
 
 
 def test_a_pipeline_in_one_process_refuses_ranks() -> None:

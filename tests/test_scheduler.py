@@ -331,6 +331,15 @@ def test_a_job_leaves_the_prefetch_place_of_a_replica_that_failed_it_when_anothe
     assert places([*jobs, job]) == "fast0! slow0!"
 
 
+def test_one_that_waits_for_a_single_replica_gets_the_place_that_a_move_frees():
+    scheduler = start("fast fast", jobs := make_jobs(3))
+    jobs.append(Job("3", 1.0, 1.0, 0, 3, lambda _: None, avoid=frozenset({"fast1"})))
+    scheduler.push(jobs[3], 0.0)
+    assert places(jobs) == "fast0! fast1! fast0 -"
+    scheduler.finish(jobs[1], 0.0, 1.0)
+    assert places(jobs) == "fast0! - fast1! fast0"
+
+
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """A driver that pushes, finishes, withdraws, adds and removes in any order, and believes what it is told."""
 

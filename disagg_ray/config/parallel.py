@@ -7,9 +7,6 @@ from typing import Annotated
 from disagg_ray.config.options import DenoiserConfig
 from disagg_ray.config.rules import Check, Count, Section, between
 
-RING_ATTENTION = ("_native_cudnn", "_native_flash", "flash", "_flash_3", "flash_4")
-"""Attention backends that return the log-sum-exp, with which a ring joins what its ranks attended to."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
@@ -20,8 +17,7 @@ class ParallelConfig(Section):
     ulysses: Count = 1
     """Ranks that share the tokens of a video, and the heads of its attention."""
     ring: Count = 1
-    """Ranks that share the tokens of a video, and pass keys and values around. For attention backends that return a
-    log-sum-exp."""
+    """Ranks that share the tokens of a video, and pass keys and values around. Not to be had yet: must be 1."""
     shard_weights: bool = False
     """Hold a part of the weights at each rank. Not to be had yet: must be false."""
     spread: bool = False
@@ -46,6 +42,7 @@ class ParallelConfig(Section):
         for key in ("shard_weights", "spread"):
             value = getattr(self, key)
             yield key, value, self.is_gang or not value, remedy
+        yield "ring", self.ring, self.ring == 1, "must be 1: no attention backend was held to one process's frames yet"
         remedy = "must be false: a gang cannot shard weights yet; each rank holds all of them"
         yield "shard_weights", self.shard_weights, not self.shard_weights, remedy
 
@@ -55,14 +52,8 @@ def denoiser_rules(parallel: ParallelConfig, denoiser: DenoiserConfig) -> Iterat
     attention, cache = denoiser.attention, denoiser.step_cache.method
     remedy = "must name a backend, or be null: each rank would time them and may find another one fastest"
     yield "denoiser.attention", attention, not parallel.is_gang or attention != "auto", remedy
-    remedy = f"must be one of {', '.join(RING_ATTENTION)}, which return what parallel.ring needs; or write ring: 1"
-    yield "denoiser.attention", attention, parallel.ring == 1 or attention in RING_ATTENTION, remedy
     ok = not parallel.is_gang or cache == "none"
     yield "denoiser.step_cache.method", cache, ok, "must be none with parallel: ranks may not decide alike"
+    quantization = denoiser.quantization
     remedy = "must be none with parallel: not held to one process's frames"
-    yield (
-        "denoiser.quantization",
-        denoiser.quantization,
-        not parallel.is_gang or denoiser.quantization == "none",
-        remedy,
-    )
+    yield "denoiser.quantization", quantization, not parallel.is_gang or quantization == "none", remedy

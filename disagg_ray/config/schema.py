@@ -224,23 +224,41 @@ class Config(Section):
         remedy = f"must be at most limits.max_steps={limits.max_steps}"
         yield "model.sigmas", sigmas, len(sigmas) <= limits.max_steps, remedy
         steps = defaults.num_inference_steps
-        for key, value, ok, remedy in limits.size_rules(defaults.height, defaults.width, defaults.num_frames, steps):
+        for key, value, ok, remedy in self.size_rules(defaults.height, defaults.width, defaults.num_frames, steps):
             yield f"defaults.{key}", value, ok, remedy
         for key in ("height", "width"):
             yield side_check(f"defaults.{key}", getattr(defaults, key), self.model.multiple)
         yield from cut_rules(self.stages)
         remedy = f"knows only text-to-video, and model.task is {self.model.task}; write first_block"
+        timesteps = "must be 1 where model.task is ti2v: a timestep a token was not equal to one process's frames"
         for name, stage in self.stages.items():
+            for group in stage.replica_groups.values():
+                ulysses = group.parallel.ulysses
+                yield f"stages.{name}.parallel.ulysses", ulysses, ulysses == 1 or self.model.task != "ti2v", timesteps
             method = stage.denoiser.step_cache.method
             ok = method != "sea" or self.model.task == "t2v"
             yield f"stages.{name}.denoiser.step_cache.method", method, ok, remedy
             for height, width, num_frames in stage.warm_up:
                 for side in (height, width):
                     yield side_check(f"stages.{name}.warm_up", side, self.model.multiple)
-                for _, value, ok, remedy in limits.size_rules(height, width, num_frames, 1):
+                for _, value, ok, remedy in self.size_rules(height, width, num_frames, 1):
                     yield f"stages.{name}.warm_up", value, ok, remedy
         if not self.fused:
             yield from sharing_rules(self.share_gpu, self.stages)
+
+    def size_rules(self, height: int, width: int, num_frames: int, num_steps: int) -> Iterator[Check]:
+        """Yield the rules of a video's size and a request's steps, for the limits and for the ranks that share it."""
+        yield from self.limits.size_rules(height, width, num_frames, num_steps)
+        frames, rows, columns = (num_frames - 1) // 4 + 1, height // self.model.multiple, width // self.model.multiple
+        for name, stage in self.stages.items():
+            for group in stage.replica_groups.values():
+                ok = frames * rows * columns % group.parallel.num_shards == 0
+                remedy = (
+                    f"makes {frames} x {rows} x {columns} = {frames * rows * columns} tokens (frames, height, width), "
+                    f"which do not divide by the {group.parallel.num_shards} ranks that share them "
+                    f"(stages.{name}.parallel.ulysses x ring); choose another height, width or num_frames"
+                )
+                yield "height x width x num_frames", f"{height}x{width}x{num_frames}", ok, remedy
 
     @property
     def max_in_flight(self) -> int:

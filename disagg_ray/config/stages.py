@@ -184,8 +184,8 @@ def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
     """Yield the rules of replicas of several ranks."""
     sizes = {name: getattr(stage.parallel, name) for name in ("cfg", "ulysses", "ring")}
     alone = not stage.parallel.is_gang
-    remedy = "must be left out: only a stage with the block denoise can be split over ranks"
-    yield key, sizes, alone or "denoise" in stage.blocks, remedy
+    remedy = "must be left out: only a stage of the block denoise alone can be split over ranks"
+    yield key, sizes, alone or list(stage.blocks) == ["denoise"], remedy
     remedy = f"must be left out: a rank has a GPU of its own, and num_gpus is {stage.num_gpus:g}; write num_gpus: 1"
     yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus == 1, remedy
     has_place = stage.num_gpus > 0 or stage.num_cpus > 0

@@ -207,10 +207,12 @@ def list_models(jobs: WithJobs, key: WithKey) -> schema.ModelList:  # noqa: ARG0
     data = []
     for name, runner in jobs.runners.items():
         created = int(runner.snapshot.began) if runner.snapshot is not None else 0
-        task, defaults, limits = runner.config.model.task, runner.config.defaults, runner.config.limits
+        model, defaults, limits = runner.config.model, vars(runner.config.defaults), vars(runner.config.limits)
         data.append(
-            schema.Model(id=name, created=created, task=task, defaults=vars(defaults), limits=vars(limits))
-        )  # fmt: skip
+            schema.Model(
+                id=name, created=created, task=model.task, multiple=model.multiple, defaults=defaults, limits=limits
+            )
+        )
     return schema.ModelList(data=data)
 
 

@@ -166,6 +166,8 @@ class Model(BaseModel):
     task: str
     defaults: dict[str, Any]
     limits: dict[str, Any]
+    multiple: int
+    """Of which width and height are multiples, in pixels."""
 
 
 class ModelList(BaseModel):

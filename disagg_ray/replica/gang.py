@@ -117,23 +117,26 @@ class Gang:
         own = self._working.submit(work)
         parts: list[Future[Any]] = [own, *(call.future() for call in calls)]
         wait(parts, return_when=FIRST_EXCEPTION)
-        errors = [error for part in parts if part.done() and (error := part.exception()) is not None]
-        if not errors:
+        if not _errors(parts):
             return own.result()
         _, waiting = wait(parts, TOGETHER_S)
-        if not waiting and all(map(_is_shared, (part.exception() for part in parts))):
+        errors = _errors(parts)
+        if not waiting and len(errors) == len(parts) and all(map(_is_shared, errors.values())):
             return own.result()
-        raise ReplicaLost(f"{self._name}: rank {_rank_of(parts)} failed: {_reason(errors[0])}") from errors[0]
+        rank, error = min(errors.items(), key=lambda item: not isinstance(item[1], ray.exceptions.RayActorError))
+        raise ReplicaLost(f"{self._name}: rank {rank} failed: {_reason(error)}") from error
 
 
-def _is_shared(error: BaseException | None) -> bool:
+def _errors(parts: list[Future[Any]]) -> dict[int, BaseException]:
+    """Return what ended the parts that have failed, by rank."""
+    done = {rank: part.exception() for rank, part in enumerate(parts) if part.done()}
+    return {rank: error for rank, error in done.items() if error is not None}
+
+
+def _is_shared(error: BaseException) -> bool:
     """Return whether a rank ended its work with an error that all ranks come to at the same place."""
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return isinstance(cause, Cancelled | InputError)
-
-
-def _rank_of(parts: list[Future[Any]]) -> int:
-    return next(rank for rank, part in enumerate(parts) if part.done() and part.exception() is not None)
 
 
 def _reason(error: BaseException) -> str:

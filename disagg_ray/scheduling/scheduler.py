@@ -169,6 +169,7 @@ class StageScheduler:
             _, source, job, target = move
             source.prefetched = None
             self._run(target, job, now)
+            self._place_waiting(now)  # one may have waited for this source alone
         self._notify()
 
     def _extend_overdue(self, now: float) -> None:

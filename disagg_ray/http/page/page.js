@@ -47,6 +47,8 @@ function showModel() {
   for (const name of ["width", "height", "num_frames", "num_inference_steps", "guidance_scale"]) {
     form.elements[name].placeholder = model.task !== "t2v" && ["width", "height"].includes(name) ? "auto" : model.defaults[name];
   }
+  form.elements.width.min = form.elements.width.step = model.multiple;
+  form.elements.height.min = form.elements.height.step = model.multiple;
   form.elements.num_frames.max = model.limits.max_frames;
   form.elements.num_inference_steps.max = model.limits.max_steps;
   $("images").hidden = model.task === "t2v";
