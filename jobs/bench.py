@@ -12,6 +12,7 @@ python jobs/bench.py plan --profile P --tables T    # `disagg-ray plan` against 
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 python jobs/bench.py stage CKPT          # each stage's speed and error by option, beside stock diffusers
 python jobs/bench.py denoiser forward --shape wan2.1-t2v-14b     # attention, compile and fusing beside stock; --help
+python jobs/bench.py parallel --config C --parallel "cfg=2/ulysses=2"    # one video on several GPUs; --help
 python jobs/bench.py http                # what an HTTP service costs: jobs and polls a second, memory
 python jobs/bench.py service bursts outputs/service.png    # first video after connect; also `deaths` and `answers`
 """
@@ -30,7 +31,7 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks import denoiser, http, plan, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks import denoiser, http, parallel, plan, scheduler, service, soak, stage, tables, tiles, transfer
 from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
 from benchmarks.ways import Options
@@ -212,7 +213,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    commands = {"stage": stage.main, "service": service.main, "http": http.main, "denoiser": denoiser.main}
+    commands = {
+        "stage": stage.main, "service": service.main, "http": http.main, "denoiser": denoiser.main,
+        "parallel": parallel.main,
+    }  # fmt: skip
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](sys.argv[2:])
         return

@@ -9,7 +9,9 @@ import pytest
 
 from disagg_ray import ConfigError, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.parallel import ParallelConfig
+from disagg_ray.errors import PlanError
 from disagg_ray.local import LocalPipeline
+from disagg_ray.planning.profiling import measure_profile
 from disagg_ray.request import check
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -48,7 +50,7 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.ring=2",), f"invalid {T}.parallel.ring=2: must be 1: no attention backend"),
         ((f"{T}.parallel.ulysses=2", "model.task=ti2v"), "must be 1 where model.task is ti2v"),
         ((f"{T}.parallel.cfg=2", "fused=true"), "only a stage of the block denoise alone"),
-        ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "a rank has a GPU of its own, and num_gpus is 0.5"),
+        ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "with num_gpus=0.5: no two ranks may share a GPU"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=1", f"{T}.offload=group"), "must be left out with offload=group"),
         ((f"{T}.parallel.cfg=2", f"{T}.placement=spread"), "write parallel.spread"),
         (("stages.encoder.parallel.ulysses=2",), "only a stage of the block denoise alone"),
@@ -70,6 +72,11 @@ def test_a_size_whose_tokens_do_not_divide_is_refused_before_it_is_queued() -> N
 def test_a_pipeline_in_one_process_refuses_ranks() -> None:
     with pytest.raises(ConfigError, match=r"stages.transformer.parallel: a pipeline in one process has no ranks"):
         LocalPipeline.from_config(T2V, f"{T}.parallel.cfg=2")
+
+
+def test_ranks_cannot_be_profiled() -> None:
+    with pytest.raises(PlanError, match=r"several ranks cannot be measured yet; leave parallel out"):
+        measure_profile(load_config(T2V, f"{T}.parallel.cfg=2"), [])
 
 
 TWO = (f"{T}.parallel.ulysses=2", f"{T}.num_threads=1")

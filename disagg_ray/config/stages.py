@@ -186,8 +186,8 @@ def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
     alone = not stage.parallel.is_gang
     remedy = "must be left out: only a stage of the block denoise alone can be split over ranks"
     yield key, sizes, alone or list(stage.blocks) == ["denoise"], remedy
-    remedy = f"must be left out: a rank has a GPU of its own, and num_gpus is {stage.num_gpus:g}; write num_gpus: 1"
-    yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus == 1, remedy
+    remedy = f"must be left out with num_gpus={stage.num_gpus:g}: no two ranks may share a GPU; write more than 0.5"
+    yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus > 0.5, remedy
     has_place = stage.num_gpus > 0 or stage.num_cpus > 0
     yield key, sizes, alone or has_place, "must be left out: ranks that reserve nothing; write num_cpus or num_gpus"
     remedy = f"must be left out with offload={stage.offload}: each rank would keep a copy on its host; write none"

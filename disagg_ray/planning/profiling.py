@@ -50,10 +50,12 @@ def measure_profile(config: Config, requests: Sequence[Request], repeats: int = 
     """Measure every stage with every request, `repeats` times after a first time that is not measured.
 
     Raises:
-        PlanError: the configuration is fused, has groups or a tiled decode, or is not text-to-video.
+        PlanError: the configuration is fused, has groups, ranks or a tiled decode, or is not text-to-video.
     """
     if config.fused or any(stage.groups for stage in config.stages.values()):
         raise PlanError("profile: fused stages and groups cannot be measured; leave fused and groups out")
+    if any(stage.parallel.is_gang for stage in config.stages.values()):
+        raise PlanError("profile: a replica of several ranks cannot be measured yet; leave parallel out")
     if config.num_parts:
         raise PlanError("profile: a tiled decode cannot be measured; write decode in place of its parts")
     if IMAGES_OF[config.model.task]:
