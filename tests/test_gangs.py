@@ -48,7 +48,6 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.cfg=2", f"{T}.denoiser.quantization=fp8_storage"), "must be none with parallel"),
         ((f"{T}.parallel.cfg=2", f"{T}.denoiser.attention=auto"), "must name a backend, or be null"),
         ((f"{T}.parallel.ring=2",), f"invalid {T}.parallel.ring=2: must be 1: no attention backend"),
-        ((f"{T}.parallel.ulysses=2", "model.task=ti2v"), "must be 1 where model.task is ti2v"),
         ((f"{T}.parallel.cfg=2", "fused=true"), "only a stage of the block denoise alone"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "with num_gpus=0.5: no two ranks may share a GPU"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=1", f"{T}.offload=group"), "must be left out with offload=group"),

@@ -230,11 +230,7 @@ class Config(Section):
             yield side_check(f"defaults.{key}", getattr(defaults, key), self.model.multiple)
         yield from cut_rules(self.stages)
         remedy = f"knows only text-to-video, and model.task is {self.model.task}; write first_block"
-        timesteps = "must be 1 where model.task is ti2v: a timestep a token was not equal to one process's frames"
         for name, stage in self.stages.items():
-            for group in stage.replica_groups.values():
-                ulysses = group.parallel.ulysses
-                yield f"stages.{name}.parallel.ulysses", ulysses, ulysses == 1 or self.model.task != "ti2v", timesteps
             method = stage.denoiser.step_cache.method
             ok = method != "sea" or self.model.task == "t2v"
             yield f"stages.{name}.denoiser.step_cache.method", method, ok, remedy

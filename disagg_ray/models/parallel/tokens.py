@@ -31,11 +31,13 @@ def split_tokens(key: str, transformer: Any, ranks: Ranks) -> None:
         )
     config = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses, mesh=ranks.mesh)
     transformer._resolve_parallel_config = partial(_resolve, transformer, ranks)
+    plan = {module: shares for module, shares in transformer._cp_plan.items() if module}
     try:
-        transformer.enable_parallelism(config=config)
+        transformer.enable_parallelism(config=config, cp_plan=plan)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}.denoiser.attention: cannot be had with parallel: {reason}") from error
+    transformer.condition_embedder.register_forward_hook(partial(_share_times, ranks))
     transformer.register_forward_pre_hook(partial(_check_tokens, parallel.num_shards), with_kwargs=True)
 
 
@@ -45,6 +47,18 @@ def _resolve(transformer: Any, ranks: Ranks, config: ContextParallelConfig) -> A
     applied.setup(ranks.rank, ranks.size, torch.device(ranks.device), mesh=ranks.mesh)
     transformer._parallel_config = applied
     return applied
+
+
+def _share_times(ranks: Ranks, _: Any, __: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Keep this rank's share of embedded timesteps (batch, tokens, channels), where each token has one: a forward hook.
+
+    Diffusers' own plan shares the timesteps before they are embedded, and the embedding of fewer rows rounds otherwise.
+    """
+    *times, text, image = output
+    if times[0].dim() == 2:
+        return output
+    rank = ranks.mesh["ulysses"].get_local_rank()
+    return *(time.chunk(ranks.parallel.num_shards, dim=1)[rank] for time in times), text, image
 
 
 def _check_tokens(num_shards: int, transformer: Any, _: Any, kwargs: dict[str, Any]) -> None:
