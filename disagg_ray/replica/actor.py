@@ -1,8 +1,7 @@
 """What runs inside an actor: a stage, its pool, and the calls the driver makes.
 
-A plain class: `driver.placement` launches it, as a `served.ServedReplica`. Four kinds of threads enter it, each a
-concurrency group of Ray's: one computes (`run`), two pull inputs (`prefetch`), one encodes files, two answer control
-calls.
+`driver.placement` launches it, as a `served.ServedReplica`. Four kinds of threads enter it, each a concurrency group of
+Ray's: one computes (`run`), two pull inputs (`prefetch`), one encodes files, two answer control calls.
 """
 
 from __future__ import annotations
@@ -174,8 +173,7 @@ class Replica:
             raise
 
     def _report(self, task: Task, state: State, step: int = 0, steps: int = 0) -> None:
-        stage = self.stage.name
-        self._sender.send(Event(task.request.id, stage, self.name, task.attempt, state, step, steps))
+        self._sender.send(Event(task.request.id, self.stage.name, self.name, task.attempt, state, step, steps))
 
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
