@@ -142,7 +142,7 @@ def refuse(ranks: Ranks, config: Config, many: list[dict[str, Any]]) -> str:
 
 @pytest.mark.proof
 def test_heads_that_do_not_divide_are_refused_with_the_numbers(checkpoint: Callable[[str], Path]) -> None:
-    config = load("t2v", checkpoint("tiny-t2v"), "stages.transformer.parallel.ulysses=3")
+    config = load("t2v", checkpoint("tiny-t2v"), "stages.transformer.parallel.ulysses=3", "defaults.height=48")
     refused = run_ranks(refuse, config.stages["transformer"].parallel, config, [asked("t2v")])
     message = "invalid stages.transformer.parallel.ulysses=3: must divide the 2 attention heads of this model; write"
     assert all(message in words for words in refused)
