@@ -119,12 +119,15 @@ class FaultyReplica(ServedReplica):
     encode, release."""
 
     faults: Faults
+    is_weak = False
+    """It is loaded, and has its weak points."""
 
     def load(self, graph: Graph, *args: Any) -> ReplicaInfo:
         self.faults.trip(self.stage.name, "load", "")
         info = super().load(graph, *args)
-        if isinstance(info, DisaggError):
+        if isinstance(info, DisaggError) or self.is_weak:  # it is asked again where its answer was lost
             return info
+        self.is_weak = True
         name, compute, pull, publish = self.stage.name, self.stage.compute, self.pool.pull, self.pool.publish
 
         def faulty_compute(
