@@ -36,7 +36,7 @@ def main() -> None:
         shown, _ = job.communicate(timeout=180)
         print(shown, flush=True)
         assert job.returncode == 0
-        assert "waiting for" in shown
+        assert "waiting for" in shown or "Adding" in shown  # ours comes every ten seconds; the autoscaler's at once
         assert len(iio.imread(folder / "circle.mp4", plugin="FFMPEG")) == 17
         print("made on nodes that came")
         wait_until(lambda: num_nodes() == 1, "idle nodes stay")
