@@ -83,7 +83,7 @@ class Placement:
         return Actor(replica, incarnation, handle, settings, bundles=bundles)
 
     def _reserve_ranks(self, settings: StageConfig, name: str) -> PlacementGroup:
-        """Reserve a bundle for each rank of a replica; whoever ends its actor removes them."""
+        """Reserve a bundle for each rank of a replica; `Actor.kill` removes them."""
         strategy = "PACK" if settings.parallel.spread else "STRICT_PACK"
         options = {"name": name, "strategy": strategy} | ({"lifetime": "detached"} if self._detached else {})
         return _reserve([settings], settings.parallel.size, **options)

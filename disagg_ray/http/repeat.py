@@ -13,7 +13,7 @@ FAULT_S = 1.0
 
 
 def repeat(what: str, call: Callable[[], None], every_s: Callable[[], float], closing: Event) -> None:
-    """Call after every so many seconds until it closes; an error is reported, and the next call made all the same."""
+    """Call every `every_s()` seconds until `closing` is set; log an error and continue with the next call."""
     while not closing.wait(every_s()):
         try:
             call()

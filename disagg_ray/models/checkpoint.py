@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disagg_ray.config.builtin import BUILTIN
 from disagg_ray.config.options import tile_tensors
 from disagg_ray.config.schema import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
@@ -31,7 +32,6 @@ logger = logging.getLogger("disagg_ray")
 IMAGE_TEXT_TOKENS = 512
 """What diffusers' `WanAttnProcessor` splits image tokens from text tokens at, whatever the text's length is."""
 
-BUILTIN = "builtin:"
 RANDOM = "random:"
 PIPELINES = {"WanPipeline": ("t2v",), "WanImageToVideoPipeline": ("i2v", "flf2v")}
 """Pipeline classes of the model families that are known, and the tasks they serve."""

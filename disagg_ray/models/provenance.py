@@ -6,9 +6,10 @@ import hashlib
 import re
 from pathlib import Path
 
+from disagg_ray.config.builtin import BUILTIN
 from disagg_ray.config.schema import ModelConfig
 from disagg_ray.environment import expand_home
-from disagg_ray.models.checkpoint import BUILTIN, RANDOM
+from disagg_ray.models.checkpoint import RANDOM
 
 SMALL_BYTES = 16 * 2**20
 """Files up to this size are known by their content, larger ones by size and time of change."""

@@ -40,7 +40,7 @@ class Peer:
     def follow(self, host: str, port: int) -> RankInfo:
         """Connect to rank 0's process, with whose end this one ends, even while it waits in a collective."""
         connection = socket.create_connection((host, port))
-        connection.sendall(b"\0")  # the listener hears of a connection once something is said
+        connection.sendall(b"\0")  # the listener accepts a connection once data arrives
         end_with(connection)
         return RankInfo(self._rank, psutil.Process().pid, self.stage.device)
 
