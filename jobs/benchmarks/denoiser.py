@@ -58,7 +58,10 @@ class Bench:
         return time.monotonic() < self.ends
 
     def add(self, **row: Any) -> None:
-        memory = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if self.device == "cuda" else {}
+        memory = {}
+        if self.device == "cuda":
+            peaks = {"peak_gb": torch.cuda.max_memory_allocated(), "held_gb": torch.cuda.max_memory_reserved()}
+            memory = {name: number / 1e9 for name, number in peaks.items()}
         text = json.dumps({"what": self.options.what, "shape": self.shape.name, "size": self.size} | row | memory)
         print(text, flush=True)
         with self.path.open("a") as file:
@@ -194,7 +197,7 @@ def profile(bench: Bench) -> None:
 
 
 def stages(bench: Bench) -> None:
-    """Time encode, a few steps and decode of one request, with stock's options and with the fast ones."""
+    """Time encode, a step and decode of one request, with stock's options and with the fast ones."""
     latents = time_denoise(bench)
     free()
     time_others(bench, latents)
@@ -204,11 +207,11 @@ def time_denoise(bench: Bench) -> torch.Tensor:
     model, many, guided = bench.model(), bench.options.steps, bench.options.guidance > 1
 
     def work() -> torch.Tensor:
-        return model.denoise(50, most=2, guided=guided)
+        return model.denoise(50, most=1, guided=guided)
 
     for name, state in bench.ready(model, names(bench, ("stock", FEW[-1]))):
         model.restore(state)
-        each = time_stage(bench, work) / 2
+        each = time_stage(bench, work)
         bench.add(stage="denoise", option=name, seconds_a_step=each, steps=many, seconds=each * many)
     return model.latents.float()
 

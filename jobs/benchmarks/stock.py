@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.media.output import write
 from disagg_ray.media.video import Frames, encode
 from disagg_ray.models.checkpoint import open_checkpoint
+from disagg_ray.models.tuning import tune_transformer, tune_vae
 
 START_S = 600.0
 """Until a pipeline must have loaded."""
@@ -59,6 +60,8 @@ class Stock:
     """Nothing, or one of OFFLOADS."""
     max_vram_bytes: int | None = None
     """Most memory of the GPU that torch may take."""
+    is_tuned: bool = False
+    """Whether the options of the configuration's stages are set by hand on its models."""
 
 
 class StockPipelines:
@@ -163,6 +166,8 @@ def _load(stock: Stock, index: int) -> tuple[Any, str]:
         total = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, stock.max_vram_bytes / total), index)
     pipeline = load_stock_pipeline(folder, dtypes, "cpu" if stock.offload else device)
+    if stock.is_tuned:
+        _tune(pipeline, config)
     if stock.offload == "model":
         pipeline.enable_model_cpu_offload(gpu_id=index)
     elif stock.offload == "sequential":
@@ -170,6 +175,14 @@ def _load(stock: Stock, index: int) -> tuple[Any, str]:
     elif stock.offload == "group":
         pipeline.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=True)
     return pipeline, device
+
+
+def _tune(pipeline: Any, config: Config) -> None:
+    denoiser, vae = config.stages["transformer"].denoiser, config.stages["decoder"].vae
+    if denoiser.attention == "auto":
+        denoiser = replace(denoiser, attention="flash_4")  # what auto finds fastest on Hopper
+    tune_transformer("stock", "transformer", pipeline.transformer, denoiser, [], config.model.max_sequence_length)
+    tune_vae(pipeline.vae, vae)
 
 
 def _make(pipeline: Any, stock: Stock, index: int, cell: Cell, count: int) -> list[Video]:

@@ -15,6 +15,7 @@ from benchmarks.ways import STOCK, Bench, Options, Row, measure_stock, measure_w
 from disagg_ray.config.load import load_config
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages
 
+TUNED = f"{STOCK}, the same options by hand"
 WHATS = ("latency", "throughput", "memory", "start")
 
 
@@ -29,7 +30,11 @@ def measure(options: Options) -> list[Row]:
     bench = open_bench(options)
     if set(options.whats) - {"memory"} or not options.caps:
         if bench.wants(STOCK):
-            bench.row(STOCK, None, lambda: measure_stock(bench, Stock(bench.config, options.format)))
+            exact = load_config(options.config, *options.overrides, "speed=exact")
+            bench.row(STOCK, None, lambda: measure_stock(bench, Stock(exact, options.format)))
+        if bench.config.speed == "fast" and bench.wants(TUNED):
+            tuned = Stock(bench.config, options.format, is_tuned=True)
+            bench.row(TUNED, None, lambda: measure_stock(bench, tuned))
         for way in bench.ways():
             bench.row(way.name, None, lambda way=way: measure_way(bench, way))
     if options.caps:
