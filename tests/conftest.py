@@ -1,14 +1,20 @@
 """Fixtures that several test files share."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from faulty import Faults
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, its children too
 
@@ -63,6 +69,15 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """Give a folder of faults, which every replica suffers that the module's tests start."""
+    from faulty import faulty_replicas
+
+    with faulty_replicas(tmp_path_factory.mktemp("faults")) as faults:
+        yield faults
 
 
 @pytest.fixture

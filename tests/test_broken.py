@@ -15,7 +15,7 @@ import helpers
 import psutil
 import pytest
 import ray
-from faulty import Faults, faulty_replicas
+from faulty import Faults
 
 from disagg_ray import LocalPipeline, Pipeline, Request, Result, StageError
 
@@ -35,12 +35,6 @@ def ask(name: str) -> Request:
 
 def batch(name: str) -> list[Request]:
     return [ask(f"{name}-{number}") for number in range(NUM_REQUESTS)]
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    with faulty_replicas(tmp_path_factory.mktemp("faults")) as faults:
-        yield faults
 
 
 @pytest.fixture(scope="module")

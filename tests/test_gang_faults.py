@@ -13,7 +13,7 @@ from typing import Any
 import helpers
 import psutil
 import pytest
-from faulty import Faults, faulty_replicas
+from faulty import Faults
 from ray.util import placement_group_table
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request
@@ -31,12 +31,6 @@ wait_until = partial(helpers.wait_until, timeout_s=SURE)
 
 def ask(name: str, steps: int = 4) -> Request:
     return Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=steps, id=name)
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    with faulty_replicas(tmp_path_factory.mktemp("faults")) as faults:
-        yield faults
 
 
 @pytest.fixture(scope="module")

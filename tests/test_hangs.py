@@ -17,7 +17,7 @@ from typing import Any
 import helpers
 import psutil
 import pytest
-from faulty import Faults, faulty_replicas
+from faulty import Faults
 
 from disagg_ray import LocalPipeline, Pipeline, Request, StageError
 from disagg_ray.driver import runner
@@ -33,12 +33,6 @@ wait_until = partial(helpers.wait_until, timeout_s=SURE)
 
 def ask(name: str) -> Request:
     return Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=2, id=name)
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    with faulty_replicas(tmp_path_factory.mktemp("faults")) as faults:
-        yield faults
 
 
 @pytest.fixture(scope="module")

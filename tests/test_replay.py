@@ -20,7 +20,7 @@ import helpers
 import psutil
 import pytest
 import ray
-from faulty import RESUMED, Faults, faulty_replicas
+from faulty import RESUMED, Faults
 
 from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, StageError, StartError, load_config
 from disagg_ray.driver.pool import DriverPool
@@ -38,12 +38,6 @@ ONCE = {"encoder": 1, "transformer": 1, "decoder": 1}
 
 def ask(name: str, *, steps: int = 6) -> Request:
     return Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=steps, id=name)
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    with faulty_replicas(tmp_path_factory.mktemp("faults")) as faults:
-        yield faults
 
 
 @pytest.fixture(scope="module")
