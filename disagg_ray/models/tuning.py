@@ -59,6 +59,7 @@ def tune_transformer(
         fuse_rotary(transformer)
         fuse_activation(transformer)
     if options.compile is not None:  # below the hooks of caches and offloading, which no graph could hold
+        _allow_graphs()
         for block in transformer.blocks:
             block.forward = torch.compile(block.forward, mode=options.compile, fullgraph=True)
 
@@ -86,11 +87,16 @@ def tune_vae(vae: Any, options: VaeConfig) -> None:
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.dim()])
     if options.compile:
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a channel count each
+        _allow_graphs()
         fused = torch.compile(_norm_silu, dynamic=True)
         for block in vae.modules():
             if isinstance(getattr(block, "nonlinearity", None), nn.SiLU):
                 _fuse_norms(block, fused)
+
+
+def _allow_graphs() -> None:
+    """Let torch compile as many graphs of one function as there are channel counts, sizes and transformers."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def _fuse_norms(block: Any, fused: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -15,6 +15,8 @@ from disagg_ray.models.wan.fusing import fuse_activation, fuse_rotary
 from disagg_ray.models.wan.random import build_random
 from disagg_ray.models.wan.shapes import Shape
 
+State = tuple[Any, type, dict[str, Any]]
+"""Of a module or an attention processor: its class, and attributes."""
 TEXT_TOKENS = 512
 GUIDANCE = 5.0
 
@@ -65,27 +67,29 @@ class Model:
             latents = scheduler.step(made, timestep, latents, return_dict=False)[0]
         return latents
 
-    def restore(self, state: Sequence[tuple[Any, dict[str, Any]]] | None = None) -> None:
+    def restore(self, state: Sequence[State] | None = None) -> None:
         """Take an option back, or put one that was applied before into effect again."""
-        for owner, attributes in self._state():
+        for owner, _, attributes in self._state():
             for name in attributes:
                 vars(owner).pop(name, None)
-        for owner, attributes in state or self._plain:
+        for owner, kind, attributes in state or self._plain:
+            owner.__class__ = kind
             vars(owner).update(attributes)
 
-    def apply(self, option: Callable[[Model], None]) -> list[tuple[Any, dict[str, Any]]]:
+    def apply(self, option: Callable[[Model], None]) -> list[State]:
         """Apply an option to the plain model and return its state for `restore`."""
         self.restore()
         option(self)
         return self._state()
 
-    def _state(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Return what options change, by owner: calls, attention processors and their backends."""
+    def _state(self) -> list[State]:
+        """Return what options change, by owner: classes, calls, attention processors and their backends."""
         found = []
         for module in self.transformer.modules():
-            found.append((module, {n: v for n, v in vars(module).items() if n in CHANGED}))
+            found.append((module, type(module), {n: v for n, v in vars(module).items() if n in CHANGED}))
             if (processor := vars(module).get("processor")) is not None:
-                found.append((processor, {n: v for n, v in vars(processor).items() if n == "_attention_backend"}))
+                backend = {n: v for n, v in vars(processor).items() if n == "_attention_backend"}
+                found.append((processor, type(processor), backend))
         return found
 
 

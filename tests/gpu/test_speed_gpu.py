@@ -18,7 +18,7 @@ from disagg_ray.models.wan.shapes import get_shape
 
 WIDTH = 256
 SHAPES = {
-    "tiny-t2v": replace(get_shape("tiny-t2v").transformer, attention_head_dim=128),
+    "tiny-t2v": replace(get_shape("tiny-t2v").transformer, attention_head_dim=128, num_layers=10),
     "tiny-i2v": replace(get_shape("tiny-i2v").transformer, attention_head_dim=128, added_kv_proj_dim=WIDTH),
 }
 """Of two heads, as wide as the published models'."""
