@@ -54,6 +54,12 @@ def mooncake_config_path() -> Path | None:
     return Path(path) if path else None
 
 
+def visible_gpus() -> list[str] | None:
+    """Return the numbers or names of the GPUs that this process may see; None: all of the machine."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
 def cuda_allocator() -> str:
     """Return the settings of torch's CUDA allocator, by the name that torch looks for first."""
     return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))

@@ -9,9 +9,7 @@ import pytest
 
 from disagg_ray import ConfigError, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.parallel import ParallelConfig
-from disagg_ray.errors import PlanError
 from disagg_ray.local import LocalPipeline
-from disagg_ray.planning.profiling import measure_profile
 from disagg_ray.request import check
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -71,11 +69,6 @@ def test_a_size_whose_tokens_do_not_divide_is_refused_before_it_is_queued() -> N
 def test_a_pipeline_in_one_process_refuses_ranks() -> None:
     with pytest.raises(ConfigError, match=r"stages.transformer.parallel: a pipeline in one process has no ranks"):
         LocalPipeline.from_config(T2V, f"{T}.parallel.cfg=2")
-
-
-def test_ranks_cannot_be_profiled() -> None:
-    with pytest.raises(PlanError, match=r"several ranks cannot be measured yet; leave parallel out"):
-        measure_profile(load_config(T2V, f"{T}.parallel.cfg=2"), [])
 
 
 TWO = (f"{T}.parallel.ulysses=2", f"{T}.num_threads=1")

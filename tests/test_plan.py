@@ -8,10 +8,12 @@ import pytest
 
 from disagg_ray.cli.command import main
 from disagg_ray.config.load import load_config
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.driver.cluster import total_resources
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
-from disagg_ray.planning.plan import Plan, equip, explain, make_plan, parse_gpus
+from disagg_ray.planning.parallel import CFG_SPEEDUP, ULYSSES_SPEEDUP, candidates
+from disagg_ray.planning.plan import Plan, equip, explain, footnotes, make_plan, parse_gpus
 from disagg_ray.planning.predict import CALL_S, Hardware
 from disagg_ray.planning.profile import (
     VERSION,
@@ -171,7 +173,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 3}', "incomplete")],
+    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 4}', "incomplete")],
 )
 def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "profile.json"
@@ -209,6 +211,119 @@ def test_a_thousand_gpus_are_planned() -> None:
     hardware = [Hardware("H200", 700, 100 * GB, make_profile()), Hardware("L40S", 300, 48 * GB, make_profile(), 0.4)]
     made = make_plan(hardware, LOAD)
     assert made.best.per_minute <= 60 * (700 + 300 * 0.4) / 10 * 1.001
+
+
+GANGS = tuple(candidates(8, 40, guided=True))
+CFG, SHARDED = ParallelConfig(cfg=2), ParallelConfig(cfg=2, shard_weights=True)
+
+
+def plan_gangs(count: int, *gangs: ParallelConfig, profile: Profile | None = None) -> Plan:
+    return make_plan([Hardware("H200", count, 100 * GB, profile or make_profile())], LOAD, None, gangs, "latency")
+
+
+@pytest.mark.parametrize(
+    ("heads", "guided", "found"),
+    [
+        (40, True, [(2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]),
+        (12, True, [(2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]),
+        (40, False, [(1, 2), (1, 4), (1, 8)]),
+    ],
+)
+def test_gangs_divide_the_heads_and_have_no_idle_half(heads: int, guided: bool, found: list[tuple[int, int]]) -> None:
+    assert [(p.cfg, p.ulysses) for p in candidates(16, heads, guided=guided)] == found
+    assert list(candidates(1, heads, guided=guided)) == []
+
+
+def test_a_gang_makes_one_video_sooner_and_its_seconds_are_marked_as_estimated() -> None:
+    made = plan_gangs(2, CFG, ParallelConfig(ulysses=2))
+    assert made.best.latency_s == pytest.approx(1 + 3 + 6 / CFG_SPEEDUP + 3 * CALL_S)
+    assert (made.best.estimated, made.best.layout.parallel) == (True, CFG)
+    ulysses = next(p for p in made.predictions if p.layout.parallel.ulysses == 2)
+    assert ulysses.latency_s == pytest.approx(1 + 3 + 6 / ULYSSES_SPEEDUP + 3 * CALL_S)
+    assert "2 GPUs denoise one video together; without a gang it takes 10." in explain(made)
+    assert [note.partition(":")[0] for note in footnotes(made)] == ["* estimated from one GPU", "cfg 2"]
+
+
+def test_what_was_measured_of_a_gang_is_used_as_it_is() -> None:
+    gang = replace(make_stage("transformer", 3.5, 2, 1), parallel=CFG)
+    made = plan_gangs(2, CFG, profile=replace(make_profile(), gangs=(gang,)))
+    assert made.best.latency_s == pytest.approx(1 + 3 + 3.5 + 3 * CALL_S)
+    assert not made.best.estimated
+    assert len(footnotes(made)) == 1
+
+
+def test_videos_a_minute_count_each_gang_once() -> None:
+    made = plan_gangs(9, ParallelConfig(cfg=2, ulysses=2))
+    found = find(made, "encoder and decoder on 1, transformer on the others, cfg 2, ulysses 2")
+    gang_s = 6 / CFG_SPEEDUP / ULYSSES_SPEEDUP
+    assert found == pytest.approx(60 * min(2 / gang_s, 1 / 4))
+    assert find(plan(2), "fused") == 12  # without gangs to look at there are none
+
+
+def test_weights_are_shared_only_where_whole_ones_do_not_fit() -> None:
+    fitting = plan_gangs(2, CFG, SHARDED)
+    assert {p.layout.parallel for p in fitting.predictions} == {ParallelConfig(), CFG}
+    large = plan_gangs(3, CFG, SHARDED, profile=make_profile(transformer_gb=150))
+    assert {p.layout.parallel for p in large.predictions} == {SHARDED}
+    assert max(large.best.max_vram_bytes) < 95 * GB
+    assert "* shard_weights" in footnotes(large)[1]
+
+
+@pytest.mark.parametrize("counts", [{"H200": 2}, {"H200": 8}, {"H200": 5, "L40S": 4}], ids=str)
+def test_the_yaml_of_every_layout_with_gangs_asks_for_their_gpus(counts: dict[str, int], tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    found = [layout for layout in layouts(counts, STAGES, GANGS[:: len(counts)]) if layout.parallel.is_gang]
+    assert found
+    for layout in found:
+        path.write_text(f"base: {CONF / 'wan21_t2v_14b.yaml'}\n" + to_yaml(to_settings(layout, STAGES)))
+        stages = load_config(path).stages
+        assert {name: stage.num_replicas for name, stage in stages.items()} == {
+            stage: layout.replicas(stage) for stage in STAGES.order
+        }
+        sizes = {group.parallel.size for group in stages["transformer"].replica_groups.values()}
+        assert sizes == {layout.parallel.size}
+        assert total_resources(stages)["GPU"] <= sum(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--parallel", "cfg:2"], "invalid --parallel=cfg:2: write cfg=2/ulysses=2"),
+        (["--parallel", "cfg=3"], "invalid stages.transformer.parallel.cfg=3: must be from 1 to 2"),
+        (
+            ["--parallel", "ulysses=80", "--sizes", "64x64x17"],
+            "ulysses 80 needs 80 CPU cores, and this machine",
+        ),
+        (["--parallel", "cfg=2", "defaults.guidance_scale=1"], "cfg 2 needs guidance"),
+        (["--parallel", "ulysses=2", "--sizes", "16x16x1"], "1 x 1 x 1 = 1 tokens"),
+    ],
+)
+def test_gangs_that_cannot_be_measured_are_refused_first(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["profile", "--config", str(CONF / "tiny_t2v.yaml"), "--output", str(tmp_path / "profile.json")]
+    assert main([*command, *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_gang_of_the_tiny_model_is_measured_and_planned_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile, yaml, config = tmp_path / "profile.json", tmp_path / "plan.yaml", str(CONF / "tiny_t2v.yaml")
+    asked = ["--sizes", "64x64x9", "--repeats", "1", "--steps", "2", "--parallel", "ulysses=2"]
+    assert main(["profile", "--config", config, "--output", str(profile), *asked]) == 0
+    (gang,) = read_profile(profile).gangs
+    assert (gang.name, gang.parallel, gang.num_heads > 0) == ("transformer", ParallelConfig(ulysses=2), True)
+    assert all(point.compute_s > 0 for point in gang.points)
+    request = ["--height", "64", "--width", "64", "--num-frames", "9", "--aim", "latency", "--output", str(yaml)]
+    command = ["plan", "--config", config, "--profile", str(profile), "--gpus", "3xCPU", *request]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "ulysses 2" in said and " * " not in said
+    assert (
+        main(["plan", "--config", config, "--profile", str(profile), "--gpus", "3xCPU", *request, "--requests=2"]) == 2
+    )
 
 
 @pytest.mark.slow

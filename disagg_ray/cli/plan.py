@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,19 @@ from typing import TYPE_CHECKING
 from disagg_ray.cli.arguments import config_parser, overrides_of
 from disagg_ray.config.builtin import anywhere
 from disagg_ray.config.load import load_config
+from disagg_ray.config.parallel import ParallelConfig
+from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
-from disagg_ray.errors import PlanError
+from disagg_ray.errors import InputError, PlanError, RequestError
 from disagg_ray.media.output import check_file, write_text
-from disagg_ray.request import IMAGES_OF, TYPES, Request, resolve
+from disagg_ray.request import IMAGES_OF, TYPES, Request, ResolvedRequest, resolve
 
 if TYPE_CHECKING:
+    from disagg_ray.planning.predict import Hardware
     from disagg_ray.planning.profile import Profile
 
+DEGREES = ("cfg", "ulysses", "ring")
+"""Numbers of a gang's ranks, in the order of `ParallelConfig`."""
 SHAPE = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 """Fields of a request that decide its work."""
 
@@ -30,6 +36,9 @@ def profile(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", default="2,4", help="numbers of denoising steps to measure, comma separated")
     parser.add_argument("--format", default="mp4", help="file format whose encoding is measured: mp4, gif, png or npy")
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each, after one warm-up")
+    parser.add_argument(
+        "--parallel", default="", metavar="WAYS", help="also the denoiser's ranks: cfg=2/cfg=2,ulysses=2"
+    )
     options = parser.parse_intermixed_args(argv)
     config = load_config(options.config, *overrides_of(options))
     requests = _requests_to_profile(config, options.sizes, options.steps, options.format)
@@ -37,13 +46,14 @@ def profile(argv: Sequence[str]) -> int:
         raise PlanError(f"invalid --repeats={options.repeats}: must be at least 1")
     for request in requests:
         resolve(request, config)
+    gangs = _parse_parallel(config, options.parallel)
     check_file(options.output, "output")
 
     from disagg_ray.planning.profile import write_profile
     from disagg_ray.planning.profiling import measure_profile
     from disagg_ray.report.tables import print_profile
 
-    measured = measure_profile(config, requests, options.repeats)
+    measured = measure_profile(config, requests, options.repeats, gangs)
     write_profile(measured, options.output)
     print_profile(measured)
     print(f"wrote {options.output}")
@@ -66,12 +76,33 @@ def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_for
         raise PlanError(f"invalid --sizes={chosen} or --steps={steps}: write 480x832x81,480x832x41 and 2,4") from error
 
 
+def _parse_parallel(config: Config, text: str) -> list[ParallelConfig]:
+    """Return the gangs that the configuration and `--parallel` ask for, each once."""
+    found = [stage.parallel for stage in config.stages.values() if stage.parallel.is_gang]
+    for way in filter(None, text.split("/")):
+        try:
+            numbers = {name.strip(): int(number) for name, number in (pair.split("=") for pair in way.split(","))}
+        except ValueError:
+            numbers = {}
+        if not numbers or set(numbers) - set(DEGREES):
+            raise PlanError(f"invalid --parallel={text}: write cfg=2/ulysses=2/cfg=2,ulysses=2")
+        cfg, ulysses, ring = (numbers.get(name, 1) for name in DEGREES)
+        found.append(ParallelConfig(cfg, ulysses, ring))
+    return list(dict.fromkeys(parallel for parallel in found if parallel.is_gang))
+
+
 def plan(argv: Sequence[str]) -> int:
     """Predict fused and split layouts on the given GPUs, and print the best one's YAML."""
     parser = config_parser("plan", plan, required=True)
     parser.add_argument("--profile", required=True, help="FILE, or KIND=FILE,..., written by `disagg-ray profile`")
     parser.add_argument("--gpus", required=True, help="COUNTxKIND,... such as 8xH200,4xL40S; KIND:GB sets the VRAM")
     parser.add_argument("--factors", default="", help="KIND=FACTOR,... relative speed of kinds without a profile")
+    parser.add_argument(
+        "--aim",
+        choices=("throughput", "latency"),
+        default="throughput",
+        help="throughput (videos a minute, the default) or latency (seconds of one video)",
+    )
     parser.add_argument("--requests", type=int, help="batch size whose makespan to minimise; default: throughput")
     parser.add_argument("--output", type=Path, help="file to also write the YAML to, based on --config")
     for name in SHAPE:
@@ -88,7 +119,14 @@ def plan(argv: Sequence[str]) -> int:
     request, _ = resolve(Request("a cat", **given), config)
     if options.requests is not None and options.requests < 1:
         raise PlanError(f"invalid --requests={options.requests}: must be at least 1")
+    if options.requests is not None and options.aim == "latency":
+        raise PlanError(f"invalid --requests={options.requests}: must be left out with --aim latency, of one request")
 
+    _plan(config, request, options)
+    return 0
+
+
+def _plan(config: Config, request: ResolvedRequest, options: Namespace) -> None:
     from disagg_ray.planning import plan as planning
     from disagg_ray.planning.layouts import to_settings, to_yaml
     from disagg_ray.planning.profile import Load
@@ -98,19 +136,50 @@ def plan(argv: Sequence[str]) -> int:
     hardware = planning.equip(gpus, profiles, _parse_factors(options.factors))
     passes = request.num_inference_steps * (2 if request.guided else 1)
     load = Load(request.height, request.width, request.num_frames, passes)
-    made = planning.make_plan(hardware, load, options.requests)
+    gangs, notes = _choose_gangs(config, request, hardware)
+    made = planning.make_plan(hardware, load, options.requests, gangs, options.aim)
     if set(made.stages.order) != set(config.stages):
         raise PlanError(
             f"profile: its stages are {', '.join(made.stages.order)}, those of the configuration "
             f"{', '.join(config.stages)}; run `disagg-ray profile` with this configuration"
         )
     print_plan(made, options.requests)
-    print(planning.explain(made))
+    print("\n".join([planning.explain(made), *planning.footnotes(made), *notes]))
     text = to_yaml(to_settings(made.best.layout, made.stages))
     print("\n" + text, end="")
     if options.output is not None:
         write_text(options.output, f"base: {anywhere(options.config)}\n{text}")
-    return 0
+
+
+def _choose_gangs(
+    config: Config, request: ResolvedRequest, hardware: Sequence[Hardware]
+) -> tuple[list[ParallelConfig], list[str]]:
+    """Return the gangs to plan with, and why others are left out."""
+    from disagg_ray.planning.layouts import CPU
+    from disagg_ray.planning.parallel import candidates, choose
+
+    def why_not(parallel: ParallelConfig) -> str:
+        stages = {
+            name: replace(stage, parallel=parallel, groups={}, num_gpus=1.0 if stage.torch_device == "cuda" else 0.0)
+            if "denoise" in stage.blocks else stage
+            for name, stage in config.stages.items()
+        }  # fmt: skip
+        try:
+            split = replace(config, stages=stages, share_gpu=[])
+            enforce(split.size_rules(request.height, request.width, request.num_frames, 1), RequestError)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    measured = [gang.parallel for gpus in hardware for gang in gpus.profile.gangs]
+    most = max((gpus.count for gpus in hardware if gpus.kind != CPU), default=0)
+    heads = {stage.num_heads for gpus in hardware for stage in gpus.profile.stages if stage.denoises}
+    known = [p for p in measured if (request.guided or p.cfg == 1) and p.size <= max(gpus.count for gpus in hardware)]
+    found = dict.fromkeys([*candidates(most, max(heads, default=0), guided=request.guided), *known])
+    chosen, notes = choose(found, why_not)
+    if not request.guided and most > 1:
+        notes.append("cfg 2 is left out: a request without guidance would leave half of such a gang idle")
+    return chosen, notes
 
 
 def _read_profiles(text: str, speed: str) -> dict[str, Profile]:

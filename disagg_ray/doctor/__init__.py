@@ -15,6 +15,7 @@ from disagg_ray.doctor.cluster import check_cluster, check_resources
 from disagg_ray.doctor.machine import Survey, check_place, survey
 from disagg_ray.doctor.memory import check_gpu_memory, check_host_memory, check_model, without_gpu
 from disagg_ray.doctor.probe import Probe, check_link
+from disagg_ray.doctor.ranks import check_ranks
 from disagg_ray.doctor.security import check_auth
 from disagg_ray.doctor.service import examine_service
 from disagg_ray.doctor.table import print_checks, to_json
@@ -57,7 +58,9 @@ def examine(config: Config | None, address: str | None, *, local: bool) -> list[
 def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> Iterator[Check | Survey]:
     logger.info("doctor: joining Ray, or starting one")
     without_gpus = {
-        name: replace(without_gpu(stage), num_gpus=0, accelerator_type=None, groups={})  # checked below
+        name: replace(  # checked below
+            without_gpu(stage), num_gpus=0, num_cpus=stage.num_cpus or 1, accelerator_type=None, groups={}
+        )
         for name, stage in config.stages.items()
     }
     try:
@@ -69,6 +72,7 @@ def _examine_cluster(config: Config, here: Survey, pool_bytes: int | None) -> It
         yield check_auth(ray_auth_mode())
         yield from check_resources(config.stages)
         yield from check_cluster(config, here, pool_bytes)
+        yield from check_ranks(config)
 
 
 def check_pools(transport: TransportConfig) -> Iterator[Check]:

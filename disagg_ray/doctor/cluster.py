@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -24,6 +24,8 @@ from disagg_ray.driver.cluster import total_resources
 from disagg_ray.errors import DisaggError
 
 logger = logging.getLogger("disagg_ray")
+
+K = TypeVar("K")
 
 START_S = 90.0
 """Until a probe must have started and surveyed its machine; it imports torch."""
@@ -131,7 +133,7 @@ def probe_devices(free_gpus: int, *, alone: bool) -> list[str]:
     return on_gpus + ["cpu"] * max(0, (2 if alone else 1) - len(on_gpus))
 
 
-def answers(calls: Mapping[Prober, Any], timeout_s: float) -> Iterator[tuple[Prober, Any, str]]:
+def answers(calls: Mapping[K, Any], timeout_s: float) -> Iterator[tuple[K, Any, str]]:
     """Wait for a call of each probe; yield each with its answer, or with its error."""
     done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
     for prober, call in calls.items():

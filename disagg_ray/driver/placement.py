@@ -76,17 +76,12 @@ class Placement:
             name = f"disagg_ray-{self._pipeline_id}-{replica.name}" + (f".{incarnation}" if incarnation else "")
             options = {"name": name}
         settings = settings_of(config, replica)
-        bundles = self._reserve_ranks(settings, name) if settings.parallel.is_gang else None
+        lives = {"lifetime": "detached"} if self._detached else {}
+        bundles = reserve_ranks(settings, name=name, **lives) if settings.parallel.is_gang else None
         placed = self.options(config, replica) | _in_bundle(bundles)
         actor_class = _actor_class(ServedReplica, replica.stage).options(**placed, **options)
         handle = actor_class.remote(replica.stage, replica.index, config.for_group(replica.stage, replica.group))
         return Actor(replica, incarnation, handle, settings, bundles=bundles)
-
-    def _reserve_ranks(self, settings: StageConfig, name: str) -> PlacementGroup:
-        """Reserve a bundle for each rank of a replica; `Actor.kill` removes them."""
-        strategy = "PACK" if settings.parallel.spread else "STRICT_PACK"
-        options = {"name": name, "strategy": strategy} | ({"lifetime": "detached"} if self._detached else {})
-        return _reserve([settings], settings.parallel.size, **options)
 
     def options(self, config: Config, replica: ReplicaId) -> dict[str, Any]:
         """Return Ray's options for a replica's actor."""
@@ -122,6 +117,12 @@ def _in_bundle(bundles: PlacementGroup | None) -> dict[str, Any]:
         return {}
     strategy = PlacementGroupSchedulingStrategy(bundles, 0)
     return {"scheduling_strategy": strategy, "label_selector": None, "accelerator_type": None}
+
+
+def reserve_ranks(settings: StageConfig, **options: str) -> PlacementGroup:
+    """Reserve a bundle for each rank of a replica; of a replica, `Actor.kill` removes them."""
+    strategy = "PACK" if settings.parallel.spread else "STRICT_PACK"
+    return _reserve([settings], settings.parallel.size, strategy=strategy, **options)
 
 
 def _reserve(sharing: Sequence[StageConfig], count: int, **options: str) -> PlacementGroup:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
+
+from disagg_ray.config.parallel import ParallelConfig
+from disagg_ray.planning.parallel import ALONE, spell, to_mapping
 
 CPU = "CPU"
 """The kind of a core, where there is no GPU."""
@@ -30,13 +34,29 @@ class Layout:
     name: str
     seats: tuple[Seat, ...]
     fused: bool = False
+    gang: str = ""
+    """The stage whose replicas are several ranks; empty: none."""
+    parallel: ParallelConfig = ALONE
+    """Its ranks, each on a GPU."""
 
     @property
     def stages(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(stage for seat in self.seats for stage in seat.stages))
 
+    def parallel_of(self, stage: str) -> ParallelConfig:
+        return self.parallel if stage == self.gang else ALONE
+
     def replicas(self, stage: str) -> int:
-        return sum(seat.count for seat in self.seats if stage in seat.stages)
+        if stage != self.gang:
+            return sum(seat.count for seat in self.seats if stage in seat.stages)
+        return sum(gpus // self.parallel_of(stage).size for gpus in self.gpus(stage).values())
+
+    def gpus(self, stage: str) -> Counter[str]:
+        """Return how many GPUs of each kind a stage is on."""
+        found: Counter[str] = Counter()
+        for seat in self.seats:
+            found[seat.kind] += seat.count if stage in seat.stages else 0
+        return +found
 
 
 @dataclass(frozen=True)
@@ -51,12 +71,13 @@ class Stages:
         return tuple(stage for stage in self.order if stage != self.denoiser)
 
 
-def layouts(counts: Mapping[str, int], stages: Stages) -> list[Layout]:
+def layouts(counts: Mapping[str, int], stages: Stages, gangs: Sequence[ParallelConfig] = ()) -> list[Layout]:
     """Return every sensible layout that uses all GPUs (`counts` by kind), each once.
 
     Fused; all stages on every GPU; helpers together on some GPUs and the transformer on the others; each helper on
     GPUs of its own; helpers beside a transformer, together on some GPUs or each on another. Helpers fill one kind
-    after the other, in any order of kinds.
+    after the other, in any order of kinds. The same with transformers that are `gangs`, where their ranks use up the
+    GPUs.
     """
     everywhere = tuple(Seat(kind, count, stages.order) for kind, count in counts.items())
     found = [Layout("fused", everywhere, fused=True)]
@@ -67,10 +88,23 @@ def layouts(counts: Mapping[str, int], stages: Stages) -> list[Layout]:
             found += _one_beside_each(ordered, stages)
             for num_helpers in range(1, sum(counts.values())):
                 found += _with_helpers(ordered, num_helpers, stages)
+    split = [_with_ranks(layout, stages, parallel) for parallel in gangs for layout in found if not layout.fused]
     once: dict[object, Layout] = {}
-    for layout in found:
-        once.setdefault((layout.fused, frozenset(layout.seats)), layout)
+    for layout in [*found, *filter(None, split)]:
+        once.setdefault((layout.fused, layout.parallel, frozenset(layout.seats)), layout)
     return list(once.values())
+
+
+def _with_ranks(layout: Layout, stages: Stages, parallel: ParallelConfig) -> Layout | None:
+    """Return a layout whose transformers are gangs; None if GPUs would be left over, or a gang has helpers twice."""
+    gpus, helped = layout.gpus(stages.denoiser), Counter[str]()
+    for seat in layout.seats:
+        if stages.denoiser in seat.stages and len(seat.stages) > 1:
+            helped[seat.kind] = max(helped[seat.kind], seat.count)
+    if any(count % parallel.size or helped[kind] > count // parallel.size for kind, count in gpus.items()):
+        return None
+    name = f"{layout.name}, {spell(parallel)}"
+    return replace(layout, name=name, gang=stages.denoiser, parallel=parallel)
 
 
 def _one_beside_each(counts: Mapping[str, int], stages: Stages) -> Iterator[Layout]:
@@ -131,19 +165,28 @@ def to_settings(layout: Layout, stages: Stages) -> dict[str, object]:
 
 def _stage_settings(stage: str, layout: Layout, stages: Stages) -> dict[str, object]:
     shares = {seat: _share(stage, seat, stages) for seat in layout.seats if stage in seat.stages}
-    least = min(shares.values())
-    if len({seat.kind for seat in layout.seats}) == 1:
-        return {"replicas": layout.replicas(stage), "num_gpus": least}
-    if len(shares) == 1:
-        (seat,) = shares
-        return {"replicas": seat.count, "num_gpus": least, "accelerator_type": seat.kind}
+    parallel = layout.parallel_of(stage)
+    ranks: dict[str, object] = {"parallel": to_mapping(parallel)} if parallel.is_gang else {}
+    if parallel.is_gang:  # which may have ranks in several seats of a kind
+        places = [
+            (kind, count // parallel.size, min(share for seat, share in shares.items() if seat.kind == kind))
+            for kind, count in layout.gpus(stage).items()
+        ]
+    elif len({seat.kind for seat in layout.seats}) == 1:
+        (kind,) = {seat.kind for seat in layout.seats}
+        places = [(kind, layout.replicas(stage), min(shares.values()))]
+    else:
+        places = [(seat.kind, seat.count, share) for seat, share in shares.items()]
+    if len(places) == 1:
+        ((kind, replicas, share),) = places
+        alone = len({seat.kind for seat in layout.seats}) == 1
+        where = {} if alone else {"accelerator_type": kind}
+        return {"replicas": replicas, "num_gpus": share} | where | ranks
     groups = {
-        f"{seat.kind.lower()}_{place}": {
-            "accelerator_type": seat.kind, "replicas": seat.count, "num_gpus": share
-        }
-        for place, (seat, share) in enumerate(shares.items())
-    }  # fmt: skip
-    return {"groups": groups}
+        f"{kind.lower()}_{place}": {"accelerator_type": kind, "replicas": replicas, "num_gpus": share}
+        for place, (kind, replicas, share) in enumerate(places)
+    }
+    return {"groups": groups} | ranks
 
 
 def _share(stage: str, seat: Seat, stages: Stages) -> float:
@@ -162,7 +205,8 @@ def _share_gpu(layout: Layout) -> list[str]:
     shared = [seat for seat in layout.seats if len(seat.stages) > 1 and seat.kind != CPU]
     if len(shared) != 1:
         return []
-    return [stage for stage in shared[0].stages if layout.replicas(stage) == shared[0].count]
+    stages = [s for s in shared[0].stages if s != layout.gang and layout.replicas(s) == shared[0].count]
+    return stages if len(stages) > 1 else []
 
 
 def to_yaml(settings: Mapping[str, object]) -> str:

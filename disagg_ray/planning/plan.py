@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import Layout, Stages, layouts
+from disagg_ray.planning.parallel import CFG_SPEEDUP, ULYSSES_SPEEDUP
 from disagg_ray.planning.predict import Hardware, Prediction, Predictor
 from disagg_ray.planning.profile import Load, Profile
 from disagg_ray.text import shown
 
 MEMORY_GB = {"B200": 180, "H200": 141, "H100": 80, "L40S": 48, "L40": 48, "A40": 48, "A10G": 24, "L4": 24, "T4": 16}
 """Published memory of a GPU, by Ray's name of it."""
+Aim = Literal["latency", "throughput"]
+"""What layouts are sorted by: the seconds of a single request, or videos a minute."""
 WORTH = 1.01
 """A split must do this much of the fused throughput to be preferred."""
 
@@ -26,6 +31,7 @@ class Plan:
     load: Load
     predictions: tuple[Prediction, ...]
     misfits: tuple[tuple[Layout, str], ...]
+    aim: Aim = "throughput"
 
     @property
     def best(self) -> Prediction:
@@ -88,8 +94,16 @@ def equip(
     return tuple(hardware)
 
 
-def make_plan(hardware: Sequence[Hardware], load: Load, num_requests: int | None = None) -> Plan:
-    """Predict every sensible layout and sort by throughput, or by the makespan of `num_requests` that arrive at once.
+def make_plan(
+    hardware: Sequence[Hardware],
+    load: Load,
+    num_requests: int | None = None,
+    gangs: Sequence[ParallelConfig] = (),
+    aim: Aim = "throughput",
+) -> Plan:
+    """Predict every sensible layout, with transformers that are `gangs` too, and sort.
+
+    By throughput, by the seconds of a single request, or by the makespan of `num_requests` that arrive at once.
 
     Raises:
         PlanError: no layout fits.
@@ -97,21 +111,27 @@ def make_plan(hardware: Sequence[Hardware], load: Load, num_requests: int | None
     stages = _stages_of(hardware[0].profile)
     predictor = Predictor({gpus.kind: gpus for gpus in hardware}, stages, load)
     unique: dict[object, Prediction] = {}
-    misfits = []
-    for layout in layouts({gpus.kind: gpus.count for gpus in hardware}, stages):
+    misfits, fits = [], set[ParallelConfig]()
+    for layout in layouts({gpus.kind: gpus.count for gpus in hardware}, stages, gangs):
+        if replace(layout.parallel, shard_weights=False) in fits and layout.parallel.shard_weights:
+            continue  # whole weights fit, and cost no exchange
         fitting, reason = predictor.fit(layout)
         if fitting is None:
             misfits.append((layout, reason))
         else:
-            unique[fitting.seats, fitting.fused] = predictor.predict(fitting)
+            fits.add(fitting.parallel)
+            unique[fitting.seats, fitting.fused, fitting.parallel] = predictor.predict(fitting)
     if not unique:
         raise PlanError(f"gpus: no layout fits; {misfits[-1][1]}; name GPUs with more memory, or set offload")
 
-    def cost(prediction: Prediction) -> tuple[float, bool]:
+    def cost(prediction: Prediction) -> tuple[float, bool, float]:
         spent = prediction.makespan_s(num_requests) if num_requests else 60 / prediction.per_minute
-        return spent * (1 if prediction.layout.fused else WORTH), not prediction.layout.fused
+        if aim == "latency":
+            spent = prediction.latency_s
+        worth = 1 if prediction.layout.fused else WORTH
+        return round(spent * worth, 6), not prediction.layout.fused, -prediction.per_minute
 
-    return Plan(stages, load, tuple(sorted(unique.values(), key=cost)), tuple(misfits))
+    return Plan(stages, load, tuple(sorted(unique.values(), key=cost)), tuple(misfits), aim)
 
 
 def _stages_of(profile: Profile) -> Stages:
@@ -143,6 +163,8 @@ def explain(plan: Plan) -> str:
 
 def _why(plan: Plan) -> str:
     best, fused = plan.best, plan.fused
+    if plan.aim == "latency":
+        return _why_soonest(plan)
     limits = f"{best.bottleneck} is the bottleneck, {plan.stages.denoiser}'s GPUs are {best.busy:.0%} busy"
     if fused is None:
         return f"the whole model fits no GPU; {limits}."
@@ -153,3 +175,30 @@ def _why(plan: Plan) -> str:
         return "fused keeps every GPU busy without handoffs; no split fits."
     share = rival.per_minute / fused.per_minute
     return f"fused keeps every GPU busy without handoffs; the best split, {rival.layout.name}, does {share:.2f} of it."
+
+
+def _why_soonest(plan: Plan) -> str:
+    """Return what ranks gain for a single request, or why there are none."""
+    size = plan.best.layout.parallel.size
+    alone = next((p for p in plan.predictions if not p.layout.parallel.is_gang), None)
+    if size == 1:
+        return "a single request takes each stage once, on one GPU; no gang is sooner."
+    if alone is None:
+        return f"only {size} GPUs together hold the {plan.stages.denoiser}."
+    return f"{size} GPUs denoise one video together; without a gang it takes {alone.latency_s:.2f} s."
+
+
+def footnotes(plan: Plan) -> list[str]:
+    """Return what to know about the gangs of a plan."""
+    gangs = [prediction for prediction in plan.predictions if prediction.layout.parallel.is_gang]
+    notes = []
+    if any(gang.estimated for gang in gangs):
+        notes.append(
+            f"* estimated from one GPU: {CFG_SPEEDUP:g} x for cfg 2, {ULYSSES_SPEEDUP:g} x for each doubling of "
+            f"ulysses, as on two H100 of one host; `disagg-ray profile --parallel` measures it"
+        )
+    if any(gang.estimated and gang.layout.parallel.shard_weights for gang in gangs):
+        notes.append("* shard_weights: what its exchange of weights costs is not counted")
+    if any(gang.layout.parallel.cfg > 1 for gang in gangs):
+        notes.append("cfg 2: a request without guidance leaves half of such a gang idle")
+    return notes

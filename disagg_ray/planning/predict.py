@@ -11,8 +11,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.schema import REPLICA_WINDOW
 from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages
+from disagg_ray.planning.parallel import ALONE, estimate, to_mapping
 from disagg_ray.planning.profile import Load, Profile, StageProfile
 from disagg_ray.replica.sizing import slots_bytes
 
@@ -35,18 +37,27 @@ class Hardware:
     speed: float = 1.0
     """Relative to the GPU of the profile."""
 
-    def stage(self, name: str) -> StageProfile:
-        return next(stage for stage in self.profile.stages if stage.name == name)
+    def stage(self, name: str, parallel: ParallelConfig = ALONE) -> StageProfile:
+        """Return what was measured of a stage on one GPU, or by each rank of a gang; of a gang it may be estimated."""
+        alone = next(stage for stage in self.profile.stages if stage.name == name)
+        if not parallel.is_gang:
+            return alone
+        return self.measured(name, parallel) or estimate(alone, parallel)
 
-    def compute_s(self, name: str, load: Load) -> float:
-        return self.stage(name).compute_s(load) / self.speed
+    def measured(self, name: str, parallel: ParallelConfig) -> StageProfile | None:
+        """Return what a rank of a gang measured, if the profile has it."""
+        gangs = (gang for gang in self.profile.gangs if gang.name == name)
+        return next((gang for gang in gangs if to_mapping(gang.parallel) == to_mapping(parallel)), None)
+
+    def compute_s(self, name: str, load: Load, parallel: ParallelConfig = ALONE) -> float:
+        return self.stage(name, parallel).compute_s(load) / self.speed
 
     def turn_s(self, name: str, load: Load) -> float:
         return self.stage(name).turn_s(load) / self.speed
 
-    def alone_s(self, name: str, load: Load) -> float:
+    def alone_s(self, name: str, load: Load, parallel: ParallelConfig = ALONE) -> float:
         """Return the seconds of one request on an idle replica, with the encoding of its file."""
-        return self.compute_s(name, load) + self.stage(name).finish_s(load)
+        return self.compute_s(name, load, parallel) + self.stage(name).finish_s(load)
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Prediction:
     bottleneck: str
     busy: float
     """Utilisation of the transformer's GPUs in steady state, 0 to 1."""
+    estimated: bool = False
+    """Of a gang that no profile has measured: from one GPU (`parallel`)."""
 
     def makespan_s(self, num_requests: int) -> float:
         """Return the seconds until the last of `num_requests` that arrive at once is done."""
@@ -88,6 +101,8 @@ class Predictor:
                 reason = (
                     f"{' and '.join(seat.stages)} take {needed / 1e9:.1f} GB of {usable / 1e9:.1f} on a {seat.kind}"
                 )
+        if layout.gang and len(seats) < len(layout.seats):
+            return None, reason
         fitting = replace(layout, seats=tuple(seats))
         return (fitting if all(map(fitting.replicas, self.stages.order)) else None), reason
 
@@ -98,7 +113,9 @@ class Predictor:
         rate = rates[bottleneck]
         memory = tuple(self.seat_bytes(seat, layout) for seat in layout.seats)
         busy = min(1.0, rate / rates.get(self.stages.denoiser, rate))
-        return Prediction(layout, 60 * rate, self._latency_s(layout), memory, bottleneck, busy)
+        kinds = [self.kinds[kind] for kind in layout.gpus(layout.gang)]
+        estimated = any(gpus.measured(layout.gang, layout.parallel) is None for gpus in kinds)
+        return Prediction(layout, 60 * rate, self._latency_s(layout), memory, bottleneck, busy, estimated)
 
     def _rates(self, layout: Layout) -> dict[str, float]:
         """Return the videos a second that each part of a layout could make if no other part limited it.
@@ -115,10 +132,11 @@ class Predictor:
             gpus, helpers = self.kinds[seat.kind], tuple(s for s in seat.stages if s != self.stages.denoiser)
             name, forward_s = " and ".join(helpers), 0.0
             if self.stages.denoiser in seat.stages:
-                denoise_s = gpus.compute_s(self.stages.denoiser, self.load)
-                forward_s = denoise_s / self.load.passes
-                denoise += seat.count / denoise_s
-                beside[name] += seat.count / denoise_s
+                parallel = layout.parallel_of(self.stages.denoiser)
+                denoise_s = gpus.compute_s(self.stages.denoiser, self.load, parallel)
+                forward_s = denoise_s * parallel.cfg / self.load.passes
+                denoise += seat.count / parallel.size / denoise_s
+                beside[name] += seat.count / denoise_s  # a gang waits for what computes beside one of its ranks
             if helpers:
                 rates[name] += seat.count / self._pace_s(gpus, helpers, waiting_s=forward_s)
                 turns = self._turns_s(gpus, helpers)
@@ -154,13 +172,14 @@ class Predictor:
         for stage in layout.stages:
             holders = [self.kinds[seat.kind] for seat in layout.seats if stage in seat.stages]
             handoff_s = holders[0].stage(stage).handoff_bytes(self.load) / holders[0].profile.handoff_bytes_per_s
-            seconds += min(gpus.alone_s(stage, self.load) for gpus in holders) + handoff_s + CALL_S
+            parallel = layout.parallel_of(stage)
+            seconds += min(gpus.alone_s(stage, self.load, parallel) for gpus in holders) + handoff_s + CALL_S
         return seconds
 
     def seat_bytes(self, seat: Seat, layout: Layout) -> int:
         """Return the memory that a seat's stages take of one GPU: weights, pools, working memory and CUDA itself."""
         gpus = self.kinds[seat.kind]
-        profiles = [gpus.stage(stage) for stage in seat.stages]
+        profiles = [gpus.stage(stage, layout.parallel_of(stage)) for stage in seat.stages]
         work, caches = [p.work_bytes(self.load) for p in profiles], [p.cache_bytes for p in profiles]
         if layout.fused:
             replicas = layout.replicas(seat.stages[0])

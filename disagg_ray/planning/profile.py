@@ -7,15 +7,17 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.media.output import write_text
 from disagg_ray.replica.software import version_of
 from disagg_ray.text import shown
 
-VERSION = 3
+VERSION = 4
 """Of the file's schema."""
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where NVIDIA's driver states its version."""
@@ -66,6 +68,10 @@ class StageProfile:
     output_bytes: int
     cache_bytes: int
     points: tuple[Point, ...]
+    num_heads: int = 0
+    """Of its transformer's attention; 0 where there is none."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The ranks that computed it together; bytes and seconds are those of one of them."""
 
     def compute_s(self, load: Load) -> float:
         """Return the seconds of computing, interpolated between the measured sizes."""
@@ -131,7 +137,9 @@ class Profile:
     handoff_bytes_per_s: float
     """Between two pools over loopback TCP, the slowest route within one machine."""
     stages: tuple[StageProfile, ...]
-    """Producers before consumers."""
+    """Producers before consumers, each measured on one GPU."""
+    gangs: tuple[StageProfile, ...] = ()
+    """Stages that several ranks computed together, on a GPU of this kind each."""
 
 
 def write_profile(profile: Profile, path: Path) -> None:
@@ -161,13 +169,15 @@ def read_profile(path: Path) -> Profile:
     if version != VERSION:
         raise PlanError(f"profile: {str(path)!r} has version {version!r}, not {VERSION}; measure again")
     try:
-        stages = [
-            StageProfile(**s | {"points": tuple(Point(**p | {"load": Load(**p["load"])}) for p in s["points"])})
-            for s in found["stages"]
-        ]
-        return Profile(**found | {"stages": tuple(stages)})
+        stages = {key: tuple(map(_read_stage, found[key])) for key in ("stages", "gangs")}
+        return Profile(**found | stages)
     except (KeyError, TypeError) as error:
         raise PlanError(f"profile: {str(path)!r} is incomplete: {error}; measure again") from error
+
+
+def _read_stage(found: dict[str, Any]) -> StageProfile:
+    points = tuple(Point(**point | {"load": Load(**point["load"])}) for point in found["points"])
+    return StageProfile(**found | {"points": points, "parallel": ParallelConfig(**found["parallel"])})
 
 
 def check_profile(profile: Profile, kind: str, speed: str) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import psutil
 import ray
 import torch
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from disagg_ray.config.schema import Config
+from disagg_ray.config.stages import StageConfig
 from disagg_ray.errors import Cancelled, InputError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
 from disagg_ray.models.parallel.ranks import Ranks, layout_of
@@ -52,8 +54,10 @@ class Gang:
         """Peers are connected to it for as long as this process lives."""
         remote: Any = ray.remote
         actor = remote(type(f"{stage.name.capitalize()}Rank", (peer_class,), {}))
+        settings, bundles = config.stages[stage.name], ray.util.get_current_placement_group()
+        assert bundles is not None, "the driver launches rank 0 in its gang's bundles"
         self._peers = [
-            actor.options(**_options(config, stage.name, rank)).remote(name, rank, stage.name, config)
+            actor.options(**rank_options(settings, bundles, rank)).remote(name, rank, stage.name, config)
             for rank in range(1, self._parallel.size)
         ]
         calls = [peer.follow.remote(host, self._alive.getsockname()[1]) for peer in self._peers]
@@ -146,12 +150,9 @@ def _reason(error: BaseException) -> str:
     return f"{type(cause).__name__}: {printable((str(cause).strip().splitlines() or [''])[0])}"
 
 
-def _options(config: Config, stage: str, rank: int) -> dict[str, Any]:
-    """Return Ray's options for a peer, which lies in the bundle of its rank."""
-    settings = config.stages[stage]
+def rank_options(settings: StageConfig, bundles: PlacementGroup, rank: int) -> dict[str, Any]:
+    """Return Ray's options for a rank's process, which lies in the bundle of its number."""
     memory = {"memory": settings.memory} if settings.memory is not None else {}
-    bundles = ray.util.get_current_placement_group()
-    assert bundles is not None, "the driver launches rank 0 in its gang's bundles"
     group = PlacementGroupSchedulingStrategy(bundles, rank)
     resources = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "resources": dict(settings.resources)}
     return {**resources, **memory, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": group}

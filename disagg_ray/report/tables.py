@@ -17,8 +17,10 @@ from rich.table import Table
 from disagg_ray.batch.manifest import MANIFEST, read_manifest
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.summary import Tally, name_bottleneck
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.errors import OutputError
 from disagg_ray.media.output import atomic_file
+from disagg_ray.planning.parallel import spell
 from disagg_ray.planning.plan import Plan
 from disagg_ray.planning.profile import Profile
 from disagg_ray.report.drawing import draw
@@ -69,11 +71,12 @@ def print_profile(profile: Profile) -> None:
     ))  # fmt: skip
     for column in ("stage", "size", "passes", "compute s", "turn s", "file s", "weights", "work", "handoff", "load s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in profile.stages:
+    for stage in (*profile.stages, *profile.gangs):
+        name = f"{stage.name}, {spell(stage.parallel)}" if stage.parallel.is_gang else stage.name
         for point in stage.points:
             load = point.load
             table.add_row(
-                stage.name, f"{load.width}x{load.height}x{load.num_frames}", str(load.passes),
+                name, f"{load.width}x{load.height}x{load.num_frames}", str(load.passes),
                 f"{point.compute_s:.3f}", f"{point.turn_s:.3f}", f"{point.finish_s:.3f}",
                 human_bytes(stage.weights_bytes),
                 human_bytes(point.work_bytes), human_bytes(point.handoff_bytes), f"{stage.load_s:.1f}",
@@ -82,7 +85,7 @@ def print_profile(profile: Profile) -> None:
 
 
 def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
-    """Print the best layouts, fused at any rank, and some that do not fit."""
+    """Print the best layouts, fused and the best with each kind of gang at any place, and some that do not fit."""
     load = plan.load
     title = f"{load.width}x{load.height}, {load.num_frames} frames, {load.passes} passes"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=title)
@@ -90,10 +93,13 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
         table.add_column(column, justify="left" if column in ("layout", "limited by") else "right")
     if num_requests:
         table.add_column(f"{num_requests} done in s", justify="right")
+    shown: set[ParallelConfig] = set()
     for place, prediction in enumerate(plan.predictions):
-        if place < most or prediction.layout.fused:
+        layout = prediction.layout
+        if place < most or layout.fused or layout.parallel not in shown:
+            shown.add(layout.parallel)
             table.add_row(
-                prediction.layout.name, f"{prediction.per_minute:.2f}",
+                f"{layout.name}{' *' if prediction.estimated else ''}", f"{prediction.per_minute:.2f}",
                 f"{prediction.per_minute / plan.fused.per_minute:.2f}" if plan.fused else "-",
                 f"{prediction.latency_s:.2f}", f"{max(prediction.max_vram_bytes) / 1e9:.1f}", f"{prediction.busy:.0%}",
                 prediction.bottleneck, *([f"{prediction.makespan_s(num_requests):.1f}"] if num_requests else []),
