@@ -36,6 +36,10 @@ class StageTiming:
     """Encoding the file; meanwhile the replica may compute the next request."""
     attempts: int = 1
     """Attempts at the stage that a replica started, this one included."""
+    num_ranks: int = 1
+    """Processes of the replica, which computed it together; times and memory are those of the first."""
+    num_gpus: float = 0.0
+    """GPUs that these have reserved, together."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import ray
 from disagg_ray import Pipeline, Request
 from disagg_ray.driver.metrics import Metrics
 from disagg_ray.http.metrics import Metrics as HttpMetrics
-from disagg_ray.replica.messages import Health
+from disagg_ray.replica.messages import Health, RankMemory
 from disagg_ray.result import StageTiming
 
 STAGES = ("encoder", "transformer", "decoder")
@@ -26,7 +26,7 @@ TIMING = StageTiming(
 
 HEALTH = Health(
     bytes_in_use=25, bytes_quarantined=0, pool_bytes=100, rss_bytes=0, stalled={}, bytes_kept=0, cache_hits=0,
-    cache_misses=0, gpu_allocated_bytes=1 << 30, gpu_peak_bytes=1 << 31, num_videos=0,
+    cache_misses=0, memory=(RankMemory(1 << 30, 1 << 31),) * 2, num_videos=0,
 )  # fmt: skip
 
 

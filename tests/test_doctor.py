@@ -274,6 +274,13 @@ def test_a_decoders_videos_take_host_memory_wherever_it_computes() -> None:
     assert "decoded videos on the host" in str(decoder)
 
 
+def test_every_rank_of_a_gang_on_the_cpu_holds_the_weights() -> None:
+    gang = replace(need(weights=GB, num_gpus=0).stages[0], num_ranks=4)
+    assert gang.host_bytes == 4 * GB + GB
+    assert "weights 1.0 GB at each of 4 ranks" in str(gang)
+    assert measure(load_config(T2V, "stages.transformer.parallel.cfg=2")).stages[1].num_ranks == 2
+
+
 def test_stages_on_the_cpu_and_copies_of_gpu_pools_take_host_memory() -> None:
     assert check_host_memory(need(weights=GB, num_gpus=0), 4 * GB).status == "fail"  # 2 x (1 + 1) + 1 of the driver
     assert check_host_memory(need(weights=GB), 4 * GB).status == "ok"  # 2 x 1 + 1

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import wait_until
 
 from disagg_ray import ConfigError, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.parallel import ParallelConfig
@@ -79,5 +80,9 @@ def test_two_ranks_make_the_video_of_one(cluster: None) -> None:
     request = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=2)
     with Pipeline.from_config(T2V, *TWO) as pipeline:
         (gang,) = (replica for replica in pipeline.replicas if replica.ranks)
-        assert [rank.rank for rank in gang.ranks] == [0, 1]
-        assert pipeline.generate(request).data == LocalPipeline.from_config(T2V).generate(request).data
+        assert [(rank.rank, rank.host, rank.gpu) for rank in gang.ranks] == [(0, gang.host, ""), (1, gang.host, "")]
+        result = pipeline.generate(request)
+        assert result.data == LocalPipeline.from_config(T2V).generate(request).data
+        assert [timing.num_ranks for timing in result.stages] == [1, 2, 1]
+        wait_until(lambda: set(pipeline.health()) == {r.name for r in pipeline.replicas}, "a replica is silent", 120)
+        assert {name: len(health.memory) for name, health in pipeline.health().items()}[gang.name] == 2

@@ -285,6 +285,16 @@ def test_the_yaml_of_every_layout_with_gangs_asks_for_their_gpus(counts: dict[st
         assert total_resources(stages)["GPU"] <= sum(counts.values())
 
 
+def test_a_gang_of_the_configuration_is_undone_where_the_best_layout_has_none(tmp_path: Path) -> None:
+    path, base = tmp_path / "plan.yaml", ParallelConfig(cfg=2, ulysses=2, spread=True)
+    written = "{num_gpus: 1, parallel: {cfg: 2, ulysses: 2, spread: true}}"
+    (tmp_path / "base.yaml").write_text(f"base: {CONF / 'wan21_t2v_14b.yaml'}\nstages:\n  transformer: {written}\n")
+    for layout in layouts({"H200": 4}, STAGES, [CFG]):
+        path.write_text("base: base.yaml\n" + to_yaml(to_settings(layout, STAGES, base)))
+        config = load_config(path)
+        assert config.stages["fused" if layout.fused else "transformer"].parallel == layout.parallel
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

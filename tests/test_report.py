@@ -98,6 +98,20 @@ def test_every_replica_is_a_named_thread_of_its_stage() -> None:
     }
 
 
+def test_the_rows_of_a_gang_say_how_many_gpus_it_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    works = simulate(3, {"transformer": 1})
+    works = [(name, tuple(replace(t, num_ranks=4, num_gpus=4.0) for t in timings)) for name, timings in works]
+    page = report(tmp_path, [record(work, "x") for work in works])
+    assert "transformer-0, 4 GPUs" in page.text and "GPU seconds" in page.text
+    (row,) = [
+        line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:3] == ["transformer", "1", "4"]
+    ]
+    spent = sum(t.compute_s + t.publish_s for _, timings in works for t in timings)
+    assert float(row[-1]) == pytest.approx(4 * spent, abs=0.1)
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["args"]["ranks"] for event in trace if event["ph"] == "X" and "ranks" in event["args"]} == {4}
+
+
 def filled(svg: str, colour: str) -> float:
     """Return the area that the rectangles of a colour's paths take, in pixels."""
     paths = re.findall(rf'd="([^"]+)" fill="{colour}"', svg)

@@ -99,6 +99,15 @@ def test_shares_are_of_all_replicas_of_a_stage() -> None:
     assert shares(lay_out(works)) == {"transformer": dict(zip(PHASES, (12 / 32, 6 / 32, 4 / 32, 2 / 32), strict=True))}
 
 
+def test_a_gang_weighs_as_much_as_its_ranks() -> None:
+    gang = timing(replica="transformer-1", compute_s=2.0, num_ranks=4, num_gpus=4.0)  # type: ignore[arg-type]
+    timeline = lay_out([("a", [timing(num_gpus=1.0)]), ("b", [gang])])
+    assert [lane.title for lane in timeline.lanes] == ["transformer-0", "transformer-1, 4 GPUs"]
+    assert (timeline.num_replicas, timeline.num_ranks) == ({"transformer": 2}, {"transformer": 5})
+    assert shares(timeline)["transformer"]["compute"] == pytest.approx((10 + 4 * 2) / (5 * 16))
+    assert timeline.gpu_seconds == {"transformer": pytest.approx((10 + 3) + 4 * (2 + 3))}
+
+
 def test_work_that_took_no_time_is_no_share_of_it() -> None:
     nothing = timing(queue_s=0.0, pull_s=0.0, compute_s=0.0, publish_s=0.0)
     assert shares(lay_out([("a", [nothing])])) == {"transformer": dict.fromkeys(PHASES, 0.0)}

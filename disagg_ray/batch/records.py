@@ -166,7 +166,7 @@ PICTURE: dict[str, Check] = {"size": BYTES, "mtime_ns": NANOSECONDS, "sha256": _
 TIMING: dict[str, Check] = {
     "stage": _word, "replica": _word, "queue_s": SECONDS, "pull_s": SECONDS, "started": EPOCH, "compute_s": SECONDS,
     "publish_s": SECONDS, "pulled_bytes": BYTES, "route": _word, "peak_bytes": BYTES, "encode_s": SECONDS,
-    "attempts": COUNT,
+    "attempts": COUNT, "num_ranks": COUNT, "num_gpus": FACTOR,
 }  # fmt: skip
 REQUEST: dict[str, Check] = {
     "id": _word, "prompt": _text, "negative_prompt": _text, "height": COUNT, "width": COUNT, "num_frames": COUNT,

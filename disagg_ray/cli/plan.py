@@ -78,7 +78,7 @@ def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_for
 
 def _parse_parallel(config: Config, text: str) -> list[ParallelConfig]:
     """Return the gangs that the configuration and `--parallel` ask for, each once."""
-    found = [stage.parallel for stage in config.stages.values() if stage.parallel.is_gang]
+    found = [stage.parallel for stage in config.stages.values() if "denoise" in stage.blocks]
     for way in filter(None, text.split("/")):
         try:
             numbers = {name.strip(): int(number) for name, number in (pair.split("=") for pair in way.split(","))}
@@ -145,7 +145,7 @@ def _plan(config: Config, request: ResolvedRequest, options: Namespace) -> None:
         )
     print_plan(made, options.requests)
     print("\n".join([planning.explain(made), *planning.footnotes(made), *notes]))
-    text = to_yaml(to_settings(made.best.layout, made.stages))
+    text = to_yaml(to_settings(made.best.layout, made.stages, config.stages[made.stages.denoiser].parallel))
     print("\n" + text, end="")
     if options.output is not None:
         write_text(options.output, f"base: {anywhere(options.config)}\n{text}")

@@ -29,6 +29,8 @@ class Need:
     pool_bytes: int
     video_bytes: int = 0
     """Host memory of decoded videos until they are fetched."""
+    num_ranks: int = 1
+    """Of each replica, each with the weights; the first one has the pool."""
 
     @property
     def nbytes(self) -> int:
@@ -37,12 +39,14 @@ class Need:
     @property
     def host_bytes(self) -> int:
         """Of host memory; a pool on a GPU has a copy there."""
-        return self.video_bytes + (self.pool_bytes if self.on_gpu else self.nbytes)
+        weights = 0 if self.on_gpu else self.num_ranks * (self.weight_bytes or 0)
+        return self.video_bytes + self.pool_bytes + weights
 
     def __str__(self) -> str:
         weights = "weights not here yet" if self.weight_bytes is None else f"weights {human_bytes(self.weight_bytes)}"
         videos = f", decoded videos on the host {human_bytes(self.video_bytes)}" if self.video_bytes else ""
-        return f"{self.stage}: {weights}, pool {human_bytes(self.pool_bytes)}{videos}"
+        ranks = f" at each of {self.num_ranks} ranks" if self.num_ranks > 1 else ""
+        return f"{self.stage}: {weights}{ranks}, pool {human_bytes(self.pool_bytes)}{videos}"
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,12 @@ def _need(config: Config, stage: Stage) -> Need:
     pool, video = pool_bytes(config, stage), limits.max_frames * frame_bytes(limits.max_pixels)
     num_videos = MAX_VIDEOS + 1 if FRAMES in stage.ports.outputs else 0  # those that wait, and one that is copied
     on_gpu = settings.torch_device == "cuda"
+    num_ranks = max(group.parallel.size for group in settings.replica_groups.values())
+    weights = stage.weight_bytes()
+    if weights is not None and settings.parallel.shard_weights:
+        weights //= num_ranks
     return Need(
-        stage.name, settings.replicas, settings.num_gpus, on_gpu, stage.weight_bytes(), pool, num_videos * video
+        stage.name, settings.replicas, settings.num_gpus, on_gpu, weights, pool, num_videos * video, num_ranks
     )  # fmt: skip
 
 

@@ -87,6 +87,15 @@ class Actor:
         """Distinguishes the actors of one replica."""
         return f"{self.name}.{self.incarnation}"
 
+    @property
+    def num_ranks(self) -> int:
+        return max(1, len(self.info.ranks)) if self.info is not None else 1
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that all its ranks have reserved."""
+        return self.num_ranks * self.settings.num_gpus if self.settings is not None else 0.0
+
     def kill(self) -> None:
         """End the process, and those of its other ranks; after the cluster was left, do nothing."""
         if ray.is_initialized():

@@ -49,10 +49,10 @@ GAUGES = {
     "last_progress_timestamp_seconds": ("When a step or a stage last finished, in seconds since the epoch.", ()),
     "pool_used_bytes": ("Bytes of a pool that are taken, a replica's or the driver's.", ("stage", "replica")),
     "pool_capacity_bytes": ("Bytes of a pool, a replica's or the driver's.", ("stage", "replica")),
-    "gpu_allocated_bytes": ("GPU memory that a replica has taken.", ("stage", "replica")),
+    "gpu_allocated_bytes": ("GPU memory that a rank of a replica has taken.", ("stage", "replica", "rank")),
     "gpu_peak_bytes": (
-        "Most GPU memory that a replica has ever held, free blocks of its allocator included.",
-        ("stage", "replica"),
+        "Most GPU memory that a rank of a replica has ever held, free blocks of its allocator included.",
+        ("stage", "replica", "rank"),
     ),
 }
 HISTOGRAMS = {
@@ -64,7 +64,7 @@ middles of its buckets: exact seconds are the counters'."""
 
 
 class Metrics:
-    """Counts what the driver reports. Labels name stages, replicas, routes and models, never requests or prompts."""
+    """Counts what the driver reports. Labels name stages, replicas, ranks, routes and models, never requests."""
 
     def __init__(self, model: str, stages: Iterable[str]) -> None:
         """Declare every series that is known beforehand.
@@ -170,8 +170,9 @@ class Metrics:
         tags = {"stage": stage, "replica": replica}
         self._gauges["pool_used_bytes"].set(health.bytes_in_use, tags)
         self._gauges["pool_capacity_bytes"].set(health.pool_bytes, tags)
-        self._gauges["gpu_allocated_bytes"].set(health.gpu_allocated_bytes, tags)
-        self._gauges["gpu_peak_bytes"].set(health.gpu_peak_bytes, tags)
+        for rank, memory in enumerate(health.memory):
+            self._gauges["gpu_allocated_bytes"].set(memory.allocated_bytes, tags | {"rank": str(rank)})
+            self._gauges["gpu_peak_bytes"].set(memory.peak_bytes, tags | {"rank": str(rank)})
         hits, misses = self._cache.get(replica, (0, 0))
         if health.cache_hits < hits or health.cache_misses < misses:
             hits = misses = 0  # a new process

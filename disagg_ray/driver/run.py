@@ -121,8 +121,8 @@ class RequestRun:
             raise
         else:  # without a wait in between: a cancelled request has to release this output too
             stage.num_run += 1
-            self._finish(stage, attempt, reply.timing)
             assert attempt.actor is not None
+            self._finish(stage, attempt, attempt.actor, reply.timing)
             self._outputs.add(stage, task.key, attempt.actor, reply)
 
     def _make_task(self, stage: StageRun, attempt: Attempt) -> Task:
@@ -130,11 +130,13 @@ class RequestRun:
         handoffs, key = self._outputs.handoffs(stage.name), self._outputs.new_key()
         return Task(key, self.request, handoffs, attempt.number, self._context.driver_epoch)
 
-    def _finish(self, stage: StageRun, attempt: Attempt, timing: StageTiming) -> None:
+    def _finish(self, stage: StageRun, attempt: Attempt, actor: Actor, timing: StageTiming) -> None:
         """Record the time that a stage took, and count it in the metrics."""
         metrics, replica = self._context.metrics, timing.replica
         queue_s = max(0.0, attempt.seconds - timing.pull_s - timing.compute_s - timing.publish_s)
-        stage.timing = replace(timing, queue_s=queue_s, attempts=stage.num_run)
+        stage.timing = replace(
+            timing, queue_s=queue_s, attempts=stage.num_run, num_ranks=actor.num_ranks, num_gpus=actor.num_gpus
+        )
         metrics.stage_finished(stage.timing)
         if "denoise" in self._context.config.stages[stage.name].blocks:  # steps without an event of their own
             metrics.steps(stage.name, replica, self.request.num_inference_steps - attempt.num_steps)

@@ -153,20 +153,22 @@ def _take(counts: Mapping[str, int], number: int) -> tuple[dict[str, int], dict[
     return {k: n for k, n in taken.items() if n}, {k: n for k, n in left.items() if n}
 
 
-def to_settings(layout: Layout, stages: Stages) -> dict[str, object]:
-    """Return the configuration of a layout, as nested mappings."""
+def to_settings(layout: Layout, stages: Stages, base: ParallelConfig = ALONE) -> dict[str, object]:
+    """Return the configuration of a layout, as nested mappings; `base` are the transformer's ranks before."""
+    mapping = to_mapping(layout.parallel, base)
+    ranks: dict[str, object] = {"parallel": mapping} if mapping else {}
     if layout.fused:
         num_gpus = 0 if {seat.kind for seat in layout.seats} == {CPU} else 1
-        each = {"replicas": layout.replicas(stages.denoiser), "num_gpus": num_gpus}
-        return {"fused": True, "stages": dict.fromkeys(stages.order, each)}
+        each: dict[str, object] = {"replicas": layout.replicas(stages.denoiser), "num_gpus": num_gpus}
+        return {"fused": True, "stages": dict.fromkeys(stages.order, each) | {stages.denoiser: each | ranks}}
     settings = {stage: _stage_settings(stage, layout, stages) for stage in stages.order}
+    settings[stages.denoiser] |= ranks
     return {"fused": False, "stages": settings, "share_gpu": _share_gpu(layout)}
 
 
 def _stage_settings(stage: str, layout: Layout, stages: Stages) -> dict[str, object]:
     shares = {seat: _share(stage, seat, stages) for seat in layout.seats if stage in seat.stages}
     parallel = layout.parallel_of(stage)
-    ranks: dict[str, object] = {"parallel": to_mapping(parallel)} if parallel.is_gang else {}
     if parallel.is_gang:  # which may have ranks in several seats of a kind
         places = [
             (kind, count // parallel.size, min(share for seat, share in shares.items() if seat.kind == kind))
@@ -180,13 +182,13 @@ def _stage_settings(stage: str, layout: Layout, stages: Stages) -> dict[str, obj
     if len(places) == 1:
         ((kind, replicas, share),) = places
         alone = len({seat.kind for seat in layout.seats}) == 1
-        where = {} if alone else {"accelerator_type": kind}
-        return {"replicas": replicas, "num_gpus": share} | where | ranks
+        where: dict[str, object] = {} if alone else {"accelerator_type": kind}
+        return {"replicas": replicas, "num_gpus": share} | where
     groups = {
         f"{kind.lower()}_{place}": {"accelerator_type": kind, "replicas": replicas, "num_gpus": share}
         for place, (kind, replicas, share) in enumerate(places)
     }
-    return {"groups": groups} | ranks
+    return {"groups": groups}
 
 
 def _share(stage: str, seat: Seat, stages: Stages) -> float:

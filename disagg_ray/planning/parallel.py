@@ -20,13 +20,17 @@ NODE_GPUS = 8
 
 def spell(parallel: ParallelConfig) -> str:
     """Return a gang's numbers in words, as `cfg 2, ulysses 4`."""
-    parts = [f"{name} {number}" for name in ("cfg", "ulysses", "ring") if (number := getattr(parallel, name)) > 1]
-    return ", ".join([*parts, *(["shard_weights"] if parallel.shard_weights else [])]) or "one rank"
+    parts = (name if value is True else f"{name} {value}" for name, value in to_mapping(parallel).items())
+    return ", ".join(parts) or "one rank"
 
 
-def to_mapping(parallel: ParallelConfig) -> dict[str, object]:
-    """Return what the key `parallel` has to say, without defaults."""
-    return {name: value for name, value in vars(parallel).items() if value != getattr(ALONE, name)}
+def to_mapping(parallel: ParallelConfig, base: ParallelConfig = ALONE) -> dict[str, object]:
+    """Return what the key `parallel` has to say where `base` stood before: nothing of what is the default in both."""
+    return {
+        name: value
+        for name, value in vars(parallel).items()
+        if (value, getattr(base, name)) != (getattr(ALONE, name),) * 2
+    }
 
 
 def speedup(parallel: ParallelConfig) -> float:

@@ -280,8 +280,7 @@ class Replica:
             bytes_kept=pool.cache.bytes_kept,
             cache_hits=pool.cache.hits,
             cache_misses=pool.cache.misses,
-            gpu_allocated_bytes=self.stage.allocated_bytes,
-            gpu_peak_bytes=self.stage.peak_bytes,
+            memory=self._computer.memory(),
             num_videos=len(self._videos),
         )
 

@@ -9,7 +9,7 @@ import torch
 
 from disagg_ray.config.schema import Config
 from disagg_ray.graph import Graph
-from disagg_ray.replica.messages import RankInfo
+from disagg_ray.replica.messages import RankInfo, RankMemory
 from disagg_ray.replica.stage import Outputs, Stage
 from disagg_ray.request import ResolvedRequest
 
@@ -21,6 +21,9 @@ class Computer(Protocol):
         self, request: ResolvedRequest, tensors: Mapping[str, torch.Tensor], on_step: Callable[[int, int], None]
     ) -> Outputs:
         """Run the blocks for one request; what `on_step` raises ends the work."""
+
+    def memory(self) -> tuple[RankMemory, ...]:
+        """Return the GPU memory of each rank, of which a stage alone is one."""
 
 
 def load(name: str, stage: Stage, config: Config, graph: Graph, host: str) -> tuple[Computer, tuple[RankInfo, ...]]:

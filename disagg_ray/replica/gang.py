@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup
@@ -22,8 +21,8 @@ from disagg_ray.config.stages import StageConfig
 from disagg_ray.errors import Cancelled, InputError, ReplicaLost, StartError
 from disagg_ray.graph import Graph
 from disagg_ray.models.parallel.ranks import Ranks, layout_of
-from disagg_ray.replica.messages import RankInfo
-from disagg_ray.replica.peer import Peer, end_with
+from disagg_ray.replica.messages import RankInfo, RankMemory
+from disagg_ray.replica.peer import Peer, describe_rank, end_with
 from disagg_ray.replica.stage import Outputs, Stage
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.text import printable
@@ -67,7 +66,9 @@ class Gang:
             raise StartError(f"{name}: a rank did not start: {_reason(error)}") from error
         for _ in self._peers:
             end_with(self._alive.accept()[0], NOTICE_S)
-        self.ranks = (RankInfo(0, psutil.Process().pid, stage.device), *peers)
+        self.ranks = (describe_rank(0, stage, host), *peers)
+        self._peer_memory: tuple[RankMemory, ...] = ()
+        """As of their latest work."""
 
     def load(self, graph: Graph) -> None:
         """Join the ranks and load the stage on all of them at once.
@@ -116,12 +117,17 @@ class Gang:
         outputs: Outputs = self._together(compute, [peer.compute.remote(request, layout) for peer in self._peers])
         return outputs
 
+    def memory(self) -> tuple[RankMemory, ...]:
+        """Return the GPU memory of each rank."""
+        return *self._stage.memory(), *self._peer_memory
+
     def _together(self, work: Callable[[], Any], calls: list[Any]) -> Any:
         """Do this rank's part of what the peers were called for; return what it returns once all have done theirs."""
         own = self._working.submit(work)
         parts: list[Future[Any]] = [own, *(call.future() for call in calls)]
         wait(parts, return_when=FIRST_EXCEPTION)
         if not _errors(parts):
+            self._peer_memory = tuple(part.result() for part in parts[1:])
             return own.result()
         _, waiting = wait(parts, TOGETHER_S)
         errors = _errors(parts)

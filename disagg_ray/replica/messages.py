@@ -32,6 +32,23 @@ class RankInfo:
     """0: the replica's own."""
     pid: int
     device: str
+    host: str
+    """Address of its node."""
+    gpu: str
+    """Number or name of its GPU there; empty without one."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}{f' GPU {self.gpu}' if self.gpu else ''}, pid {self.pid}"
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """GPU memory of one process; 0 on a CPU."""
+
+    allocated_bytes: int
+    """Taken by tensors."""
+    peak_bytes: int
+    """Most that its torch ever held, what lay free in it included."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +156,20 @@ class Health:
     """Texts whose embeddings were kept."""
     cache_misses: int
     """Texts that had to be encoded."""
-    gpu_allocated_bytes: int
-    gpu_peak_bytes: int
-    """Most GPU memory ever held, what lay free in it included."""
+    memory: tuple[RankMemory, ...]
+    """Of each rank; of others than the first after their latest work."""
     num_videos: int
     """Decoded and not yet fetched."""
+
+    @property
+    def gpu_allocated_bytes(self) -> int:
+        """GPU memory that all its ranks have taken."""
+        return sum(rank.allocated_bytes for rank in self.memory)
+
+    @property
+    def gpu_peak_bytes(self) -> int:
+        """Most GPU memory that one of its ranks ever held."""
+        return max(rank.peak_bytes for rank in self.memory)
 
     @property
     def stalled_s(self) -> float:

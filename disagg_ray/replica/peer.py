@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from disagg_ray import environment
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import Cancelled
 from disagg_ray.graph import Graph
 from disagg_ray.process import imports_kept
-from disagg_ray.replica.messages import RankInfo
+from disagg_ray.replica.messages import RankInfo, RankMemory
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import ResolvedRequest
 
@@ -42,9 +43,9 @@ class Peer:
         connection = socket.create_connection((host, port))
         connection.sendall(b"\0")  # the listener accepts a connection once data arrives
         end_with(connection)
-        return RankInfo(self._rank, psutil.Process().pid, self.stage.device)
+        return describe_rank(self._rank, self.stage, connection.getsockname()[0])
 
-    def load(self, graph: Graph, address: str, timeout_s: float) -> None:
+    def load(self, graph: Graph, address: str, timeout_s: float) -> RankMemory:
         """Join the other ranks, which do the same at once, and load the weights."""
         from disagg_ray.models.parallel.ranks import Ranks  # replicas without peers do without torch.distributed
 
@@ -52,8 +53,9 @@ class Peer:
         parallel = self.stage.config.stages[self.stage.name].parallel
         self._ranks = Ranks.join(self._rank, address, parallel, self.stage.device, timeout_s)
         self.stage.load(self._ranks)
+        return self.stage.memory()[0]
 
-    def compute(self, request: ResolvedRequest, layout: Layout) -> None:
+    def compute(self, request: ResolvedRequest, layout: Layout) -> RankMemory:
         """Compute a request with the tensors that rank 0 shares now.
 
         Raises:
@@ -65,6 +67,13 @@ class Peer:
                 raise Cancelled(f"{self.name}: cancelled at step {step} of {steps}")
 
         self.stage.compute(request, self._ranks.share(layout), obey)
+        return self.stage.memory()[0]
+
+
+def describe_rank(rank: int, stage: Stage, host: str) -> RankInfo:
+    """Return what this process is; `host` is its node's address."""
+    gpus = environment.visible_gpus() if stage.device == "cuda" else None
+    return RankInfo(rank, psutil.Process().pid, stage.device, host, ",".join(gpus or ()))
 
 
 def end_with(connection: socket.socket, after_s: float = 0.0) -> None:

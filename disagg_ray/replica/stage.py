@@ -18,6 +18,7 @@ from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.preflight import check_fit
 from disagg_ray.models.warm_up import example_request, example_tensors
+from disagg_ray.replica.messages import RankMemory
 from disagg_ray.replica.sizing import PoolNeeds, frame_bytes, frames_in_piece, most_piece_bytes
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
@@ -82,6 +83,10 @@ class Stage:
     def allocated_bytes(self) -> int:
         """GPU memory that tensors of this process take now; 0 on a CPU."""
         return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+
+    def memory(self) -> tuple[RankMemory, ...]:
+        """Return the GPU memory of this process, as of the only rank."""
+        return (RankMemory(self.allocated_bytes, self.peak_bytes),)
 
     @property
     def device(self) -> str:

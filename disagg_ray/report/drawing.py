@@ -90,7 +90,7 @@ def _rows(timeline: Timeline) -> list[_Row]:
     for before, lane in zip((None, *lanes), lanes, strict=False):
         first = before is None or before.stage != lane.stage
         top += FONT_PX if first and before is not None else 0
-        label, busy = lane.name, sum(_computing(span) for span in lane.spans()) / timeline.seconds
+        label, busy = lane.title, sum(_computing(span) for span in lane.spans()) / timeline.seconds
         if pitch <= FONT_PX:
             label = f"{lane.stage} x{counts[lane.stage]}" if first else ""
             busy = by_stage[lane.stage]["compute"] + by_stage[lane.stage]["publish"]

@@ -25,7 +25,7 @@ from disagg_ray.planning.plan import Plan
 from disagg_ray.planning.profile import Profile
 from disagg_ray.report.drawing import draw
 from disagg_ray.report.page import Sheet, render
-from disagg_ray.report.timeline import PHASES, Timeline, is_whole, lay_out, shares
+from disagg_ray.report.timeline import PHASES, Timeline, entitle, is_whole, lay_out, shares
 from disagg_ray.report.trace import to_trace
 from disagg_ray.result import Result
 from disagg_ray.service.protocol import Snapshot
@@ -52,7 +52,7 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
     table.add_column("route", no_wrap=True)
     held = []
     for timing in result.stages:
-        name = timing.replica if timing.replica != "local" else timing.stage
+        name = entitle(timing.replica if timing.replica != "local" else timing.stage, timing)
         seconds = (timing.queue_s, timing.pull_s, timing.compute_s, timing.publish_s, timing.encode_s)
         table.add_row(name, *(f"{value:.3f}" for value in seconds), human_bytes(timing.pulled_bytes), timing.route)
         parts = dict(weights.get(timing.replica) or weights.get(timing.stage) or {})
@@ -114,17 +114,26 @@ def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
         table.add_column(column)
+    gangs: list[str] = []
     for name, shown in snapshots.items():
         if isinstance(shown, str):
             table.add_row(name, "-", shown)
             continue
-        stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}" for s in shown.stages)
+        stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}{_sizes(shown, s.stage)}" for s in shown.stages)
         waiting = shown.queued + sum(s.waiting for s in shown.stages)
         max_vram_bytes = sum(s.max_vram_bytes for s in shown.stages)
         age = f"{(time.time() - shown.began) / 60:.0f} min"
         held = human_bytes(max_vram_bytes) if max_vram_bytes else "-"
         table.add_row(name, shown.config.model.path, shown.state, stages, str(waiting), age, held, shown.address)
-    _print(table)
+        gangs += [f"{name} {info.name}: {'; '.join(map(str, info.ranks))}" for info in shown.replicas if info.ranks]
+    _print(table, *gangs)
+
+
+def _sizes(snapshot: Snapshot, stage: str) -> str:
+    """Return how many ranks a stage's replicas have, where some have several."""
+    groups = snapshot.config.stages[stage].replica_groups.values()
+    sizes = sorted({group.parallel.size for group in groups})
+    return f" ({' or '.join(map(str, sizes))} ranks each)" if sizes[-1] > 1 else ""
 
 
 def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
@@ -198,14 +207,18 @@ def _notes(records: Sequence[Record], timeline: Timeline) -> list[str]:
 
 
 def _busy(timeline: Timeline) -> Sheet:
+    ranks, gpu_seconds = timeline.num_ranks, timeline.gpu_seconds
+    has_gangs, has_gpus = ranks != timeline.num_replicas, any(gpu_seconds.values())
     rows = tuple(
         (
-            stage, str(timeline.num_replicas[stage]), f"{100 * (of['compute'] + of['publish']):.0f} %",
-            *(f"{100 * of[phase]:.1f} %" for phase in PHASES), f"{100 * (1 - sum(of.values())):.1f} %",
+            stage, str(timeline.num_replicas[stage]), *([str(ranks[stage])] if has_gangs else []),
+            f"{100 * (of['compute'] + of['publish']):.0f} %", *(f"{100 * of[phase]:.1f} %" for phase in PHASES),
+            f"{100 * (1 - sum(of.values())):.1f} %", *([f"{gpu_seconds[stage]:.1f}"] if has_gpus else []),
         )
         for stage, of in shares(timeline).items()
     )  # fmt: skip
-    return Sheet("Where the replicas' time went", ("stage", "replicas", "busy", *PHASES, "idle"), rows)
+    columns = ("stage", "replicas", *(["ranks"] if has_gangs else []), "busy", *PHASES, "idle")
+    return Sheet("Where the replicas' time went", (*columns, *(["GPU seconds"] if has_gpus else [])), rows)
 
 
 def _latencies(records: Sequence[Record]) -> Sheet:

@@ -76,6 +76,16 @@ class Lane:
     stage: str
     tasks: tuple[Task, ...]
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the replica: the most that it had."""
+        return max(task.timing.num_ranks for task in self.tasks)
+
+    @property
+    def title(self) -> str:
+        """Its name, and how many GPUs or processes a gang took."""
+        return entitle(self.name, max((task.timing for task in self.tasks), key=lambda timing: timing.num_ranks))
+
     def spans(self) -> Iterator[Span]:
         """Yield the replica's spans, in order and without overlap.
 
@@ -114,6 +124,23 @@ class Timeline:
         stages = [lane.stage for lane in self.lanes]
         return {stage: stages.count(stage) for stage in dict.fromkeys(stages)}
 
+    @property
+    def num_ranks(self) -> dict[str, int]:
+        """Processes by stage: of a gang each counts."""
+        counts = dict.fromkeys(self.num_replicas, 0)
+        for lane in self.lanes:
+            counts[lane.stage] += lane.num_ranks
+        return counts
+
+    @property
+    def gpu_seconds(self) -> dict[str, float]:
+        """Seconds of computing and publishing by stage, times the GPUs that were reserved for them."""
+        spent = dict.fromkeys(self.num_replicas, 0.0)
+        for task in (task for lane in self.lanes for task in lane.tasks):
+            compute, timing = task.spans()[2], task.timing
+            spent[timing.stage] += (compute.end - compute.start + timing.publish_s) * timing.num_gpus
+        return spent
+
 
 def lay_out(works: Works) -> Timeline:
     """Return the timeline of finished requests, of one run or of several into one folder."""
@@ -140,13 +167,24 @@ def lay_out(works: Works) -> Timeline:
 
 
 def shares(timeline: Timeline) -> dict[str, dict[Phase, float]]:
-    """Return by stage the share of its replicas' time that each phase took, 0 to 1; the rest was idle."""
-    counts = timeline.num_replicas
+    """Return by stage the share of its replicas' time that each phase took, 0 to 1; the rest was idle.
+
+    Every rank's time counts: a gang of four weighs as much as four replicas of one.
+    """
+    counts = timeline.num_ranks
     found: dict[str, dict[Phase, float]] = {stage: dict.fromkeys(PHASES, 0.0) for stage in counts}
     for lane in timeline.lanes:
         for span in lane.spans():
-            found[lane.stage][span.phase] += (span.end - span.start) / (timeline.seconds * counts[lane.stage])
+            share = lane.num_ranks / (timeline.seconds * counts[lane.stage])
+            found[lane.stage][span.phase] += (span.end - span.start) * share
     return found
+
+
+def entitle(name: str, timing: StageTiming) -> str:
+    """Return a replica's name, with the number of its GPUs, or processes on CPUs, where it is a gang."""
+    if timing.num_ranks == 1:
+        return name
+    return f"{name}, {timing.num_ranks} {'GPUs' if timing.num_gpus else 'ranks'}"
 
 
 def is_whole(timing: StageTiming) -> bool:

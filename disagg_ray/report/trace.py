@@ -65,7 +65,7 @@ def _events(timeline: Timeline) -> Iterator[Event]:
         yield from _named("process", stage, pid, 0)
     for tid, lane in zip(count(1, 2), timeline.lanes, strict=False):
         pid = pids[lane.stage]
-        yield from _named("thread", lane.name, pid, tid)
+        yield from _named("thread", lane.title, pid, tid)
         yield from _named("thread", f"{lane.name} pulls", pid, tid + 1)
         earliest = 0.0
         for task in lane.tasks:
@@ -90,6 +90,8 @@ def _task(task: Task, pid: int, tid: int, earliest: float, number: int) -> Itera
         "request": task.request, "pull_s": timing.pull_s, "queue_s": timing.queue_s, "attempts": timing.attempts,
         "pulled_bytes": timing.pulled_bytes, "route": timing.route,
     }  # fmt: skip
+    if timing.num_ranks > 1:
+        args |= {"ranks": timing.num_ranks, "gpus": timing.num_gpus}
     yield _slice(compute, task.request, pid, tid, args)
     if _us(publish.start) < _us(publish.end):
         yield _slice(publish, "publish", pid, tid, {"request": task.request})
