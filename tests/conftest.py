@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import postgres as postgresql
 import pytest
 from PIL import Image
 
@@ -92,3 +93,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no mounts here: {done.stderr.decode()}")
     yield mount
     subprocess.run(["umount", mount], check=True)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[postgresql.Postgres]:
+    """Give a PostgreSQL."""
+    with postgresql.running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.proof)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Give the URL of a database."""
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres").url)
+    return f"sqlite:///{tmp_path}/jobs.db"

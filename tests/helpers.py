@@ -1,9 +1,13 @@
 """What tests and the scripts they run share beside fixtures: waiting with a deadline, stages, ports and folders."""
 
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -71,6 +75,45 @@ def ray_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@dataclass(frozen=True)
+class Head:
+    """A head node that runs as a child process."""
+
+    pid: int
+    environment: dict[str, str]
+    """In which clients reach its dashboard."""
+
+
+@contextmanager
+def head_node(log: Path, **more: str) -> Iterator[Head]:
+    """Start a head node with more in its environment; wait until its agent takes jobs."""
+    dashboard, programs = free_port(), Path(sys.executable).parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | more
+    environment["PATH"] = f"{programs}:{environment['PATH']}"
+    options = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    options += ["--num-cpus=8", "--disable-usage-stats", f"--node-ip-address={HOST}"]
+    options += [f"--dashboard-agent-listen-port={free_port()}"]  # the session's own Ray has the default one
+    place = f"http://{HOST}:{dashboard}"
+    client = environment | {"RAY_ADDRESS": place, "RAY_DASHBOARD_ADDRESS": place}
+    with ray_folder() as folder, log.open("w") as sink:
+        command = [f"{programs}/ray", "start", *options, f"--temp-dir={folder}"]
+        head = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink)
+        try:
+            _wait_for_agent(client)
+            yield Head(head.pid, client)
+        finally:
+            head.terminate()
+            head.wait(30)
+
+
+def _wait_for_agent(client: dict[str, str]) -> None:
+    """The head answers before its agent takes jobs: wait until one is taken."""
+    deadline, command = time.monotonic() + 120, ["ray", "job", "submit", "--no-wait", "--", "true"]
+    while (asked := subprocess.run(command, env=client, capture_output=True, text=True, check=False)).returncode:
+        assert time.monotonic() < deadline, f"the head node did not come up: {asked.stdout}{asked.stderr}"
+        time.sleep(1)
+
+
 def refusal(address: str) -> str:
     """Return why this machine cannot join a cluster; empty if it can."""
     try:
@@ -85,6 +128,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    """Return whether nobody listens on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
 
 
 def free_ports(count: int) -> str:

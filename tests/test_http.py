@@ -250,20 +250,22 @@ def test_the_size_of_a_body_is_bounded_by_the_configuration(model: str, tmp_path
 
 
 @pytest.mark.parametrize("limit", ["service.max_bytes=1", "service.expires_after_s=0.5"])
-def test_expired_and_excess_videos_are_removed(limit: str, model: str, tmp_path: Path) -> None:
-    with serve(tmp_path, limit) as http:
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_expired_and_excess_videos_are_removed(scheme: str, limit: str, model: str, tmp_path: Path) -> None:
+    database = f"service.database=sqlite:///{tmp_path}/jobs.db"
+    with serve(tmp_path, limit, f"service.folder={scheme}{tmp_path}", database) as http:
         video_id = post(http, SMALL)["id"]
         finish(http, video_id)
         content = f"/v1/videos/{video_id}/content"
         wait_until(lambda: http.get(content).status_code == 404, "it stays")
         assert http.get(content).json()["error"]["code"] == "expired"
-        assert not list(tmp_path.glob("*.mp4"))
+        wait_until(lambda: not list(tmp_path.glob("video*")), "its files stay")
 
 
-def test_videos_go_to_a_url_too(model: str, tmp_path: Path) -> None:
-    with serve(
-        tmp_path, f"service.folder=local://{tmp_path}", f"service.database=sqlite:///{tmp_path}/jobs.db"
-    ) as http:
+@pytest.mark.parametrize("scheme", ["file://", "local://"])
+def test_videos_go_to_a_url_too_and_are_freed_there(scheme: str, model: str, tmp_path: Path) -> None:
+    database = f"service.database=sqlite:///{tmp_path}/jobs.db"
+    with serve(tmp_path, f"service.folder={scheme}{tmp_path}", database) as http:
         video_id = post(http, SMALL)["id"]
         assert finish(http, video_id)["status"] == "completed"
         content = f"/v1/videos/{video_id}/content"
@@ -271,3 +273,4 @@ def test_videos_go_to_a_url_too(model: str, tmp_path: Path) -> None:
         assert http.get(content, params={"variant": "thumbnail"}).content[:4] == b"RIFF"
         assert http.delete(f"/v1/videos/{video_id}").status_code == 200
         assert http.get(content).status_code == 404
+        wait_until(lambda: not list(tmp_path.glob("video*")), "its files stay")

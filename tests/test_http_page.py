@@ -75,6 +75,7 @@ def test_a_prompt_becomes_a_video_that_plays_to_its_end(page: Page) -> None:
     ended = """video => new Promise(resolve => {
         video.loop = false; video.muted = true; video.onended = () => resolve(video.currentTime); video.play(); })"""
     assert card.locator("video").evaluate(ended) > 1
+    expect(page.get_by_role("status")).to_contain_text("the video is ready")
     card.get_by_role("button", name="Again with this").click()
     assert page.get_by_label("Seed").input_value() == "7"
     shoot(page, "finished")
@@ -86,8 +87,9 @@ def test_a_job_is_cancelled_and_deleted(page: Page) -> None:
     card.get_by_role("button", name="Cancel").click()
     expect(card).to_have_class("card cancelled", timeout=SURE_MS)
     number = page.locator(".card").count()
-    card.get_by_role("button", name="Delete").click()
+    card.get_by_role("button", name="Delete").press("Enter")
     expect(page.locator(".card")).to_have_count(number - 1)
+    assert page.evaluate("document.activeElement !== document.body")  # the keyboard goes on from there
 
 
 def test_an_error_is_read_and_the_page_fits_a_phone_in_the_dark(page: Page) -> None:
@@ -97,5 +99,29 @@ def test_an_error_is_read_and_the_page_fits_a_phone_in_the_dark(page: Page) -> N
     page.get_by_label("Height").fill("1024")
     generate(page, "a red circle", 2)
     expect(page.get_by_role("alert").first).to_contain_text("must be at most limits.max_pixels")
+    expect(page.get_by_label("Width")).to_be_focused()
+    expect(page.get_by_label("Width")).to_have_attribute("aria-invalid", "true")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     shoot(page, "phone")
+
+
+def test_the_keyboard_alone_reaches_the_form_whose_fields_have_names_and_show_their_focus(page: Page) -> None:
+    name = "e => (e.ariaLabel || e.labels?.[0]?.textContent || e.textContent).trim()"
+    reached = list[str]()
+    page.get_by_role("link", name="API").focus()
+    while "Generate" not in reached and len(reached) < 20:
+        page.keyboard.press("Tab")
+        focused = page.locator(":focus")
+        reached.append(focused.evaluate(name))
+        assert focused.evaluate("e => getComputedStyle(e).outlineStyle") != "none"
+    assert reached == [
+        "Prompt",
+        "Negative prompt",
+        "Width",
+        "Height",
+        "Frames",
+        "Steps",
+        "Guidance",
+        "Seed",
+        "Generate",
+    ]

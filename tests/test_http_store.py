@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Barrier, Thread
 from typing import Any
 
-import helpers
 import pytest
 
 from disagg_ray.errors import ConfigError
 from disagg_ray.http.store import UNFINISHED, Job, Store
 
 SETTINGS = {"num_frames": 16, "fps": 16, "priority": 0}
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """Give the URL of a PostgreSQL of our own."""
-    places = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path(".venv/postgresql/usr/lib/postgresql").glob("*/bin")]
-    if not places:
-        pytest.skip("no PostgreSQL: apt-get install postgresql")
-    bin, user = places[0].absolute(), "postgres" if os.geteuid() == 0 else None
-    with TemporaryDirectory(prefix="pg-") as folder:
-        if user is not None:
-            shutil.chown(folder, user)
-        port, data = helpers.free_port(), f"{folder}/data"
-
-        def run(*command: str) -> None:
-            subprocess.run(command, check=True, user=user, stdout=subprocess.DEVNULL, timeout=120, cwd=folder)
-
-        run(f"{bin}/initdb", "-D", data, "-U", "jobs", "--auth=trust", "--no-sync")
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-        run(f"{bin}/pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{folder}/log", "start")
-        yield f"postgresql://jobs@127.0.0.1:{port}/postgres"
-        run(f"{bin}/pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.proof)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(request.getfixturevalue("postgres")) if request.param == "postgres" else f"sqlite:///{tmp_path}/jobs.db"
 
 
 @pytest.fixture
@@ -61,7 +28,7 @@ def store(url: str) -> Iterator[Store]:
 def add(store: Store, name: str, tenant: str = "a", **more: Any) -> Job:
     job = Job(
         f"{name}-{time.time_ns()}", tenant, "wan", 0, "a cat", SETTINGS, {}, "64x64", "1",
-        created_at=more.pop("created_at", time.time()), **more,
+        created_at=more.pop("created_at", time.time()), length_s=1.0, **more,
     )  # fmt: skip
     with store.accepting(tenant) as accepting:
         accepting.add(job)
@@ -124,16 +91,15 @@ def test_usage_counts_a_day_and_what_is_unfinished(store: Store) -> None:
     failed = add(store, "failed", tenant)
     store.change(failed.id, UNFINISHED, status="failed")
     with store.accepting(tenant) as accepting:
-        usage = accepting.usage()
-    assert (usage.in_flight, usage.seconds_a_day) == (2, 1.0)
+        assert (accepting.in_flight(), accepting.seconds_today()) == (2, 1.0)
 
 
 def test_a_worker_number_is_one_processs_until_it_ends(store: Store, url: str) -> None:
-    assert store.take_worker(7)
+    assert store.workers.take(7)
     other = Store(url)
-    assert (other.take_worker(7), other.take_worker(8)) == (False, True)
+    assert (other.workers.take(7), other.workers.take(8)) == (False, True)
     other.close()
-    assert store.take_worker(8)
+    assert store.workers.take(8)
 
 
 @pytest.mark.parametrize("url", ["nothing", "sqlite:////proc/none/jobs.db", "oracle://x"])

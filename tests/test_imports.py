@@ -51,7 +51,7 @@ IMPORTERS = {
     "huggingface_hub": {"models"},
     "ray": {"pipeline", "driver", "service", "http", "replica.actor", "replica.gang", "doctor", "jobs"},
     "fastapi": {"http.app", "http.forms", "http.routes"},
-    "sqlalchemy": {"http.store", "http.app"},
+    "sqlalchemy": {"http.store", "http.workers", "http.app"},
     "starlette": {"http"},
     "accelerate": {"models"},
     "torchao": {"models"},

@@ -13,8 +13,8 @@ from typing import Any
 from disagg_ray.http.bodies import IMAGES, Upload, check_body, fingerprint, repeated
 from disagg_ray.http.files import Folder, thumbnail_of, video_of
 from disagg_ray.http.keys import Key, Keys
-from disagg_ray.http.live import Update
 from disagg_ray.http.metrics import Metrics
+from disagg_ray.http.queues import Queues
 from disagg_ray.http.repeat import repeat
 from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
@@ -24,9 +24,8 @@ from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
 
 KEEP_HOUSE_S = 0.5
-UNFINISHED_S = 1.0
-"""Longest age of the list from which positions in the queue are read."""
-MAX_WORKERS = 1000
+UNKNOWN_RETRY_S = 10
+"""Until one job has finished, which tells how long one takes."""
 MAX_RETRY_S = 3600
 
 
@@ -44,32 +43,24 @@ class Jobs:
         self.folder = Folder(settings.service.folder)
         self.store = Store(settings.database)
         self.keys = Keys(settings.service.api_keys, settings.session_key)
-        self.worker = self._take_worker()
-        self._workers = {self.worker}
+        self.workers = self.store.workers
+        self.workers.become_one()
+        own, expires_after_s = self.workers.own, settings.service.expires_after_s
         self.runners = {
-            model: Runner(
-                model, config, self.store, self.folder, settings.service.expires_after_s, self.metrics.first_event
-            )
+            model: Runner(model, config, own, self.store, self.folder, expires_after_s, self.metrics.first_event)
             for model, config in configs.items()
         }
-        self._unfinished: tuple[float, list[Job]] = -math.inf, []
+        self.queues = Queues(self.store, self.runners)
         self._closing = threading.Event()
-        self._resume(self.store.unfinished())
+        self._resume(self.queues.read())
         keep = partial(repeat, "keeping house", self._tidy, lambda: KEEP_HOUSE_S, self._closing)
         self._housekeeper = threading.Thread(target=keep, daemon=True)
         self._housekeeper.start()
 
-    def _take_worker(self) -> int:
-        return next(number for number in range(MAX_WORKERS) if self.store.take_worker(number))
-
     def _resume(self, unfinished: list[Job]) -> None:
         """Run what workers of our numbers left; take numbers over whose process is gone."""
         for job in unfinished:
-            if job.worker not in self._workers:
-                if not self.store.take_worker(job.worker):
-                    continue
-                self._workers.add(job.worker)
-            if job.model in self.runners:
+            if self.workers.take(job.worker) and job.model in self.runners:
                 self.runners[job.model].run(job)
 
     def close(self) -> None:
@@ -102,8 +93,9 @@ class Jobs:
         now, job_id = time.time(), f"video_{uuid.uuid4().hex}"
         images = {IMAGES[field]: f"{job_id}.{IMAGES[field]}" for field in uploads}
         job = Job(
-            job_id, key.name, runner.model, self.worker, asked.prompt, asked.settings, images, asked.size,
+            job_id, key.name, runner.model, self.workers.own, asked.prompt, asked.settings, images, asked.size,
             asked.seconds, now, remixed_from=remixed_from, idempotency_key=idempotency_key, fingerprint=made_of,
+            length_s=asked.settings["num_frames"] / asked.settings["fps"],
             deadline_at=now + body.deadline_s if body.deadline_s is not None else None,
         )  # fmt: skip
         for field, upload in uploads.items():
@@ -127,19 +119,15 @@ class Jobs:
         limit = runner.config.limits.max_queued
         if accepting.count(job.model) >= limit:
             raise self._overloaded(runner, f"{job.model}: {limit} jobs are unfinished", "queue_full")
-        usage = accepting.usage()
-        if key.max_in_flight is not None and usage.in_flight >= key.max_in_flight:
+        if key.max_in_flight is not None and accepting.in_flight() >= key.max_in_flight:
             raise self._overloaded(runner, f"{key.max_in_flight} jobs of this key are unfinished", "too_many_in_flight")
-        asked = job.settings["num_frames"] / job.settings["fps"]
-        if key.seconds_a_day is not None and usage.seconds_a_day + asked > key.seconds_a_day:
+        if key.seconds_a_day is not None and accepting.seconds_today() + job.length_s > key.seconds_a_day:
             message = f"{key.seconds_a_day:g} seconds of video a day are this key's limit; ask for less, or tomorrow"
             raise ApiError(429, message, code="daily_limit", headers={"Retry-After": str(MAX_RETRY_S)})
 
     def _overloaded(self, runner: Runner, message: str, code: str) -> ApiError:
-        jobs = [job for job in self.unfinished() if job.model == runner.model]
-        wait_s = runner.pace.wait_s(jobs, runner.replicas)
-        seconds = 10 if wait_s is None else wait_s / max(len(jobs), 1)
-        retry = min(MAX_RETRY_S, max(1, math.ceil(seconds)))
+        seconds = self.queues.seconds_each(runner.model)
+        retry = min(MAX_RETRY_S, max(1, math.ceil(seconds if seconds is not None else UNKNOWN_RETRY_S)))
         return ApiError(429, f"{message}; try again in {retry} s", code=code, headers={"Retry-After": str(retry)})
 
     def runner(self, model: str | None) -> Runner:
@@ -168,43 +156,22 @@ class Jobs:
             raise ApiError(404, f"video_id: there is no video {shown(job_id)}", param="video_id", code="not_found")
         return job
 
-    def update(self, job: Job) -> Update:
-        """Return a job as it is this moment, as far as this process knows."""
+    def show(self, job: Job) -> Video:
+        """Return the answer that describes a job, as far as this process knows."""
         runner = self.runners.get(job.model)
-        return runner.view(job) if runner is not None else Update(job, {})
-
-    def show(self, update: Update) -> Video:
-        """Return the answer that describes a job."""
-        job, runner = update.job, self.runners.get(update.job.model)
         if job.is_finished or runner is None:
             return to_video(job)
+        job = runner.view(job)
         shares = runner.pace.shares(job)
         stages = [
-            StageProgress(stage=name, state=event.state, step=event.step, steps=event.steps, share=shares.get(name, 0))
-            for name, event in sorted(update.stages.items(), key=lambda item: list(shares).index(item[0]))
-        ]
-        ahead = self._ahead(job)
-        waits = runner.pace.wait_s([*ahead, job], runner.replicas)
-        position = len(ahead) if job.status == "queued" else None
-        return to_video(job, stages=stages, queue_position=position, wait_s=waits and round(waits, 1))
-
-    def _ahead(self, job: Job) -> list[Job]:
-        """Return the unfinished jobs of a model that come before one."""
-        ahead = []
-        for other in self.unfinished():
-            if other.id == job.id:
-                break
-            if other.model == job.model:
-                ahead.append(other)
-        return ahead
-
-    def unfinished(self) -> list[Job]:
-        """Return all unfinished jobs, of all processes, as they were a moment ago."""
-        read, jobs = self._unfinished
-        if time.monotonic() > read + UNFINISHED_S:
-            jobs = self.store.unfinished()
-            self._unfinished = time.monotonic(), jobs
-        return jobs
+            StageProgress(stage=name, state=job.stages[name][0], step=job.stages[name][1], steps=job.stages[name][2],
+                          share=share)
+            for name, share in shares.items() if name in job.stages
+        ]  # fmt: skip
+        place = self.queues.place(job)
+        position = place.ahead if job.status == "queued" else None
+        wait_s = round(place.wait_s, 1) if place.wait_s is not None else None
+        return to_video(job, stages=stages, queue_position=position, wait_s=wait_s)
 
     def cancel(self, key: Key, job_id: str) -> Job:
         """Cancel a job; what runs of it ends within a step.
@@ -266,25 +233,25 @@ class Jobs:
             name = thumbnail_of(job.id)
         return name, self.folder.size(name)
 
-    def subscribe(self, job: Job, receive: Callable[[Update], None]) -> Callable[[], None]:
+    def subscribe(self, job: Job, receive: Callable[[Job], None]) -> Callable[[], None]:
         runner = self.runners.get(job.model)
         return runner.subscribe(job.id, receive) if runner is not None else lambda: None
 
     def _tidy(self) -> None:
         """Write progress, end late and cancelled jobs, take over those of dead processes, remove what has expired."""
         now = time.time()
+        self.workers.keep()
         for runner in self.runners.values():
             runner.flush()
-        unfinished = self.store.unfinished()
-        self._unfinished = time.monotonic(), unfinished
+        unfinished = self.queues.read()
         for job in unfinished:
-            if job.model not in self.runners or job.worker not in self._workers:
+            if job.model not in self.runners or job.worker not in self.workers.numbers:
                 continue
             runner = self.runners[job.model]
             limit_s = runner.config.cluster.start_timeout_s
             if job.deadline_at is not None and now > job.deadline_at:
                 runner.fail_late(job, "deadline_exceeded", "not finished within deadline_s")
-            elif runner.lost_s > limit_s:
+            elif runner.link.lost_s > limit_s:
                 runner.fail_late(job, "service_lost", f"the service has been away for {limit_s:g} s")
             elif job.status == "cancelling":
                 runner.cancel(job.id)

@@ -1,22 +1,14 @@
-"""Jobs that this process runs, as their subscribers see them."""
+"""Jobs that this process runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from disagg_ray.driver.handle import Handle
 from disagg_ray.http.pace import Pace
-from disagg_ray.http.store import Job, with_progress
+from disagg_ray.http.store import Job, Status
 from disagg_ray.progress.events import Event
-
-
-@dataclass(frozen=True)
-class Update:
-    """What subscribers of a job receive."""
-
-    job: Job
-    stages: dict[str, Event]
 
 
 @dataclass(eq=False)
@@ -26,11 +18,17 @@ class Live:
     job: Job
     handle: Handle | None = None
     stages: dict[str, Event] = field(default_factory=dict)
-    subscribers: set[Callable[[Update], None]] = field(default_factory=set)
+    """The latest event of each."""
+    subscribers: set[Callable[[Job], None]] = field(default_factory=set)
     changed: bool = False
     """Since its progress was last written."""
 
-    def update(self, job: Job, pace: Pace) -> Update:
-        """Return what subscribers receive now."""
+    def view(self, job: Job, pace: Pace) -> Job:
+        """Return a job as its events say it is, ahead of the database."""
+        if job.is_finished or not self.stages:
+            return job
         running = any(event.state != "waiting" for event in self.stages.values())
-        return Update(with_progress(job, pace.progress(job, self.stages), running=running), dict(self.stages))
+        status: Status = "in_progress" if running and job.status == "queued" else job.status
+        stages = {name: [event.state, event.step, event.steps] for name, event in self.stages.items()}
+        progress = max(job.progress, pace.progress(job, self.stages))
+        return replace(job, progress=progress, status=status, stages=stages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from disagg_ray.config.schema import Config
@@ -52,14 +52,19 @@ class Pace:
         done = sum(share * _fraction(stages[name]) for name, share in self.shares(job).items() if name in stages)
         return min(MOST, int(100 * done))
 
-    def wait_s(self, jobs: Iterable[Job], replicas: Mapping[str, int]) -> float | None:
-        """Return the seconds in which the stages finish what is left of several jobs, the slowest stage decides."""
+    @property
+    def nothing_s(self) -> float | None:
+        """Return the wait where nothing is left; None: no job has finished, which would tell how long one takes."""
+        return 0.0 if self._rates else None
+
+    def waits(self, jobs: Iterable[Job], replicas: Mapping[str, int]) -> Iterator[float | None]:
+        """Yield for each of several jobs the seconds until it is finished; the slowest stage decides."""
         left: dict[str, float] = {}
         for job in jobs:
             for stage, seconds in self.predict(job).items():
                 share = seconds * (1 - job.progress / 100)
                 left[stage] = left.get(stage, 0.0) + share / max(replicas.get(stage, 1), 1)
-        return max(left.values(), default=0.0) if self._rates else None
+            yield max(left.values(), default=self.nothing_s)
 
     def _work(self, stage: str, settings: Mapping[str, Any]) -> float:
         work: float = settings["height"] * settings["width"] * settings["num_frames"]

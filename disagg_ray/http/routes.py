@@ -18,7 +18,6 @@ from disagg_ray.http import schema
 from disagg_ray.http.forms import describe_body, read_body
 from disagg_ray.http.jobs import Jobs
 from disagg_ray.http.keys import Key
-from disagg_ray.http.live import Update
 from disagg_ray.http.metrics import scrape
 from disagg_ray.http.schema import ApiError, CreateVideo, Deleted, RemixVideo, Video, VideoList
 from disagg_ray.http.store import Job
@@ -26,7 +25,7 @@ from disagg_ray.text import shown
 
 PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 MAX_IDEMPOTENCY_CHARS = 255
-POLL_S = 1.0
+POLL_S = 0.5
 """How soon a stream sees what another process did."""
 BEAT_S = 15.0
 """Between two signs of life on a stream where nothing happens."""
@@ -63,7 +62,7 @@ async def create_video(
 ) -> schema.Video:
     """Accept a video job; it is kept once this answers."""
     body, uploads = await read_body(request, CreateVideo)
-    return await run_in_threadpool(lambda: jobs.show(jobs.update(jobs.accept(key, body, uploads, idempotency_key))))
+    return await run_in_threadpool(lambda: jobs.show(jobs.accept(key, body, uploads, idempotency_key)))
 
 
 @router.get("/v1/videos", response_model=VideoList, responses=ERRORS)
@@ -76,7 +75,7 @@ def list_videos(
     if after is not None and last is None:
         raise ApiError(400, f"after: there is no video {shown(after)}", param="after")
     found = jobs.store.page(key.name, last, limit + 1, ascending=order == "asc")
-    data = [jobs.show(jobs.update(job)) for job in found[:limit]]
+    data = [jobs.show(job) for job in found[:limit]]
     first, end = (data[0].id, data[-1].id) if data else (None, None)
     return VideoList(data=data, first_id=first, last_id=end, has_more=len(found) > limit)
 
@@ -87,7 +86,7 @@ async def get_video(video_id: str, jobs: WithJobs, key: WithKey, response: Respo
     response.headers["openai-poll-after-ms"] = "500"
 
     def look() -> Video:
-        return jobs.show(jobs.update(jobs.find(key, video_id)))
+        return jobs.show(jobs.find(key, video_id))
 
     return look() if jobs.store.is_quick else await run_in_threadpool(look)
 
@@ -102,7 +101,7 @@ def delete_video(video_id: str, jobs: WithJobs, key: WithKey) -> Deleted:
 @router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=ERRORS)
 def cancel_video(video_id: str, jobs: WithJobs, key: WithKey) -> Video:
     """Cancel a job: the GPU stops within a step."""
-    return jobs.show(jobs.update(jobs.cancel(key, video_id)))
+    return jobs.show(jobs.cancel(key, video_id))
 
 
 @router.post(
@@ -113,9 +112,7 @@ async def remix_video(
 ) -> Video:
     """Accept a new prompt with the settings, images and seed of another video."""
     body, _ = await read_body(request, RemixVideo)
-    return await run_in_threadpool(
-        lambda: jobs.show(jobs.update(jobs.remix(key, video_id, body.prompt, idempotency_key)))
-    )
+    return await run_in_threadpool(lambda: jobs.show(jobs.remix(key, video_id, body.prompt, idempotency_key)))
 
 
 @router.get("/v1/videos/{video_id}/content", responses=ERRORS, response_class=Response)
@@ -162,37 +159,37 @@ def get_events(video_id: str, jobs: WithJobs, key: WithKey) -> Response:
 EVENTS = "text/event-stream"
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, put: Callable[[Update], None], update: Update) -> None:
-    loop.call_soon_threadsafe(put, update)
+def _call_soon(loop: asyncio.AbstractEventLoop, put: Callable[[Job], None], job: Job) -> None:
+    loop.call_soon_threadsafe(put, job)
 
 
 async def _stream(jobs: Jobs, key: Key, job: Job) -> AsyncIterator[str]:
-    queue: asyncio.Queue[Update] = asyncio.Queue(BACKLOG)
+    queue: asyncio.Queue[Job] = asyncio.Queue(BACKLOG)
     loop = asyncio.get_running_loop()
 
-    def put(update: Update) -> None:
+    def put(job: Job) -> None:
         if queue.full():
             queue.get_nowait()
-        queue.put_nowait(update)
+        queue.put_nowait(job)
 
     unsubscribe = jobs.subscribe(job, partial(_call_soon, loop, put))
     try:
-        sent, update, waited = "", await run_in_threadpool(jobs.update, job), 0.0
+        sent, waited = "", 0.0
         while True:
-            video = (await run_in_threadpool(jobs.show, update)).model_dump_json()
+            video = (await run_in_threadpool(jobs.show, job)).model_dump_json()
             if video != sent:
                 sent, waited = video, 0.0
-                yield f"event: {update.job.status}\ndata: {video}\n\n"
-            if update.job.is_finished:
+                yield f"event: {job.status}\ndata: {video}\n\n"
+            if job.is_finished:
                 return
             try:
                 async with asyncio.timeout(POLL_S):
-                    update = await queue.get()
+                    job = await queue.get()
             except TimeoutError:
                 row = await run_in_threadpool(jobs.store.get, job.id, key.name)
                 if row is None:  # deleted
                     return
-                update = await run_in_threadpool(jobs.update, row)
+                job = row
                 waited += POLL_S
                 if waited >= BEAT_S:
                     waited = 0.0
@@ -206,7 +203,7 @@ def list_models(jobs: WithJobs, key: WithKey) -> schema.ModelList:  # noqa: ARG0
     """List the services, with their defaults and limits."""
     data = []
     for name, runner in jobs.runners.items():
-        created = int(runner.snapshot.began) if runner.snapshot is not None else 0
+        created = int(runner.link.snapshot.began) if runner.link.snapshot is not None else 0
         model, defaults, limits = runner.config.model, vars(runner.config.defaults), vars(runner.config.limits)
         data.append(
             schema.Model(
@@ -233,7 +230,7 @@ def health() -> dict[str, str]:
 def ready(jobs: WithJobs) -> dict[str, Any]:
     """Say whether the database answers and every stage of every model has a replica."""
     jobs.store.check()
-    models = {name: runner.is_ready for name, runner in jobs.runners.items()}
+    models = {name: runner.link.is_ready for name, runner in jobs.runners.items()}
     if not all(models.values()):
         waiting = ", ".join(name for name, is_ready in models.items() if not is_ready)
         raise ApiError(503, f"not ready: {waiting}", code="not_ready", headers={"Retry-After": "5"})

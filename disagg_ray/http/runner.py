@@ -17,25 +17,24 @@ from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, Overloaded, ReplicaLost
 from disagg_ray.http.files import Folder, thumbnail_of, video_of
-from disagg_ray.http.live import Live, Update
+from disagg_ray.http.link import Link
+from disagg_ray.http.live import Live
 from disagg_ray.http.pace import Pace
-from disagg_ray.http.repeat import repeat
 from disagg_ray.http.store import UNFINISHED, Job, Store
+from disagg_ray.http.workers import UNAVAILABLE
 from disagg_ray.progress.events import Event
 from disagg_ray.request import Request
 from disagg_ray.result import Result
-from disagg_ray.service.client import Connection, connect
-from disagg_ray.service.protocol import Snapshot
 from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")
 
 RETRY_S = 1.0
-"""Between two tries to reach a service, or to submit to one that is full."""
-LOOK_S = 2.0
-"""Between two looks at how a service is."""
-FRESH_S = 15.0
-"""How old a look may be of a service that is ready."""
+"""Between two tries to submit to a service that is full, or to write to a database that does not answer."""
+AGAIN = (Overloaded, Cancelled, ReplicaLost, *UNAVAILABLE)
+"""What passes by itself, or with another connection."""
+END_S = 2.0
+"""What the thread that submits gets to end."""
 MAX_TRIES = 3
 """Of a job whose service was lost."""
 NUM_WRITERS = 2
@@ -46,13 +45,10 @@ class Runner:
     """Takes jobs in order; what fails with the service is run again, what fails by itself fails."""
 
     def __init__(
-        self, model: str, config: Config, store: Store, folder: Folder, expires_after_s: float | None,
+        self, model: str, config: Config, worker: int, store: Store, folder: Folder, expires_after_s: float | None,
         on_first_event: Callable[[float], None],
     ) -> None:  # fmt: skip
-        self.model, self.config, self.pace = model, config, Pace(config)
-        self.snapshot: Snapshot | None = None
-        """How the service was at the latest look."""
-        self._seen = time.monotonic()
+        self.model, self.pace = model, Pace(config)
         self._store, self._folder, self._expires_after_s = store, folder, expires_after_s
         self._on_first_event = on_first_event
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
@@ -60,30 +56,18 @@ class Runner:
         self._lock = threading.Lock()
         """Of `_lives` and what is in them."""
         self._tries: Counter[str] = Counter()
-        self._connections: dict[int, Connection] = {}
-        self._connecting = threading.Lock()
         self._closing = threading.Event()
         self._writers = ThreadPoolExecutor(NUM_WRITERS, f"disagg_ray-write-{model}")
         if (last := store.last_completed(model)) is not None:
             self.pace.learn(last)
-        watch = partial(repeat, f"watch {model}", self._look, lambda: LOOK_S if self.snapshot else 0.0, self._closing)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._submit_all, watch)]
-        for thread in self._threads:
-            thread.start()
+        self.link = Link(model, config, worker, self._on_event, self._closing)
+        self._thread = threading.Thread(target=self._submit_all, daemon=True)
+        self._thread.start()
 
     @property
-    def is_ready(self) -> bool:
-        """Whether every stage of the service had a replica a moment ago."""
-        return self.lost_s < FRESH_S and self.snapshot is not None and all(self.replicas.values())
-
-    @property
-    def lost_s(self) -> float:
-        """For how long the service has not answered."""
-        return time.monotonic() - self._seen
-
-    @property
-    def replicas(self) -> dict[str, int]:
-        return {stage.stage: stage.ready for stage in self.snapshot.stages} if self.snapshot else {}
+    def config(self) -> Config:
+        """The service's, which a rollout changes."""
+        return self.link.config
 
     def run(self, job: Job) -> None:
         """Have a job run; returns at once."""
@@ -93,13 +77,13 @@ class Runner:
             self._lives[job.id] = Live(job)
         self._queue.put(job)
 
-    def view(self, job: Job) -> Update:
-        """Return a job as it is this moment."""
+    def view(self, job: Job) -> Job:
+        """Return a job as it is this moment, ahead of the database if it runs here."""
         with self._lock:
             live = self._lives.get(job.id)
-            return live.update(job, self.pace) if live is not None else Update(job, {})
+            return live.view(job, self.pace) if live is not None else job
 
-    def subscribe(self, job_id: str, receive: Callable[[Update], None]) -> Callable[[], None]:
+    def subscribe(self, job_id: str, receive: Callable[[Job], None]) -> Callable[[], None]:
         """Have `receive` called, on some thread, for every event of a job; return what ends that."""
         with self._lock:
             live = self._lives.get(job_id)
@@ -121,12 +105,17 @@ class Runner:
         """Write the progress of all jobs that have come further."""
         with self._lock:
             moved = [live for live in self._lives.values() if live.changed]
-            updates = [live.update(live.job, self.pace).job for live in moved]
+            updates = [live.view(live.job, self.pace) for live in moved]
             for live, job in zip(moved, updates, strict=True):
                 live.changed, live.job = False, job
         for status in ("queued", "in_progress"):
             values = {
-                job.id: {"progress": job.progress, "status": status, "started_at": job.started_at or time.time()}
+                job.id: {
+                    "progress": job.progress,
+                    "status": status,
+                    "started_at": job.started_at or time.time(),
+                    "stages": job.stages,
+                }
                 for job in updates
                 if job.status == status
             }
@@ -137,13 +126,10 @@ class Runner:
         """Give running jobs some seconds, then leave; those that are not done are run by the next process."""
         self._closing.set()
         self._queue.put(None)
-        for connection in list(self._connections.values()):
-            connection.drain(grace_s)
+        self.link.drain(grace_s)
         self._writers.shutdown()
-        for connection in list(self._connections.values()):
-            connection.close()
-        for thread in self._threads:
-            thread.join(LOOK_S)
+        self.link.close()
+        self._thread.join(END_S)
 
     def _submit_all(self) -> None:
         while (job := self._queue.get()) is not None and not self._closing.is_set():
@@ -156,17 +142,17 @@ class Runner:
     def _submit(self, job: Job) -> None:
         """Submit a job, however often it takes to find the service, and room there."""
         while not self._closing.is_set():
-            connection, live = self._connection(job.worker), self._lives.get(job.id)
+            connection, live = self.link.connection(job.worker), self._lives.get(job.id)
             if connection is None or live is None:
                 return
-            if not self._is_wanted(job):
-                self._end(job, "cancelled")
-                return
             try:
+                if not self._is_wanted(job):
+                    self._end(job, "cancelled")
+                    return
                 with self._folder.local(job.images) as images:
                     request = Request(job.prompt, id=job.id, **job.settings | images)
                     handle = connection.submit(request, wait=False)
-            except (Overloaded, Cancelled, ReplicaLost) as error:
+            except AGAIN as error:
                 logger.info("job %s is submitted again: %s", job.id, error)
                 self._closing.wait(RETRY_S)
             except DisaggError as error:
@@ -175,7 +161,7 @@ class Runner:
             else:
                 live.handle = handle
                 handle.add_done_callback(partial(self._on_done, job))
-                if not self._is_wanted(job):
+                if self._lives.get(job.id) is not live:  # cancelled meanwhile
                     handle.cancel()
                 return
 
@@ -183,39 +169,6 @@ class Runner:
         """Return whether a job has neither been cancelled nor deleted."""
         row = self._store.get(job.id)
         return row is not None and row.status in ("queued", "in_progress")
-
-    def _connection(self, worker: int) -> Connection | None:
-        """Return the connection of a worker's number, as soon as there is one; None: this closes."""
-        while not self._closing.is_set():
-            with self._connecting:
-                if worker in self._connections:
-                    return self._connections[worker]
-                try:
-                    made = connect(self.model, run_id=f"http-{worker}", on_event=self._on_event)
-                except DisaggError as error:
-                    logger.warning("model %s: %s", self.model, error)
-                else:
-                    self.config = made.config
-                    self._connections[worker] = made
-                    return made
-            self._closing.wait(RETRY_S)
-        return None
-
-    def _look(self) -> None:
-        """Ask the service how it is; connect anew when it was taken down."""
-        for worker in list(self._connections) or [0]:
-            connection = self._connection(worker)
-            if connection is None:
-                return
-            try:
-                self.snapshot, self._seen = connection.snapshot(), time.monotonic()
-            except DisaggError as error:
-                if self._closing.is_set():
-                    return
-                logger.warning("model %s: %s; connecting again", self.model, error)
-                with self._connecting:
-                    del self._connections[worker]
-                connection.close()  # its jobs end with Cancelled and are run again
 
     def _on_event(self, event: Event) -> None:
         if not event.stage:
@@ -228,17 +181,30 @@ class Runner:
                 self._on_first_event(time.time() - live.job.created_at)
             live.stages[event.stage] = event
             live.changed = True
-            update, receivers = live.update(live.job, self.pace), list(live.subscribers)
+            job, receivers = live.view(live.job, self.pace), list(live.subscribers)
         for receive in receivers:
-            receive(update)
+            receive(job)
 
     def _on_done(self, job: Job, handle: Handle) -> None:
         with suppress(RuntimeError):  # this has closed: the next process runs the job
             self._writers.submit(self._finish, job, handle)
 
     def _finish(self, job: Job, handle: Handle) -> None:
+        """Write what became of a job, as soon as the database answers."""
+        while True:
+            try:
+                self._conclude(job, handle)
+                return
+            except UNAVAILABLE as error:
+                logger.warning("job %s: service.database: %s", job.id, error)
+            if self._closing.wait(RETRY_S):
+                return  # the next process runs it
+
+    def _conclude(self, job: Job, handle: Handle) -> None:
         try:
             self._complete(job, handle.result())
+        except UNAVAILABLE:
+            raise
         except (Cancelled, ReplicaLost) as error:
             self._lose(job, error)
         except DisaggError as error:
@@ -291,7 +257,7 @@ class Runner:
         row = self._store.get(job.id)
         if live is not None and row is not None:
             for receive in list(live.subscribers):
-                receive(Update(row, {}))
+                receive(row)
         return done
 
     def fail_late(self, job: Job, code: str, message: str) -> None:

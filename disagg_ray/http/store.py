@@ -1,19 +1,19 @@
-"""Jobs in a database: SQLite for one process, PostgreSQL for several; the only importer of SQLAlchemy."""
+"""Jobs in a database: SQLite for processes of one machine, PostgreSQL for several."""
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from disagg_ray.errors import ConfigError
+from disagg_ray.http.workers import Workers
 from disagg_ray.text import mask, printable
 
 Status = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "deleted"]
@@ -21,8 +21,6 @@ UNFINISHED: tuple[Status, ...] = ("queued", "in_progress", "cancelling")
 BUSY_S = 30.0
 """How long SQLite waits for another process that writes."""
 DAY_S = 86400.0
-LOCKS = 0x64726179
-"""PostgreSQL's class of our advisory locks."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Job:
     """Name of the key it was asked for with; empty: there are no keys."""
     model: str
     worker: int
-    """Number of the process that runs it (`Store.take_worker`)."""
+    """Number of the process that runs it (`Workers`)."""
     prompt: str
     settings: dict[str, Any]
     """Fields of the request beside the prompt, resolved: the same video comes of them whenever it is made."""
@@ -45,6 +43,8 @@ class Job:
     seconds: str
     """Of the video, as it was asked for."""
     created_at: float
+    length_s: float = 0.0
+    """Of the video, as it is made."""
     status: Status = "queued"
     progress: int = 0
     started_at: float | None = None
@@ -61,6 +61,8 @@ class Job:
     """Of the finished video's files."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """What each stage took."""
+    stages: dict[str, list[Any]] = field(default_factory=dict)
+    """How far each stage is while the job runs: the state, step and number of steps of its latest event."""
 
     @property
     def is_finished(self) -> bool:
@@ -70,6 +72,7 @@ class Job:
 COLUMN_TYPES: dict[str, Any] = {
     "str": sa.Text, "str | None": sa.Text, "int": sa.BigInteger, "float": sa.Double, "float | None": sa.Double,
     "Status": sa.Text, "dict[str, Any]": sa.JSON, "dict[str, str]": sa.JSON, "dict[str, float]": sa.JSON,
+    "dict[str, list[Any]]": sa.JSON,
 }  # fmt: skip
 METADATA = sa.MetaData()
 JOBS = sa.Table(
@@ -83,15 +86,6 @@ JOBS = sa.Table(
     sa.Index("jobs_by_status", "status"),
     sa.UniqueConstraint("tenant", "idempotency_key"),
 )
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a tenant takes."""
-
-    in_flight: int
-    seconds_a_day: float
-    """Seconds of video accepted within the last day."""
 
 
 class Store:
@@ -115,37 +109,17 @@ class Store:
                 f"invalid service.database={mask(url)!r}: {printable(str(error).partition(chr(10))[0])}; must be a "
                 f"URL such as sqlite:////path/jobs.db or postgresql://user@host/name"
             ) from error
-        self._locks: list[IO[str] | Connection] = []
+        self.workers = Workers(self._engine)
 
     def close(self) -> None:
         """Give back worker numbers and connections."""
-        for lock in self._locks:
-            lock.close()
+        self.workers.close()
         self._engine.dispose()
 
     @property
     def is_quick(self) -> bool:
         """Whether a row is read in this process, waiting for no other: an event loop may, without a thread."""
         return self._is_sqlite
-
-    def take_worker(self, number: int) -> bool:
-        """Become the worker of a number, unless a living process is: the lock goes with its process."""
-        if self._is_sqlite:
-            file = Path(f"{self._engine.url.database}.worker{number}").open("w")  # noqa: SIM115 - held until `close`
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                return False
-            self._locks.append(file)
-            return True
-        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        taken = bool(connection.execute(sa.select(sa.func.pg_try_advisory_lock(LOCKS, number))).scalar())
-        if not taken:
-            connection.close()
-            return False
-        self._locks.append(connection)
-        return True
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
@@ -248,14 +222,18 @@ class Accepting:
         query = sa.select(sa.func.count()).where(JOBS.c.model == model, JOBS.c.status.in_(UNFINISHED))
         return int(self.connection.execute(query).scalar() or 0)
 
-    def usage(self) -> Usage:
-        mine = JOBS.c.tenant == self.tenant
-        count = sa.select(sa.func.count()).where(mine, JOBS.c.status.in_(UNFINISHED))
-        recent = sa.select(JOBS.c.settings).where(
-            mine, JOBS.c.created_at > time.time() - DAY_S, JOBS.c.status != "failed"
+    def in_flight(self) -> int:
+        """Return how many jobs of the tenant are unfinished."""
+        query = sa.select(sa.func.count()).where(JOBS.c.tenant == self.tenant, JOBS.c.status.in_(UNFINISHED))
+        return int(self.connection.execute(query).scalar() or 0)
+
+    def seconds_today(self) -> float:
+        """Return the seconds of video that were accepted of the tenant within a day."""
+        since = time.time() - DAY_S
+        query = sa.select(sa.func.sum(JOBS.c.length_s)).where(
+            JOBS.c.tenant == self.tenant, JOBS.c.created_at > since, JOBS.c.status != "failed"
         )
-        made = sum(s["num_frames"] / s["fps"] for (s,) in self.connection.execute(recent))
-        return Usage(int(self.connection.execute(count).scalar() or 0), made)
+        return float(self.connection.execute(query).scalar() or 0.0)
 
     def find(self, idempotency_key: str) -> Job | None:
         query = sa.select(JOBS).where(JOBS.c.tenant == self.tenant, JOBS.c.idempotency_key == idempotency_key)
@@ -279,11 +257,3 @@ def _set_up_sqlite(engine: Engine) -> None:
     def begin(connection: Connection) -> None:
         immediate = connection.get_execution_options().get("immediate", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-
-def with_progress(job: Job, progress: int, *, running: bool) -> Job:
-    """Return a job as the process that runs it knows it, ahead of the database."""
-    if job.is_finished:
-        return job
-    status: Status = "in_progress" if running and job.status == "queued" else job.status
-    return replace(job, progress=max(job.progress, progress), status=status)

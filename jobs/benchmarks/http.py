@@ -1,5 +1,7 @@
 """The HTTP service's own cost: accepted jobs a second, polls a second, memory, and its share of a video's seconds.
 
+Under each line are the cores that each process took meanwhile.
+
 python jobs/bench.py http [SECONDS]
 """
 
@@ -11,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import aiohttp
 import numpy as np
@@ -23,6 +26,8 @@ CONFIG = "conf/tiny_t2v.yaml"
 PORT = 8765
 NUM_POLLERS, NUM_POSTERS, NUM_VIDEOS = 200, 8, 30
 TINY = {"num_frames": 1, "num_inference_steps": 1}
+LEAST = 0.02
+"""Cores of a process that is named."""
 PROCESSES = ("ray::ServeReplica", "ray::ProxyActor")
 
 
@@ -36,8 +41,9 @@ def main(arguments: Sequence[str]) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             next(line for line in child.stdout if line.startswith("page: "))
-            asyncio.run(measure(seconds, float(np.median(alone))))
-            for process in psutil.Process(child.pid).children(recursive=True):
+            root = psutil.Process(child.pid)
+            asyncio.run(measure(seconds, float(np.median(alone)), root))
+            for process in root.children(recursive=True):
                 if process.name().startswith(PROCESSES):
                     print(f"{process.name()}: {process.memory_info().rss / 1e6:.0f} MB")
             child.terminate()
@@ -47,17 +53,16 @@ def request_of(seed: int) -> Request:
     return Request("a red circle moves left", seed=seed, **TINY)
 
 
-async def measure(seconds: float, alone_s: float) -> None:
+async def measure(seconds: float, alone_s: float, root: psutil.Process) -> None:
     print(f"{os.cpu_count()} cores, clients included")
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{PORT}", connector=connector) as session:
         while (await session.get("/ready")).status != 200:
             await asyncio.sleep(0.2)
-        made = [await finished(session, seed) for seed in range(NUM_VIDEOS)]
-        share = float(np.median(made)) - alone_s
-        print(
-            f"a video: {1000 * alone_s:.0f} ms by itself, {1000 * share:.0f} ms more over HTTP with a poll every 5 ms"
-        )
+        with cores(root):
+            made = [await finished(session, seed) for seed in range(NUM_VIDEOS)]
+            share = float(np.median(made)) - alone_s
+            print(f"a video: {1000 * alone_s:.0f} ms by itself, {1000 * share:.0f} ms more over HTTP, by its events")
         video_id = (await post(session, 0))["id"]
 
         async def get(_: int) -> None:
@@ -67,13 +72,33 @@ async def measure(seconds: float, alone_s: float) -> None:
         async def add(number: int) -> None:
             await post(session, number)
 
-        await load("GET, 1 client", get, 1, seconds / 3)
-        await load(f"GET, {NUM_POLLERS} clients", get, NUM_POLLERS, seconds)
-        await load(f"POST, {NUM_POSTERS} clients", add, NUM_POSTERS, seconds)
-        await asyncio.gather(
-            load(f"POST, {NUM_POSTERS} clients beside the polls", add, NUM_POSTERS, seconds),
-            load(f"GET, {NUM_POLLERS} clients that poll twice a second", get, NUM_POLLERS, seconds, every_s=0.5),
-        )
+        with cores(root):
+            await load("GET, 1 client", get, 1, seconds / 3)
+        with cores(root):
+            await load(f"GET, {NUM_POLLERS} clients", get, NUM_POLLERS, seconds)
+        with cores(root):
+            await load(f"POST, {NUM_POSTERS} clients", add, NUM_POSTERS, seconds)
+        with cores(root):
+            await asyncio.gather(
+                load(f"POST, {NUM_POSTERS} clients beside the polls", add, NUM_POSTERS, seconds),
+                load(f"GET, {NUM_POLLERS} clients that poll twice a second", get, NUM_POLLERS, seconds, every_s=0.5),
+            )
+
+
+@contextmanager
+def cores(root: psutil.Process) -> Iterator[None]:
+    """Print the cores that each process below a root, and this one, take meanwhile."""
+    processes = [psutil.Process(), *root.children(recursive=True)]
+    began, before = time.perf_counter(), {each: busy_s(each) for each in processes}
+    yield
+    seconds = time.perf_counter() - began
+    taken = sorted(((busy_s(each) - before[each]) / seconds, each.name()) for each in processes if each.is_running())
+    print("   cores: " + ", ".join(f"{name} {part:.2f}" for part, name in reversed(taken) if part >= LEAST), flush=True)
+
+
+def busy_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def post(session: aiohttp.ClientSession, seed: int) -> dict[str, str]:
@@ -83,14 +108,14 @@ async def post(session: aiohttp.ClientSession, seed: int) -> dict[str, str]:
 
 
 async def finished(session: aiohttp.ClientSession, seed: int) -> float:
-    """Return the seconds from a POST until a GET says completed."""
+    """Return the seconds from a POST until the stream of its events says completed."""
     began = time.perf_counter()
     video_id = (await post(session, seed))["id"]
-    while True:
-        async with session.get(f"/v1/videos/{video_id}") as answer:
-            if (await answer.json())["status"] == "completed":
-                return time.perf_counter() - began
-        await asyncio.sleep(0.005)
+    async with session.get(f"/v1/videos/{video_id}/events") as answer:
+        async for line in answer.content:
+            if line.strip() == b"event: completed":
+                break
+    return time.perf_counter() - began
 
 
 async def load(

@@ -15,7 +15,9 @@ async function api(path, options = {}) {
   }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `The service answered ${answer.status}.`);
+  const error = new Error(body?.error?.message ?? `The service answered ${answer.status}.`);
+  error.param = body?.error?.param;
+  throw error;
 }
 
 function askKey(problem) {
@@ -55,9 +57,18 @@ function showModel() {
   $("last").hidden = model.task !== "flf2v";
 }
 
-function showError(message) {
+function showError(message, param = null) {
   $("error").textContent = message;
   $("error").hidden = !message;
+  for (const field of form.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.removeAttribute("aria-describedby");
+  }
+  const field = param && form.elements[param === "size" ? "width" : param];
+  if (!field) return;
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-describedby", "error");
+  field.focus();
 }
 
 async function submit() {
@@ -81,7 +92,7 @@ async function submit() {
   try {
     show(await (await api("/v1/videos", { method: "POST", body: data })).json(), true);
   } catch (error) {
-    showError(error.message);
+    showError(error.message, error.param);
   } finally {
     $("submit").disabled = false;
   }
@@ -92,12 +103,15 @@ function show(video, first = false) {
   if (!card) {
     card = $("card").content.firstElementChild.cloneNode(true);
     card.dataset.id = video.id;
+    card.querySelector(".prompt").id = `prompt-${video.id}`; // tells one card's buttons from another's
+    for (const each of card.querySelectorAll("video, .actions > *")) each.setAttribute("aria-describedby", `prompt-${video.id}`);
     card.querySelector(".cancel").addEventListener("click", () => act(video.id, "cancel"));
     card.querySelector(".delete").addEventListener("click", () => act(video.id, "delete"));
     card.querySelector(".again").addEventListener("click", () => again(card.video));
     $("gallery")[first ? "prepend" : "append"](card);
     cards.set(video.id, card);
   }
+  if (card.video && card.video.status !== video.status) announce(video);
   card.video = video;
   card.className = `card ${video.status}`;
   const [width, height] = video.size.split("x");
@@ -115,6 +129,11 @@ function show(video, first = false) {
   $("empty").hidden = cards.size > 0;
   if (running && !card.following) follow(card);
   if (video.status === "completed" && !card.loaded) nearby.observe(card);
+}
+
+function announce(video) {
+  const words = { in_progress: "is being made", completed: "is ready", failed: "failed", cancelled: "was cancelled" };
+  if (words[video.status]) $("news").textContent = `${video.prompt}: the video ${words[video.status]}.`;
 }
 
 function showNote(card, video) {
@@ -213,7 +232,10 @@ async function act(id, what) {
       await api(`/v1/videos/${id}`, { method: "DELETE" });
       URL.revokeObjectURL(card.querySelector("video").src);
       cards.delete(id);
+      const next = (card.nextElementSibling ?? card.previousElementSibling)?.querySelector(".delete");
       card.remove();
+      (next ?? form.elements.prompt).focus();
+      $("news").textContent = "The video was deleted.";
       $("empty").hidden = cards.size > 0;
     }
   } catch (error) {

@@ -1,0 +1,132 @@
+"""Clients that ask an HTTP service for videos while it is struck, and what they must find."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+
+from disagg_ray import LocalPipeline, Request
+
+T2V = "conf/tiny_t2v.yaml"
+NUM_SEEDS = 5
+SETTINGS: dict[str, Any] = {"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 4}
+SIZE = {"height": 32, "width": 32}
+DEADLINE_S = 500.0
+
+Results = list[tuple[int, str, bytes]]
+"""Number, id and content of each finished job."""
+
+
+class Client:
+    """Asks again whatever is not answered: the service may be dead that moment."""
+
+    def __init__(self, port: int, key: str = "") -> None:
+        self._base, self._deadline = f"http://127.0.0.1:{port}", time.monotonic() + DEADLINE_S
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def delete(self, path: str) -> None:
+        asked = urllib.request.Request(self._base + path, headers=self._headers, method="DELETE")
+        urllib.request.urlopen(asked, timeout=60).close()
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, idempotency_key: str = "") -> bytes:
+        headers = self._headers | ({"Idempotency-Key": idempotency_key} if idempotency_key else {})
+        data = json.dumps(body).encode() if body is not None else None
+        while True:
+            try:
+                with urllib.request.urlopen(urllib.request.Request(self._base + path, data, headers), timeout=10) as f:
+                    return bytes(f.read())
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code not in (404, 429):  # 404: Serve knows no application yet
+                    raise
+            except (OSError, http.client.HTTPException):  # HTTPException: an answer cut off in the middle
+                pass
+            assert time.monotonic() < self._deadline, path
+            time.sleep(0.5)
+
+
+def make_videos(client: Client, name: str, number: int, results: Results) -> list[str]:
+    """Post jobs, each twice, and wait for their videos; return their ids."""
+    made = []
+    for seed in range(number):
+        body = SETTINGS | {"seed": seed % NUM_SEEDS, "size": "32x32"}
+        ids = {json.loads(client.ask("/v1/videos", body, f"{name}-{seed}"))["id"] for _ in range(2)}
+        assert len(ids) == 1
+        made.append(ids.pop())
+    for seed, video_id in enumerate(made):
+        status = ""
+        while status not in ("completed", "failed"):
+            status = json.loads(client.ask(f"/v1/videos/{video_id}"))["status"]
+            time.sleep(0.05)
+        content = client.ask(f"/v1/videos/{video_id}/content") if status == "completed" else b""
+        results.append((seed, video_id, content))
+    return made
+
+
+def load(
+    clients: Sequence[Client], number: int, results: Results, meanwhile: Callable[[threading.Event], None]
+) -> None:
+    """Have each client make videos while something happens to the service, until it ends or its event is set."""
+    over = threading.Event()
+    with ThreadPoolExecutor(len(clients) + 1) as pool:
+        striking = pool.submit(meanwhile, over)
+        runs = [pool.submit(make_videos, each, f"{index}", number, results) for index, each in enumerate(clients)]
+        try:
+            made = [run.result() for run in runs]
+        finally:
+            over.set()
+        striking.result()
+    listed = {video["id"] for each in clients for video in json.loads(each.ask("/v1/videos?limit=100"))["data"]}
+    assert listed == {video_id for ids in made for video_id in ids}
+
+
+def check(results: Results, number: int) -> None:
+    """Check that each job ended once, with the video that one process makes."""
+    local = LocalPipeline.from_config(T2V)
+    expected = [local.generate(Request(**SETTINGS, **SIZE, seed=seed)).data for seed in range(NUM_SEEDS)]
+    assert len({video_id for _, video_id, _ in results}) == len(results) == number
+    assert all(content == expected[seed % NUM_SEEDS] for seed, _, content in results)
+
+
+def strike(root: int, victims: Sequence[tuple[str, ...]], every_s: float, over: threading.Event) -> list[str]:
+    """Kill one process below a root, again and again, of each kind in turn; return the names of those killed."""
+    rng, struck = random.Random(0), list[str]()
+    while not over.wait(every_s):
+        wanted = victims[len(struck) % len(victims)]
+        names = {each: each.name() for each in psutil.Process(root).children(recursive=True) if each.is_running()}
+        if found := [process for process, name in names.items() if name.startswith(wanted)]:
+            rng.choice(found).send_signal(signal.SIGKILL)
+            struck.append(wanted[0])
+    return struck
+
+
+def command(port: int, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "disagg_ray.cli",
+        "serve",
+        "--config",
+        T2V,
+        "--port",
+        str(port),
+        "fused=true",
+        *overrides,
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Return ours without Ray's: the session's cluster is none of theirs."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
