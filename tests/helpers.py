@@ -1,6 +1,7 @@
 """What tests and the scripts they run share beside fixtures: waiting with a deadline, stages, ports and folders."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -85,10 +86,11 @@ class Head:
 
 
 @contextmanager
-def head_node(log: Path, **more: str) -> Iterator[Head]:
-    """Start a head node with more in its environment; wait until its agent takes jobs."""
+def head_node(log: Path) -> Iterator[Head]:
+    """Start a head node with token authentication on; wait until its agent takes jobs."""
     dashboard, programs = free_port(), Path(sys.executable).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | more
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment["PATH"] = f"{programs}:{environment['PATH']}"
     options = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
     options += ["--num-cpus=8", "--disable-usage-stats", f"--node-ip-address={HOST}"]

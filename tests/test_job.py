@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,7 @@ pytestmark = pytest.mark.proof
 @pytest.fixture(scope="module")
 def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Start a head node; give the environment in which clients reach it."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with head_node(tmp_path_factory.mktemp("head") / "log", **token) as head:
+    with head_node(tmp_path_factory.mktemp("head") / "log") as head:
         yield head.environment
 
 

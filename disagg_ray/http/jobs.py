@@ -229,8 +229,10 @@ class Jobs:
             raise ApiError(404, "video_id: the video has expired", param="video_id", code="expired")
         name = video_of(job.id)
         if variant == "thumbnail":
-            self.folder.add_thumbnail(job.id)
             name = thumbnail_of(job.id)
+            self.folder.add_thumbnail(job.id)
+            if (row := self.store.get(job.id)) is None or row.num_bytes == 0:  # deleted or expired meanwhile
+                self.folder.remove(name)
         return name, self.folder.size(name)
 
     def subscribe(self, job: Job, receive: Callable[[Job], None]) -> Callable[[], None]:
@@ -240,6 +242,7 @@ class Jobs:
     def _tidy(self) -> None:
         """Write progress, end late and cancelled jobs, take over those of dead processes, remove what has expired."""
         now = time.time()
+        self.metrics.flush()
         self.workers.keep()
         for runner in self.runners.values():
             runner.flush()

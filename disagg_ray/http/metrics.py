@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import urllib.request
+from collections import Counter as Counts
+from collections import deque
 from collections.abc import Mapping
 
 import ray
@@ -35,10 +37,19 @@ class Metrics:
         self._histograms = {
             name: Histogram(OURS + name, about, SECONDS, labels) for name, (about, labels) in HISTOGRAMS.items()
         }
+        self._answers: deque[tuple[str, int, float]] = deque()
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        self._counters["http_requests_total"].inc(1, {"route": route, "status": str(status)})
-        self._histograms["http_request_duration_seconds"].observe(seconds, {"route": route})
+        """Count an answer; `flush` records it, for Ray's metrics take longer than an answer may."""
+        self._answers.append((route, status, seconds))
+
+    def flush(self) -> None:
+        """Record the answers since the last time."""
+        answers = [self._answers.popleft() for _ in range(len(self._answers))]
+        for (route, status), number in Counts((route, status) for route, status, _ in answers).items():
+            self._counters["http_requests_total"].inc(number, {"route": route, "status": str(status)})
+        for route, _, seconds in answers:
+            self._histograms["http_request_duration_seconds"].observe(seconds, {"route": route})
 
     def accepted(self, key: str) -> None:
         self._counters["http_jobs_total"].inc(1, {"key": key or "none"})

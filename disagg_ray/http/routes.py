@@ -27,6 +27,10 @@ PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/java
 MAX_IDEMPOTENCY_CHARS = 255
 POLL_S = 0.5
 """How soon a stream sees what another process did."""
+LEAST_POLL_S, MOST_POLL_S = 0.5, 5.0
+"""Within which OpenAI's client is told to ask again."""
+POLLS = 20
+"""Of a job in its predicted seconds."""
 BEAT_S = 15.0
 """Between two signs of life on a stream where nothing happens."""
 BACKLOG = 256
@@ -83,12 +87,14 @@ def list_videos(
 @router.get("/v1/videos/{video_id}", response_model=Video, responses=ERRORS)
 async def get_video(video_id: str, jobs: WithJobs, key: WithKey, response: Response) -> Video:
     """Say how a job is."""
-    response.headers["openai-poll-after-ms"] = "500"
 
     def look() -> Video:
         return jobs.show(jobs.find(key, video_id))
 
-    return look() if jobs.store.is_quick else await run_in_threadpool(look)
+    video = look() if jobs.store.is_quick else await run_in_threadpool(look)
+    after_s = max(LEAST_POLL_S, min(MOST_POLL_S, (video.wait_s or 0.0) / POLLS))
+    response.headers["openai-poll-after-ms"] = f"{1000 * after_s:.0f}"
+    return video
 
 
 @router.delete("/v1/videos/{video_id}", response_model=Deleted, responses=ERRORS)

@@ -223,9 +223,7 @@ class Runner:
             stage_seconds=seconds,
         ):  # fmt: skip
             self.pace.learn(replace(job, stage_seconds=seconds))
-            self._folder.add_thumbnail(job.id)  # after its end, for which somebody waits
-        row = self._store.get(job.id)
-        if row is None or row.num_bytes == 0:  # deleted, late or expired meanwhile
+        elif (row := self._store.get(job.id)) is None or row.num_bytes == 0:  # deleted, late or expired meanwhile
             self._folder.remove(video_of(job.id), thumbnail_of(job.id))
 
     def _lose(self, job: Job, error: DisaggError) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from disagg_ray.errors import ConfigError
-from disagg_ray.http.workers import Workers
+from disagg_ray.http.workers import LOCKS, Workers
 from disagg_ray.text import mask, printable
 
 Status = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "deleted"]
@@ -98,18 +99,27 @@ class Store:
             ConfigError: the URL is none, or the database cannot be reached.
         """
         try:
-            self._engine = sa.create_engine(url, pool_pre_ping=True)
-            self._is_sqlite = self._engine.dialect.name == "sqlite"
+            self._is_sqlite = sa.make_url(url).get_backend_name() == "sqlite"
+            self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite)
             if self._is_sqlite:
                 Path(self._engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
                 _set_up_sqlite(self._engine)
-            METADATA.create_all(self._engine)
+            self._turn = threading.Lock() if self._is_sqlite else nullcontext()
+            """Of threads that write: they would wait longer for SQLite, which looks again after up to 0.1 s."""
+            self._create_table()
         except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
             raise ConfigError(
                 f"invalid service.database={mask(url)!r}: {printable(str(error).partition(chr(10))[0])}; must be a "
                 f"URL such as sqlite:////path/jobs.db or postgresql://user@host/name"
             ) from error
         self.workers = Workers(self._engine)
+
+    def _create_table(self) -> None:
+        """Create the table unless it is there; of several processes, one after the other."""
+        with self._writing() as connection:
+            if not self._is_sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCKS)))
+            METADATA.create_all(connection)
 
     def close(self) -> None:
         """Give back worker numbers and connections."""
@@ -123,7 +133,7 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        with self._engine.execution_options(immediate=True).begin() as connection:
+        with self._turn, self._engine.execution_options(immediate=True).begin() as connection:
             yield connection
 
     def get(self, job_id: str, tenant: str | None = None) -> Job | None:
@@ -255,5 +265,5 @@ def _set_up_sqlite(engine: Engine) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        immediate = connection.get_execution_options().get("immediate", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+        if connection.get_execution_options().get("immediate", False):  # a query alone needs no transaction
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
