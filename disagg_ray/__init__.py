@@ -1,4 +1,4 @@
-"""Video generation with Wan on Ray, the model cut into stages."""
+"""Video generation on Ray, the model cut into stages."""
 
 from __future__ import annotations
 

@@ -17,16 +17,13 @@ from disagg_ray.config.rules import (
     Count,
     Fps,
     Guidance,
-    NumFrames,
     Rule,
     Section,
-    Side,
     between,
     checks,
     enforce,
     kinds,
     one_of,
-    side_check,
 )
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import RequestError
@@ -42,10 +39,6 @@ MAX_BITS = 8192
 """Of any whole number."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_PRIORITY = 1000
-IMAGES_OF: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image"), "ti2v": ()}
-"""Images that a model of a task needs."""
-OPTIONAL_IMAGES_OF: dict[str, tuple[str, ...]] = {"ti2v": ("image",)}
-"""Images that it takes and does not need."""
 
 Text = Annotated[
     str,
@@ -75,18 +68,18 @@ class Request(Section):
     """First frame, for a model of task i2v, flf2v or ti2v: a PIL image or a file."""
     last_image: ImageSource | None = None
     """Last frame, for a first-and-last-frame model."""
-    height: Side | None = None
+    height: int | None = None
     """Pixels, a multiple of 16 (ti2v: 32). With an image and left out: the image's aspect at the default area."""
-    width: Side | None = None
+    width: int | None = None
     """Pixels, a multiple of 16 (ti2v: 32)."""
-    num_frames: NumFrames | None = None
+    num_frames: int | None = None
     """Frames, 4k + 1."""
     num_inference_steps: Count | None = None
     """Denoising steps; with model.sigmas there are as many as sigmas."""
     guidance_scale: Guidance | None = None
     """CFG scale; 1 or less turns CFG off."""
     guidance_scale_2: Guidance | None = None
-    """CFG scale of Wan 2.2's low-noise transformer."""
+    """CFG scale of the second, low-noise transformer."""
     seed: Annotated[int, between(0, MAX_SEED)] | None = None
     """Of the initial noise, drawn on the CPU; None: a random one, which the result names."""
     fps: Fps | None = None
@@ -150,7 +143,7 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _check_fields(request, config.model.multiple)
+    request = _check_fields(request, config)
     given = _given_images(request, config)
     images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
     known = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
@@ -165,20 +158,19 @@ def check(request: Request, config: Config) -> ResolvedRequest:
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _check_fields(request, config.model.multiple)
+    request = _check_fields(request, config)
     given = _given_images(request, config)
     for name, image in given.items():
         check_image_file(image, name)
-    height, width = (config.model.multiple,) * 2 if given else (config.defaults.height, config.defaults.width)
+    height, width = (config.model.traits.multiple,) * 2 if given else (config.defaults.height, config.defaults.width)
     return _fill(request, config, (_or(request.height, height), _or(request.width, width)), {})
 
 
-def _check_fields(request: Request, multiple: int) -> Request:
+def _check_fields(request: Request, config: Config) -> Request:
     """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
     given = {name: _take(name, getattr(request, name), kind) for name, kind in TYPES.items()}
     taken = replace(request, **given)
-    sides = (side_check(key, given[key], multiple) for key in ("height", "width") if given[key] is not None)
-    enforce(sides, RequestError)
+    enforce(config.shape_rules(taken.height, taken.width, taken.num_frames), RequestError)
     enforce(checks(taken, null=""), RequestError)
     return taken
 
@@ -219,23 +211,23 @@ def whole(value: object) -> int | None:
 
 
 def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
-    task = config.model.task
+    task, traits = config.model.task, config.model.traits
     given = {name: image for name in ("image", "last_image") if (image := getattr(request, name)) is not None}
     for name in ("image", "last_image"):
-        if name in IMAGES_OF[task] and name not in given:
+        if name in traits.images and name not in given:
             raise RequestError(f"{name}: none given; a model of task {task} needs one")
-        if name in given and name not in IMAGES_OF[task] + OPTIONAL_IMAGES_OF.get(task, ()):
+        if name in given and name not in traits.images + traits.optional_images:
             raise RequestError(
                 f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
             )
-        if name in given and name not in IMAGES_OF[task] and not config.encodes_images:
+        if name in given and name not in traits.images and not config.encodes_images:
             raise RequestError(f"{name}: given, but no stage has the block vae_encoder; leave it out, or add that")
     return given
 
 
 def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
-    """Return (height, width); missing ones follow the image's aspect at the default area (Wan's own rule)."""
-    height, width, multiple = request.height, request.width, config.model.multiple
+    """Return (height, width); missing ones follow the image's aspect at the default area, as models' own samples do."""
+    height, width, multiple = request.height, request.width, config.model.traits.multiple
     if image is None:
         return _or(height, config.defaults.height), _or(width, config.defaults.width)
     if height is None:

@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Give the folder of a shape's random checkpoint, made at its first use."""
-    from disagg_ray.models.wan.random import make_checkpoint
+    from disagg_ray.models.random import make_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
     return lambda shape: make_checkpoint(shape, folder / shape)

@@ -14,8 +14,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from disagg_ray import CheckpointError, ConfigError, load_config
 from disagg_ray.config.schema import ModelConfig
 from disagg_ray.graph import build_graph
-from disagg_ray.models.checkpoint import Geometry, open_checkpoint
+from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.preflight import check_model
+from disagg_ray.models.wan.geometry import WanGeometry
 from disagg_ray.models.wan.shapes import SHAPES
 from disagg_ray.replica.stage import Stage
 
@@ -69,11 +70,11 @@ def test_a_whole_checkpoint_opens(shape: str, checkpoint: Made) -> None:
 
 def test_the_geometry_is_that_of_the_components(checkpoint: Made) -> None:
     model = ModelConfig(path=str(checkpoint("tiny-i2v")), task="i2v", max_sequence_length=99)
-    assert open_checkpoint(model).geometry == Geometry(32, 99, 16, 8, 4, 17, 32, False, None)
+    assert open_checkpoint(model).geometry == WanGeometry(32, 99, 16, 8, 4, 17, 32)
 
 
 def test_the_sizes_of_tensors_are_those_of_the_published_model() -> None:
-    geometry = Geometry(4096, 512, 16, 8, 4, 257, 1280, False, None)
+    geometry = WanGeometry(4096, 512, 16, 8, 4, 257, 1280)
     sizes = geometry.tensor_bytes(480 * 832, 81, 480 * 832)
     assert sizes["prompt_embeds"] == 4 * 512 * 4096
     assert sizes["latents"] == 4 * 16 * 21 * 60 * 104

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from disagg_ray import CheckpointError, LocalPipeline, Pipeline
 from disagg_ray.config.schema import ModelConfig
 from disagg_ray.models.checkpoint import check_here, open_checkpoint
-from disagg_ray.models.components import KINDS
+from disagg_ray.models.families import FAMILIES
 from disagg_ray.models.files import read_header
 from disagg_ray.models.load import load_component
 
 CONF = Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml"
+KINDS = FAMILIES["wan"].components
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -150,7 +151,8 @@ def test_code_of_a_tokenizer_neither_runs_nor_asks(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(CheckpointError, match="auto_map"):
         LocalPipeline.from_config(CONF, f"model.path={folder}")
-    load_component(folder, "tokenizer", "PreTrainedTokenizerFast")  # which no check would keep from it
+    kind = KINDS["tokenizer"]
+    load_component(kind, folder, "tokenizer", "PreTrainedTokenizerFast")  # which no check would keep from it
     assert not (tmp_path / "ran").exists()
 
 

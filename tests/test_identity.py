@@ -18,7 +18,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.models import identity
 from disagg_ray.models.identity import identify_blocks, identify_request, identify_setup
 from disagg_ray.models.provenance import digest_model
-from disagg_ray.models.wan.random import make_checkpoint
+from disagg_ray.models.random import make_checkpoint
 from disagg_ray.request import resolve
 from disagg_ray.result import Result
 from disagg_ray.service.protocol import UnknownRequest

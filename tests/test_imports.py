@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from disagg_ray.models.families import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "disagg_ray"
 
@@ -27,6 +29,7 @@ LAYERS = (
     {"progress", "request"},
     {"transfer", "media"},
     {"config", "graph"},
+    {"families"},
     {"environment", "process"},
     {"errors", "text", "version"},
 )
@@ -64,6 +67,8 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 } | {f"jobs.{path.stem}": path for path in sorted((ROOT / "jobs").rglob("*.py"))}  # fmt: skip
 """Every module by its name below the package."""
+
+FAMILY_DATA = [["models", name, file] for name in FAMILIES for file in ("__init__", "component_configs")]
 
 
 @cache
@@ -103,7 +108,11 @@ def own_modules(path: Path) -> set[str]:
 
 
 def layer_of(module: str) -> int:
+    """Return how far down a module is; what families say of themselves, as data, is below `config`, which asks it."""
     unit = module.split(".", maxsplit=1)[0]
+    parts = module.split(".")
+    if parts[:2] in (["models", "family"], ["models", "families"]) or parts in FAMILY_DATA:
+        unit = "families"
     return next((depth for depth, units in enumerate(LAYERS) if unit in units), -1)
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from disagg_ray.models.wan import random
-from disagg_ray.models.wan.random import build_meta, make_checkpoint, make_tokenizer
+from disagg_ray.models import random
+from disagg_ray.models.random import make_checkpoint
+from disagg_ray.models.wan.random import build_meta, make_tokenizer
 from disagg_ray.models.wan.shapes import SHAPES, get_shape
 
 TINY = [name for name in SHAPES if name.startswith("tiny-")]

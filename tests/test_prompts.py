@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from disagg_ray import LocalPipeline, Request, RequestError, load_config
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config.schema import Config
-from disagg_ray.models.prompts import check_prompts, clean
+from disagg_ray.models.prompts import check_prompts
 from disagg_ray.models.wan.blocks import TextEncoder
+from disagg_ray.models.wan.text import prepare
 from disagg_ray.request import resolve
 
 CONF = Path(__file__).parents[1] / "conf" / "tiny_t2v.yaml"
@@ -44,7 +45,7 @@ def check(config: Config, **asked: Any) -> None:
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_texts_are_cleaned_as_stock_does(text: str) -> None:
-    assert clean(text) == prompt_clean(text)
+    assert prepare(text) == prompt_clean(text)
 
 
 def test_a_text_that_fits_once_cleaned_is_encoded_as_stock_does(one_thread: None, config: Config, folder: Path) -> None:

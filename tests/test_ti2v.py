@@ -248,7 +248,7 @@ def test_a_request_that_does_not_fit_is_refused_by_name(
     [
         ("defaults.width=48", "invalid defaults.width=48: must be a positive multiple of 32"),
         ("stages.decoder.warm_up=[[64,48,5]]", "invalid stages.decoder.warm_up=48: must be a positive multiple of 32"),
-        (f"{DENOISER}.step_cache.method=sea", f"{DENOISER}.step_cache.method='sea': knows only text-to-video"),
+        (f"{DENOISER}.step_cache.method=sea", f"{DENOISER}.step_cache.method='sea': is not for model.task=ti2v"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_by_name(

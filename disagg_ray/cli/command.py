@@ -84,13 +84,13 @@ def show_config(argv: Sequence[str]) -> int:
 def make_checkpoint(argv: Sequence[str]) -> int:
     """Write a checkpoint of a known shape with seeded random weights."""
     parser = Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
-    parser.add_argument("shape", help="name of the shape, such as wan2.1-t2v-1.3b or tiny-t2v")
+    parser.add_argument("shape", help="name of the shape, such as tiny-t2v")
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", help="device that draws the weights")
     options = parser.parse_args(argv)
-    from disagg_ray.models.wan import random
+    from disagg_ray.models import random
 
     try:
         path = random.make_checkpoint(

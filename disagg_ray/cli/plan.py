@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disagg_ray.cli.arguments import config_parser, overrides_of
 from disagg_ray.config.builtin import anywhere
@@ -16,7 +15,8 @@ from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import InputError, PlanError, RequestError
 from disagg_ray.media.output import check_file, write_text
-from disagg_ray.request import IMAGES_OF, TYPES, Request, ResolvedRequest, resolve
+from disagg_ray.media.video import blank
+from disagg_ray.request import TYPES, Request, ResolvedRequest, resolve
 
 if TYPE_CHECKING:
     from disagg_ray.planning.predict import Hardware
@@ -62,7 +62,8 @@ def profile(argv: Sequence[str]) -> int:
 
 def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_format: str) -> list[Request]:
     defaults = config.defaults
-    half = 4 * (defaults.num_frames // 8) + 1
+    step = config.model.traits.frames_step
+    half = step * (defaults.num_frames // (2 * step)) + 1
     chosen = sizes or ",".join(f"{defaults.height}x{defaults.width}x{n}" for n in {half, defaults.num_frames})
     try:
         counts = [int(number) for number in steps.split(",")]
@@ -114,9 +115,9 @@ def plan(argv: Sequence[str]) -> int:
         check_file(options.output, "output")
     config = load_config(options.config, *overrides_of(options))
     given = {name: getattr(options, name) for name in SHAPE}
-    if IMAGES_OF[config.model.task]:  # which do not change a plan
-        config = replace(config, model=replace(config.model, task="t2v"))
-    request, _ = resolve(Request("a cat", **given), config)
+    grey = blank(config.defaults.width, config.defaults.height)  # what is on images does not change a plan
+    images: dict[str, Any] = dict.fromkeys(config.model.traits.images, grey)
+    request, _ = resolve(Request("a cat", **given, **images), config)
     if options.requests is not None and options.requests < 1:
         raise PlanError(f"invalid --requests={options.requests}: must be at least 1")
     if options.requests is not None and options.aim == "latency":

@@ -30,8 +30,7 @@ Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 class StepCacheConfig(Section):
     """Diffusers' step caches: skip denoiser work by reusing what the step before computed. Changes the frames.
 
-    PAB and FasterCache are not offered: both mix up the guided and the unguided pass, which Wan runs one after the
-    other.
+    PAB and FasterCache are not offered: both mix up the guided and the unguided pass, which run one after the other.
     """
 
     method: Annotated[str, one_of("none", "first_block", "mag", "sea", "taylorseer")] = "none"
@@ -65,7 +64,7 @@ class LoraConfig(Section):
     strength: Annotated[float, Rule(math.isfinite, "must be a finite number")] = 1.0
     """Factor of its weights; 0 turns it off."""
     transformer: Annotated[str, one_of(*TRANSFORMERS)] = "transformer"
-    """The transformer it changes: transformer (Wan 2.2: high noise) or transformer_2 (low noise)."""
+    """The transformer it changes: transformer (of two, that for high noise) or transformer_2 (for low noise)."""
 
 
 @dataclass(frozen=True)

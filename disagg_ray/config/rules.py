@@ -51,19 +51,9 @@ def nearest_in(step: int, offset: int) -> Callable[[int], str]:
     return lambda number: f"; the nearest is {max(least, round((number - offset) / step) * step + offset)}"
 
 
-MULTIPLE = 16
-"""Height and width are multiples of the VAE's factor 8 times the transformer's patch of 2."""
-MULTIPLES = {"ti2v": 32}
-"""The same of tasks whose VAE has another factor."""
-
 Count = Annotated[int, at_least(1)]
 Bytes = Annotated[int, Rule(lambda number: number > 0, "must be a positive number of bytes")]
 Positive = Annotated[float, Rule(lambda number: 0 < number < math.inf, "must be a positive number")]
-SIDE = f"must be a positive multiple of {MULTIPLE}"
-Side = Annotated[int, Rule(lambda side: side > 0 and side % MULTIPLE == 0, SIDE, nearest_in(MULTIPLE, 0))]
-"""Height or width of a video, in pixels."""
-NumFrames = Annotated[int, Rule(lambda frames: frames > 0 and frames % 4 == 1, "must be 4k + 1", nearest_in(4, 1))]
-"""Frames of a video: the VAE makes one of its first latent frame and four of each other."""
 FINITE = "must be a finite number of at least 0"
 Guidance = Annotated[float, Rule(lambda scale: 0 <= scale <= sys.float_info.max, FINITE)]  # an int may be over it
 Fps = Annotated[int, between(1, 240)]
@@ -73,6 +63,11 @@ def side_check(key: str, side: int, multiple: int) -> Check:
     """Return the rule of a height or width for a model whose sides are multiples of a number."""
     ok, remedy = side > 0 and side % multiple == 0, f"must be a positive multiple of {multiple}"
     return key, side, ok, remedy + nearest_in(multiple, 0)(side)
+
+
+def frames_check(key: str, frames: int, step: int) -> Check:
+    """Return the rule of a number of frames for a model that makes `step` of each latent frame but the first."""
+    return key, frames, frames > 0 and frames % step == 1, f"must be {step}k + 1" + nearest_in(step, 1)(frames)
 
 
 @dataclass(frozen=True)

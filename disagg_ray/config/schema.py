@@ -11,28 +11,27 @@ from typing import Annotated, Self
 from disagg_ray.config.deployment import ClusterConfig, FailuresConfig, OutputConfig, ServiceConfig
 from disagg_ray.config.options import Dtype, parse_part
 from disagg_ray.config.rules import (
-    MULTIPLE,
-    MULTIPLES,
     Check,
     Count,
     Fps,
     Guidance,
-    NumFrames,
     Positive,
     Rule,
     Section,
-    Side,
     at_least,
     between,
     checks,
     enforce,
+    frames_check,
     one_of,
     side_check,
 )
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.config.stages import StageConfig, cut_rules, sharing_rules
 from disagg_ray.errors import ConfigError
-from disagg_ray.text import MASK
+from disagg_ray.models.families import DEFAULT, FAMILIES
+from disagg_ray.models.family import Task
+from disagg_ray.text import MASK, did_you_mean
 
 REPLICA_WINDOW = 2
 """A replica takes one request to compute and one to prefetch."""
@@ -43,11 +42,11 @@ class DtypeConfig(Section):
     """Precision of each component's weights: float32, bfloat16 or float16."""
 
     text_encoder: Dtype = "bfloat16"
-    """UMT5."""
+    """The text encoder."""
     image_encoder: Dtype = "float32"
-    """CLIP."""
+    """The image encoder."""
     transformer: Dtype = "bfloat16"
-    """The transformer, or both of Wan 2.2."""
+    """The transformer, or both where a model has two."""
     vae: Dtype = "float32"
     """The VAE, encoder and decoder."""
 
@@ -63,7 +62,9 @@ class ModelConfig(Section):
     path: str = "???"
     """A folder in diffusers' format, a hub id (`org/name`), `builtin:NAME` for a tiny trained model of this package,
     or `random:SHAPE` for seeded random weights."""
-    task: Annotated[str, one_of("t2v", "i2v", "flf2v", "ti2v")] = "t2v"
+    family: Annotated[str, one_of(*FAMILIES)] = DEFAULT
+    """Kind of the model: the name of its folder in `disagg_ray/models`."""
+    task: str = "t2v"
     """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame) or ti2v (text, and
     a first frame if the request gives one)."""
     revision: str | None = None
@@ -76,34 +77,40 @@ class ModelConfig(Section):
     """Noise level of each step, falling from 1, for step-distilled checkpoints; fixes the number of steps of every
     request. They are shifted, as in diffusers, unless flow_shift is 1. []: spread over the request's steps."""
     boundary_ratio: Annotated[float, between(0, 1)] | None = None
-    """Wan 2.2: share of the timesteps below which the low-noise transformer takes over; null: the checkpoint's."""
+    """Of two transformers: share of the timesteps below which the second, low-noise one takes over; null: the
+    checkpoint's."""
     max_sequence_length: Count = 512
     """Text tokens that the transformer attends to; shorter prompts are padded to it, longer ones are refused."""
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     """Precision of each component's weights."""
 
+    def rules(self) -> Iterator[Check]:
+        tasks = FAMILIES[self.family].tasks
+        remedy = f"must be one of {', '.join(tasks)}{did_you_mean(self.task, tasks)}"
+        yield "task", self.task, self.task in tasks, remedy
+
     @property
-    def multiple(self) -> int:
-        """What height and width are multiples of."""
-        return MULTIPLES.get(self.task, MULTIPLE)
+    def traits(self) -> Task:
+        """What a request may ask of the model."""
+        return FAMILIES[self.family].tasks[self.task]
 
 
 @dataclass(frozen=True)
 class DefaultsConfig(Section):
     """Values of the fields that a request leaves out."""
 
-    height: Side = 480
-    """Pixels, a multiple of 16; of 32 where model.task is ti2v."""
-    width: Side = 832
-    """Pixels, a multiple of 16; of 32 where model.task is ti2v."""
-    num_frames: NumFrames = 81
+    height: int = 480
+    """Pixels; a multiple of 16, or of what model.task wants (ti2v: 32)."""
+    width: int = 832
+    """Pixels; a multiple as height."""
+    num_frames: int = 81
     """Frames, 4k + 1."""
     num_inference_steps: Count = 50
     """Denoising steps. Time grows in proportion."""
     guidance_scale: Guidance = 5.0
     """CFG scale; 1 or less turns CFG off, which halves the denoising time."""
     guidance_scale_2: Guidance | None = None
-    """CFG scale of Wan 2.2's low-noise transformer; null: the model has one transformer."""
+    """CFG scale of the second, low-noise transformer; null: the model has one transformer."""
     negative_prompt: str = ""
     """What CFG steers away from."""
     fps: Fps = 16
@@ -221,31 +228,42 @@ class Config(Section):
 
     def rules(self) -> Iterator[Check]:
         defaults, limits, sigmas = self.defaults, self.limits, self.model.sigmas
+        for key, value, ok, remedy in self.shape_rules(defaults.height, defaults.width, defaults.num_frames):
+            yield f"defaults.{key}", value, ok, remedy
         remedy = f"must be at most limits.max_steps={limits.max_steps}"
         yield "model.sigmas", sigmas, len(sigmas) <= limits.max_steps, remedy
         steps = defaults.num_inference_steps
         for key, value, ok, remedy in self.size_rules(defaults.height, defaults.width, defaults.num_frames, steps):
             yield f"defaults.{key}", value, ok, remedy
-        for key in ("height", "width"):
-            yield side_check(f"defaults.{key}", getattr(defaults, key), self.model.multiple)
         yield from cut_rules(self.stages)
-        remedy = f"knows only text-to-video, and model.task is {self.model.task}; write first_block"
+        remedy = f"is not for model.task={self.model.task}; write one of {', '.join(self.model.traits.step_caches)}"
         for name, stage in self.stages.items():
             method = stage.denoiser.step_cache.method
-            ok = method != "sea" or self.model.task == "t2v"
+            ok = method == "none" or method in self.model.traits.step_caches
             yield f"stages.{name}.denoiser.step_cache.method", method, ok, remedy
             for height, width, num_frames in stage.warm_up:
-                for side in (height, width):
-                    yield side_check(f"stages.{name}.warm_up", side, self.model.multiple)
+                for _, value, ok, remedy in self.shape_rules(height, width, num_frames):
+                    yield f"stages.{name}.warm_up", value, ok, remedy
                 for _, value, ok, remedy in self.size_rules(height, width, num_frames, 1):
                     yield f"stages.{name}.warm_up", value, ok, remedy
         if not self.fused:
             yield from sharing_rules(self.share_gpu, self.stages)
 
+    def shape_rules(self, height: int | None, width: int | None, num_frames: int | None) -> Iterator[Check]:
+        """Yield the rules of what the model can make, whatever the limits; None: not given."""
+        traits = self.model.traits
+        for key, side in (("height", height), ("width", width)):
+            if side is not None:
+                yield side_check(key, side, traits.multiple)
+        if num_frames is not None:
+            yield frames_check("num_frames", num_frames, traits.frames_step)
+
     def size_rules(self, height: int, width: int, num_frames: int, num_steps: int) -> Iterator[Check]:
         """Yield the rules of a video's size and a request's steps, for the limits and for the ranks that share it."""
         yield from self.limits.size_rules(height, width, num_frames, num_steps)
-        frames, rows, columns = (num_frames - 1) // 4 + 1, height // self.model.multiple, width // self.model.multiple
+        traits = self.model.traits
+        frames = (num_frames - 1) // traits.frames_step + 1
+        rows, columns = height // traits.multiple, width // traits.multiple
         for name, stage in self.stages.items():
             for group in stage.replica_groups.values():
                 ok = frames * rows * columns % group.parallel.num_shards == 0

@@ -16,7 +16,7 @@ from disagg_ray.config.options import (
     parse_part,
 )
 from disagg_ray.config.parallel import ParallelConfig, denoiser_rules
-from disagg_ray.config.rules import MULTIPLE, Bytes, Check, Count, Rule, Section, at_least, one_of
+from disagg_ray.config.rules import Bytes, Check, Count, Rule, Section, at_least, one_of
 from disagg_ray.text import did_you_mean, nearest, printable
 
 
@@ -34,10 +34,6 @@ Resources = Annotated[dict[str, Annotated[float, AMOUNT]], CUSTOM]
 WarmUp = Annotated[
     list[int],
     Rule(lambda size: len(size) == 3 and min(size) > 0, "must be [height, width, num_frames]"),
-    Rule(
-        lambda size: size[0] % MULTIPLE == size[1] % MULTIPLE == 0, f"must have sides that are multiples of {MULTIPLE}"
-    ),
-    Rule(lambda size: size[2] % 4 == 1, "must have 4k + 1 frames"),
 ]
 
 

@@ -14,7 +14,7 @@ from disagg_ray.driver.cluster import join
 from disagg_ray.driver.names import find_replicas
 from disagg_ray.errors import DisaggError, StartError
 from disagg_ray.media.video import blank
-from disagg_ray.request import IMAGES_OF, Request
+from disagg_ray.request import Request
 from disagg_ray.service.client import Connection
 from disagg_ray.service.protocol import Snapshot, StageState
 from disagg_ray.service.stub import take_snapshot
@@ -114,6 +114,6 @@ def _check_video(name: str) -> Iterator[Check]:
 def make_request(config: Config) -> Request:
     """Return the request with the least work at the default size."""
     grey = blank(config.defaults.width, config.defaults.height)
-    image, last_image = (grey if name in IMAGES_OF[config.model.task] else None for name in ("image", "last_image"))
+    image, last_image = (grey if name in config.model.traits.images else None for name in ("image", "last_image"))
     steps = None if config.model.sigmas else 1
     return Request(prompt="a test", image=image, last_image=last_image, num_inference_steps=steps, seed=0)

@@ -10,7 +10,7 @@ from disagg_ray.driver.fleet import Fleet
 from disagg_ray.driver.metrics import Metrics
 from disagg_ray.driver.pool import DriverPool
 from disagg_ray.graph import Graph
-from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.models.geometry import Geometry
 from disagg_ray.progress.events import Event
 
 

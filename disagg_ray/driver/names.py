@@ -29,7 +29,7 @@ def check_name(name: str) -> str:
         InputError: it is not.
     """
     if not NAME.fullmatch(name):
-        raise InputError(f"invalid NAME={shown(name)}: must be 1 to 40 of a-z, 0-9, - and _, as wan-480p")
+        raise InputError(f"invalid NAME={shown(name)}: must be 1 to 40 of a-z, 0-9, - and _, as video-480p")
     return name
 
 

@@ -18,7 +18,7 @@ from disagg_ray.driver.threads import begin, within
 from disagg_ray.errors import PoolError, TransferError
 from disagg_ray.graph import FRAMES, Graph
 from disagg_ray.media.video import Frames
-from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.models.geometry import Geometry
 from disagg_ray.replica.sizing import driver_pool_bytes, most_piece_bytes
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool

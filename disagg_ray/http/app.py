@@ -1,7 +1,7 @@
 """The application: by `disagg-ray serve` on a laptop, or on a cluster by a Serve configuration that names `app`.
 
 import_path: disagg_ray.http.app:app
-args: {connect: wan, folder: /data/videos, api_keys: /data/keys.json}
+args: {connect: video, folder: /data/videos, api_keys: /data/keys.json}
 """
 
 from __future__ import annotations

@@ -150,4 +150,5 @@ def _num_frames(body: CreateVideo, config: Config) -> int | None:
     if not 0 < seconds < 1e6:
         raise ApiError(400, f"seconds: {shown(body.seconds)} is not a positive number", param="seconds")
     fps = body.fps if body.fps is not None else config.defaults.fps
-    return max(1, round((seconds * max(1, min(fps, 240)) - 1) / 4) * 4 + 1)
+    step = config.model.traits.frames_step
+    return max(1, round((seconds * max(1, min(fps, 240)) - 1) / step) * step + 1)

@@ -213,7 +213,12 @@ def list_models(jobs: WithJobs, key: WithKey) -> schema.ModelList:  # noqa: ARG0
         model, defaults, limits = runner.config.model, vars(runner.config.defaults), vars(runner.config.limits)
         data.append(
             schema.Model(
-                id=name, created=created, task=model.task, multiple=model.multiple, defaults=defaults, limits=limits
+                id=name,
+                created=created,
+                task=model.task,
+                multiple=model.traits.multiple,
+                defaults=defaults,
+                limits=limits,
             )
         )
     return schema.ModelList(data=data)

@@ -76,7 +76,7 @@ class CreateVideo(BaseModel):
     num_inference_steps: int | None = None
     """Denoising steps."""
     guidance_scale: Number | None = None
-    """Classifier-free guidance, of Wan 2.2's high-noise transformer where there are two."""
+    """Classifier-free guidance, of the high-noise transformer where there are two."""
     guidance_scale_2: Number | None = None
     """Of the low-noise transformer."""
     seed: int | None = None

@@ -107,7 +107,9 @@ def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: in
 def _inputs(transformer: Any, size: Tensor, text_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return queries, keys and values of a block's self attention and of its cross attention."""
     heads, dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    length = int((torch.tensor(size.shape[2:]) // torch.tensor(transformer.config.patch_size)).prod())
+    patch = transformer.config.patch_size
+    patch = (1, patch, patch) if isinstance(patch, int) else patch
+    length = int((torch.tensor(size.shape[2:]) // torch.tensor(patch)).prod())
     query, key, value = torch.randn(3, 1, length, heads, dim, device=size.device, dtype=transformer.dtype)
     return [(query, key, value), (query, key[:, :text_tokens], value[:, :text_tokens])]
 

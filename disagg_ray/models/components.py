@@ -1,8 +1,8 @@
-"""The components of a Wan checkpoint: which files of each are opened, and whether each is what this family expects.
+"""The components of a model folder: which files of each are opened, and whether each is what its family expects.
 
 Only files in the model's own folder are opened, all weights are safetensors, every class is one of those
-named here, and none of a folder's own code runs. Nothing here imports a model's library, so a driver can ask it before
-anything starts.
+that the family names, and none of a folder's own code runs. Nothing here imports a model's library, so a driver can
+ask it before anything starts.
 """
 
 from __future__ import annotations
@@ -10,24 +10,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import CheckpointError
+from disagg_ray.models.family import Component, Family
 from disagg_ray.models.files import Tensor, one_line, quote, read_header, read_json
-from disagg_ray.models.wan.component_configs import (
-    ImageEncoderConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    VaeConfig,
-)
 from disagg_ray.text import printable
-
-Library = Literal["diffusers", "transformers"]
 
 MAX_NUMBER = 2**20
 """Largest whole number in a configuration; the largest published is a vocabulary of 256,384."""
@@ -43,58 +33,14 @@ UNSEEDED = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 """Schedulers whose noise comes from a generator of their own."""
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What this family expects of one component."""
-
-    library: Library
-    classes: tuple[str, ...]
-    """Names that the index may give; empty: any scheduler."""
-    config: str
-    """File of its configuration."""
-    values: type | None = None
-    """Types of the configuration's values, where the class itself does not check them."""
-
-    @property
-    def weights(self) -> str | None:
-        """Name of its weights, without suffix; None: it has none."""
-        if self.config != "config.json":
-            return None
-        return "diffusion_pytorch_model" if self.library == "diffusers" else "model"
-
-
-_TRANSFORMER = Kind("diffusers", ("WanTransformer3DModel",), "config.json", TransformerConfig)
-KINDS = {
-    "tokenizer": Kind(
-        "transformers",
-        ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
-        "tokenizer_config.json",
-    ),
-    "text_encoder": Kind("transformers", ("UMT5EncoderModel",), "config.json", TextEncoderConfig),
-    "image_processor": Kind(
-        "transformers",
-        ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
-        "preprocessor_config.json",
-    ),
-    "image_encoder": Kind(
-        "transformers", ("CLIPVisionModel", "CLIPVisionModelWithProjection"), "config.json", ImageEncoderConfig
-    ),
-    "vae": Kind("diffusers", ("AutoencoderKLWan",), "config.json", VaeConfig),
-    "scheduler": Kind("diffusers", (), "scheduler_config.json", SchedulerConfig),
-    "transformer": _TRANSFORMER,
-    "transformer_2": _TRANSFORMER,
-}
-"""By the component's name, which is that of its folder."""
-
-
-def read_components(index: Mapping[str, Any], path: Path) -> dict[str, str]:
+def read_components(family: Family, index: Mapping[str, Any], path: Path) -> dict[str, str]:
     """Return the class of each component that an index lists.
 
     Raises:
-        CheckpointError: one is not of the class, or of the library, that this family expects.
+        CheckpointError: one is not of the class, or of the library, that the family expects.
     """
     found: dict[str, str] = {}
-    for name, kind in KINDS.items():
+    for name, kind in family.components.items():
         entry = index.get(name)
         if entry is None or entry == [None, None]:
             continue
@@ -118,7 +64,7 @@ def read_components(index: Mapping[str, Any], path: Path) -> dict[str, str]:
     return found
 
 
-def check_component(folder: Path, name: str, *, partial: bool = False) -> None:
+def check_component(family: Family, folder: Path, name: str, *, partial: bool = False) -> None:
     """Check every file of a component that would be opened, and none of its weights' values.
 
     `partial`: what is not there may be on another machine, and is no fault.
@@ -126,7 +72,7 @@ def check_component(folder: Path, name: str, *, partial: bool = False) -> None:
     Raises:
         CheckpointError: a file is missing, malformed, outside the model's folder, no safetensors, or brings code.
     """
-    component, kind = folder / name, KINDS[name]
+    component, kind = folder / name, family.components[name]
     if partial and not (component / kind.config).is_file():
         return
     if not component.is_dir():
@@ -136,11 +82,11 @@ def check_component(folder: Path, name: str, *, partial: bool = False) -> None:
             check_inside(path, folder)
         if path.name == "adapter_config.json":
             raise CheckpointError(f"model.path: {quote(path)} brings weights from elsewhere; take it out of the folder")
-    config = read_config(folder, name)
-    if name == "scheduler" and config.get("use_dynamic_shifting"):
+    config = read_config(kind, folder, name)
+    if name == "scheduler" and config.get("use_dynamic_shifting") and not family.shifts_by_size:
         raise CheckpointError(
             f"model.path: use_dynamic_shifting in {quote(component / kind.config)} wants a shift for each size, which "
-            f"no Wan pipeline gives; write false there, and set model.flow_shift"
+            f"no {family.title} pipeline gives; write false there, and set model.flow_shift"
         )
     if name == "tokenizer" and not (component / "tokenizer.json").is_file():
         if importlib.util.find_spec("sentencepiece") is None and not partial:
@@ -149,12 +95,11 @@ def check_component(folder: Path, name: str, *, partial: bool = False) -> None:
                 f"spiece.model, or save the tokenizer anew where it is installed"
             )
     if kind.weights is not None:
-        read_tensors(folder, name, partial=partial)
+        read_tensors(kind, folder, name, partial=partial)
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
+def read_config(kind: Component, folder: Path, name: str) -> dict[str, Any]:
     """Return a component's configuration, its values of the types that the class wants."""
-    kind = KINDS[name]
     path = folder / name / kind.config
     config = read_json(path)
     for key in CODE:
@@ -206,13 +151,13 @@ def _kind_of(hint: Any) -> str:
     return names.get(hint, "null")
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(kind: Component, folder: Path, name: str) -> list[Path]:
     """Return the files that the component's library loads its weights from; whether they are there is not asked.
 
     Variants (`*.fp16.safetensors`) and other formats beside them are not read. Source: transformers takes one whole
     file before an index, diffusers an index before a whole file.
     """
-    component, kind = folder / name, KINDS[name]
+    component = folder / name
     whole = component / f"{kind.weights}.safetensors"
     index = component / f"{kind.weights}.safetensors.index.json"
     if not index.is_file() or (kind.library == "transformers" and whole.is_file()):
@@ -230,14 +175,14 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     return [component / shard for shard in sorted(set(shards.values()))]
 
 
-def read_tensors(folder: Path, name: str, *, partial: bool = False) -> list[Tensor]:
-    """Return the tensors of a component's weights.
+def read_tensors(kind: Component, folder: Path, name: str, *, partial: bool = False) -> dict[str, Tensor]:
+    """Return what a component's weights say of their tensors, by name.
 
     Raises:
         CheckpointError: a file is missing, malformed or outside the model's folder.
     """
-    tensors: list[Tensor] = []
-    for path in weight_files(folder, name):
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(kind, folder, name):
         if not path.is_file():
             if partial:
                 continue
@@ -247,27 +192,10 @@ def read_tensors(folder: Path, name: str, *, partial: bool = False) -> list[Tens
             )
         check_inside(path, folder)
         try:
-            tensors += read_header(path).values()
+            tensors |= read_header(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"model.path: {quote(path)}: {one_line(error)}") from error
     return tensors
-
-
-def check_ti2v(model: ModelConfig, transformer: dict[str, Any], vae: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse a model with a timestep a token that is otherwise than TI2V-5B.
-
-    Raises:
-        CheckpointError: names what is otherwise.
-    """
-    pixels = vae.get("scale_factor_spatial", 8) * transformer.get("patch_size", [1, 2, 2])[1]
-    for wrong, what in (
-        ("transformer_2" in names, "two transformers"),
-        (transformer.get("image_dim") is not None, "a transformer that wants an image encoder"),
-        (transformer.get("in_channels") != vae["z_dim"], "a transformer of other channels than the VAE's latents"),
-        (pixels != model.multiple, f"sizes in multiples of {pixels}, not {model.multiple}"),
-    ):
-        if wrong:
-            raise CheckpointError(f"model.path: {model.path!r} has expand_timesteps and {what}, which is not supported")
 
 
 def check_inside(path: Path, folder: Path) -> None:

@@ -12,17 +12,18 @@ import numpy as np
 import torch
 import transformers
 from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
-from diffusers.modular_pipelines.wan import Wan22Blocks, Wan22Image2VideoBlocks, WanBlocks, WanImage2VideoAutoBlocks
 
-from disagg_ray.config.options import BLEND, TRANSFORMERS, DenoiserConfig, VaeConfig, parse_part
+from disagg_ray.config.options import TRANSFORMERS, DenoiserConfig, VaeConfig
 from disagg_ray.config.stages import StageConfig
 from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
+from disagg_ray.models.absent import stand_in
 from disagg_ray.models.attention import FLASH_4, check_flash_4
-from disagg_ray.models.checkpoint import Checkpoint, Geometry
-from disagg_ray.models.components import read_config
+from disagg_ray.models.blocks import EmbeddingCache, Guidance, KeepsTexts, OnStep
+from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.load import check_scheduler, load_component, reserve, weight_bytes
+from disagg_ray.models.model import Model
 from disagg_ray.models.tuning import (
     choose_scheduler,
     offload_groups,
@@ -31,9 +32,6 @@ from disagg_ray.models.tuning import (
     tune_transformer,
     tune_vae,
 )
-from disagg_ray.models.wan.blocks import EmbeddingCache, Guidance, OnStep, TextEncoder, cast_inputs, replace_blocks
-from disagg_ray.models.wan.ti2v import ti2v_blocks
-from disagg_ray.models.wan.tiles import Blend, DecodePart
 from disagg_ray.models.warm_up import example_tensors
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.text import did_you_mean
@@ -44,15 +42,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disagg_ray")
 
 IDLE = "stages.%s: a request without guidance leaves half of the ranks idle (parallel.cfg=2)"
-TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
-"""Inputs by which diffusers picks the blocks of a task."""
 
 
 class Cut:
     """Part of a model: the blocks of one stage and the components they need, nothing else.
 
-    Source: `diffusers.ModularPipeline` and its Wan blocks, with `models.blocks` in place of those that differ from
-    the stock pipelines.
+    Source: `diffusers.ModularPipeline`, with the family's blocks (`models.model.Model`).
     """
 
     def __init__(self, checkpoint: Checkpoint, stage: str, blocks: Sequence[str], num_parts: int = 0) -> None:
@@ -64,8 +59,13 @@ class Cut:
         self._offloaded: list[Any] = []
         self._ranks: Ranks | None = None
         self._told_idle = False
-        leaves, self._stepper = replace_blocks(_leaves(checkpoint, stage, blocks, num_parts))
-        self._text_encoders = [block for block in leaves.values() if isinstance(block, TextEncoder)]
+        self._model: Model = checkpoint.family.part("model").MODEL
+        known, self._stepper = self._model.blocks(checkpoint)
+        parts = self._model.part_blocks(blocks, num_parts, checkpoint.folder)
+        leaves = _choose(known, stage, blocks, parts)
+        self._kinds = {param.name: param.kwargs_type for b in known.values() for param in b.intermediate_outputs}
+        """What diffusers files a tensor under, by its name, whichever stage made it."""
+        self._text_encoders = [block for block in leaves.values() if isinstance(block, KeepsTexts)]
         self.ports = _ports(stage, leaves)
         self._blocks = SequentialPipelineBlocks.from_blocks_dict(leaves)
         self._pipeline = self._blocks.init_pipeline()  # of no folder: its indexes could name other folders and classes
@@ -74,6 +74,7 @@ class Cut:
                 block.set_progress_bar_config(disable=True)
         if checkpoint.geometry.boundary_ratio is not None:
             self._pipeline.register_to_config(boundary_ratio=checkpoint.geometry.boundary_ratio)
+        stand_in(self._pipeline, checkpoint, self._model.constants(checkpoint.geometry))
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -149,7 +150,7 @@ class Cut:
     def _check_attention(self, dtypes: Mapping[str, str], device: str) -> None:
         """Refuse FlashAttention 4 where it cannot run, before any weights are loaded."""
         if self._options.denoiser.attention == FLASH_4:
-            dims = {n: read_config(self._checkpoint.folder, n)["attention_head_dim"] for n in self._transformers}
+            dims = {n: self._checkpoint.read_config(n)["attention_head_dim"] for n in self._transformers}
             for name, dim in dims.items():
                 check_flash_4(f"stages.{self._stage}.denoiser.attention", device, dtypes[name], dim)
 
@@ -167,7 +168,7 @@ class Cut:
                 from disagg_ray.models.parallel.tokens import split_tokens  # torch.distributed is for gangs alone
 
                 split_tokens(f"stages.{self._stage}", model, self._ranks)
-            model.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+            self._model.adapt(model)
         if name == "vae":
             tune_vae(model, options.vae)
         if options.offload == "group":
@@ -194,7 +195,8 @@ class Cut:
         if reserved:
             reserve(reserved, device)
         class_name = self._checkpoint.components[name]
-        component = load_component(self._checkpoint.folder, name, class_name, dtype, device)
+        kind = self._checkpoint.family.components[name]
+        component = load_component(kind, self._checkpoint.folder, name, class_name, dtype, device)
         if name == "scheduler":
             component = choose_scheduler(component, self._checkpoint.model)
             check_scheduler(component, self._checkpoint.model.sigmas)
@@ -210,7 +212,7 @@ class Cut:
         self._prepare(request)
         state = PipelineState()
         for name, value in (_request_inputs(request, self._checkpoint) | dict(tensors)).items():
-            state.set(name, value, "denoiser_input_fields" if name.endswith("prompt_embeds") else None)
+            state.set(name, value, self._kinds.get(name))
         self._stepper.on_step = on_step
         _, state = self._blocks(self._pipeline, state)
         for hook in self._offloaded:
@@ -243,30 +245,14 @@ class Cut:
             self._pipeline.vae.use_tiling = tile is not None and request.height * request.width >= tile
 
 
-def _leaves(checkpoint: Checkpoint, stage: str, names: Sequence[str], num_parts: int) -> dict[str, Any]:
+def _choose(leaves: Mapping[str, Any], stage: str, names: Sequence[str], parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's leaf blocks in the model's order, named `block` or `block.part`."""
-    task = checkpoint.model.task
-    if checkpoint.geometry.expand_timesteps:
-        leaves = ti2v_blocks(checkpoint.geometry)
-    else:
-        model = _model_blocks(task, checkpoint.geometry)
-        leaves = model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks
-    parts = {name: DecodePart(*part) for name in names if (part := parse_part(name))}
-    if BLEND in names:
-        parts[BLEND] = Blend(num_parts, checkpoint.folder / "vae")
     known = list(dict.fromkeys(name.split(".")[0] for name in leaves))
     for name in names:
         if name not in (*known, *parts):
             hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
             raise GraphError(f"stages.{stage}.blocks: this model has no block {name!r}{hint}")
-    return {name: block for name, block in leaves.items() if name.split(".")[0] in names} | parts
-
-
-def _model_blocks(task: str, geometry: Geometry) -> SequentialPipelineBlocks:
-    """Return what `ModularPipeline.from_pretrained` would pick; it imports every pipeline there is to find out."""
-    if geometry.two_transformers:
-        return Wan22Blocks() if task == "t2v" else Wan22Image2VideoBlocks()
-    return WanBlocks() if task == "t2v" else WanImage2VideoAutoBlocks()
+    return {name: block for name, block in leaves.items() if name.split(".")[0] in names} | dict(parts)
 
 
 def _ports(stage: str, leaves: Mapping[str, Any]) -> StagePorts:

@@ -11,10 +11,9 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.modular_pipelines.wan.before_denoise import retrieve_timesteps
 
 from disagg_ray.errors import CheckpointError
-from disagg_ray.models.components import KINDS
+from disagg_ray.models.family import Component
 from disagg_ray.models.files import one_line, quote
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -24,13 +23,15 @@ SPARE_BYTES = 2**21
 """More than is lost when torch rounds tensors up."""
 
 
-def load_component(model: Path, name: str, class_name: str, dtype: str = "float32", device: str = "cpu") -> Any:
+def load_component(
+    kind: Component, model: Path, name: str, class_name: str, dtype: str = "float32", device: str = "cpu"
+) -> Any:
     """Load a component of a model folder that was checked: of the class its index names, from safetensors alone.
 
     Raises:
         CheckpointError: its files do not make such a component, or lack some of its tensors.
     """
-    kind, folder = KINDS[name], model / name
+    folder = model / name
     component = getattr(LIBRARIES[kind.library], class_name, None)
     if component is None:
         raise CheckpointError(
@@ -68,9 +69,11 @@ def check_scheduler(scheduler: Any, sigmas: Sequence[float]) -> None:
     Raises:
         CheckpointError: it cannot set a request's timesteps.
     """
-    given = {"sigmas": np.array(sigmas)} if sigmas else {"num_inference_steps": 2}
+    given: dict[str, Any] = {"sigmas": np.array(sigmas)} if sigmas else {"num_inference_steps": 2}
+    if scheduler.config.get("use_dynamic_shifting"):
+        given["mu"] = 1.0  # the shift of some size
     try:
-        retrieve_timesteps(copy.deepcopy(scheduler), **given)
+        copy.deepcopy(scheduler).set_timesteps(**given)
     except Exception as error:  # as above
         name = type(scheduler).__name__
         field = "model.sigmas" if sigmas else "model.path"

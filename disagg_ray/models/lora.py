@@ -11,13 +11,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from disagg_ray.config.options import LoraConfig
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import MAX_NUMBER
+from disagg_ray.models.families import model_of
 from disagg_ray.models.files import one_line
 from disagg_ray.models.lora_files import check_header
 from disagg_ray.text import printable
@@ -25,11 +25,9 @@ from disagg_ray.text import printable
 logger = logging.getLogger("disagg_ray")
 
 PREFIX = "transformer."
-"""Of every key of a Wan LoRA in diffusers' own format."""
+"""Of every key of a LoRA in diffusers' own format."""
 DROPPED = (".diff", ".diff_b", "dora_scale")
 """Ends of keys that diffusers may leave out when it converts a file: whole changes of norms, embeddings, modulation."""
-OF_IMAGES = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
-"""Modules of Wan 2.1's image-to-video models alone; stock leaves them out where a model has none."""
 FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
@@ -45,8 +43,7 @@ def load_loras(key: str, transformer: Any, loras: Sequence[LoraConfig]) -> None:
         name = f"{key}: {printable(lora.path)!r}"
         weights, metadata = _read(name, expand_home(lora.path))
         try:
-            converted = WanLoraLoaderMixin.lora_state_dict(dict(weights))
-            converted = WanLoraLoaderMixin._maybe_expand_t2v_lora_for_i2v(transformer, converted)
+            converted = model_of(transformer).convert_lora(transformer, dict(weights))
         except Exception as error:  # diffusers raises every kind for keys it does not expect
             raise CheckpointError(f"{name} cannot be read as a LoRA: {one_line(error)}") from error
         unused = _check_fit(name, weights, converted, transformer)
@@ -116,12 +113,13 @@ def _check_fit(
     known = {module.replace(".base_layer", "") for module, _ in transformer.named_modules()}
     kept = {id(tensor) for tensor in converted.values()}
     unused = [key for key in weights if key.endswith(DROPPED) and id(weights[key]) not in kept]
+    extras = model_of(transformer).lora_extras
     strange: list[str] = []
     for key in converted:
         module, dot, _ = key.removeprefix(PREFIX).partition(".lora_")
         if dot and module in known:
             continue
-        (unused if dot and any(part in OF_IMAGES for part in module.split(".")) else strange).append(key)
+        (unused if dot and any(part in extras for part in module.split(".")) else strange).append(key)
     if strange or len(unused) >= len(weights):
         raise CheckpointError(
             f"{name} does not fit this model: of its {len(weights)} keys {len(strange) or len(unused)} match no layer, "

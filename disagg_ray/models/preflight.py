@@ -7,9 +7,10 @@ import os
 from disagg_ray import environment
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import CheckpointError, ConfigError
-from disagg_ray.models.checkpoint import RANDOM, Geometry, check_here, find_here, open_checkpoint
+from disagg_ray.models.checkpoint import RANDOM, check_here, find_here, open_checkpoint
+from disagg_ray.models.families import find_shape
+from disagg_ray.models.geometry import Geometry
 from disagg_ray.models.lora_files import check_loras
-from disagg_ray.models.wan.shapes import get_shape
 from disagg_ray.text import shown
 
 SOCKET = "/ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -46,7 +47,7 @@ def check_model(config: Config, *, whole: bool) -> None:
     check_loras(config, whole=whole)
     if model.path.startswith(RANDOM):  # made where it is wanted, which costs imports of all models
         try:
-            get_shape(model.path.removeprefix(RANDOM))
+            find_shape(model.path.removeprefix(RANDOM))
         except ValueError as error:
             raise CheckpointError(f"model.path: {model.path!r} cannot be made: {error}") from error
         return

@@ -18,15 +18,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 
 from disagg_ray.config.options import DenoiserConfig, StepCacheConfig, VaeConfig
 from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.models.attention import fastest_attention, set_attention
+from disagg_ray.models.families import model_of
 from disagg_ray.models.lora import load_loras
-from disagg_ray.models.wan.fusing import fuse_activation, fuse_rotary
 
 CACHES = {
     "first_block": FirstBlockCacheConfig,
@@ -55,13 +54,18 @@ def tune_transformer(
         auto = options.attention == "auto"
         backend = fastest_attention(transformer, sizes, text_tokens) if auto else options.attention
         set_attention(f"{key}.attention", transformer, backend)
-    if options.fuse:
-        fuse_rotary(transformer)
-        fuse_activation(transformer)
+    if options.fuse and not model_of(transformer).fuse(transformer):
+        raise ConfigError(f"{key}.fuse: true, but this model has nothing that can be fused; write false")
     if options.compile is not None:  # below the hooks of caches and offloading, which no graph could hold
         _allow_graphs()
-        for block in transformer.blocks:
+        for block in _repeated_blocks(transformer):
             block.forward = torch.compile(block.forward, mode=options.compile, fullgraph=True)
+
+
+def _repeated_blocks(module: Any) -> list[Any]:
+    """Return the blocks that a transformer repeats, as diffusers names them; none of another model."""
+    names = getattr(module, "_repeated_blocks", None) or ()
+    return [block for block in module.modules() if type(block).__name__ in names]
 
 
 def renew_step_cache(transformer: Any, cache: StepCacheConfig, num_steps: int) -> None:
@@ -72,7 +76,7 @@ def renew_step_cache(transformer: Any, cache: StepCacheConfig, num_steps: int) -
     if cache.method == "mag":
         asked |= {"mag_ratios": cache.ratios, "num_inference_steps": num_steps}
     if cache.method == "taylorseer":
-        asked |= {"use_lite_mode": True}  # diffusers' default finds no layer of Wan; all of them would take tens of GB
+        asked |= {"use_lite_mode": True}  # diffusers' default may find no layer; all of them would take tens of GB
     given = {name: value for name, value in asked.items() if value is not None}
     transformer.enable_cache(CACHES[cache.method](**given))
 
@@ -91,7 +95,7 @@ def tune_vae(vae: Any, options: VaeConfig) -> None:
         fused = torch.compile(_norm_silu, dynamic=True)
         for block in vae.modules():
             if isinstance(getattr(block, "nonlinearity", None), nn.SiLU):
-                _fuse_norms(block, fused)
+                _fuse_norms(block, model_of(vae).norms, fused)
 
 
 def _allow_graphs() -> None:
@@ -99,10 +103,10 @@ def _allow_graphs() -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
-def _fuse_norms(block: Any, fused: Callable[[Tensor, Tensor], Tensor]) -> None:
+def _fuse_norms(block: Any, norms: Any, fused: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Let each norm of a residual block, or the last of a whole half, apply the activation that follows it."""
     for norm in block.children():
-        if isinstance(norm, WanRMS_norm):
+        if isinstance(norm, norms):
             norm.forward = partial(_call_with_gamma, fused, norm)
     block.nonlinearity = nn.Identity()
 
@@ -112,7 +116,7 @@ def _call_with_gamma(fused: Callable[[Tensor, Tensor], Tensor], norm: Any, x: Te
 
 
 def _norm_silu(gamma: Tensor, x: Tensor) -> Tensor:
-    """Return WanRMS_norm over the channels of x (n, c, t, h, w), then SiLU, rounded once."""
+    """Return the root-mean-square norm over the channels of x (n, c, t, h, w), then SiLU, rounded once."""
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-24) * gamma
     return nn.functional.silu(scaled).to(x.dtype)
@@ -120,7 +124,7 @@ def _norm_silu(gamma: Tensor, x: Tensor) -> Tensor:
 
 def offload_groups(module: Any, device: str) -> None:
     """Keep a model's weights on the host; each group of layers visits the device for its own work."""
-    blocks = hasattr(module, "blocks")
+    blocks = bool(_repeated_blocks(module))
     apply_group_offloading(
         module,
         onload_device=torch.device(device),
@@ -167,4 +171,5 @@ def _quantize(key: str, transformer: Any, quantization: str) -> None:
         )
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    quantize_(transformer.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    for block in _repeated_blocks(transformer):
+        quantize_(block, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))

@@ -39,24 +39,10 @@ def example_tensors(checkpoint: Checkpoint, names: Sequence[str], size: Sequence
     height, width, num_frames = size
     tiles = [name for name in names if name.startswith(TILES)]
     most = checkpoint.geometry.tensor_bytes(height * width, num_frames, 0, len(tiles))
-    shapes = _shapes(checkpoint, height, width, num_frames) | {name: (most[name] // 4,) for name in tiles}
+    shapes = checkpoint.geometry.tensor_shapes(height, width, num_frames)
+    shapes |= {name: (most[name] // 4,) for name in tiles}
     return {
         name: torch.zeros(height, width, 3, dtype=torch.uint8) if name in IMAGES else torch.zeros(shapes[name])
         for name in names
         if name != "negative_prompt_embeds"
-    }
-
-
-def _shapes(checkpoint: Checkpoint, height: int, width: int, num_frames: int) -> dict[str, tuple[int, ...]]:
-    geometry = checkpoint.geometry
-    factor, channels = geometry.spatial_factor, geometry.latent_channels
-    video = ((num_frames - 1) // geometry.temporal_factor + 1, height // factor, width // factor)
-    return {
-        "prompt_embeds": (1, geometry.max_sequence_length, geometry.text_dim),
-        "image_embeds": (2 if checkpoint.model.task == "flf2v" else 1, geometry.image_tokens, geometry.image_dim),
-        "image_latents": (1, channels, 1, *video[1:]),
-        "image_condition_latents": (1, channels + geometry.temporal_factor, *video),
-        "first_frame_latents": (1, channels, *video),
-        "first_last_frame_latents": (1, channels, *video),
-        "latents": (1, channels, *video),
     }

@@ -20,7 +20,7 @@ from disagg_ray.planning.parallel import spell
 from disagg_ray.planning.profile import VERSION, Profile, installed_versions
 from disagg_ray.planning.ranks import check_room, measure_gang
 from disagg_ray.replica.stage import Stage
-from disagg_ray.request import IMAGES_OF, Request, resolve
+from disagg_ray.request import Request, resolve
 from disagg_ray.transfer.handoff import AttemptKey
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import slot_bytes
@@ -67,8 +67,8 @@ def _check(config: Config) -> None:
         raise PlanError("profile: fused stages and groups cannot be measured; leave fused and groups out")
     if config.num_parts:
         raise PlanError("profile: a tiled decode cannot be measured; write decode in place of its parts")
-    if IMAGES_OF[config.model.task]:
-        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only t2v and ti2v can be measured")
+    if config.model.traits.images:
+        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only what needs none can be measured")
 
 
 def _with_ranks(config: Config, parallel: ParallelConfig, requests: Sequence[Request]) -> tuple[str, Config]:

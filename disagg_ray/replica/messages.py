@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from disagg_ray.config.schema import Config
 from disagg_ray.graph import StagePorts
-from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.models.geometry import Geometry
 from disagg_ray.progress.channel import Credentials
 from disagg_ray.replica.software import Software
 from disagg_ray.request import ResolvedRequest

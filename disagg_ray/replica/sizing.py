@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from disagg_ray.config.schema import REPLICA_WINDOW, Config, LimitsConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, Graph
-from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.models.geometry import Geometry
 from disagg_ray.transfer.slots import slot_bytes
 
 MAX_VIDEOS = 2

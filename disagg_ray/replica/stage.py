@@ -24,8 +24,8 @@ from disagg_ray.request import ResolvedRequest
 from disagg_ray.transfer.slots import slot_bytes
 
 if TYPE_CHECKING:
+    from disagg_ray.models.blocks import EmbeddingCache, OnStep
     from disagg_ray.models.parallel.ranks import Ranks
-    from disagg_ray.models.wan.blocks import EmbeddingCache, OnStep
 
 
 RAW = ("png", "npy")

@@ -28,7 +28,7 @@ from benchmarks.stage_report import Row, line, psnr, relative, table
 from disagg_ray import Request, load_config
 from disagg_ray.environment import cache_folder
 from disagg_ray.graph import build_graph
-from disagg_ray.models.wan.random import make_checkpoint
+from disagg_ray.models.random import make_checkpoint
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import ResolvedRequest, resolve
 

@@ -10,8 +10,8 @@ from test_parity_gpu import ON_GPU, T2V
 from worker import MIB
 
 from disagg_ray.config.load import load_config
+from disagg_ray.models.random import make_checkpoint
 from disagg_ray.models.wan import shapes
-from disagg_ray.models.wan.random import make_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from disagg_ray.models.checkpoint import IMAGE_TEXT_TOKENS
+from disagg_ray.models.wan.geometry import IMAGE_TEXT_TOKENS
 
 
 def fuse_activation(transformer: Any) -> None:

@@ -1,7 +1,7 @@
 """The shapes of the Wan models, published and tiny: which components each has, and their configurations."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from disagg_ray.models.wan.component_configs import (
     WAN22_VAE,
@@ -40,6 +40,11 @@ class Shape:
     """Share of the training timesteps below which `transformer_2` takes over; None where there is only one."""
     expand_timesteps: bool = False
     """Whether each token has a timestep of its own (TI2V), so that a first frame can be given to the same model."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the stock pipeline is given beside its components."""
+        return {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
 
     @property
     def takes_image(self) -> bool:

@@ -20,7 +20,7 @@ from diffusers.modular_pipelines.wan.encoders import WanVaeEncoderStep, retrieve
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from disagg_ray.models.checkpoint import Geometry
+from disagg_ray.models.geometry import Geometry
 
 IMAGE_LATENTS = "image_latents"
 """Latents of the given first frame, float32 (1, channels, 1, height, width)."""

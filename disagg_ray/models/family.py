@@ -1,0 +1,76 @@
+"""What a family of models is, as data. Nothing outside `models` knows a family by name: it asks these.
+
+A family is a folder beside this file, whose `__init__` holds `FAMILY`. What takes longer to import is in modules of
+that folder, which `Family.part` imports when they are needed:
+
+- `shapes`: SHAPES, the models that can be made of random weights, by name
+- `random`: `build_meta` and `build_others`, which make a shape's components
+- `text`: `prepare`, what its tokenizer gets of a prompt, and NUM_DROPPED, tokens of that which the model never sees
+- `geometry`: `tasks_of` an index, and `read_geometry` of configurations: how large tensors between stages are
+- `model`: MODEL, which runs it (`models.model.Model`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Component:
+    """What a family expects of one component of a model folder."""
+
+    library: Literal["diffusers", "transformers"]
+    classes: tuple[str, ...]
+    """Names that the index may give; empty: any scheduler."""
+    config: str = "config.json"
+    """File of its configuration."""
+    values: type | None = None
+    """Types of the configuration's values, where the class itself does not check them."""
+
+    @property
+    def weights(self) -> str | None:
+        """Name of its weights, without suffix; None: it has none."""
+        if self.config != "config.json":
+            return None
+        return "diffusion_pytorch_model" if self.library == "diffusers" else "model"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a request may ask of a model of one task."""
+
+    images: tuple[str, ...] = ()
+    """Fields of images that it needs."""
+    optional_images: tuple[str, ...] = ()
+    """Those that it takes and does not need."""
+    multiple: int = 16
+    """What height and width are multiples of: pixels of one token."""
+    frames_step: int = 4
+    """Frames are a multiple of it and one more: a latent frame makes as many, the first one alone makes one."""
+    step_caches: tuple[str, ...] = ("first_block", "mag", "taylorseer")
+    """Methods of `denoiser.step_cache` that its transformers have."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model. Its tasks, components and stock pipelines."""
+
+    name: str
+    """Of its folder, and the value of `model.family`."""
+    title: str
+    """In messages."""
+    tasks: Mapping[str, Task]
+    """By the value of `model.task`."""
+    pipelines: tuple[str, ...]
+    """Classes of the stock diffusers pipelines that it equals, as indexes name them."""
+    components: Mapping[str, Component]
+    """By name, which is that of their folder."""
+    shifts_by_size: bool = False
+    """Whether its scheduler's shift follows from the size of what is made (`use_dynamic_shifting`)."""
+
+    def part(self, name: str) -> Any:
+        """Import a module of the family's folder."""
+        return import_module(f"{__package__}.{self.name}.{name}")
