@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 import secrets
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any
 
 from disagg_ray.config.rules import (
@@ -23,17 +21,23 @@ from disagg_ray.config.rules import (
     checks,
     enforce,
     kinds,
-    one_of,
+    real,
+    whole,
 )
 from disagg_ray.config.schema import Config
+from disagg_ray.config.traits import shape_rules
 from disagg_ray.errors import RequestError
 from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, check_image_file, digest_pixels, load_image
-from disagg_ray.text import shown
+from disagg_ray.models.families import FAMILIES
+from disagg_ray.text import did_you_mean, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("mp4", "gif", "png", "npy")
+FORMATS = {"video": ("mp4", "gif", "frames", "npy"), "image": ("png", "webp", "jpg", "npy")}
+"""By what a model makes; the first one is the default."""
+OF_VIDEO = ("num_frames", "fps")
+"""Fields that only a request for a video has."""
 MAX_SEED = 2**63 - 1
 MAX_BITS = 8192
 """Of any whole number."""
@@ -73,7 +77,7 @@ class Request(Section):
     width: int | None = None
     """Pixels, a multiple of 16 (ti2v: 32)."""
     num_frames: int | None = None
-    """Frames, 4k + 1."""
+    """Frames, 4k + 1; not of an image."""
     num_inference_steps: Count | None = None
     """Denoising steps; with model.sigmas there are as many as sigmas."""
     guidance_scale: Guidance | None = None
@@ -83,9 +87,10 @@ class Request(Section):
     seed: Annotated[int, between(0, MAX_SEED)] | None = None
     """Of the initial noise, drawn on the CPU; None: a random one, which the result names."""
     fps: Fps | None = None
-    """Frames per second of the written video."""
-    format: Annotated[str, one_of(*FORMATS)] = "mp4"
-    """mp4, gif, png (a folder) or npy (float32 frames)."""
+    """Frames per second of the written video; not of an image."""
+    format: str | None = None
+    """Of a video mp4 (the default), gif, frames (a folder of png files) or npy (float32 frames); of an image png (the
+    default), webp (lossless), jpg or npy."""
     priority: Annotated[int, between(-MAX_PRIORITY, MAX_PRIORITY)] = 0
     """Higher goes first; equals go in order, and every eighth turn is the oldest's."""
     id: Name = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -170,9 +175,30 @@ def _check_fields(request: Request, config: Config) -> Request:
     """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
     given = {name: _take(name, getattr(request, name), kind) for name, kind in TYPES.items()}
     taken = replace(request, **given)
-    enforce(config.shape_rules(taken.height, taken.width, taken.num_frames), RequestError)
+    _check_medium(taken, config)
+    steps = taken.num_inference_steps
+    enforce(shape_rules(config.model.traits, taken.height, taken.width, taken.num_frames, steps), RequestError)
     enforce(checks(taken, null=""), RequestError)
     return taken
+
+
+def _check_medium(request: Request, config: Config) -> None:
+    """Refuse fields and formats of videos for a model that makes images, and the reverse."""
+    makes = config.model.traits.makes
+    if makes == "image":
+        others = ", ".join(f.name for f in FAMILIES.values() if any(t.makes == "video" for t in f.tasks.values()))
+        for name in OF_VIDEO:
+            if (value := getattr(request, name)) is not None:
+                raise RequestError(
+                    f"invalid {name}={shown(value)}: must be left out: models of model.family={config.model.family} "
+                    f"make images; those of {others} make videos"
+                )
+    known, format = FORMATS[makes], request.format
+    if format is not None and format not in known:
+        hint = did_you_mean(format, known)
+        raise RequestError(
+            f"invalid format={shown(format)}: must be one of {', '.join(known)}: this model makes {makes}s{hint}"
+        )
 
 
 def _take(name: str, value: Any, kind: type) -> Any:
@@ -187,27 +213,6 @@ def _take(name: str, value: Any, kind: type) -> Any:
     if isinstance(taken, int) and taken.bit_length() > MAX_BITS:  # it could not even be printed
         raise RequestError(f"invalid {name}: must be a number of at most {MAX_BITS} bits")
     return taken
-
-
-def real(value: object) -> int | float | None:
-    """Return a real number of any kind as Python's own; None: it is not one, or a bool."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        if not isinstance(value, Real):
-            return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def whole(value: object) -> int | None:
-    """Return a whole number of any kind, 24.0 too, as Python's own; None: it is not one, or a bool."""
-    number = real(value)
-    return number if not isinstance(number, float) else int(number) if number.is_integer() else None
 
 
 def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
@@ -255,7 +260,7 @@ def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[
         id=request.id,
         prompt=request.prompt,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
-        format=request.format,
+        format=_or(request.format, FORMATS[config.model.traits.makes][0]),
         priority=request.priority,
         images=images,
         **{name: _or(getattr(request, name), default) for name, default in defaults.items()},
@@ -285,7 +290,7 @@ def _rules(request: ResolvedRequest, config: Config) -> Iterator[Check]:
     yield "guidance_scale_2", request.guidance_scale_2, ok, "must be left out: this model has one transformer"
     most = MAX_SIDES.get(request.format, math.inf)
     scaled = f" after output.scale={scale}" if scale > 1 else ""
-    remedy = f"must be at most the {most} pixels{scaled} that {request.format} can hold; or ask for png or npy"
+    remedy = f"must be at most the {most} pixels{scaled} that {request.format} can hold; or ask for npy"
     for name, pixels in (("height", request.height), ("width", request.width)):
         yield name, pixels, pixels * scale <= most, remedy
     ok = request.format != "gif" or request.fps <= MAX_GIF_FPS

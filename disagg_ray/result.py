@@ -51,12 +51,12 @@ class Result:
     """From admission to the last byte."""
     stages: tuple[StageTiming, ...]
     data: bytes | None = field(repr=False)
-    """The encoded file, for mp4 and gif."""
+    """The encoded file; None for frames and npy."""
     frames: Frames | None = field(repr=False)
-    """Frames of shape (num_frames, height, width, 3) in [0, 1], for png and npy."""
+    """Frames of shape (num_frames, height, width, 3) in [0, 1], for frames and npy."""
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
-        """Write the video: a file, a folder of images for png, or any fsspec URL. Never leaves a partial file.
+        """Write the video: a file, a folder of images for frames, or any fsspec URL. Never leaves a partial file.
 
         Raises:
             OutputError: the suffix is not the request's format, or the place cannot be written.

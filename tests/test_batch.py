@@ -89,7 +89,7 @@ def test_each_request_has_a_file_and_a_line_in_the_manifest(
     folder: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_requests(
-        folder, {"id": "a"}, {"id": "b", "format": "png"}, {"id": "c", "format": "npy", "seed": 7}, {}
+        folder, {"id": "a"}, {"id": "b", "format": "frames"}, {"id": "c", "format": "npy", "seed": 7}, {}
     )
     summary = run(path, start)
     assert (summary.done, summary.complete) == (4, True)

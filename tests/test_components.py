@@ -172,6 +172,27 @@ def test_tensors_that_the_weights_lack_are_never_drawn_at_random(folder: Path) -
         LocalPipeline.from_config(CONF, f"model.path={folder}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"num_attention_heads": 4},
+            "holds 'scale_shift_table' of shape [1, 2, 48]",
+        ),
+        ({"num_layers": 3}, "lacks "),
+        ({"out_channels": 8}, "holds 'proj_out.weight' of shape [64, 48]"),
+    ],
+)
+def test_weights_that_are_not_the_configuration_s_are_refused_by_tensor(
+    folder: Path, changes: dict[str, Any], says: str
+) -> None:
+    edit(folder / "transformer" / "config.json", **changes)
+    with pytest.raises(CheckpointError) as caught:
+        LocalPipeline.from_config(CONF, f"model.path={folder}")
+    assert str(folder / "transformer") in str(caught.value)
+    assert says in str(caught.value)
+
+
 def test_a_scheduler_with_dynamic_shifting_is_refused_before_anything_starts(folder: Path) -> None:
     edit(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
     assert "use_dynamic_shifting" in refusal(folder)

@@ -163,7 +163,7 @@ REPLAY = "test_replay.py::"
 SCALER = "test_autoscale.py::"
 KEYS: dict[str, Seen | Refused | Shown] = {
     "model.path": Seen("model.path=builtin:none", checkpoint),
-    "model.family": Seen("model.family=wan", checkpoint, ("model.path=a",)),
+    "model.family": Shown("test_qwen_image.py::test_other_models_are_refused_by_name"),
     "model.task": Seen("model.task=i2v", checkpoint),
     "model.revision": Seen("model.revision=null", checkpoint, ("model.path=a/b", "model.revision=../x")),
     "model.flow_shift": Seen("model.flow_shift=7", scheduler),

@@ -114,7 +114,7 @@ def test_the_work_folder_goes_when_it_is_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [("mp4", "a.b.mp4"), ("gif", "a.b.gif"), ("npy", "a.b.npy"), ("png", "a.b")]
+    ("format", "name"), [("mp4", "a.b.mp4"), ("gif", "a.b.gif"), ("npy", "a.b.npy"), ("frames", "a.b")]
 )
 def test_the_format_decides_the_suffix(format: str, name: str, folder: Folder) -> None:
     assert folder.video_of("a.b", format) == folder.path / name

@@ -30,7 +30,7 @@ from disagg_ray.request import resolve
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 FRAMES: Frames = np.random.default_rng(0).random((3, 16, 32, 3), np.float32)
-NAMES = {"mp4": "out.mp4", "gif": "out.gif", "npy": "out.npy", "png": "out"}
+NAMES = {"mp4": "out.mp4", "gif": "out.gif", "npy": "out.npy", "frames": "out"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,15 +58,16 @@ def refusal(output: Any, *, overwrite: bool = False, in_job: bool = False) -> st
 @pytest.mark.parametrize(
     ("output", "format"),
     [
-        ("a.mp4", "mp4"), ("a.MP4", "mp4"), ("a.gif", "gif"), ("a.Gif", "gif"), ("a.npy", "npy"), ("a", "png"),
-        ("a.b/c", "png"), ("a/", "png"), ("s3://bucket/a.mp4", "mp4"), ("file:///tmp/a.NPY", "npy"),
+        ("a.mp4", "mp4"), ("a.MP4", "mp4"), ("a.gif", "gif"), ("a.Gif", "gif"), ("a.npy", "npy"), ("a", "frames"),
+        ("a.png", "png"), ("a.JPEG", "jpg"), ("a.webp", "webp"),
+        ("a.b/c", "frames"), ("a/", "frames"), ("s3://bucket/a.mp4", "mp4"), ("file:///tmp/a.NPY", "npy"),
     ],
 )  # fmt: skip
 def test_the_suffix_decides_the_format(output: str, format: str) -> None:
     assert format_of(output) == format_of(Path(output)) == format
 
 
-@pytest.mark.parametrize("output", ["a.avi", "a.mp4.txt", "s3://bucket/a.webm", "a.jpg"])
+@pytest.mark.parametrize("output", ["a.avi", "a.mp4.txt", "s3://bucket/a.webm", "a.bmp"])
 def test_an_unknown_suffix_is_refused_by_name(output: str) -> None:
     message = refusal(output)
     assert repr(Path(output).suffix) in message
@@ -90,7 +91,7 @@ def test_npy_keeps_every_bit(tmp_path: Path) -> None:
 
 
 def test_png_is_a_folder_of_numbered_frames(tmp_path: Path) -> None:
-    result("png").save(tmp_path / "out")
+    result("frames").save(tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["frame_00000.png", "frame_00001.png", "frame_00002.png"]
     with Image.open(tmp_path / "out" / names[2]) as image:
@@ -139,7 +140,7 @@ def test_an_existing_file_is_replaced_with_overwrite(tmp_path: Path) -> None:
 def test_an_existing_folder_of_frames_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "frame_00009.png").touch()
-    result("png").save(tmp_path / "out", overwrite=True)
+    result("frames").save(tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "frame_00009.png").exists()
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -151,7 +152,7 @@ def test_a_folder_with_other_files_is_never_replaced(foreign: str, tmp_path: Pat
     (tmp_path / "out" / foreign).touch()
     assert "other files than frames" in refusal(tmp_path / "out", overwrite=True)
     with pytest.raises(OutputError, match="other files"):
-        result("png").save(tmp_path / "out", overwrite=True)
+        result("frames").save(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / foreign).exists()
 
 
@@ -224,7 +225,7 @@ def test_standard_output_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OutputError, match="output-dir: '-' would be standard output"):
         check_folder("-")
     with pytest.raises(OutputError, match="'-' would be standard output"):
-        result("png").save("-")
+        result("frames").save("-")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +240,7 @@ def test_a_rescued_result_is_whole_and_private(format: str, tmp_path: Path, monk
     path = result(format).rescue()
     assert path.parent.parent == tmp_path
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert path.is_dir() if format == "png" else path.stat().st_size > 6
+    assert path.is_dir() if format == "frames" else path.stat().st_size > 6
 
 
 def test_a_full_temporary_folder_is_passed_over(
@@ -345,12 +346,12 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
 
 
 def test_a_failing_folder_leaves_the_old_one_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result("png").save(tmp_path / "out")
+    result("frames").save(tmp_path / "out")
     before = (tmp_path / "out" / "frame_00000.png").read_bytes()
     written = iter([b"whole"])
     monkeypatch.setattr("disagg_ray.media.output.encode_png", lambda frame: next(written, None) or disk_is_full())
     with pytest.raises(OutputError, match="No space left"):
-        result("png").save(tmp_path / "out")
+        result("frames").save(tmp_path / "out")
     assert (tmp_path / "out" / "frame_00000.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -370,7 +371,7 @@ def test_the_umask_is_respected(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         result().save(tmp_path / "out.mp4")
-        result("png").save(tmp_path / "out")
+        result("frames").save(tmp_path / "out")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out.mp4").stat().st_mode) == 0o666 & ~umask

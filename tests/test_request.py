@@ -127,7 +127,7 @@ def test_guidance_runs_above_one(scale: float, guided: bool) -> None:
         ("seed", MAX_SEED + 1, (str(MAX_SEED + 1),)),
         ("fps", 0, ("0", "1 to 240")),
         ("fps", 241, ("241", "1 to 240")),
-        ("format", "avi", ("'avi'", "mp4, gif, png, npy")),
+        ("format", "avi", ("'avi'", "mp4, gif, frames, npy")),
         ("format", "", ("''",)),
         ("id", "", ("''", "1 to 200 printable characters")),
         ("id", "a\nb", ("printable",)),
@@ -153,7 +153,7 @@ def test_the_second_guidance_is_checked_as_the_first(value: float) -> None:
         ("height", "64"), ("height", 64.5), ("width", True), ("num_frames", np.True_), ("num_inference_steps", "4"),
         ("fps", math.inf), ("fps", math.nan), ("height", Fraction(129, 2)), ("guidance_scale", np.False_),
         ("guidance_scale", "5"), ("guidance_scale", True), ("guidance_scale_2", 1j), ("fps", 16.5),
-        ("seed", True), ("seed", "7"), ("seed", 7.5), ("format", None), ("format", ["mp4"]), ("id", None), ("id", 7),
+        ("seed", True), ("seed", "7"), ("seed", 7.5), ("format", ["mp4"]), ("id", None), ("id", 7),
     ],
 )  # fmt: skip
 def test_a_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
@@ -200,7 +200,7 @@ def test_a_side_that_the_format_cannot_hold_is_refused(
     message = refusal(request, config)
     assert message.startswith(f"invalid {name}={max(height, width)}: must be at most ")
     assert f"that {format} can hold" in message
-    accept(replace(request, format="png"), config)
+    accept(replace(request, format="frames"), config)
 
 
 def test_a_gif_faster_than_browsers_show_is_refused() -> None:
@@ -359,7 +359,7 @@ def test_the_size_follows_the_image_after_its_rotation(tmp_path: Path) -> None:
     ],
 )
 def test_the_size_follows_the_image_s_aspect_at_the_model_s_area(image: tuple[int, int], size: tuple[int, int]) -> None:
-    resolved = accept(replace(CAT, image=Image.new("L", image), format="png"), PUBLISHED)
+    resolved = accept(replace(CAT, image=Image.new("L", image), format="frames"), PUBLISHED)
     assert (resolved.height, resolved.width) == size
 
 

@@ -76,7 +76,7 @@ BAD = [
     (b'{"prompt": "a", "guidance_scale": NaN}', "invalid guidance_scale=nan: must be a finite number of at least 0"),
     (b'{"prompt": "a", "height": 1e400}', "invalid height=inf: must be a whole number, not a float"),
     (b'{"prompt": "\\ud800"}', "it holds half of a character"),
-    (b'{"prompt": "a", "format": "avi"}', "invalid format='avi': must be one of mp4, gif, png, npy"),
+    (b'{"prompt": "a", "format": "avi"}', "invalid format='avi': must be one of mp4, gif, frames, npy"),
     (b'{"prompt": "a", "image": "x.png"}', "image: given, but a model of task t2v takes none"),
     (b'{"prompt": "a", "image": 3}', "image: 3 is no path"),
     (b'{"prompt": "a", "image": "~\\u0000x"}', "image: given, but a model of task t2v takes none"),
@@ -128,8 +128,8 @@ def test_an_id_that_is_a_file_name_is_kept(name: str, tmp_path: Path) -> None:
 
 
 def test_a_png_folder_s_name_holds_no_dot(tmp_path: Path) -> None:
-    _, faults = scan(tmp_path, b'{"prompt": "a cat", "id": "a.mp4", "format": "png"}')
-    assert "the name of a png folder holds no dot" in faults[1]
+    _, faults = scan(tmp_path, b'{"prompt": "a cat", "id": "a.mp4", "format": "frames"}')
+    assert "the name of a folder of frames holds no dot" in faults[1]
 
 
 def test_of_two_lines_with_one_id_the_second_is_bad(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ import numpy as np
 
 from disagg_ray.batch.lines import load_json, read_lines
 from disagg_ray.batch.records import Picture
+from disagg_ray.config.rules import whole
 from disagg_ray.config.schema import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.request import TYPES, Request, check, whole
+from disagg_ray.request import TYPES, Request, check
 from disagg_ray.text import did_you_mean, printable, shown
 
 MAX_LINE_BYTES = 2**20
@@ -274,5 +275,5 @@ def _faults(name: str, format: object) -> Iterator[str]:
         yield "it holds a character that cannot be printed"
     if len(name.encode(errors="replace")) > MAX_ID_BYTES:
         yield f"it is over {MAX_ID_BYTES} bytes"
-    if format == "png" and "." in name:
-        yield "the name of a png folder holds no dot"
+    if format == "frames" and "." in name:
+        yield "the name of a folder of frames holds no dot"

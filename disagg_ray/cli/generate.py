@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from disagg_ray.service.client import Connection
 
 
+OUTPUT = "file or URL to write: .mp4, .gif, .npy, or a folder for png files; of an image .png, .webp, .jpg or .npy"
+
+
 def generate(argv: Sequence[str]) -> int:
     """Generate one video, or with --requests many."""
     parser = config_parser("generate", generate)
     parser.add_argument("--connect", metavar="NAME", help="use the service that `disagg-ray up NAME` deployed")
-    parser.add_argument("--output", help="file or URL to write: .mp4, .gif, .npy, or a folder for png files")
+    parser.add_argument("--output", help=OUTPUT)
     parser.add_argument("--local", action="store_true", help="run all stages in this process, without Ray")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--quiet", action="store_true", help="show no progress, log only warnings")
@@ -72,7 +75,7 @@ def _generate_one(options: argparse.Namespace) -> int:
     resolved, _ = resolve(request, config)  # invalid input fails before anything starts
     check_prompts(resolved, config.model)
     if options.local:
-        check_writer(request.format)
+        check_writer(resolved.format)
 
     from disagg_ray.report.tables import print_result
 

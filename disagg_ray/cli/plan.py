@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,11 @@ def profile(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("profile.json"), help="file to write")
     parser.add_argument("--sizes", help="HEIGHTxWIDTHxFRAMES,... default: the configured one, and half its frames")
     parser.add_argument("--steps", default="2,4", help="numbers of denoising steps to measure, comma separated")
-    parser.add_argument("--format", default="mp4", help="file format whose encoding is measured: mp4, gif, png or npy")
+    parser.add_argument(
+        "--format",
+        default="mp4",
+        help="format whose encoding is measured: mp4, gif, frames, npy",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each, after one warm-up")
     parser.add_argument(
         "--parallel", default="", metavar="WAYS", help="also the denoiser's ranks: cfg=2/cfg=2,ulysses=2"
@@ -62,8 +67,8 @@ def profile(argv: Sequence[str]) -> int:
 
 def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_format: str) -> list[Request]:
     defaults = config.defaults
-    step = config.model.traits.frames_step
-    half = step * (defaults.num_frames // (2 * step)) + 1
+    step = config.model.traits.frames_step or 1
+    half = step * (defaults.num_frames // (2 * step)) + 1 if config.model.traits.makes == "video" else 1
     chosen = sizes or ",".join(f"{defaults.height}x{defaults.width}x{n}" for n in {half, defaults.num_frames})
     try:
         counts = [int(number) for number in steps.split(",")]

@@ -65,7 +65,7 @@ class OutputConfig(Section):
     """What is written."""
 
     scale: Annotated[int, between(1, 16)] = 1
-    """Factor by which mp4 and gif are enlarged for viewing; png and npy hold the frames as computed."""
+    """Factor by which videos and images are enlarged for viewing; frames and npy hold them as computed."""
 
 
 @dataclass(frozen=True)

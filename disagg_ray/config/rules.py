@@ -7,11 +7,13 @@ A field's type carries the rules of its value, `replicas: Annotated[int, at_leas
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import cache
+from numbers import Real
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from disagg_ray.errors import InputError
@@ -59,14 +61,40 @@ Guidance = Annotated[float, Rule(lambda scale: 0 <= scale <= sys.float_info.max,
 Fps = Annotated[int, between(1, 240)]
 
 
+def real(value: object) -> int | float | None:
+    """Return a real number of any kind as Python's own; None: it is not one, or a bool."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        if not isinstance(value, Real):
+            return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def whole(value: object) -> int | None:
+    """Return a whole number of any kind, 24.0 too, as Python's own; None: it is not one, or a bool."""
+    number = real(value)
+    return number if not isinstance(number, float) else int(number) if number.is_integer() else None
+
+
 def side_check(key: str, side: int, multiple: int) -> Check:
     """Return the rule of a height or width for a model whose sides are multiples of a number."""
     ok, remedy = side > 0 and side % multiple == 0, f"must be a positive multiple of {multiple}"
     return key, side, ok, remedy + nearest_in(multiple, 0)(side)
 
 
-def frames_check(key: str, frames: int, step: int) -> Check:
-    """Return the rule of a number of frames for a model that makes `step` of each latent frame but the first."""
+def frames_check(key: str, frames: int, step: int | None) -> Check:
+    """Return the rule of a number of frames for a model that makes `step` of each latent frame but the first.
+
+    None: it makes one image.
+    """
+    if step is None:
+        return key, frames, frames == 1, "must be 1: what this model makes is an image"
     return key, frames, frames > 0 and frames % step == 1, f"must be {step}k + 1" + nearest_in(step, 1)(frames)
 
 

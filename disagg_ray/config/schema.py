@@ -22,12 +22,11 @@ from disagg_ray.config.rules import (
     between,
     checks,
     enforce,
-    frames_check,
     one_of,
-    side_check,
 )
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.config.stages import StageConfig, cut_rules, sharing_rules
+from disagg_ray.config.traits import family_rules, shape_rules, token_rules
 from disagg_ray.errors import ConfigError
 from disagg_ray.models.families import DEFAULT, FAMILIES
 from disagg_ray.models.family import Task
@@ -66,7 +65,7 @@ class ModelConfig(Section):
     """Kind of the model: the name of its folder in `disagg_ray/models`."""
     task: str = "t2v"
     """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame) or ti2v (text, and
-    a first frame if the request gives one)."""
+    a first frame if the request gives one) make a video, t2i (text) makes an image."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
     flow_shift: Positive | None = None
@@ -104,7 +103,7 @@ class DefaultsConfig(Section):
     width: int = 832
     """Pixels; a multiple as height."""
     num_frames: int = 81
-    """Frames, 4k + 1."""
+    """Frames, 4k + 1; of an image 1."""
     num_inference_steps: Count = 50
     """Denoising steps. Time grows in proportion."""
     guidance_scale: Guidance = 5.0
@@ -227,52 +226,35 @@ class Config(Section):
         enforce(checks(self), ConfigError)
 
     def rules(self) -> Iterator[Check]:
-        defaults, limits, sigmas = self.defaults, self.limits, self.model.sigmas
-        for key, value, ok, remedy in self.shape_rules(defaults.height, defaults.width, defaults.num_frames):
+        defaults, limits, sigmas, traits = self.defaults, self.limits, self.model.sigmas, self.model.traits
+        size, steps = (defaults.height, defaults.width, defaults.num_frames), defaults.num_inference_steps
+        for key, value, ok, remedy in shape_rules(traits, *size, steps):
             yield f"defaults.{key}", value, ok, remedy
+        ok, remedy = not 0 < len(sigmas) < traits.least_steps, f"must be [] or at least {traits.least_steps} of them"
+        yield "model.sigmas", sigmas, ok, remedy
         remedy = f"must be at most limits.max_steps={limits.max_steps}"
         yield "model.sigmas", sigmas, len(sigmas) <= limits.max_steps, remedy
-        steps = defaults.num_inference_steps
-        for key, value, ok, remedy in self.size_rules(defaults.height, defaults.width, defaults.num_frames, steps):
+        for key, value, ok, remedy in self.size_rules(*size, steps):
             yield f"defaults.{key}", value, ok, remedy
         yield from cut_rules(self.stages)
-        remedy = f"is not for model.task={self.model.task}; write one of {', '.join(self.model.traits.step_caches)}"
+        yield from family_rules(self)
+        cached = f"is not for model.task={self.model.task}; write one of {', '.join(('none', *traits.step_caches))}"
         for name, stage in self.stages.items():
             method = stage.denoiser.step_cache.method
-            ok = method == "none" or method in self.model.traits.step_caches
-            yield f"stages.{name}.denoiser.step_cache.method", method, ok, remedy
+            ok = method == "none" or method in traits.step_caches
+            yield f"stages.{name}.denoiser.step_cache.method", method, ok, cached
             for height, width, num_frames in stage.warm_up:
-                for _, value, ok, remedy in self.shape_rules(height, width, num_frames):
+                for _, value, ok, remedy in shape_rules(traits, height, width, num_frames):
                     yield f"stages.{name}.warm_up", value, ok, remedy
                 for _, value, ok, remedy in self.size_rules(height, width, num_frames, 1):
                     yield f"stages.{name}.warm_up", value, ok, remedy
         if not self.fused:
             yield from sharing_rules(self.share_gpu, self.stages)
 
-    def shape_rules(self, height: int | None, width: int | None, num_frames: int | None) -> Iterator[Check]:
-        """Yield the rules of what the model can make, whatever the limits; None: not given."""
-        traits = self.model.traits
-        for key, side in (("height", height), ("width", width)):
-            if side is not None:
-                yield side_check(key, side, traits.multiple)
-        if num_frames is not None:
-            yield frames_check("num_frames", num_frames, traits.frames_step)
-
     def size_rules(self, height: int, width: int, num_frames: int, num_steps: int) -> Iterator[Check]:
         """Yield the rules of a video's size and a request's steps, for the limits and for the ranks that share it."""
         yield from self.limits.size_rules(height, width, num_frames, num_steps)
-        traits = self.model.traits
-        frames = (num_frames - 1) // traits.frames_step + 1
-        rows, columns = height // traits.multiple, width // traits.multiple
-        for name, stage in self.stages.items():
-            for group in stage.replica_groups.values():
-                ok = frames * rows * columns % group.parallel.num_shards == 0
-                remedy = (
-                    f"makes {frames} x {rows} x {columns} = {frames * rows * columns} tokens (frames, height, width), "
-                    f"which do not divide by the {group.parallel.num_shards} ranks that share them "
-                    f"(stages.{name}.parallel.ulysses x ring); choose another height, width or num_frames"
-                )
-                yield "height x width x num_frames", f"{height}x{width}x{num_frames}", ok, remedy
+        yield from token_rules(self.model.traits, self.stages, height, width, num_frames)
 
     @property
     def max_in_flight(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from disagg_ray.config.options import TEXT_ENCODER, parse_part
+from disagg_ray.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from disagg_ray.config.schema import Config
@@ -21,9 +22,17 @@ def preset_stages(config: Config) -> dict[str, dict[str, Any]]:
     for name, stage in config.stages.items():
         on_gpu = any(group.torch_device == "cuda" for group in stage.replica_groups.values())
         keys = {"fast": _fast(stage, size), "smallest": _smallest(stage)}.get(config.speed, {}) if on_gpu else {}
+        for key in FAMILIES[config.model.family].without:
+            _leave_out(keys, key.removeprefix("stages.").split("."))
         if keys:
             presets[name] = keys
     return presets
+
+
+def _leave_out(keys: dict[str, Any], path: list[str]) -> None:
+    for part in path[:-1]:
+        keys = keys.get(part, {})
+    keys.pop(path[-1], None)
 
 
 def _fast(stage: StageConfig, size: list[int]) -> dict[str, Any]:

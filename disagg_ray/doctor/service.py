@@ -115,5 +115,5 @@ def make_request(config: Config) -> Request:
     """Return the request with the least work at the default size."""
     grey = blank(config.defaults.width, config.defaults.height)
     image, last_image = (grey if name in config.model.traits.images else None for name in ("image", "last_image"))
-    steps = None if config.model.sigmas else 1
+    steps = None if config.model.sigmas else config.model.traits.least_steps
     return Request(prompt="a test", image=image, last_image=last_image, num_inference_steps=steps, seed=0)

@@ -94,6 +94,10 @@ def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config,
     fields: dict[str, Any] = body.model_dump(
         include={"negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "seed", "fps"}
     )
+    if config.model.traits.makes != "video":
+        raise ApiError(
+            400, f"model: it makes images (model.task {config.model.task}), and only videos are served", param="model"
+        )
     num_frames = _num_frames(body, config)
     with ExitStack() as stack:
         names: dict[str, str] = {}
@@ -150,5 +154,5 @@ def _num_frames(body: CreateVideo, config: Config) -> int | None:
     if not 0 < seconds < 1e6:
         raise ApiError(400, f"seconds: {shown(body.seconds)} is not a positive number", param="seconds")
     fps = body.fps if body.fps is not None else config.defaults.fps
-    step = config.model.traits.frames_step
+    step = config.model.traits.frames_step or 1
     return max(1, round((seconds * max(1, min(fps, 240)) - 1) / step) * step + 1)

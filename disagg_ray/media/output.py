@@ -22,7 +22,8 @@ from disagg_ray.errors import OutputError
 from disagg_ray.media import storage
 from disagg_ray.media.video import Frames, encode_png
 
-SUFFIXES = {".mp4": "mp4", ".gif": "gif", ".npy": "npy", "": "png"}
+FORMATS = ("mp4", "gif", "npy", "png", "webp", "jpg")
+SUFFIXES = {"": "frames", ".jpeg": "jpg"} | {f".{name}": name for name in FORMATS}
 SUFFIX_OF = {format: suffix for suffix, format in SUFFIXES.items()}
 TRY_BYTES = 4096
 RESCUE_PLACES = (None, "~", ".", "/dev/shm")
@@ -36,7 +37,8 @@ def format_of(output: str | Path) -> str:
     suffix = Path(str(output).rstrip("/")).suffix.lower()
     if suffix not in SUFFIXES:
         raise OutputError(
-            f"output: {str(output)!r} has the unknown suffix {suffix!r}; write .mp4, .gif, .npy, or none for png files"
+            f"output: {str(output)!r} has the unknown suffix {suffix!r}; write .mp4, .gif, .npy, or none for "
+            f"png files; for an image .png, .webp or .jpg"
         )
     return SUFFIXES[suffix]
 
@@ -158,7 +160,7 @@ def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> Non
         )
     if path.exists() and not overwrite:
         raise OutputError(f"output: {shown} exists; give --overwrite or another name")
-    if path.exists() and path.is_dir() != (format_of(path) == "png"):
+    if path.exists() and path.is_dir() != (format_of(path) == "frames"):
         raise OutputError(f"output: {shown} is {'a folder' if path.is_dir() else 'no folder'}; give another name")
     if path.exists() and not path.is_dir() and not path.is_file():
         raise OutputError(f"output: {shown} is no regular file; give another name")
@@ -167,7 +169,7 @@ def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> Non
 
 
 def _check_url(url: str, *, overwrite: bool) -> None:
-    if format_of(url) == "png":
+    if format_of(url) == "frames":
         raise OutputError(f"output: {url!r} has no suffix; a folder of png files can only be written to a local path")
     if url.startswith(("http://", "https://")):
         raise OutputError(f"output: {url!r} cannot be written; give a path or a URL such as s3://bucket/video.mp4")
@@ -176,7 +178,7 @@ def _check_url(url: str, *, overwrite: bool) -> None:
 
 
 def write(content: bytes | Frames, made: str, output: str | Path, *, overwrite: bool) -> Path | str:
-    """Write an encoded file, or frames as png or npy, to a path or fsspec URL; `made` is its format.
+    """Write an encoded file, or frames as a folder or npy, to a path or fsspec URL; `made` is its format.
 
     Raises:
         OutputError: the suffix is not the format's, or the place cannot be written.
@@ -190,7 +192,7 @@ def write(content: bytes | Frames, made: str, output: str | Path, *, overwrite: 
     path = local_path(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if made == "png":
+        if made == "frames":
             assert isinstance(content, np.ndarray)
             _write_folder(content, path)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,8 +46,13 @@ TRY_S = 60.0
 MAX_GIF_FPS = 50
 """Browsers slow a gif down whose frames last less than its two smallest units, 10 ms each."""
 
-MAX_SIDES = {"mp4": MAX_SIDE, "gif": 65_535}
+MAX_SIDES = {"mp4": MAX_SIDE, "gif": 65_535, "webp": 16_383, "jpg": 65_535}
 """The most pixels that a file of a format has of either side."""
+
+IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": ("PNG", {}), "webp": ("WEBP", {"lossless": True}), "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+}  # fmt: skip
+"""Formats of one image: Pillow's name, and how it is to write."""
 
 ENCODE_S = 600.0
 """The most seconds that a video file may come no further."""
@@ -150,7 +156,7 @@ def encode(
     timeout_s: float = ENCODE_S,
     on_frame: Callable[[], None] = lambda: None,
 ) -> bytes:
-    """Return frames as an mp4 (H.264, yuv420p) or gif file, enlarged by a whole number.
+    """Return frames as an mp4 (H.264, yuv420p) or gif file, or the only one as an image, enlarged by a whole number.
 
     One frame after the other is made 8 bits wide, and `on_frame` is called when it was taken. Nothing is waited for
     longer than `timeout_s` without coming further.
@@ -159,9 +165,11 @@ def encode(
         EncodeError: the file could not be made whole.
     """
     height, width = (side * scale for side in frames.shape[1:3])
-    if max(height, width) > MAX_SIDES[format] or (format == "mp4" and (height % 2 or width % 2)):
+    if max(height, width) > MAX_SIDES.get(format, math.inf) or (format == "mp4" and (height % 2 or width % 2)):
         raise EncodeError(f"{format}: it holds no frames of {width}x{height}")
     pixels = (quantise(frame).repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames)
+    if format in IMAGES:
+        return _encode_image(next(pixels), format)
     if format == "gif":
         return _encode_gif(pixels, fps, len(frames), on_frame)
     return encode_mp4(pixels, fps, timeout_s, on_frame)
@@ -174,8 +182,15 @@ def check_writer(format: str) -> None:
     Raises:
         EncodeError: no file of this format can be made here.
     """
-    if format in MAX_SIDES:
+    if format in MAX_SIDES or format in IMAGES:
         encode(np.zeros((1, 16, 16, 3), np.float32), 1, format, timeout_s=TRY_S)
+
+
+def _encode_image(pixels: Pixels, format: str) -> bytes:
+    file = io.BytesIO()
+    name, options = IMAGES[format]
+    Image.fromarray(pixels).save(file, name, **options)
+    return file.getvalue()
 
 
 def _encode_gif(pixels: Iterator[Pixels], fps: int, num_frames: int, on_frame: Callable[[], None]) -> bytes:
@@ -208,9 +223,7 @@ def make_thumbnail(video: bytes) -> bytes:
 
 def encode_png(frame: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
     """Return one frame as a png file."""
-    buffer = io.BytesIO()
-    Image.fromarray(quantise(frame)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return _encode_image(quantise(frame), "png")
 
 
 def quantise(frames: Frames) -> np.ndarray[Any, np.dtype[np.uint8]]:

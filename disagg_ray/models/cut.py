@@ -22,7 +22,7 @@ from disagg_ray.models.attention import FLASH_4, check_flash_4
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, KeepsTexts, OnStep
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.gpu_lock import GpuLock
-from disagg_ray.models.load import check_scheduler, load_component, reserve, weight_bytes
+from disagg_ray.models.load import check_scheduler, check_tensors, load_component, reserve, weight_bytes
 from disagg_ray.models.model import Model
 from disagg_ray.models.tuning import (
     choose_scheduler,
@@ -191,11 +191,11 @@ class Cut:
         return None if count is None else count * int(getattr(torch, dtype).itemsize)
 
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
+        kind, class_name = self._checkpoint.family.components[name], self._checkpoint.components[name]
+        check_tensors(kind, self._checkpoint.folder, name, class_name)
         reserved = (self._component_bytes(name, dtype) or 0) if device != "cpu" else 0
         if reserved:
             reserve(reserved, device)
-        class_name = self._checkpoint.components[name]
-        kind = self._checkpoint.family.components[name]
         component = load_component(kind, self._checkpoint.folder, name, class_name, dtype, device)
         if name == "scheduler":
             component = choose_scheduler(component, self._checkpoint.model)

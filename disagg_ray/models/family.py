@@ -48,10 +48,20 @@ class Task:
     """Those that it takes and does not need."""
     multiple: int = 16
     """What height and width are multiples of: pixels of one token."""
-    frames_step: int = 4
-    """Frames are a multiple of it and one more: a latent frame makes as many, the first one alone makes one."""
+    frames_step: int | None = 4
+    """Frames are a multiple of it and one more: a latent frame makes as many, the first one alone makes one. None: what
+    is made is one image."""
+    least_steps: int = 1
+    """Denoising steps with which its schedule is a number."""
     step_caches: tuple[str, ...] = ("first_block", "mag", "taylorseer")
     """Methods of `denoiser.step_cache` that its transformers have."""
+
+    @property
+    def makes(self) -> Literal["video", "image"]:
+        return "video" if self.frames_step is not None else "image"
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        return 1 if self.frames_step is None else (num_frames - 1) // self.frames_step + 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class Family:
     """By name, which is that of their folder."""
     shifts_by_size: bool = False
     """Whether its scheduler's shift follows from the size of what is made (`use_dynamic_shifting`)."""
+    without: tuple[str, ...] = ()
+    """Keys of a configuration that its models do not have; those of any stage begin with `stages`."""
 
     def part(self, name: str) -> Any:
         """Import a module of the family's folder."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from disagg_ray.errors import CheckpointError
+from disagg_ray.models.components import read_config, read_tensors
 from disagg_ray.models.family import Component
 from disagg_ray.models.files import one_line, quote
 
@@ -61,6 +62,37 @@ def load_component(
     if missing:  # which both libraries fill with random numbers
         raise CheckpointError(f"model.path: {quote(folder)} lacks {len(missing)} tensors, as {missing[0]!r}")
     return loaded.to(device).eval()
+
+
+def check_tensors(kind: Component, model: Path, name: str, class_name: str) -> None:
+    """Refuse weights that are not those of the class and configuration in their folder, before memory is taken.
+
+    Of diffusers' classes alone: transformers renames tensors while it loads.
+
+    Raises:
+        CheckpointError: names a tensor that is missing, or of another shape.
+    """
+    if kind.library != "diffusers" or kind.weights is None:
+        return
+    folder = quote(model / name)
+    try:
+        with torch.device("meta"):
+            module = getattr(diffusers, class_name).from_config(read_config(kind, model, name))
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above
+        raise CheckpointError(f"model.path: {folder} cannot be loaded: {one_line(error)}") from error
+    found = read_tensors(kind, model, name)
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise CheckpointError(f"model.path: {folder} lacks {len(missing)} tensors, as {missing[0]!r}")
+    for key, shape in expected.items():
+        if found[key].shape != shape:
+            raise CheckpointError(
+                f"model.path: {folder} holds {key!r} of shape {list(found[key].shape)}, and its configuration makes "
+                f"{class_name}'s {list(shape)}"
+            )
 
 
 def check_scheduler(scheduler: Any, sigmas: Sequence[float]) -> None:

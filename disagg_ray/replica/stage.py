@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from disagg_ray.models.parallel.ranks import Ranks
 
 
-RAW = ("png", "npy")
+RAW = ("frames", "npy")
 """Formats for which the frames themselves are sent to the driver."""
 
 

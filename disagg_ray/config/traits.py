@@ -1,0 +1,63 @@
+"""What the family and the task of a model demand of a configuration and of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from disagg_ray.config.rules import Check, frames_check, side_check
+from disagg_ray.models.families import FAMILIES
+from disagg_ray.models.family import Task
+
+if TYPE_CHECKING:
+    from disagg_ray.config.schema import Config
+    from disagg_ray.config.stages import StageConfig
+
+
+def shape_rules(
+    task: Task, height: int | None, width: int | None, num_frames: int | None, num_steps: int | None = None
+) -> Iterator[Check]:
+    """Yield the rules of what a model can make, whatever the limits; None: not given."""
+    for key, side in (("height", height), ("width", width)):
+        if side is not None:
+            yield side_check(key, side, task.multiple)
+    if num_frames is not None:
+        yield frames_check("num_frames", num_frames, task.frames_step)
+    if num_steps is not None:
+        ok, remedy = num_steps >= task.least_steps, f"must be at least {task.least_steps}"
+        yield "num_inference_steps", num_steps, ok, remedy
+
+
+def token_rules(
+    task: Task, stages: Mapping[str, StageConfig], height: int, width: int, num_frames: int
+) -> Iterator[Check]:
+    """Yield that the ranks of each stage can share what is made."""
+    frames, rows, columns = task.num_latent_frames(num_frames), height // task.multiple, width // task.multiple
+    for name, stage in stages.items():
+        for group in stage.replica_groups.values():
+            ok = frames * rows * columns % group.parallel.num_shards == 0
+            remedy = (
+                f"makes {frames} x {rows} x {columns} = {frames * rows * columns} tokens (frames, height, width), "
+                f"which do not divide by the {group.parallel.num_shards} ranks that share them "
+                f"(stages.{name}.parallel.ulysses x ring); choose another height, width or num_frames"
+            )
+            yield "height x width x num_frames", f"{height}x{width}x{num_frames}", ok, remedy
+
+
+def family_rules(config: Config) -> Iterator[Check]:
+    """Yield that keys which the family's models do not have are left out."""
+    family = FAMILIES[config.model.family]
+    for key in family.without:
+        section, _, rest = key.partition(".")
+        others = ", ".join(name for name, other in FAMILIES.items() if key not in other.without)
+        remedy = f"must be left out: models of model.family={family.name} do not have it; those of {others} do"
+        for place, holder in _holders(config) if section == "stages" else [(section, getattr(config, section))]:
+            value, default = attrgetter(rest)(holder), attrgetter(rest)(type(holder)())
+            yield f"{place}.{rest}", value, value == default, remedy
+
+
+def _holders(config: Config) -> Iterator[tuple[str, StageConfig]]:
+    for name, stage in config.stages.items():
+        for holder in (stage, *stage.replica_groups.values()):
+            yield f"stages.{name}", holder

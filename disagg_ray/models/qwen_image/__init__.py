@@ -1,0 +1,27 @@
+"""Qwen-Image: an image of a text."""
+
+from disagg_ray.models.family import Component, Family, Task
+from disagg_ray.models.qwen_image.component_configs import SchedulerConfig, TransformerConfig, VaeConfig
+
+_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+
+FAMILY = Family(
+    name="qwen_image",
+    title="Qwen-Image",
+    tasks={"t2i": Task(frames_step=None, least_steps=2, step_caches=())},
+    pipelines=("QwenImagePipeline",),
+    components={
+        "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
+        "text_encoder": Component("transformers", ("Qwen2_5_VLForConditionalGeneration",)),
+        "vae": Component("diffusers", ("AutoencoderKLQwenImage",), values=VaeConfig),
+        "scheduler": Component(
+            "diffusers", ("FlowMatchEulerDiscreteScheduler",), "scheduler_config.json", SchedulerConfig
+        ),
+        "transformer": Component("diffusers", ("QwenImageTransformer2DModel",), values=TransformerConfig),
+    },
+    shifts_by_size=True,
+    without=(
+        "model.flow_shift", "model.scheduler", "model.boundary_ratio", "defaults.guidance_scale_2", "stages.parallel",
+        "stages.denoiser.fuse", "stages.denoiser.loras", "stages.vae.compile",
+    ),
+)  # fmt: skip

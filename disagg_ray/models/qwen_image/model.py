@@ -1,0 +1,45 @@
+"""What runs Qwen-Image: diffusers' modular blocks of it, with ours in place of those that differ from stock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
+from diffusers.modular_pipelines.qwenimage.before_denoise import (
+    QwenImagePrepareLatentsStep,
+    QwenImageSetTimestepsStep,
+)
+from diffusers.modular_pipelines.qwenimage.decoders import QwenImageDecoderStep
+
+from disagg_ray.models.blocks import SchedulerStep
+from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.models.geometry import Geometry
+from disagg_ray.models.model import Model
+from disagg_ray.models.qwen_image.blocks import AfterDenoise, Denoise, Postprocess, RopeInputs, TextEncoder, TextInput
+
+
+class QwenImageModel(Model):
+    """Qwen-Image, of text."""
+
+    norms = (QwenImageRMS_norm,)
+
+    def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], SchedulerStep]:
+        denoise = Denoise()
+        return {
+            "text_encoder": TextEncoder(),
+            "denoise.input": TextInput(),
+            "denoise.prepare_latents": QwenImagePrepareLatentsStep(),
+            "denoise.set_timesteps": QwenImageSetTimestepsStep(),
+            "denoise.prepare_rope_inputs": RopeInputs(),
+            "denoise.denoise": denoise,
+            "denoise.after_denoise": AfterDenoise(),
+            "decode.decode": QwenImageDecoderStep(),
+            "decode.postprocess": Postprocess(),
+        }, denoise.sub_blocks["after_denoiser"]
+
+    def constants(self, geometry: Geometry) -> Mapping[str, int]:
+        return {"vae_scale_factor": geometry.spatial_factor, "num_channels_latents": geometry.latent_channels}
+
+
+MODEL = QwenImageModel()
