@@ -105,7 +105,7 @@ def head_node(log: Path) -> Iterator[Head]:
             yield Head(head.pid, client)
         finally:
             head.terminate()
-            head.wait(30)
+            head.wait(90)  # it waits 30 s for actors that still run
 
 
 def _wait_for_agent(client: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -104,12 +105,25 @@ def strike(root: int, victims: Sequence[tuple[str, ...]], every_s: float, over: 
     """Kill one process below a root, again and again, of each kind in turn; return the names of those killed."""
     rng, struck = random.Random(0), list[str]()
     while not over.wait(every_s):
-        wanted = victims[len(struck) % len(victims)]
-        names = {each: each.name() for each in psutil.Process(root).children(recursive=True) if each.is_running()}
-        if found := [process for process, name in names.items() if name.startswith(wanted)]:
-            rng.choice(found).send_signal(signal.SIGKILL)
-            struck.append(wanted[0])
+        struck.extend(kill_one(root, victims[len(struck) % len(victims)], rng))
     return struck
+
+
+def kill_one(root: int, names: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Kill one of the processes below a root that have one of these names, if there is one; return its name."""
+    if found := find(root, names):
+        rng.choice(found).send_signal(signal.SIGKILL)
+    return [names[0]] if found else []
+
+
+def find(root: int, names: tuple[str, ...]) -> list[psutil.Process]:
+    """Return the processes below a root whose names begin with one of these."""
+    found = []
+    for process in psutil.Process(root).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(names) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def command(port: int, *overrides: str) -> list[str]:
