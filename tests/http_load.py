@@ -42,6 +42,9 @@ class Client:
         asked = urllib.request.Request(self._base + path, headers=self._headers, method="DELETE")
         urllib.request.urlopen(asked, timeout=60).close()
 
+    def list(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.ask("/v1/videos?limit=100"))["data"])
+
     def ask(self, path: str, body: dict[str, Any] | None = None, idempotency_key: str = "") -> bytes:
         headers = self._headers | ({"Idempotency-Key": idempotency_key} if idempotency_key else {})
         data = json.dumps(body).encode() if body is not None else None
@@ -85,12 +88,11 @@ def load(
         striking = pool.submit(meanwhile, over)
         runs = [pool.submit(make_videos, each, f"{index}", number, results) for index, each in enumerate(clients)]
         try:
-            made = [run.result() for run in runs]
+            made = {video_id for run in runs for video_id in run.result()}
+            assert {video["id"] for each in clients for video in each.list()} == made
         finally:
             over.set()
         striking.result()
-    listed = {video["id"] for each in clients for video in json.loads(each.ask("/v1/videos?limit=100"))["data"]}
-    assert listed == {video_id for ids in made for video_id in ids}
 
 
 def check(results: Results, number: int) -> None:
