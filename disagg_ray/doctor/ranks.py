@@ -17,6 +17,8 @@ from disagg_ray.config.stages import StageConfig
 from disagg_ray.doctor.check import Check, fail, ok, warn
 from disagg_ray.doctor.cluster import answers
 from disagg_ray.driver.placement import reserve_ranks
+from disagg_ray.models.parallel.bandwidth import gather_rate
+from disagg_ray.models.parallel.ranks import Ranks
 from disagg_ray.replica.gang import rank_options
 from disagg_ray.text import printable
 from disagg_ray.transfer.sockets import listen
@@ -73,9 +75,6 @@ class RankProbe:
 
     def talk(self, address: str, timeout_s: float) -> float:
         """Meet the other ranks; return the bytes per second that it gets from them in an all-gather."""
-        from disagg_ray.models.parallel.bandwidth import gather_rate  # the doctor's own process needs no ranks
-        from disagg_ray.models.parallel.ranks import Ranks
-
         ranks = Ranks.join(self._rank, address, self._parallel, self._device, timeout_s)
         rate = gather_rate(ranks, GATHER_BYTES)
         ranks.leave()

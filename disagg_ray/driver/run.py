@@ -141,7 +141,8 @@ class RequestRun:
         if "denoise" in self._context.config.stages[stage.name].blocks:  # steps without an event of their own
             metrics.steps(stage.name, replica, self.request.num_inference_steps - attempt.num_steps)
         self._end(stage, "done", "ok", replica)
-        self._log("%s done in %.2f s", replica, timing.compute_s)
+        ranks = f" ({actor.num_ranks} ranks)" if actor.num_ranks > 1 else ""
+        self._log("%s%s done in %.2f s", replica, ranks, timing.compute_s)
 
     async def _fetch_video(self) -> Video | None:
         """Return the video, or None if it was lost, failed to encode or to arrive: the last stage runs again."""

@@ -18,6 +18,7 @@ from disagg_ray import environment
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import PlanError
 from disagg_ray.graph import Graph
+from disagg_ray.models.parallel.ranks import Ranks
 from disagg_ray.planning.measuring import Case, measure_stage
 from disagg_ray.planning.parallel import spell
 from disagg_ray.planning.profile import StageProfile
@@ -127,8 +128,6 @@ def _serve(answer: Connection, rank: int, gpu: str | None, work: _Work) -> None:
 
 
 def _measure(rank: int, work: _Work) -> StageProfile:
-    from disagg_ray.models.parallel.ranks import Ranks  # torch.distributed is for ranks alone
-
     stage = Stage(work.stage, work.config)
     settings, timeout_s = work.config.stages[work.stage], STALLS * work.config.failures.stall_s
     ranks = Ranks.join(rank, work.address, settings.parallel, stage.device, timeout_s)
