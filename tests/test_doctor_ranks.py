@@ -57,6 +57,7 @@ def test_a_rendezvous_that_hangs_is_reported_not_waited_for(cluster: None) -> No
     wait_until(lambda: living_bundles() == 0, "bundles are left", 60)
 
 
+@pytest.mark.slow
 def test_ranks_without_room_are_a_warning(cluster: None) -> None:
     stage = replace(TWO.stages["transformer"], num_cpus=1000)
     (check,) = check_ranks(replace(TWO, stages=TWO.stages | {"transformer": stage}), room_s=0.5)
