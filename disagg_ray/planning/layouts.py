@@ -96,12 +96,12 @@ def layouts(counts: Mapping[str, int], stages: Stages, gangs: Sequence[ParallelC
 
 
 def _with_ranks(layout: Layout, stages: Stages, parallel: ParallelConfig) -> Layout | None:
-    """Return a layout whose transformers are gangs; None if GPUs would be left over, or a gang has helpers twice."""
-    gpus, helped = layout.gpus(stages.denoiser), Counter[str]()
-    for seat in layout.seats:
-        if stages.denoiser in seat.stages and len(seat.stages) > 1:
-            helped[seat.kind] = max(helped[seat.kind], seat.count)
-    if any(count % parallel.size or helped[kind] > count // parallel.size for kind, count in gpus.items()):
+    """Return a layout whose transformers are gangs; None if GPUs would be left over.
+
+    None too with helpers beside several ranks: Ray could put them all on one GPU, which then had no room for a rank.
+    """
+    beside = sum(seat.count for seat in layout.seats if stages.denoiser in seat.stages and len(seat.stages) > 1)
+    if beside > 1 or any(count % parallel.size for count in layout.gpus(stages.denoiser).values()):
         return None
     name = f"{layout.name}, {spell(parallel)}"
     return replace(layout, name=name, gang=stages.denoiser, parallel=parallel)
