@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import os
 import socket
 import statistics
 import threading
@@ -32,7 +31,7 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.pipelines import load_stock_pipeline
 
-from disagg_ray import Pipeline, Request
+from disagg_ray import Pipeline, Request, environment
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
 from disagg_ray.models.checkpoint import open_checkpoint
@@ -103,7 +102,7 @@ def measure(way: Way, task: Task, gpus: list[int]) -> Iterator[Row]:
     for rank in range(way.num_gpus if way.is_stock else 1):
         child = context.Process(target=_serve, args=(theirs, way, task, rank, port))
         with SPAWNING:
-            os.environ[VISIBLE] = ",".join(map(str, gpus))
+            environment.replace(VISIBLE, ",".join(map(str, gpus)))
             child.start()
         children.append(child)
     try:
