@@ -12,10 +12,10 @@ import helpers
 import numpy as np
 import psutil
 import pytest
-from conftest import make_image
+from gang_videos import CPU, difference
 from ray.util import placement_group_table
 
-from disagg_ray import LocalPipeline, Pipeline, Request, cli, connect
+from disagg_ray import LocalPipeline, Request, cli, connect
 from disagg_ray.driver.names import find_replicas, services
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
@@ -33,17 +33,7 @@ wait_until = partial(helpers.wait_until, timeout_s=120.0)
     [("t2v", "{cfg: 2}"), ("i2v", "{ulysses: 2}"), ("a14b_i2v", "{cfg: 2, ulysses: 2}"), ("ti2v", "{ulysses: 2}")],
 )
 def test_mixed_requests_equal_those_of_one_process(cluster: None, task: str, parallel: str) -> None:
-    config = CONF / f"tiny_{task}.yaml"
-    size = SIZE | {"height": 64, "width": 96} if task == "ti2v" else SIZE
-    image = {"image": make_image(60, 40)} if "i2v" in task else {}
-    requests = [
-        Request("a red circle", num_frames=frames, guidance_scale=guidance, **size, **image)
-        for frames, guidance in ((5, 5.0), (9, 1.0), (13, 5.0))
-    ]
-    local = LocalPipeline.from_config(config, ONE_THREAD)
-    with Pipeline.from_config(config, f"{T}.parallel={parallel}", ONE_THREAD) as pipeline:
-        for request, handle in [(request, pipeline.submit(request)) for request in requests]:
-            assert np.array_equal(handle.result(240).frames, local.generate(request).frames)
+    assert difference(CPU, task, parallel) == 0
 
 
 def test_a_service_of_gangs_is_adopted_changed_and_taken_down(cluster: None) -> None:

@@ -91,6 +91,8 @@ class Model:
             "guidance_scale_2": shape.transformer_2 is not None,
         }
         asked = {name: value for name, value in asked.items() if takes.get(name, True)}
+        if shape.expand_timesteps:  # TI2V, of text alone here: its sides are multiples of 32
+            asked |= {side: asked[side] // 32 * 32 for side in ("height", "width")}
         images = {
             name: self.make_image(*asked[name], seed=len(name)) for name in ("image", "last_image") if takes[name]
         }

@@ -40,7 +40,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(scope="module", params=["t2v", "i2v", "a14b_t2v"])
+@pytest.fixture(scope="module", params=["t2v", "i2v", "a14b_t2v", "ti2v"])
 def model(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], image: Callable[..., Image.Image]
 ) -> Model:
