@@ -14,6 +14,8 @@ import psutil
 import pytest
 from gang_videos import CPU, difference
 from ray.util import placement_group_table
+from safetensors.torch import save_file
+from test_lora import TO_Q, factors
 
 from disagg_ray import LocalPipeline, Request, cli, connect
 from disagg_ray.driver.names import find_replicas, services
@@ -30,10 +32,29 @@ wait_until = partial(helpers.wait_until, timeout_s=120.0)
 
 @pytest.mark.parametrize(
     ("task", "parallel"),
-    [("t2v", "{cfg: 2}"), ("i2v", "{ulysses: 2}"), ("a14b_i2v", "{cfg: 2, ulysses: 2}"), ("ti2v", "{ulysses: 2}")],
+    [
+        ("t2v", "{cfg: 2}"),
+        ("i2v", "{ulysses: 2}"),
+        ("a14b_i2v", "{cfg: 2, ulysses: 2}"),
+        ("ti2v", "{ulysses: 2}"),
+        ("t2v", "{cfg: 2, shard_weights: true}"),
+        ("a14b_t2v", "{ulysses: 2, shard_weights: true}"),
+    ],
 )
 def test_mixed_requests_equal_those_of_one_process(cluster: None, task: str, parallel: str) -> None:
     assert difference(CPU, task, parallel) == 0
+
+
+@pytest.mark.parametrize("parallel", ["{cfg: 2}", "{ulysses: 2, shard_weights: true}"])
+def test_so_they_do_with_a_lora(cluster: None, tmp_path: Path, parallel: str) -> None:
+    save_file(factors(TO_Q), tmp_path / "lora.safetensors")
+    loras = f"{T}.denoiser.loras=[{{path: {tmp_path / 'lora.safetensors'}}}]"
+    assert difference(CPU, "a14b_t2v", parallel, loras) == 0
+
+
+@pytest.mark.parametrize("parallel", ["{cfg: 2}", "{ulysses: 2, shard_weights: true}"])
+def test_so_they_do_compiled(cluster: None, parallel: str) -> None:
+    assert difference(CPU, "t2v", parallel, f"{T}.denoiser.compile=default") == 0
 
 
 def test_a_service_of_gangs_is_adopted_changed_and_taken_down(cluster: None) -> None:

@@ -42,7 +42,6 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.ulysses=0",), f"invalid {T}.parallel.ulysses=0: must be at least 1"),
         ((f"{T}.parallel.spread=true",), f"invalid {T}.parallel.spread=true: must be false: a replica of one rank"),
         ((f"{T}.parallel.shard_weights=true",), "must be false: a replica of one rank"),
-        ((f"{T}.parallel={{cfg: 2, shard_weights: true}}",), "must be false: a gang cannot shard weights yet"),
         ((f"{T}.parallel.ulysses=2", f"{T}.denoiser.step_cache.method=taylorseer"), "must be none with parallel"),
         ((f"{T}.parallel.cfg=2", f"{T}.denoiser.quantization=fp8_storage"), "must be none with parallel"),
         ((f"{T}.parallel.cfg=2", f"{T}.denoiser.attention=auto"), "must name a backend, or be null"),

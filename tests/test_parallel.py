@@ -134,6 +134,35 @@ def test_two_branches_of_two_shares_make_the_frames_of_stock(
             assert np.abs(ours - stock).max() == 0
 
 
+def weigh(ranks: Ranks, config: Config) -> float:
+    """Return how much of its transformer's weights a rank keeps."""
+    stage = connect_stages(config)["transformer"]
+    stage.load(ranks)
+    weights = list(stage.component("transformer").parameters())
+    kept = sum(weight.to_local().nbytes if hasattr(weight, "to_local") else weight.nbytes for weight in weights)
+    return kept / sum(weight.nbytes for weight in weights)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("task", ["t2v", "a14b_t2v"])
+def test_ranks_that_share_weights_make_the_frames_of_stock(
+    task: str, checkpoint: Callable[[str], Path], one_thread: None
+) -> None:
+    folder = checkpoint(f"tiny-{task.replace('_', '-')}")
+    parallel = "{cfg: 2, ulysses: 2, shard_weights: true}"
+    config = load(task, folder, f"stages.transformer.parallel={parallel}", "stages.transformer.num_threads=1")
+    many = [asked(task), asked(task, guidance_scale=1.0, num_inference_steps=2)]
+    stock = make_stock(task, folder, many, config.model.max_sequence_length)
+    for rank in run_ranks(generate, config.stages["transformer"].parallel, config, many):
+        assert all(np.abs(ours - theirs).max() == 0 for ours, theirs in zip(rank, stock, strict=True))
+
+
+@pytest.mark.slow
+def test_a_rank_that_shares_weights_keeps_its_part_of_the_blocks(checkpoint: Callable[[str], Path]) -> None:
+    config = load("t2v", checkpoint("tiny-t2v"), "stages.transformer.parallel={cfg: 2, shard_weights: true}")
+    assert all(kept < 0.75 for kept in run_ranks(weigh, config.stages["transformer"].parallel, config))
+
+
 def refuse(ranks: Ranks, config: Config, many: list[dict[str, Any]]) -> str:
     with pytest.raises(DisaggError) as refused:
         generate(ranks, config, many)

@@ -7,6 +7,9 @@ from typing import Annotated
 from disagg_ray.config.options import DenoiserConfig
 from disagg_ray.config.rules import Check, Count, Section, between
 
+GATHERED_BLOCKS = 3
+"""Blocks whose weights a rank holds whole at once with `shard_weights`: one computes, one waits, one is gathered."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
@@ -19,7 +22,8 @@ class ParallelConfig(Section):
     ring: Count = 1
     """Ranks that share the tokens of a video, and pass keys and values around. Not to be had yet: must be 1."""
     shard_weights: bool = False
-    """Hold a part of the weights at each rank. Not to be had yet: must be false."""
+    """Hold an equal part of each block's weights at each rank, and gather a block's while it computes (FSDP): less VRAM
+    for more traffic between ranks. Each rank still reads all of them through its host's memory when it loads."""
     spread: bool = False
     """Let the ranks lie on several nodes; false: all on one."""
 
@@ -33,6 +37,10 @@ class ParallelConfig(Section):
         """Ranks among which the tokens of one prediction are split."""
         return self.ulysses * self.ring
 
+    def held(self, num_parameters: int, num_blocks: int) -> int:
+        """Return about how many of a transformer's parameters a rank that shares its weights holds at once."""
+        return num_parameters // self.size + GATHERED_BLOCKS * num_parameters // num_blocks
+
     @property
     def is_gang(self) -> bool:
         return self.size > 1
@@ -43,8 +51,6 @@ class ParallelConfig(Section):
             value = getattr(self, key)
             yield key, value, self.is_gang or not value, remedy
         yield "ring", self.ring, self.ring == 1, "must be 1: no attention backend was held to one process's frames yet"
-        remedy = "must be false: a gang cannot shard weights yet; each rank holds all of them"
-        yield "shard_weights", self.shard_weights, not self.shard_weights, remedy
 
 
 def denoiser_rules(parallel: ParallelConfig, denoiser: DenoiserConfig) -> Iterator[Check]:

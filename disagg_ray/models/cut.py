@@ -14,6 +14,7 @@ import transformers
 from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
 
 from disagg_ray.config.options import TRANSFORMERS, DenoiserConfig, VaeConfig
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.stages import StageConfig
 from disagg_ray.errors import ConfigError, GraphError
 from disagg_ray.graph import StagePorts
@@ -99,7 +100,7 @@ class Cut:
         sizes: Sequence[Sequence[int]],
         ranks: Ranks | None = None,
     ) -> dict[str, int]:
-        """Load the components' weights as the stage's options say, and return their bytes by component.
+        """Load the components as the stage's options say, and return the bytes of their weights by name.
 
         `sizes` (height, width, num_frames) are those at which `attention: auto` is timed. With `ranks`, every one of
         them loads and runs the same.
@@ -112,14 +113,20 @@ class Cut:
         self._check_options()
         self._check_attention(dtypes, device)
         self._checkpoint.fetch(self.components)
-        home = device if options.offload == "none" else "cpu"
-        loaded = {name: self._load_component(name, dtypes[name], home) for name in self.components}
-        models = {name: c for name, c in loaded.items() if isinstance(c, torch.nn.Module)}
-        weights = {name: weight_bytes(model) for name, model in models.items()}
-        for name, model in models.items():
-            self._tune(name, model, device, sizes)
+        loaded, weights = {}, {}
+        for name in self.components:
+            on_host = options.offload != "none" or (options.parallel.shard_weights and name in TRANSFORMERS)
+            home = "cpu" if on_host else device
+            loaded[name] = model = self._load_component(name, dtypes[name], home)
+            if isinstance(model, torch.nn.Module):
+                weights[name] = weight_bytes(model)
+                self._tune(name, model, device, sizes)
+            if ranks is not None and name in TRANSFORMERS:
+                from disagg_ray.models.parallel.spread import spread  # torch.distributed is for gangs alone
+
+                weights[name] = spread(f"stages.{self._stage}", model, ranks)
         if options.offload == "model":
-            self._offloaded = offload_models(models.values(), device)
+            self._offloaded = offload_models((loaded[name] for name in weights), device)
         self._pipeline.register_components(**loaded)
         return weights
 
@@ -164,36 +171,32 @@ class Cut:
             latents = [example_tensors(self._checkpoint, ["latents"], size)["latents"].to(device) for size in sizes]
             text_tokens = self._checkpoint.geometry.max_sequence_length
             tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, latents, text_tokens)
-            if self._ranks is not None and self._ranks.parallel.num_shards > 1:
-                from disagg_ray.models.parallel.tokens import split_tokens  # torch.distributed is for gangs alone
-
-                split_tokens(f"stages.{self._stage}", model, self._ranks)
             self._model.adapt(model)
         if name == "vae":
             tune_vae(model, options.vae)
         if options.offload == "group":
             offload_groups(model, device)
 
-    def weight_bytes(self, dtypes: Mapping[str, str]) -> int | None:
+    def weight_bytes(self, dtypes: Mapping[str, str], parallel: ParallelConfig) -> int | None:
         """Return about what `load` would, in all, without loading; None: the weights are not on this machine yet.
 
-        The few modules that diffusers keeps in float32 count in the precision that was asked for.
-
-        Raises:
-            CheckpointError: a component is missing or unsafe.
+        The few modules that diffusers keeps in float32 count in the precision that was asked for. Raises
+        CheckpointError: a component is missing or unsafe.
         """
-        sizes = [self._component_bytes(name, dtypes[name]) for name in self.components]
+        sizes = [self._component_bytes(name, dtypes[name], parallel) for name in self.components]
         known = [size for size in sizes if size is not None]
         return sum(known) if len(known) == len(sizes) else None
 
-    def _component_bytes(self, name: str, dtype: str) -> int | None:
+    def _component_bytes(self, name: str, dtype: str, parallel: ParallelConfig) -> int | None:
         count = self._checkpoint.count_parameters(name)
+        if count is not None and parallel.shard_weights and name in TRANSFORMERS:
+            count = parallel.held(count, self._checkpoint.read_config(name)["num_layers"])
         return None if count is None else count * int(getattr(torch, dtype).itemsize)
 
     def _load_component(self, name: str, dtype: str, device: str) -> Any:
         kind, class_name = self._checkpoint.family.components[name], self._checkpoint.components[name]
         check_tensors(kind, self._checkpoint.folder, name, class_name)
-        reserved = (self._component_bytes(name, dtype) or 0) if device != "cpu" else 0
+        reserved = (self._component_bytes(name, dtype, self._options.parallel) or 0) if device != "cpu" else 0
         if reserved:
             reserve(reserved, device)
         component = load_component(kind, self._checkpoint.folder, name, class_name, dtype, device)

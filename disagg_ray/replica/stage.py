@@ -157,7 +157,7 @@ class Stage:
 
     def weight_bytes(self) -> int | None:
         """Return what the weights will take, measured without loading them; None: they are not on this machine yet."""
-        return self._cut.weight_bytes(self._dtypes())
+        return self._cut.weight_bytes(self._dtypes(), self._settings.parallel)
 
     def _dtypes(self) -> dict[str, str]:
         return {component: self.config.dtype_of(self.name, component) for component in self._cut.components}

@@ -32,6 +32,7 @@ from disagg_ray.replica.messages import ReplicaInfo
 PLACE = GPU if torch.cuda.is_available() else CPU
 BF16 = "model.dtype.transformer=bfloat16"
 ULYSSES, CFG, BOTH = "{ulysses: 2}", "{cfg: 2}", "{cfg: 2, ulysses: 2}"
+SHARDED = "{ulysses: 2, shard_weights: true}"
 SLACK = 256 * 2**20
 """Bytes of GPU memory; a process that only has a CUDA context holds more."""
 
@@ -46,23 +47,23 @@ wait_until = partial(helpers.wait_until, timeout_s=SURE)
 difference = partial(gang_videos.difference, PLACE)
 
 
-@pytest.mark.parametrize("parallel", [ULYSSES, CFG, pytest.param(BOTH, marks=four_gpus)])
+@pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED, pytest.param(BOTH, marks=four_gpus)])
 @pytest.mark.parametrize("task", ["t2v", "i2v", "ti2v", "a14b_t2v"])
 def test_a_gang_makes_the_frames_of_one_gpu(cluster: None, task: str, parallel: str) -> None:
     assert difference(task, parallel) == 0
 
 
-@pytest.mark.parametrize("parallel", [ULYSSES, CFG])
+@pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED])
 def test_so_it_does_in_bfloat16(cluster: None, parallel: str) -> None:
     assert difference("t2v", parallel, BF16) == 0
 
 
-@pytest.mark.parametrize("parallel", [ULYSSES, CFG])
+@pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED])
 def test_so_it_does_compiled(cluster: None, parallel: str) -> None:
     assert difference("t2v", parallel, BF16, f"{T}.denoiser.compile=default") == 0
 
 
-@pytest.mark.parametrize("parallel", [ULYSSES, CFG])
+@pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED])
 def test_so_it_does_with_a_lora(cluster: None, tmp_path: Path, parallel: str) -> None:
     save_file(factors("transformer.blocks.0.attn1.to_q", width=48), tmp_path / "lora.safetensors")
     assert difference("a14b_t2v", parallel, f"{T}.denoiser.loras=[{{path: {tmp_path / 'lora.safetensors'}}}]") == 0

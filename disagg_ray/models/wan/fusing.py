@@ -19,12 +19,12 @@ from disagg_ray.models.wan.geometry import IMAGE_TEXT_TOKENS
 
 
 def fuse_activation(transformer: Any) -> None:
-    """Have the feed-forward's first matrix product apply bias and GELU before it writes; of plain weights on a GPU."""
+    """Have the feed-forward's first matrix product apply bias and GELU before it writes, on a GPU; of plain weights."""
     for block in transformer.blocks:
         linear = block.ffn.net[0].proj
         if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:  # LoRA, torchao
             continue
-        if linear.weight.is_cuda and linear.weight.dtype.itemsize > 1:
+        if linear.weight.dtype.itemsize > 1:
             block.ffn.net[0].__class__ = FusedGelu
 
 
@@ -36,6 +36,9 @@ class FusedGelu(GELU):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return GELU of x (..., in) times weights (out, in) plus bias."""
+        if not x.is_cuda:
+            plain: Tensor = super().forward(x)
+            return plain
         rows = x.flatten(0, -2)
         made: Tensor = torch.ops.aten._addmm_activation(self.proj.bias, rows, self.proj.weight.t(), use_gelu=True)
         return made.view(*x.shape[:-1], -1)
