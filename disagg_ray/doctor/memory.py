@@ -83,8 +83,6 @@ def _need(config: Config, stage: Stage) -> Need:
     on_gpu = settings.torch_device == "cuda"
     num_ranks = max(group.parallel.size for group in settings.replica_groups.values())
     weights = stage.weight_bytes()
-    if weights is not None and settings.parallel.shard_weights:
-        weights //= num_ranks
     return Need(
         stage.name, settings.replicas, settings.num_gpus, on_gpu, weights, pool, num_videos * video, num_ranks
     )  # fmt: skip
