@@ -25,14 +25,18 @@ from test_lora import factors
 from test_speed_gpu import SHAPES
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request
+from disagg_ray.models.random import make_checkpoint
 from disagg_ray.models.wan import shapes
-from disagg_ray.models.wan.random import make_checkpoint
 from disagg_ray.replica.messages import ReplicaInfo
 
 PLACE = GPU if torch.cuda.is_available() else CPU
 BF16 = "model.dtype.transformer=bfloat16"
 ULYSSES, CFG, BOTH = "{ulysses: 2}", "{cfg: 2}", "{cfg: 2, ulysses: 2}"
 SHARDED = "{ulysses: 2, shard_weights: true}"
+ROUNDED = {ULYSSES: 1e-3, SHARDED: 1e-3, BOTH: 1e-3} if PLACE is GPU else {}
+"""How far frames (0 to 1) may be: on a GPU other kernels suit the fewer tokens of tiny models. cfg alone: not at all."""
+HALF = 50.0
+"""What bfloat16 allows more."""
 SLACK = 256 * 2**20
 """Bytes of GPU memory; a process that only has a CUDA context holds more."""
 
@@ -50,23 +54,25 @@ difference = partial(gang_videos.difference, PLACE)
 @pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED, pytest.param(BOTH, marks=four_gpus)])
 @pytest.mark.parametrize("task", ["t2v", "i2v", "ti2v", "a14b_t2v"])
 def test_a_gang_makes_the_frames_of_one_gpu(cluster: None, task: str, parallel: str) -> None:
-    assert difference(task, parallel) == 0
+    assert difference(task, parallel) <= ROUNDED.get(parallel, 0)
 
 
 @pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED])
 def test_so_it_does_in_bfloat16(cluster: None, parallel: str) -> None:
-    assert difference("t2v", parallel, BF16) == 0
+    assert difference("t2v", parallel, BF16) <= HALF * ROUNDED.get(parallel, 0)
 
 
 @pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED])
 def test_so_it_does_compiled(cluster: None, parallel: str) -> None:
-    assert difference("t2v", parallel, BF16, f"{T}.denoiser.compile=default") == 0
+    made = difference("t2v", parallel, BF16, f"{T}.denoiser.compile=default")
+    assert made <= HALF * ROUNDED.get(parallel, 0)
 
 
 @pytest.mark.parametrize("parallel", [ULYSSES, CFG, SHARDED])
 def test_so_it_does_with_a_lora(cluster: None, tmp_path: Path, parallel: str) -> None:
     save_file(factors("transformer.blocks.0.attn1.to_q", width=48), tmp_path / "lora.safetensors")
-    assert difference("a14b_t2v", parallel, f"{T}.denoiser.loras=[{{path: {tmp_path / 'lora.safetensors'}}}]") == 0
+    loras = f"{T}.denoiser.loras=[{{path: {tmp_path / 'lora.safetensors'}}}]"
+    assert difference("a14b_t2v", parallel, loras) <= ROUNDED.get(parallel, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ def test_so_it_does_with_an_attention_backend(
     monkeypatch.setitem(shapes.SHAPES, wide.name, wide)
     folder = make_checkpoint(wide.name, tmp_path / "checkpoint")
     options = (f"model.path={folder}", BF16, f"{T}.denoiser.attention={backend}")
-    assert difference("t2v", ULYSSES, *options) == 0
+    assert difference("t2v", ULYSSES, *options) <= HALF * ROUNDED.get(ULYSSES, 0)
 
 
 def ask(name: str, steps: int = 4) -> Request:
@@ -123,6 +129,11 @@ def pipeline(cluster: None, faults: Faults, frames: np.ndarray) -> Iterator[Pipe
     wait_until(lambda: no_more_than(before), f"GPU memory is left: {used()} after {before}")
 
 
+def assert_equal(made: np.ndarray | None, frames: np.ndarray) -> None:
+    assert made is not None
+    assert np.abs(made - frames).max() <= ROUNDED.get(ULYSSES, 0)
+
+
 def gang(pipeline: Pipeline) -> ReplicaInfo:
     wait_until(lambda: any(replica.ranks for replica in pipeline.replicas), "no gang serves")
     return next(replica for replica in pipeline.replicas if replica.ranks)
@@ -140,7 +151,7 @@ def strike(pipeline: Pipeline, faults: Faults, frames: np.ndarray, rank: int, si
     faults.await_arrival("transformer.step")
     os.kill(ranks[rank].pid, sign)
     faults.clear("transformer.step")
-    assert np.array_equal(handle.result(SURE).frames, frames)
+    assert_equal(handle.result(SURE).frames, frames)
     wait_until(lambda: not any(lives(lost.pid) for lost in ranks), "a rank of the lost gang lives on")
     wait_until(lambda: no_more_than(before), f"GPU memory of the lost gang is left: {used()} after {before}")
 
@@ -166,5 +177,5 @@ def test_all_ranks_stop_at_a_cancelled_step(pipeline: Pipeline, faults: Faults, 
     faults.clear("transformer.step")
     with pytest.raises(Cancelled):
         handle.result(SURE)
-    assert np.array_equal(pipeline.generate(ask("next")).frames, frames)
+    assert_equal(pipeline.generate(ask("next")).frames, frames)
     assert gang(pipeline) == before
