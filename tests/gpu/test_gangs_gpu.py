@@ -34,7 +34,7 @@ BF16 = "model.dtype.transformer=bfloat16"
 ULYSSES, CFG, BOTH = "{ulysses: 2}", "{cfg: 2}", "{cfg: 2, ulysses: 2}"
 SHARDED = "{ulysses: 2, shard_weights: true}"
 ROUNDED = {ULYSSES: 1e-3, SHARDED: 1e-3, BOTH: 1e-3} if PLACE is GPU else {}
-"""How far frames (0 to 1) may be: on a GPU other kernels suit the fewer tokens of tiny models. cfg alone: not at all."""
+"""How far frames (0 to 1) may be: on a GPU, other kernels suit the fewer tokens of tiny models; with cfg alone, 0."""
 HALF = 50.0
 """What bfloat16 allows more."""
 SLACK = 256 * 2**20
