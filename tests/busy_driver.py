@@ -36,6 +36,7 @@ def report_http(metrics: HttpMetrics) -> None:
     metrics.answered("/v1/videos", 200, 0.01)
     metrics.first_event(0.2)
     metrics.queue({"tiny": 2})
+    metrics.flush()
 
 
 def report(metrics: Metrics, health: Health) -> None:
