@@ -13,6 +13,7 @@ python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut in
 python jobs/bench.py stage CKPT          # each stage's speed and error by option, beside stock diffusers
 python jobs/bench.py denoiser forward --shape wan2.1-t2v-14b     # attention, compile and fusing beside stock; --help
 python jobs/bench.py parallel --config C --parallel "cfg=2/ulysses=2"    # one video on several GPUs; --help
+python jobs/bench.py decode_rows         # a decode whose rows are shared by 1, 2 and 4 GPUs; --help
 python jobs/bench.py http                # what an HTTP service costs: jobs and polls a second, memory
 python jobs/bench.py service bursts outputs/service.png    # first video after connect; also `deaths` and `answers`
 """
@@ -31,7 +32,7 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks import denoiser, http, parallel, plan, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks import denoiser, http, parallel, plan, rows, scheduler, service, soak, stage, tables, tiles, transfer
 from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
 from benchmarks.ways import Options
@@ -215,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     commands = {
         "stage": stage.main, "service": service.main, "http": http.main, "denoiser": denoiser.main,
-        "parallel": parallel.main,
+        "parallel": parallel.main, "decode_rows": rows.main,
     }  # fmt: skip
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](sys.argv[2:])

@@ -15,13 +15,13 @@ from disagg_ray.request import check
 
 CONF = Path(__file__).parent.parent / "conf"
 T2V = CONF / "tiny_t2v.yaml"
-T = "stages.transformer"
+T, D = "stages.transformer", "stages.decoder"
 
 
 def test_the_ranks_of_a_replica_are_configured() -> None:
     parallel = "{cfg: 2, ulysses: 2, ring: 1, shard_weights: false, spread: true}"
     stage = load_config(T2V, f"{T}.parallel={parallel}").stages["transformer"]
-    assert stage.parallel == ParallelConfig(2, 2, 1, False, True)
+    assert stage.parallel == ParallelConfig(cfg=2, ulysses=2, spread=True)
     assert stage.parallel.size == 4
 
 
@@ -51,6 +51,10 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=1", f"{T}.offload=group"), "must be left out with offload=group"),
         ((f"{T}.parallel.cfg=2", f"{T}.placement=spread"), "write parallel.spread"),
         (("stages.encoder.parallel.ulysses=2",), "only a stage of the block denoise alone"),
+        (("stages.decoder.parallel.cfg=2",), "only a stage of the block denoise alone"),
+        ((f"{T}.parallel.rows=2",), f"invalid {T}.parallel.rows=2: must be 1: only a stage of the block decode alone"),
+        ((f"{D}.parallel.rows=2", f"{D}.vae.tile_pixels=0"), f"invalid {D}.vae.tile_pixels=0: must be null with"),
+        ((f"{D}.parallel.rows=9", "defaults.height=64"), "makes 8 rows of latents, fewer than the 9 ranks"),
         ((f"{T}.parallel.cfg=2", "share_gpu=[transformer, decoder]"), "must leave transformer out: its ranks"),
     ],
 )

@@ -21,6 +21,9 @@ class ParallelConfig(Section):
     """Ranks that share the tokens of a video, and the heads of its attention."""
     ring: Count = 1
     """Ranks that share the tokens of a video, and pass keys and values around. Not to be had yet: must be 1."""
+    rows: Count = 1
+    """Ranks that share the rows of a video in its decoder, of which each decodes some; for the stage of the block
+    `decode`."""
     shard_weights: bool = False
     """Hold an equal part of each block's weights at each rank, and gather a block's while it computes (FSDP): less VRAM
     for more traffic between ranks. Each rank still reads all of them through its host's memory when it loads."""
@@ -30,7 +33,7 @@ class ParallelConfig(Section):
     @property
     def size(self) -> int:
         """How many ranks a replica has."""
-        return self.cfg * self.ulysses * self.ring
+        return self.cfg * self.ulysses * self.ring * self.rows
 
     @property
     def num_shards(self) -> int:
@@ -46,10 +49,12 @@ class ParallelConfig(Section):
         return self.size > 1
 
     def rules(self) -> Iterator[Check]:
-        remedy = "must be false: a replica of one rank has none to share with; write cfg, ulysses or ring"
+        remedy = "must be false: a replica of one rank has none to share with; write cfg, ulysses, ring or rows"
         for key in ("shard_weights", "spread"):
             value = getattr(self, key)
             yield key, value, self.is_gang or not value, remedy
+        ok = self.rows == 1 or not self.shard_weights
+        yield "shard_weights", self.shard_weights, ok, "must be false with rows: only a transformer's are shared"
         yield "ring", self.ring, self.ring == 1, "must be 1: no attention backend was held to one process's frames yet"
 
 

@@ -51,7 +51,7 @@ def _smallest(stage: StageConfig) -> dict[str, Any]:
     large = {"denoise", TEXT_ENCODER, "image_encoder"} & set(stage.blocks)
     if large and stage.denoiser.quantization != "fp8" and not _is_gang(stage):
         keys["offload"] = "group"
-    if _has_vae(stage) and not any(map(parse_part, stage.blocks)):
+    if _has_vae(stage) and not any(map(parse_part, stage.blocks)) and not _is_gang(stage):
         keys["vae"] = {"tile_pixels": 0}
     return keys
 

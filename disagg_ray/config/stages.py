@@ -178,10 +178,16 @@ class StageConfig(Section):
 
 def _gang_rules(key: str, stage: StageConfig) -> Iterator[Check]:
     """Yield the rules of replicas of several ranks."""
-    sizes = {name: getattr(stage.parallel, name) for name in ("cfg", "ulysses", "ring")}
-    alone = not stage.parallel.is_gang
-    remedy = "must be left out: only a stage of the block denoise alone can be split over ranks"
-    yield key, sizes, alone or list(stage.blocks) == ["denoise"], remedy
+    parallel, blocks = stage.parallel, list(stage.blocks)
+    sizes = {name: getattr(parallel, name) for name in ("cfg", "ulysses", "ring", "rows")}
+    alone = not parallel.is_gang
+    remedy = "must be left out: only a stage of the block denoise alone can be split over ranks so; see rows for decode"
+    yield key, sizes, parallel.cfg * parallel.num_shards == 1 or blocks == ["denoise"], remedy
+    remedy = "must be 1: only a stage of the block decode alone has rows to share"
+    yield f"{key}.rows", parallel.rows, parallel.rows == 1 or blocks == ["decode"], remedy
+    remedy = "must be null with parallel.rows, which takes the place of tiles"
+    tile = stage.vae.tile_pixels
+    yield f"{key.removesuffix('parallel')}vae.tile_pixels", tile, tile is None or parallel.rows == 1, remedy
     remedy = f"must be left out with num_gpus={stage.num_gpus:g}: no two ranks may share a GPU; write more than 0.5"
     yield key, sizes, alone or stage.torch_device == "cpu" or stage.num_gpus > 0.5, remedy
     has_place = stage.num_gpus > 0 or stage.num_cpus > 0

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from disagg_ray.config.schema import Config
     from disagg_ray.config.stages import StageConfig
 
+LATENTS = 2
+"""Rows of latents a row of tokens, in every family that decodes rows on several ranks."""
+
 
 def shape_rules(
     task: Task, height: int | None, width: int | None, num_frames: int | None, num_steps: int | None = None
@@ -43,6 +46,11 @@ def token_rules(
                 f"(stages.{name}.parallel.ulysses x ring); choose another height, width or num_frames"
             )
             yield "height x width x num_frames", f"{height}x{width}x{num_frames}", ok, remedy
+            remedy = (
+                f"makes {LATENTS * rows} rows of latents, fewer than the {group.parallel.rows} ranks that share them "
+                f"(stages.{name}.parallel.rows); choose another height"
+            )
+            yield "height", height, group.parallel.rows <= LATENTS * rows, remedy
 
 
 def family_rules(config: Config) -> Iterator[Check]:

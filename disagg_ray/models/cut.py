@@ -174,6 +174,10 @@ class Cut:
             self._model.adapt(model)
         if name == "vae":
             tune_vae(model, options.vae)
+            if self._ranks is not None and self._ranks.parallel.rows > 1:
+                from disagg_ray.models.parallel.rows import split_rows  # as above
+
+                split_rows(model, self._ranks)
         if options.offload == "group":
             offload_groups(model, device)
 

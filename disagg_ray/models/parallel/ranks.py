@@ -37,7 +37,7 @@ class Ranks:
         self.parallel = parallel
         self.device = device
         self.mesh = mesh
-        """Dimensions cfg, ring and ulysses."""
+        """Dimensions rows, cfg, ring and ulysses."""
 
     @classmethod
     def join(cls, rank: int, address: str, parallel: ParallelConfig, device: str, timeout_s: float) -> Ranks:
@@ -49,8 +49,8 @@ class Ranks:
         timeout = timedelta(seconds=timeout_s)
         store = TCPStore(host.strip("[]"), int(port), parallel.size, is_master=rank == 0, timeout=timeout)
         dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=parallel.size, timeout=timeout)
-        shape = (parallel.cfg, parallel.ring, parallel.ulysses)
-        return cls(parallel, device, init_device_mesh(device, shape, mesh_dim_names=("cfg", "ring", "ulysses")))
+        shape = (parallel.rows, parallel.cfg, parallel.ring, parallel.ulysses)
+        return cls(parallel, device, init_device_mesh(device, shape, mesh_dim_names=("rows", "cfg", "ring", "ulysses")))
 
     def share(self, layout: Layout, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Give rank 0's tensors, which have this layout, to all ranks, on the gang's device.
