@@ -215,6 +215,10 @@ KEYS: dict[str, Seen | Refused | Shown] = {
         for group in ("", "groups.*.")
         for key in ("cfg", "ulysses", "ring", "shard_weights", "spread")
     },
+    **{
+        f"stages.*.{group}parallel.rows": Shown("test_gang_decoder.py::test_mixed_sizes_are_the_videos_of_one_process")
+        for group in ("", "groups.*.")
+    },
     "stages.*.num_threads": Seen(f"{T}.num_threads=3", threads),
     "stages.*.dtype": Seen(f"{T}.dtype=float16", precision),
     "stages.*.device": Seen(f"{T}.device=cpu", turns, (f"{T}.num_gpus=0.5",)),
