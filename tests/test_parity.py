@@ -187,6 +187,22 @@ class Split:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def start_splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
+    """Yield what starts replicas of a configuration, once for its arguments, with one driver's pool; then close all."""
+    pool = Pool("driver", 2**22, HOST, TransportConfig())
+    closing: list[Pool | Replica] = [pool]
+
+    @cache
+    def start(*arguments: Any) -> Split:
+        split = Split(configure(*arguments), pool)
+        closing.extend(split.replicas.values())
+        return split
+
+    yield start
+    for part in closing:
+        part.close()
+
+
 @pytest.fixture(scope="module")
 def models(checkpoint: Callable[[str], Path], image: Callable[..., Image.Image]) -> Load[Model]:
     """Give a task's model, loaded once."""
@@ -217,18 +233,7 @@ def pipelines() -> Load[LocalPipeline]:
 @pytest.fixture(scope="module")
 def splits() -> Iterator[Load[Split]]:
     """Give a model's replicas, started once a cut; the driver's pool is common to all."""
-    pool = Pool("driver", 2**20, HOST, TransportConfig())
-    closing: list[Pool | Replica] = [pool]
-
-    @cache
-    def start(model: Model, cut: str = THREE) -> Split:
-        split = Split(recut(model.config, cut), pool)
-        closing.extend(split.replicas.values())
-        return split
-
-    yield start
-    for part in closing:
-        part.close()
+    yield from start_splits(lambda model, cut=THREE: recut(model.config, cut))
 
 
 def grid(tasks: Iterable[str] = TASKS, cuts: Iterable[str] = CUTS) -> list[tuple[str, str, str]]:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from helpers import wait_until_empty
 from PIL import Image
-from test_parity import HOST, ONE, THREE, Load, Split, recut
+from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
 from disagg_ray.cli.command import main
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.media.video import quantise
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.prompts import check_prompts
@@ -26,7 +26,6 @@ from disagg_ray.models.qwen_image.random import build_meta, make_tokenizer
 from disagg_ray.models.qwen_image.shapes import SHAPES
 from disagg_ray.models.qwen_image.text import TEMPLATE
 from disagg_ray.request import resolve
-from disagg_ray.transfer.pool import Pool
 
 CONF = Path(__file__).parents[1] / "conf"
 PLAIN: dict[str, Any] = {
@@ -70,18 +69,7 @@ def expect(checkpoint: Callable[[str], Path]) -> Callable[[str], np.ndarray]:
 @pytest.fixture(scope="module")
 def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
     """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    pool = Pool("driver", 2**22, HOST, TransportConfig())
-    closing: list[Any] = [pool]
-
-    @cache
-    def start(cut: str) -> Split:
-        split = Split(recut(configure(), cut), pool)
-        closing.extend(split.replicas.values())
-        return split
-
-    yield start
-    for part in closing:
-        part.close()
+    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 def ask(case: str = "guided", **asked: Any) -> Request:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from helpers import wait_until_empty
 from PIL import Image
 from safetensors.torch import save_file
 from test_lora import TO_Q, factors
-from test_parity import HOST, ONE, THREE, Load, Split, recut
+from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
 from disagg_ray import ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.planning.profiling import measure_profile
 from disagg_ray.request import resolve
-from disagg_ray.transfer.pool import Pool
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = ("model.max_sequence_length=64", "limits.max_pixels=9216", "limits.max_frames=9")
@@ -94,18 +92,7 @@ def stock(checkpoint: Callable[[str], Path]) -> Stock:
 @pytest.fixture(scope="module")
 def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
     """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    pool = Pool("driver", 2**22, HOST, TransportConfig())
-    closing: list[Any] = [pool]
-
-    @cache
-    def start(cut: str) -> Split:
-        split = Split(recut(configure(), cut), pool)
-        closing.extend(split.replicas.values())
-        return split
-
-    yield start
-    for part in closing:
-        part.close()
+    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 def ask(**asked: Any) -> Request:

@@ -28,7 +28,7 @@ MAX_IDEMPOTENCY_CHARS = 255
 POLL_S = 0.5
 """How soon a stream sees what another process did."""
 LEAST_POLL_S, MOST_POLL_S = 0.5, 5.0
-"""Within which OpenAI's client is told to ask again."""
+"""Bounds of the delay that OpenAI's client is told to poll after."""
 POLLS = 20
 """Of a job in its predicted seconds."""
 BEAT_S = 15.0

@@ -1,4 +1,4 @@
-"""Worker numbers: each is one living process's; jobs of a process that died are run by whoever takes its number."""
+"""Worker numbers: each live process holds one; the process that takes a dead one's number runs its jobs."""
 
 from __future__ import annotations
 

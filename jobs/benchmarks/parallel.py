@@ -43,7 +43,7 @@ WAYS = "stock/ours/stock ulysses=2/ours ulysses=2/ours cfg=2/ours cfg=2,ulysses=
 QUICK = "stock/ours/ours ulysses=2/ours cfg=2"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 COMPARED = 16
-"""Of every so many frames one is compared; all of them are digested."""
+"""Compare every Nth frame between ways; the digest covers all frames."""
 
 
 @dataclass(frozen=True)
