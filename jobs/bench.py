@@ -38,6 +38,7 @@ from benchmarks.stock import OFFLOADS, Cell
 from benchmarks.ways import Options
 
 from disagg_ray import LocalPipeline, Pipeline, Request
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.result import Result, StageTiming
 
 PLOTTED: dict[str, Any] = {
@@ -159,8 +160,13 @@ def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> Option
         tuple(Cell(n, scale) for n in steps for scale in guidance), tuple(n for n in rounds for _ in guidance),
         options.repeats or 2, options.format, tuple(filter(None, options.only.split("/"))),
         tuple(float(cap) for cap in options.caps.split(",") if cap), tuple(options.offload.split(",")),
+        tuple(to_gang(text) for text in options.gangs.split("/") if text),
         options.output / f"bench_{'_'.join(whats)}.jsonl", time.monotonic() + options.seconds,
     )  # fmt: skip
+
+
+def to_gang(text: str) -> ParallelConfig:
+    return ParallelConfig(**{name: int(number) for name, _, number in (p.partition("=") for p in text.split(","))})
 
 
 def measure(options: argparse.Namespace, whats: tuple[str, ...]) -> Any:
@@ -207,6 +213,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--offload", default="model,group", help=f"tables: of stock under a cap; some of {','.join(OFFLOADS)}"
     )
+    parser.add_argument("--gangs", default="", help="tables: transformers of several ranks, as cfg=2/cfg=2,ulysses=2")
     parser.add_argument("--seconds", type=float, default=500.0, help="tables: after which nothing more is begun")
     parser.add_argument("--profile", type=Path, help="plan: of the hardware that --tables were measured on")
     parser.add_argument("--tables", type=Path, help="plan: the JSON of a throughput run")

@@ -21,6 +21,7 @@ from benchmarks.stock import PROMPT, Cell, Stock, StockPipelines, per_minute
 
 from disagg_ray import Pipeline, Request, Result
 from disagg_ray.config.load import load_config
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import Cancelled, DisaggError
 from disagg_ray.pipeline import Handle
@@ -54,6 +55,8 @@ class Options:
     """GiB of a GPU, for memory."""
     offloads: tuple[str, ...]
     """Of stock under a cap: each is measured."""
+    gangs: tuple[ParallelConfig, ...]
+    """Of transformers: each split is measured with them too, where their ranks use up the GPUs."""
     log: Path
     """Gets each row as it comes, should the run be cut off."""
     ends: float
@@ -72,10 +75,10 @@ class Bench:
         return any(stage.torch_device == "cuda" for stage in self.config.stages.values())
 
     def ways(self) -> list[Layout]:
-        """Return fused and the splits; of alike ones those with fewer helpers than transformers."""
+        """Return fused and the splits; of alike ones those that give helpers no more than half of the GPUs."""
         count = self.options.num_gpus
-        found = layouts({"GPU" if self.on_gpu else CPU: count}, self.stages)
-        few = [way for way in found if way.replicas(self.stages.denoiser) * 2 >= count]
+        found = layouts({"GPU" if self.on_gpu else CPU: count}, self.stages, self.options.gangs)
+        few = [way for way in found if way.gpus(self.stages.denoiser).total() * 2 >= count]
         return [way for way in few if self.wants(way.name)]
 
     @property
