@@ -5,24 +5,25 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import random
-import signal
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import helpers
 import psutil
 
 from disagg_ray import LocalPipeline, Request
 
 T2V = "conf/tiny_t2v.yaml"
 NUM_SEEDS = 5
+BATCH = 5
+"""A client's jobs at once; the next come when these have ended."""
 SETTINGS: dict[str, Any] = {"prompt": "a red circle", "num_frames": 5, "num_inference_steps": 4}
 SIZE = {"height": 32, "width": 32}
 DEADLINE_S = 500.0
@@ -43,7 +44,12 @@ class Client:
         urllib.request.urlopen(asked, timeout=60).close()
 
     def list(self) -> list[dict[str, Any]]:
-        return list(json.loads(self.ask("/v1/videos?limit=100"))["data"])
+        videos, page = list[dict[str, Any]](), {"has_more": True, "last_id": None}
+        while page["has_more"]:
+            after = f"&after={page['last_id']}" if page["last_id"] else ""
+            page = json.loads(self.ask(f"/v1/videos?limit=100{after}"))
+            videos += page["data"]
+        return videos
 
     def ask(self, path: str, body: dict[str, Any] | None = None, idempotency_key: str = "") -> bytes:
         headers = self._headers | ({"Idempotency-Key": idempotency_key} if idempotency_key else {})
@@ -79,43 +85,49 @@ def make_videos(client: Client, name: str, number: int, results: Results) -> lis
     return made
 
 
-def load(
-    clients: Sequence[Client], number: int, results: Results, meanwhile: Callable[[threading.Event], None]
-) -> None:
-    """Have each client make videos while something happens to the service, until it ends or its event is set."""
+@contextmanager
+def load(clients: Sequence[Client], results: Results, least: int = 0) -> Iterator[None]:
+    """Have each client make videos, at least so many, until the block ends: there the service is struck.
+
+    At the end each client must find the jobs that were made, and no others.
+    """
     over = threading.Event()
-    with ThreadPoolExecutor(len(clients) + 1) as pool:
-        striking = pool.submit(meanwhile, over)
-        runs = [pool.submit(make_videos, each, f"{index}", number, results) for index, each in enumerate(clients)]
+
+    def make(client: Client, index: int) -> set[str]:
+        made = set[str]()
+        while len(made) < least or not over.is_set():
+            made |= set(make_videos(client, f"{index}-{len(made)}", BATCH, results))
+        return made
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        runs = [pool.submit(make, client, index) for index, client in enumerate(clients)]
         try:
-            made = {video_id for run in runs for video_id in run.result()}
-            assert {video["id"] for each in clients for video in each.list()} == made
+            yield
         finally:
             over.set()
-        striking.result()
+            made = set[str]().union(*(run.result() for run in runs))
+    assert {video["id"] for each in clients for video in each.list()} == made == {each for _, each, _ in results}
 
 
-def check(results: Results, number: int) -> None:
+def check(results: Results) -> None:
     """Check that each job ended once, with the video that one process makes."""
     local = LocalPipeline.from_config(T2V)
     expected = [local.generate(Request(**SETTINGS, **SIZE, seed=seed)).data for seed in range(NUM_SEEDS)]
-    assert len({video_id for _, video_id, _ in results}) == len(results) == number
+    assert len({video_id for _, video_id, _ in results}) == len(results)
     assert all(content == expected[seed % NUM_SEEDS] for seed, _, content in results)
 
 
-def strike(root: int, victims: Sequence[tuple[str, ...]], every_s: float, over: threading.Event) -> list[str]:
-    """Kill one process below a root, again and again, of each kind in turn; return the names of those killed."""
-    rng, struck = random.Random(0), list[str]()
-    while not over.wait(every_s):
-        struck.extend(kill_one(root, victims[len(struck) % len(victims)], rng))
-    return struck
+def kill_one(root: int, names: tuple[str, ...]) -> None:
+    """Kill one of the processes below a root that have one of these names, as soon as there is one."""
 
+    def kill() -> bool:
+        with suppress(psutil.NoSuchProcess):
+            for victim in find(root, names)[:1]:
+                victim.kill()
+                return True
+        return False
 
-def kill_one(root: int, names: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Kill one of the processes below a root that have one of these names, if there is one; return its name."""
-    if found := find(root, names):
-        rng.choice(found).send_signal(signal.SIGKILL)
-    return [names[0]] if found else []
+    helpers.wait_until(kill, f"no {names[0]} is there to be killed", DEADLINE_S)
 
 
 def find(root: int, names: tuple[str, ...]) -> list[psutil.Process]:
