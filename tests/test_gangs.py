@@ -16,6 +16,7 @@ from disagg_ray.request import check
 CONF = Path(__file__).parent.parent / "conf"
 T2V = CONF / "tiny_t2v.yaml"
 T, D = "stages.transformer", "stages.decoder"
+SHARDED = f"{T}.parallel={{cfg: 2, shard_weights: true}}"
 
 
 def test_the_ranks_of_a_replica_are_configured() -> None:
@@ -42,9 +43,10 @@ def test_a_group_of_plain_replicas_goes_beside_a_group_of_gangs() -> None:
         ((f"{T}.parallel.ulysses=0",), f"invalid {T}.parallel.ulysses=0: must be at least 1"),
         ((f"{T}.parallel.spread=true",), f"invalid {T}.parallel.spread=true: must be false: a replica of one rank"),
         ((f"{T}.parallel.shard_weights=true",), "must be false: a replica of one rank"),
-        ((f"{T}.parallel.ulysses=2", f"{T}.denoiser.step_cache.method=taylorseer"), "must be none with parallel"),
-        ((f"{T}.parallel.cfg=2", f"{T}.denoiser.quantization=fp8_storage"), "must be none with parallel"),
-        ((f"{T}.parallel.cfg=2", f"{T}.denoiser.attention=auto"), "must name a backend, or be null"),
+        ((f"{T}.parallel.ulysses=2", f"{T}.denoiser.step_cache.method=first_block"), "must be mag, taylorseer or none"),
+        ((SHARDED, f"{T}.denoiser.step_cache.method=taylorseer"), "and none with parallel.shard_weights"),
+        ((f"{T}.parallel.cfg=2", f"{T}.denoiser.quantization=fp8"), "must be none or fp8_storage with parallel"),
+        ((SHARDED, f"{T}.denoiser.quantization=fp8_storage"), "and none with shard_weights"),
         ((f"{T}.parallel.ring=2",), f"invalid {T}.parallel.ring=2: must be 1: no attention backend"),
         ((f"{T}.parallel.cfg=2", "fused=true"), "only a stage of the block denoise alone"),
         ((f"{T}.parallel.cfg=2", f"{T}.num_gpus=0.5"), "with num_gpus=0.5: no two ranks may share a GPU"),

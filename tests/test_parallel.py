@@ -1,6 +1,6 @@
 """A stage's models over several processes: gloo on CPUs, equal threads, tiny checkpoints in float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,26 @@ from disagg_ray.models.wan.shapes import get_shape
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, ResolvedRequest, resolve
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 400.0
+MOST_RANKS = 4
+
+Run = Callable[..., list[Any]]
 
 
-def run_ranks(work: Callable[..., Any], parallel: ParallelConfig, *args: Any) -> list[Any]:
-    """Return what `work(ranks, *args)` returns in each rank's process, in their order."""
-    address = f"127.0.0.1:{free_port()}"
-    context = mp.get_context("spawn")
-    with context.Pool(parallel.size) as pool:
-        jobs = [pool.apply_async(_join_and, (work, rank, address, parallel, args)) for rank in range(parallel.size)]
-        return [job.get(timeout=TIMEOUT_S) for job in jobs]
+@pytest.fixture(scope="module")
+def run_ranks() -> Iterator[Run]:
+    """Give a function that returns what `work(ranks, *args)` returns in each rank's process, in their order.
+
+    The same processes serve every gang: to start one and to import what it needs takes longer than its work.
+    """
+    with mp.get_context("spawn").Pool(MOST_RANKS) as pool:
+
+        def run(work: Callable[..., Any], parallel: ParallelConfig, *args: Any) -> list[Any]:
+            address = f"127.0.0.1:{free_port()}"
+            jobs = [pool.apply_async(_join_and, (work, rank, address, parallel, args)) for rank in range(parallel.size)]
+            return [job.get(timeout=TIMEOUT_S) for job in jobs]
+
+        yield run
 
 
 def _join_and(work: Callable[..., Any], rank: int, address: str, parallel: ParallelConfig, args: Any) -> Any:
@@ -58,7 +68,7 @@ def talk(ranks: Ranks) -> Any:
 
 
 @pytest.mark.slow
-def test_ranks_share_what_the_first_one_has_and_follow_its_word() -> None:
+def test_ranks_share_what_the_first_one_has_and_follow_its_word(run_ranks: Run) -> None:
     first, *others = run_ranks(talk, ParallelConfig(cfg=2))
     tensors, go, stop, branches = first
     assert tensors["halves"] == (torch.bfloat16, [[0, 3], [1, 4], [2, 5]])
@@ -67,7 +77,11 @@ def test_ranks_share_what_the_first_one_has_and_follow_its_word() -> None:
     assert others == [first]
 
 
-PROOF_TASKS = [pytest.param(task, marks=pytest.mark.proof) for task in ("i2v", "flf2v", "a14b_t2v", "a14b_i2v")]
+pytestmark = pytest.mark.timeout(600)
+BOTH = "{cfg: 2, ulysses: 2}"
+PROOF_TASKS = [
+    pytest.param(task, BOTH, marks=pytest.mark.proof) for task in ("t2v", "i2v", "flf2v", "a14b_t2v", "a14b_i2v")
+]
 CONF = Path(__file__).parents[1] / "conf"
 
 
@@ -88,8 +102,8 @@ def asked(task: str, **changes: Any) -> dict[str, Any]:
     return arguments | changes
 
 
-def generate(ranks: Ranks, config: Config, many: list[dict[str, Any]]) -> list[Any]:
-    """Return the frames of each request; the transformer is that of a gang."""
+def generate(ranks: Ranks | None, config: Config, many: list[dict[str, Any]]) -> list[Any]:
+    """Return the frames of each request; the transformer is that of a gang, if there is one."""
     stages = connect_stages(config)
     graph = build_graph([stage.ports for stage in stages.values()])
     for stage in stages.values():
@@ -121,17 +135,52 @@ def make_stock(task: str, folder: Path, many: list[dict[str, Any]], length: int)
     return frames
 
 
-@pytest.mark.parametrize("task", [pytest.param("t2v", marks=pytest.mark.slow), *PROOF_TASKS])
-def test_two_branches_of_two_shares_make_the_frames_of_stock(
-    task: str, checkpoint: Callable[[str], Path], one_thread: None
+@pytest.mark.parametrize(("task", "parallel"), [pytest.param("t2v", "{cfg: 2}", marks=pytest.mark.slow), *PROOF_TASKS])
+def test_ranks_make_the_frames_of_stock(
+    run_ranks: Run, task: str, parallel: str, checkpoint: Callable[[str], Path], one_thread: None
 ) -> None:
     folder = checkpoint(f"tiny-{task.replace('_', '-')}")
-    config = load(task, folder, "stages.transformer.parallel={cfg: 2, ulysses: 2}", "stages.transformer.num_threads=1")
+    config = load(task, folder, f"stages.transformer.parallel={parallel}", "stages.transformer.num_threads=1")
     many = [asked(task), asked(task, height=32, width=32, num_frames=13, guidance_scale=1.0, num_inference_steps=2)]
     made = run_ranks(generate, config.stages["transformer"].parallel, config, many)
     for rank in made:
         for ours, stock in zip(rank, make_stock(task, folder, many, config.model.max_sequence_length), strict=True):
             assert np.abs(ours - stock).max() == 0
+
+
+DENOISER = "stages.transformer.denoiser"
+OPTIONS = {
+    BOTH: (
+        (f"{DENOISER}.step_cache={{method: mag, ratios: [1, 1, 1, 1, 1, 1]}}",),
+        (f"{DENOISER}.step_cache={{method: taylorseer, interval: 2}}",),
+        (f"{DENOISER}.quantization=fp8_storage",),
+        (f"{DENOISER}.attention=auto",),
+    ),
+    "{cfg: 2}": (
+        (f"{DENOISER}.step_cache={{method: first_block, threshold: 10}}",),
+        (f"{DENOISER}.step_cache={{method: sea, threshold: 0.5}}",),
+    ),
+    "{ulysses: 2, shard_weights: true}": (("model.dtype.transformer=bfloat16",),),
+}
+"""Options that change what is computed from step to step or how, by the ranks for which they are proved."""
+
+
+def generate_each(ranks: Ranks | None, configs: list[Config], many: list[dict[str, Any]]) -> list[Any]:
+    return [frames for config in configs for frames in generate(ranks, config, many)]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("task", "parallel"), [(task, ranks) for task in ("t2v", "a14b_t2v") for ranks in OPTIONS])
+def test_ranks_take_every_decision_as_one_process_does(
+    run_ranks: Run, task: str, parallel: str, checkpoint: Callable[[str], Path], one_thread: None
+) -> None:
+    folder = checkpoint(f"tiny-{task.replace('_', '-')}")
+    ranks = (f"stages.transformer.parallel={parallel}", "stages.transformer.num_threads=1")
+    configs = [load(task, folder, *ranks, *options) for options in OPTIONS[parallel]]
+    many = [asked(task, num_inference_steps=6), asked(task, guidance_scale=1.0, num_inference_steps=6)]
+    expected = generate_each(None, configs, many)
+    for rank in run_ranks(generate_each, configs[0].stages["transformer"].parallel, configs, many):
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(rank, expected, strict=True))
 
 
 def weigh(ranks: Ranks, config: Config) -> float:
@@ -146,7 +195,7 @@ def weigh(ranks: Ranks, config: Config) -> float:
 @pytest.mark.proof
 @pytest.mark.parametrize("task", ["t2v", "a14b_t2v"])
 def test_ranks_that_share_weights_make_the_frames_of_stock(
-    task: str, checkpoint: Callable[[str], Path], one_thread: None
+    run_ranks: Run, task: str, checkpoint: Callable[[str], Path], one_thread: None
 ) -> None:
     folder = checkpoint(f"tiny-{task.replace('_', '-')}")
     parallel = "{cfg: 2, ulysses: 2, shard_weights: true}"
@@ -158,7 +207,9 @@ def test_ranks_that_share_weights_make_the_frames_of_stock(
 
 
 @pytest.mark.slow
-def test_a_rank_that_shares_weights_keeps_its_part_of_the_blocks(checkpoint: Callable[[str], Path]) -> None:
+def test_a_rank_that_shares_weights_keeps_its_part_of_the_blocks(
+    run_ranks: Run, checkpoint: Callable[[str], Path]
+) -> None:
     config = load("t2v", checkpoint("tiny-t2v"), "stages.transformer.parallel={cfg: 2, shard_weights: true}")
     assert all(kept < 0.75 for kept in run_ranks(weigh, config.stages["transformer"].parallel, config))
 
@@ -170,7 +221,9 @@ def refuse(ranks: Ranks, config: Config, many: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.proof
-def test_heads_that_do_not_divide_are_refused_with_the_numbers(checkpoint: Callable[[str], Path]) -> None:
+def test_heads_that_do_not_divide_are_refused_with_the_numbers(
+    run_ranks: Run, checkpoint: Callable[[str], Path]
+) -> None:
     config = load("t2v", checkpoint("tiny-t2v"), "stages.transformer.parallel.ulysses=3", "defaults.height=48")
     refused = run_ranks(refuse, config.stages["transformer"].parallel, config, [asked("t2v")])
     message = "invalid stages.transformer.parallel.ulysses=3: must divide the 2 attention heads of this model; write"

@@ -74,7 +74,7 @@ class DenoiserConfig(Section):
     attention: str | None = None
     """Attention backend of diffusers (native, _native_cudnn, flash, sage, ...), or flash_4 (needs flash-attn-4, the
     extra flash4); auto: the fastest exact one here, timed at start at the sizes of warm_up, or else at the default
-    size; null: torch's choice."""
+    size, and of several ranks by the first; null: torch's choice."""
     compile: Annotated[str, one_of("default", "max-autotune-no-cudagraphs")] | None = None
     """torch.compile mode of the repeated blocks: default or max-autotune-no-cudagraphs. Costs minutes at the first
     request of each size (see warm_up). null: eager."""

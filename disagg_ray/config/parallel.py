@@ -7,6 +7,9 @@ from typing import Annotated
 from disagg_ray.config.options import DenoiserConfig
 from disagg_ray.config.rules import Check, Count, Section, between
 
+BY_CONTENT = ("first_block", "sea")
+"""Step caches that decide by how much a video changes; the others go by the number of the step."""
+
 GATHERED_BLOCKS = 3
 """Blocks whose weights a rank holds whole at once with `shard_weights`: one computes, one waits, one is gathered."""
 
@@ -40,9 +43,9 @@ class ParallelConfig(Section):
         """Ranks among which the tokens of one prediction are split."""
         return self.ulysses * self.ring
 
-    def held(self, num_parameters: int, num_blocks: int) -> int:
-        """Return about how many of a transformer's parameters a rank that shares its weights holds at once."""
-        return num_parameters // self.size + GATHERED_BLOCKS * num_parameters // num_blocks
+    def held(self, weights: int, num_blocks: int) -> int:
+        """Return about how much of a transformer's weights (parameters, or bytes) a rank holds at once."""
+        return weights // self.size + GATHERED_BLOCKS * weights // num_blocks if self.shard_weights else weights
 
     @property
     def is_gang(self) -> bool:
@@ -60,11 +63,10 @@ class ParallelConfig(Section):
 
 def denoiser_rules(parallel: ParallelConfig, denoiser: DenoiserConfig) -> Iterator[Check]:
     """Yield the rules between the ranks of a stage's replicas and how its transformers run."""
-    attention, cache = denoiser.attention, denoiser.step_cache.method
-    remedy = "must name a backend, or be null: each rank would time them and may find another one fastest"
-    yield "denoiser.attention", attention, not parallel.is_gang or attention != "auto", remedy
-    ok = not parallel.is_gang or cache == "none"
-    yield "denoiser.step_cache.method", cache, ok, "must be none with parallel: ranks may not decide alike"
-    quantization = denoiser.quantization
-    remedy = "must be none with parallel: not held to one process's frames"
-    yield "denoiser.quantization", quantization, not parallel.is_gang or quantization == "none", remedy
+    cache, quantization, sharded = denoiser.step_cache.method, denoiser.quantization, parallel.shard_weights
+    ok = cache == "none" or not (sharded or (cache in BY_CONTENT and parallel.num_shards > 1))
+    remedy = "must be mag, taylorseer or none where ranks share tokens, and none with parallel.shard_weights"
+    yield "denoiser.step_cache.method", cache, ok, remedy
+    ok = not parallel.is_gang or quantization == "none" or (quantization == "fp8_storage" and not sharded)
+    remedy = "must be none or fp8_storage with parallel, and none with shard_weights: not held to one process's frames"
+    yield "denoiser.quantization", quantization, ok, remedy

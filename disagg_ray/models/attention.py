@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -23,6 +23,9 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from disagg_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from disagg_ray.models.parallel.ranks import Ranks
 
 logger = logging.getLogger("disagg_ray")
 
@@ -84,14 +87,16 @@ def check_flash_4(key: str, device: str, dtype: str, head_dim: int) -> None:
         raise ConfigError(f"invalid {key}={FLASH_4}: the kernel does not run on this GPU: {reason}") from error
 
 
-def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: int) -> str:
+def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: int, ranks: Ranks | None = None) -> str:
     """Time each exact backend on one block's self and cross attention, and return the fastest in all.
 
-    `sizes` are latents (1, channels, frames, height, width) on the transformer's device.
+    `sizes` are latents (1, channels, frames, height, width) on the transformer's device. Of `ranks`, each times those
+    that can share tokens on what it will compute, and all return what the first one found.
     """
-    inputs = [qkv for size in sizes for qkv in _inputs(transformer, size, text_tokens)]
+    num_shards = 1 if ranks is None else ranks.parallel.num_shards
+    inputs = [qkv for size in sizes for qkv in _inputs(transformer, size, text_tokens, num_shards)]
     seconds: dict[str, float] = {}
-    for backend in EXACT:
+    for backend in EXACT if num_shards == 1 else [name for name in EXACT if _shares_tokens(name)]:
         if backend == FLASH_4 and _missing_flash_4(sizes[0].device.type, str(transformer.dtype).split(".")[1]):
             continue
         try:
@@ -100,18 +105,29 @@ def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: in
         except Exception as error:  # noqa: BLE001 - libraries raise every kind where they have no kernel
             logger.debug("attention %s: %s", backend, error)
     fastest = min(seconds, key=lambda name: seconds[name])
+    if ranks is not None:
+        fastest = EXACT[ranks.agree(EXACT.index(fastest))]
     logger.info("attention: %s of %s", fastest, {name: f"{s * 1e3:.2f} ms" for name, s in seconds.items()})
     return fastest
 
 
-def _inputs(transformer: Any, size: Tensor, text_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return queries, keys and values of a block's self attention and of its cross attention."""
+def _shares_tokens(backend: str) -> bool:
+    return bool(_AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(backend)))
+
+
+def _inputs(transformer: Any, size: Tensor, text_tokens: int, num_shards: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return queries, keys and values of a rank's part of a block's self attention and of its cross attention.
+
+    Ranks share heads in self attention, and tokens in cross attention.
+    """
     heads, dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     patch = transformer.config.patch_size
     patch = (1, patch, patch) if isinstance(patch, int) else patch
     length = int((torch.tensor(size.shape[2:]) // torch.tensor(patch)).prod())
     query, key, value = torch.randn(3, 1, length, heads, dim, device=size.device, dtype=transformer.dtype)
-    return [(query, key, value), (query, key[:, :text_tokens], value[:, :text_tokens])]
+    own = (part[:, :, : heads // num_shards] for part in (query, key, value))
+    query, key, value = query[:, : length // num_shards], key[:, :text_tokens], value[:, :text_tokens]
+    return [tuple(own), (query, key, value)]
 
 
 def _seconds(backend: AttentionBackendName, query: Tensor, key: Tensor, value: Tensor) -> float:

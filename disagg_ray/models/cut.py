@@ -170,7 +170,8 @@ class Cut:
         if name in TRANSFORMERS:
             latents = [example_tensors(self._checkpoint, ["latents"], size)["latents"].to(device) for size in sizes]
             text_tokens = self._checkpoint.geometry.max_sequence_length
-            tune_transformer(f"stages.{self._stage}.denoiser", name, model, options.denoiser, latents, text_tokens)
+            key = f"stages.{self._stage}.denoiser"
+            tune_transformer(key, name, model, options.denoiser, latents, text_tokens, self._ranks)
             self._model.adapt(model)
         if name == "vae":
             tune_vae(model, options.vae)
@@ -193,7 +194,7 @@ class Cut:
 
     def _component_bytes(self, name: str, dtype: str, parallel: ParallelConfig) -> int | None:
         count = self._checkpoint.count_parameters(name)
-        if count is not None and parallel.shard_weights and name in TRANSFORMERS:
+        if count is not None and name in TRANSFORMERS:
             count = parallel.held(count, self._checkpoint.read_config(name)["num_layers"])
         return None if count is None else count * int(getattr(torch, dtype).itemsize)
 

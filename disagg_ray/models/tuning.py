@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import cpu_offload_with_hook
@@ -27,6 +27,9 @@ from disagg_ray.models.attention import fastest_attention, set_attention
 from disagg_ray.models.families import model_of
 from disagg_ray.models.lora import load_loras
 
+if TYPE_CHECKING:
+    from disagg_ray.models.parallel.ranks import Ranks
+
 CACHES = {
     "first_block": FirstBlockCacheConfig,
     "mag": MagCacheConfig,
@@ -36,12 +39,18 @@ CACHES = {
 
 
 def tune_transformer(
-    key: str, name: str, transformer: Any, options: DenoiserConfig, sizes: Sequence[Tensor], text_tokens: int
+    key: str,
+    name: str,
+    transformer: Any,
+    options: DenoiserConfig,
+    sizes: Sequence[Tensor],
+    text_tokens: int,
+    ranks: Ranks | None = None,
 ) -> None:
     """Change a loaded transformer as its options say, but for its step cache, which each request gets anew.
 
     `key` names the options in errors. `attention: auto` is measured on `sizes`, latents (1, channels, frames, height,
-    width), and on `text_tokens` keys.
+    width), and on `text_tokens` keys; `ranks` choose alike.
 
     Raises:
         ConfigError: an option needs a library, a backend or a model that is not here.
@@ -52,7 +61,7 @@ def tune_transformer(
         _quantize(key, transformer, options.quantization)
     if options.attention is not None:
         auto = options.attention == "auto"
-        backend = fastest_attention(transformer, sizes, text_tokens) if auto else options.attention
+        backend = fastest_attention(transformer, sizes, text_tokens, ranks) if auto else options.attention
         set_attention(f"{key}.attention", transformer, backend)
     if options.fuse and not model_of(transformer).fuse(transformer):
         raise ConfigError(f"{key}.fuse: true, but this model has nothing that can be fused; write false")

@@ -66,11 +66,11 @@ class Ranks:
                 dist.broadcast(shared[name].view(-1).view(torch.uint8), src=0)  # gloo does not know all dtypes
         return shared
 
-    def agree(self, go: bool) -> bool:
+    def agree(self, word: int) -> int:
         """Return rank 0's word on every rank."""
-        word = torch.tensor([go], dtype=torch.uint8)
-        dist.broadcast(word, src=0)
-        return bool(word)
+        shared = torch.tensor(word)
+        dist.broadcast(shared, src=0)
+        return int(shared)
 
     @property
     def branch(self) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig as Applied
+from torch import Tensor
 
-from disagg_ray.errors import ConfigError, RequestError
+from disagg_ray.errors import ConfigError
 from disagg_ray.models.parallel.ranks import Ranks
 
 
@@ -31,14 +32,14 @@ def split_tokens(key: str, transformer: Any, ranks: Ranks) -> None:
         )
     config = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses, mesh=ranks.mesh)
     transformer._resolve_parallel_config = partial(_resolve, transformer, ranks)
-    plan = {module: shares for module, shares in transformer._cp_plan.items() if module}
+    plan = {module: shares for module, shares in transformer._cp_plan.items() if module in ("rope", "proj_out")}
     try:
         transformer.enable_parallelism(config=config, cp_plan=plan)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}.denoiser.attention: cannot be had with parallel: {reason}") from error
     transformer.condition_embedder.register_forward_hook(partial(_share_times, ranks))
-    transformer.register_forward_pre_hook(partial(_check_tokens, parallel.num_shards), with_kwargs=True)
+    transformer.blocks[0].register_forward_pre_hook(partial(_share_tokens, ranks))
 
 
 def _resolve(transformer: Any, ranks: Ranks, config: ContextParallelConfig) -> Applied:
@@ -49,6 +50,19 @@ def _resolve(transformer: Any, ranks: Ranks, config: ContextParallelConfig) -> A
     return applied
 
 
+def _share(ranks: Ranks, tokens: Tensor) -> Tensor:
+    """Return this rank's part of tokens (batch, tokens, channels)."""
+    return tokens.chunk(ranks.parallel.num_shards, dim=1)[ranks.mesh["ulysses"].get_local_rank()]
+
+
+def _share_tokens(ranks: Ranks, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Keep this rank's share of what enters the first block, before its step cache sees it: a forward pre-hook.
+
+    Diffusers' own plan shares it within, where a cache that skips the block would miss it.
+    """
+    return _share(ranks, inputs[0]), *inputs[1:]
+
+
 def _share_times(ranks: Ranks, _: Any, __: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
     """Keep this rank's share of embedded timesteps (batch, tokens, channels), where each token has one: a forward hook.
 
@@ -57,20 +71,4 @@ def _share_times(ranks: Ranks, _: Any, __: Any, output: tuple[Any, ...]) -> tupl
     *times, text, image = output
     if times[0].dim() == 2:
         return output
-    rank = ranks.mesh["ulysses"].get_local_rank()
-    return *(time.chunk(ranks.parallel.num_shards, dim=1)[rank] for time in times), text, image
-
-
-def _check_tokens(num_shards: int, transformer: Any, _: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse latents (1, channels, frames, height, width) whose tokens do not divide: a forward pre-hook."""
-    frames, height, width = (
-        size // patch
-        for size, patch in zip(kwargs["hidden_states"].shape[2:], transformer.config.patch_size, strict=True)
-    )
-    tokens = frames * height * width
-    if tokens % num_shards:
-        raise RequestError(
-            f"this size has {frames} x {height} x {width} = {tokens} tokens (frames, height, width), which do not "
-            f"divide by the {num_shards} ranks that share them (parallel.ulysses x parallel.ring); choose another "
-            f"height, width or num_frames"
-        )
+    return *(_share(ranks, time) for time in times), text, image
