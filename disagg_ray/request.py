@@ -25,7 +25,7 @@ from disagg_ray.config.rules import (
     whole,
 )
 from disagg_ray.config.schema import Config
-from disagg_ray.config.traits import shape_rules
+from disagg_ray.config.traits import aspect_rules, fit_size, shape_rules
 from disagg_ray.errors import RequestError
 from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, check_image_file, digest_pixels, load_image
 from disagg_ray.models.families import FAMILIES
@@ -152,7 +152,7 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     given = _given_images(request, config)
     images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
     known = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
-    return _fill(request, config, _size(request, config, images.get("image")), known), images
+    return _fill(request, config, _size(request, config, known.get("image")), known), images
 
 
 def check(request: Request, config: Config) -> ResolvedRequest:
@@ -230,26 +230,13 @@ def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
     return given
 
 
-def _size(request: Request, config: Config, image: Image | None) -> tuple[int, int]:
-    """Return (height, width); missing ones follow the image's aspect at the default area, as models' own samples do."""
-    height, width, multiple = request.height, request.width, config.model.traits.multiple
+def _size(request: Request, config: Config, image: GivenImage | None) -> tuple[int, int]:
+    """Return (height, width)."""
+    asked, default = (request.height, request.width), (config.defaults.height, config.defaults.width)
     if image is None:
-        return _or(height, config.defaults.height), _or(width, config.defaults.width)
-    if height is None:
-        if width is None:
-            sides, area = (image.height, image.width), config.defaults.height * config.defaults.width
-            return _side(area, *sides, multiple), _side(area, *sides[::-1], multiple)
-        return _floor(width * image.height // image.width, multiple), width
-    return height, _or(width, _floor(height * image.width // image.height, multiple))
-
-
-def _side(area: int, length: int, across: int, multiple: int) -> int:
-    """Return one side of an area of aspect length / across, no thinner than the multiple either way."""
-    return min(_floor(math.isqrt(area * length // across), multiple), _floor(area // multiple, multiple))
-
-
-def _floor(pixels: int, multiple: int) -> int:
-    return max(multiple, pixels // multiple * multiple)
+        return _or(asked[0], default[0]), _or(asked[1], default[1])
+    enforce(aspect_rules(config.model.traits, image.height, image.width), RequestError)
+    return fit_size(config.model.traits, asked, default, (image.height, image.width))
 
 
 def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -30,6 +31,48 @@ def shape_rules(
     if num_steps is not None:
         ok, remedy = num_steps >= task.least_steps, f"must be at least {task.least_steps}"
         yield "num_inference_steps", num_steps, ok, remedy
+
+
+def aspect_rules(task: Task, height: int, width: int) -> Iterator[Check]:
+    """Yield that an image is not thinner than the model can see."""
+    most = task.max_aspect
+    ok = most is None or max(height, width) <= most * min(height, width)
+    yield "image", f"{width}x{height}", ok, f"must be at most {most} times as long as it is wide, or as wide; crop it"
+
+
+def fit_size(
+    task: Task, asked: tuple[int | None, int | None], default: tuple[int, int], image: tuple[int, int]
+) -> tuple[int, int]:
+    """Return (height, width); what is not asked for follows the image's aspect, as in models' own samples.
+
+    With neither asked for, their area is about that of the default.
+    """
+    (height, width), (image_height, image_width), area = asked, image, default[0] * default[1]
+    if task.rounds_to is not None:
+        own = nearest_sides(area, image_height, image_width, task.rounds_to)
+        return (own[0] if height is None else height), (own[1] if width is None else width)
+    multiple = task.multiple
+    if height is None:
+        if width is None:
+            return _side(area, *image, multiple), _side(area, *image[::-1], multiple)
+        return _floor(width * image_height // image_width, multiple), width
+    return height, _floor(height * image_width // image_height, multiple) if width is None else width
+
+
+def nearest_sides(area: int, height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Return (height, width) of about that area and aspect, each the nearest multiple, but one at least."""
+    across = math.sqrt(area * (width / height))
+    down = across / (width / height)
+    return max(1, round(down / multiple)) * multiple, max(1, round(across / multiple)) * multiple
+
+
+def _side(area: int, length: int, across: int, multiple: int) -> int:
+    """Return one side of an area of aspect length / across, no thinner than the multiple either way."""
+    return min(_floor(math.isqrt(area * length // across), multiple), _floor(area // multiple, multiple))
+
+
+def _floor(pixels: int, multiple: int) -> int:
+    return max(multiple, pixels // multiple * multiple)
 
 
 def token_rules(

@@ -5,7 +5,8 @@ that folder, which `Family.part` imports when they are needed:
 
 - `shapes`: SHAPES, the models that can be made of random weights, by name
 - `random`: `build_meta` and `build_others`, which make a shape's components
-- `text`: `prepare`, what its tokenizer gets of a prompt, and NUM_DROPPED, tokens of that which the model never sees
+- `text`, or what a task names: `prepare`, what its tokenizer gets of a prompt, NUM_DROPPED, tokens of that which the
+  model never sees, and, if there are any, RESERVED texts that no prompt may hold
 - `geometry`: `tasks_of` an index, and `read_geometry` of configurations: how large tensors between stages are
 - `model`: MODEL, which runs it (`models.model.Model`)
 """
@@ -48,6 +49,13 @@ class Task:
     """Those that it takes and does not need."""
     multiple: int = 16
     """What height and width are multiples of: pixels of one token."""
+    rounds_to: int | None = None
+    """What sides that follow from an image are rounded to; None: they are cut down to `multiple`, and a side that is
+    given decides the other."""
+    max_aspect: int | None = None
+    """The most that one side of an image is of the other; None: whatever it is."""
+    text: str = "text"
+    """The module of the family's folder that prepares its prompts."""
     frames_step: int | None = 4
     """Frames are a multiple of it and one more: a latent frame makes as many, the first one alone makes one. None: what
     is made is one image."""
