@@ -69,7 +69,7 @@ class Request(Section):
     negative_prompt: Text | None = None
     """What CFG steers away from."""
     image: ImageSource | None = None
-    """First frame, for a model of task i2v, flf2v or ti2v: a PIL image or a file."""
+    """First frame, for a model of task i2v, flf2v or ti2v; what is edited, for one of edit: a PIL image or a file."""
     last_image: ImageSource | None = None
     """Last frame, for a first-and-last-frame model."""
     height: int | None = None

@@ -201,7 +201,8 @@ def test_a_text_that_would_be_cut_off_is_refused(configure: Callable[..., Config
         ("transformer/config.json", {"use_layer3d_rope": True}, "use_layer3d_rope"),
         ("transformer/config.json", {"in_channels": 128}, "in_channels other than the 64"),
         ("model_index.json", {"_class_name": "WanPipeline"}, "model.family: 'qwen_image' does not fit"),
-        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "known are QwenImagePipeline, WanPipeline"),
+        ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "model.task: 't2i' does not fit"),
+        ("model_index.json", {"_class_name": "QwenImageLayeredPipeline"}, "known are QwenImagePipeline, QwenImageEdit"),
     ],
 )
 def test_other_models_are_refused_by_name(

@@ -65,7 +65,7 @@ class ModelConfig(Section):
     """Kind of the model: the name of its folder in `disagg_ray/models`."""
     task: str = "t2v"
     """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame) or ti2v (text, and
-    a first frame if the request gives one) make a video, t2i (text) makes an image."""
+    a first frame if the request gives one) make a video, t2i (text) and edit (text and image) make an image."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
     flow_shift: Positive | None = None

@@ -30,6 +30,8 @@ class Component:
     """File of its configuration."""
     values: type | None = None
     """Types of the configuration's values, where the class itself does not check them."""
+    loader: str | None = None
+    """Class that loads the part of it that is used, where that is not the one that indexes name."""
 
     @property
     def weights(self) -> str | None:

@@ -33,7 +33,7 @@ def load_component(
         CheckpointError: its files do not make such a component, or lack some of its tensors.
     """
     folder = model / name
-    component = getattr(LIBRARIES[kind.library], class_name, None)
+    component = getattr(LIBRARIES[kind.library], kind.loader or class_name, None)
     if component is None:
         raise CheckpointError(
             f"model.path: {name!r} of {quote(model)} is a {class_name}, which {kind.library} does not have here"

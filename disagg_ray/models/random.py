@@ -17,6 +17,9 @@ from disagg_ray.models.families import find_shape
 
 Record = dict[str, str | int]
 
+PUBLISHED_NAMES = {"CLIPImageProcessorPil": "CLIPImageProcessor", "Qwen2VLImageProcessorPil": "Qwen2VLProcessor"}
+"""Classes in the indexes of published checkpoints, which take torchvision, by those that do without."""
+
 RECORD_FILE = "disagg_ray.json"
 """In a checkpoint made here: of what it was made."""
 
@@ -79,8 +82,10 @@ def _write_index(shape: Any, components: dict[str, Any], folder: Path) -> None:
     pipeline = getattr(diffusers, shape.pipeline)(**components, **shape.settings)
     pipeline.save_config(folder)
     index = folder / "model_index.json"
-    # The published checkpoints name the class that takes torchvision where it is installed.
-    index.write_text(index.read_text().replace('"CLIPImageProcessorPil"', '"CLIPImageProcessor"'))
+    text = index.read_text()
+    for made, published in PUBLISHED_NAMES.items():
+        text = text.replace(f'"{made}"', f'"{published}"')
+    index.write_text(text)
 
 
 def _write_weights(module: Any, folder: Path, dtype: torch.dtype, generator: torch.Generator) -> None:

@@ -1,18 +1,32 @@
-"""Qwen-Image: an image of a text."""
+"""Qwen-Image: an image of a text; Qwen-Image-Edit: of a text and an image."""
 
 from disagg_ray.models.family import Component, Family, Task
-from disagg_ray.models.qwen_image.component_configs import SchedulerConfig, TransformerConfig, VaeConfig
+from disagg_ray.models.qwen_image.component_configs import (
+    ProcessorConfig,
+    SchedulerConfig,
+    TransformerConfig,
+    VaeConfig,
+)
 
 _TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 FAMILY = Family(
     name="qwen_image",
     title="Qwen-Image",
-    tasks={"t2i": Task(frames_step=None, least_steps=2, step_caches=())},
-    pipelines=("QwenImagePipeline",),
+    tasks={
+        "t2i": Task(frames_step=None, least_steps=2, step_caches=()),
+        "edit": Task(
+            images=("image",), frames_step=None, least_steps=2, step_caches=(), rounds_to=32, max_aspect=100,
+            text="edit_text",
+        ),
+    },
+    pipelines=("QwenImagePipeline", "QwenImageEditPipeline"),
     components={
         "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
         "text_encoder": Component("transformers", ("Qwen2_5_VLForConditionalGeneration",)),
+        "processor": Component(
+            "transformers", ("Qwen2VLProcessor",), "preprocessor_config.json", ProcessorConfig, "AutoImageProcessor"
+        ),
         "vae": Component("diffusers", ("AutoencoderKLQwenImage",), values=VaeConfig),
         "scheduler": Component(
             "diffusers", ("FlowMatchEulerDiscreteScheduler",), "scheduler_config.json", SchedulerConfig

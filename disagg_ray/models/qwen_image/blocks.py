@@ -7,6 +7,7 @@ that hides nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +27,8 @@ from diffusers.modular_pipelines.qwenimage.encoders import QwenImageTextEncoderS
 from disagg_ray.graph import FRAMES
 from disagg_ray.models.blocks import KeepsTexts, SchedulerStep
 from disagg_ray.models.prompts import check_length
-from disagg_ray.models.qwen_image.text import NUM_DROPPED, TEMPLATE, prepare
+from disagg_ray.models.qwen_image import text
+from disagg_ray.models.qwen_image.text import NUM_DROPPED, TEMPLATE
 
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 FILED = "denoiser_input_fields"
@@ -35,6 +37,9 @@ FILED = "denoiser_input_fields"
 
 class TextEncoder(KeepsTexts, QwenImageTextEncoderStep):  # type: ignore[misc]
     """Encodes each text once, and refuses to truncate."""
+
+    text: ClassVar = text
+    """How a prompt is prepared."""
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -46,14 +51,19 @@ class TextEncoder(KeepsTexts, QwenImageTextEncoderStep):  # type: ignore[misc]
         texts = {"prompt": state.get("prompt")}
         if components.requires_unconditional_embeds:
             texts["negative_prompt"] = state.get("negative_prompt") or ""
-        for field, text in texts.items():
-            check_length(field, components.tokenizer, prepare(text), most, NUM_DROPPED)
-        for field, text in texts.items():
-            encode = partial(self._encode, components, text, most)
-            state.set(f"{field}_embeds", self.keep((text, most), encode), FILED)
+        for field, asked in texts.items():
+            check_length(field, components.tokenizer, self.text.prepare(asked), most, self.text.NUM_DROPPED)
+        key, encode = self.encoder(components, state)
+        for field, asked in texts.items():
+            state.set(f"{field}_embeds", self.keep((asked, key), partial(encode, asked)), FILED)
         return components, state
 
-    def _encode(self, components: Any, text: str, most: int) -> torch.Tensor:
+    def encoder(self, components: Any, state: Any) -> tuple[Hashable, Callable[[str], torch.Tensor]]:
+        """Return what encodes a text, and what beside the text decides what it makes."""
+        most = state.get("max_sequence_length")
+        return most, partial(self._encode, components, most)
+
+    def _encode(self, components: Any, most: int, text: str) -> torch.Tensor:
         given = {"prompt_template_encode": TEMPLATE, "prompt_template_encode_start_idx": NUM_DROPPED}
         device = components._execution_device
         embeds, _ = get_qwen_prompt_embeds(components.text_encoder, components.tokenizer, text, **given, device=device)
@@ -97,7 +107,10 @@ class RopeInputs(QwenImageRoPEInputsStep):  # type: ignore[misc]
 
 
 class Denoiser(QwenImageLoopDenoiser):  # type: ignore[misc]
-    """Predicts without masks, and without guidance leaves the prediction's norm as it is."""
+    """Predicts without masks, and without guidance leaves the prediction's norm as it is.
+
+    What is predicted for tokens of a given image is dropped.
+    """
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -118,7 +131,7 @@ class Denoiser(QwenImageLoopDenoiser):  # type: ignore[misc]
                 img_shapes=block_state.img_shapes,
                 attention_kwargs={},
                 return_dict=False,
-            )[0]
+            )[0][:, : block_state.latents.shape[1]]
             guider.cleanup_models(transformer)
         guided = guider(batches)
         block_state.noise_pred = guided.pred

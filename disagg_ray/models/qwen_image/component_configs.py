@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Qwen2.5-VL; its vision half is part of the checkpoint, and sees nothing here."""
+    """Qwen2.5-VL; its vision half sees the image that is edited, if there is one."""
 
     vocab_size: int = 152064
     """Rows of the embedding: at least the tokenizer's vocabulary."""
@@ -32,6 +32,20 @@ class TextEncoderConfig:
     """Inner width of its feed-forward layers."""
     vision_num_heads: int = 16
     """Its attention heads."""
+    mark_tokens: tuple[int, int, int, int] = (151655, 151656, 151652, 151653)
+    """Tokens in place of an image and of a video, and before and after them."""
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """What the text encoder sees of an image: patches, four of which make a token."""
+
+    patch_size: int = 14
+    """Rows and columns of pixels in a patch."""
+    temporal_patch_size: int = 2
+    """Frames in a patch: the image is repeated."""
+    merge_size: int = 2
+    """Rows and columns of patches in a token."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,78 @@ MOST_TOKENS = 1024
 """Of a prompt, as the stock pipeline has it."""
 
 
-def tasks_of(_: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the tasks that a checkpoint serves."""
-    return ("t2i",)
+SEEN_PIXELS, SEEN_STEP = 1024 * 1024, 32
+"""About as large every image is made before the model sees it, and what its sides are multiples of. Source: stock."""
+LEAST, MOST = 56 * 56, 28 * 28 * 1280
+"""Pixels that the text encoder sees of an image, where its processor does not say. Source: transformers."""
+
+
+PATCHES = (
+    ("patch_size", "patch_size", 14),
+    ("merge_size", "spatial_merge_size", 2),
+    ("temporal_patch_size", "temporal_patch_size", 2),
+)
+"""Keys of the processor and of the text encoder that must agree, and what both are where neither says."""
+
+
+@dataclass(frozen=True)
+class EditGeometry(Geometry):
+    """The numbers of a checkpoint that edits images."""
+
+    image_tokens: int
+    """The most tokens that the text encoder makes of an image."""
+
+    def tensor_shapes(self, height: int, width: int, num_frames: int) -> dict[str, tuple[int, ...]]:
+        tokens, side = self.max_sequence_length + self.image_tokens, math.isqrt(SEEN_PIXELS)
+        return super().tensor_shapes(height, width, num_frames) | {
+            "prompt_embeds": (1, tokens, self.text_dim),
+            "image_latents": self.latents_shape(side, side, 1),
+        }
+
+    def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
+        prompt = 4 * (self.max_sequence_length + self.image_tokens) * self.text_dim
+        return super().tensor_bytes(pixels, num_frames, image_pixels, num_parts) | {
+            "prompt_embeds": prompt,
+            "negative_prompt_embeds": prompt,
+            "image_latents": 4 * self.latent_channels * self._num_latents(_most(SEEN_PIXELS, SEEN_STEP), 1),
+        }
+
+
+def _most(pixels: int, multiple: int) -> int:
+    """Return an upper bound of an image's pixels after both sides were rounded to a multiple."""
+    aspect = FAMILY.tasks["edit"].max_aspect or 1
+    return math.ceil(pixels + multiple * (1 + math.sqrt(aspect)) * math.sqrt(pixels) + multiple**2)
+
+
+def tasks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the tasks that a checkpoint serves, by its index."""
+    return ("edit",) if index["_class_name"] == "QwenImageEditPipeline" else ("t2i",)
+
+
+def count_image_tokens(model: ModelConfig, folder: Path) -> int:
+    """Return the most tokens that the text encoder makes of an image, by its processor's configuration.
+
+    Raises:
+        CheckpointError: the processor makes patches that the text encoder does not take, or of absurd numbers.
+    """
+    given = read_config(FAMILY.components["processor"], folder, "processor")
+    vision = read_config(FAMILY.components["text_encoder"], folder, "text_encoder").get("vision_config", {})
+    sizes = given.get("size") or {}
+    least = given.get("min_pixels") or sizes.get("shortest_edge") or LEAST
+    most = given.get("max_pixels") or sizes.get("longest_edge") or MOST
+    for key, of_vision, default in PATCHES:
+        if given.get(key, default) != (expected := vision.get(of_vision, default)):
+            raise CheckpointError(
+                f"model.path: the processor of {model.path!r} has {key}={given.get(key)}, and its text encoder wants "
+                f"{expected}"
+            )
+    unit = int(given.get("patch_size", 14) * given.get("merge_size", 2))
+    if type(least) is not int or type(most) is not int or not unit**2 <= least <= most or least > SEEN_PIXELS:
+        raise CheckpointError(
+            f"model.path: the processor of {model.path!r} makes images of {least} to {most} pixels, and must of "
+            f"{unit**2} to {SEEN_PIXELS} at the least, and of no less at the most"
+        )
+    return _most(min(most, _most(SEEN_PIXELS, SEEN_STEP)), unit) // unit**2
 
 
 def read_geometry(model: ModelConfig, folder: Path, _: Mapping[str, Any], __: Iterable[str]) -> Geometry:
@@ -29,12 +100,14 @@ def read_geometry(model: ModelConfig, folder: Path, _: Mapping[str, Any], __: It
         KeyError: one lacks a number.
     """
     transformer, vae = (read_config(FAMILY.components[name], folder, name) for name in ("transformer", "vae"))
-    tokens = 4 * vae["z_dim"]
+    tokens, multiple = 4 * vae["z_dim"], model.traits.multiple
+    downsample = vae.get("temperal_downsample", [False, True, True])  # diffusers' spelling
     for wrong, what in (
         (transformer.get("guidance_embeds", False), "guidance_embeds, the scale of guidance as an input"),
         (transformer.get("use_additional_t_cond", False), "use_additional_t_cond, of models of layers"),
         (transformer.get("use_layer3d_rope", False), "use_layer3d_rope, of models of layers"),
         (transformer.get("patch_size", 2) != 2, "a patch_size other than 2"),
+        (2 * 2 ** len(downsample) != multiple, f"a VAE of {2 ** len(downsample)} pixels a latent, not {multiple // 2}"),
         (transformer.get("in_channels", 64) != tokens, f"in_channels other than the {tokens} of 2 x 2 latents"),
     ):
         if wrong:
@@ -44,11 +117,13 @@ def read_geometry(model: ModelConfig, folder: Path, _: Mapping[str, Any], __: It
             f"model.max_sequence_length: {model.max_sequence_length} is over the {MOST_TOKENS} tokens that "
             f"{FAMILY.title} was made for; write at most that"
         )
-    downsample = vae.get("temperal_downsample", [False, True, True])  # diffusers' spelling
-    return Geometry(
-        text_dim=transformer["joint_attention_dim"],
-        max_sequence_length=model.max_sequence_length,
-        latent_channels=vae["z_dim"],
-        spatial_factor=2 ** len(downsample),
-        temporal_factor=2 ** sum(downsample),
-    )
+    numbers = {
+        "text_dim": transformer["joint_attention_dim"],
+        "max_sequence_length": model.max_sequence_length,
+        "latent_channels": vae["z_dim"],
+        "spatial_factor": 2 ** len(downsample),
+        "temporal_factor": 2 ** sum(downsample),
+    }
+    if model.task == "edit":
+        return EditGeometry(**numbers, image_tokens=count_image_tokens(model, folder))
+    return Geometry(**numbers)

@@ -17,21 +17,28 @@ from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.geometry import Geometry
 from disagg_ray.models.model import Model
 from disagg_ray.models.qwen_image.blocks import AfterDenoise, Denoise, Postprocess, RopeInputs, TextEncoder, TextInput
+from disagg_ray.models.qwen_image.edit import EditDenoise, EditInput, EditRopeInputs, EditTextEncoder, EncodeImage
 
 
 class QwenImageModel(Model):
-    """Qwen-Image, of text."""
+    """Qwen-Image, of text, and Qwen-Image-Edit, of text and an image."""
 
     norms = (QwenImageRMS_norm,)
 
     def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], SchedulerStep]:
-        denoise = Denoise()
+        edits = checkpoint.model.task == "edit"
+        text, given, rope, denoise = (
+            (EditTextEncoder(), EditInput(), EditRopeInputs(), EditDenoise())
+            if edits
+            else (TextEncoder(), TextInput(), RopeInputs(), Denoise())
+        )
         return {
-            "text_encoder": TextEncoder(),
-            "denoise.input": TextInput(),
+            "text_encoder": text,
+            **({"vae_encoder": EncodeImage()} if edits else {}),
+            "denoise.input": given,
             "denoise.prepare_latents": QwenImagePrepareLatentsStep(),
             "denoise.set_timesteps": QwenImageSetTimestepsStep(),
-            "denoise.prepare_rope_inputs": RopeInputs(),
+            "denoise.prepare_rope_inputs": rope,
             "denoise.denoise": denoise,
             "denoise.after_denoise": AfterDenoise(),
             "decode.decode": QwenImageDecoderStep(),

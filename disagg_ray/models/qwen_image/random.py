@@ -8,17 +8,20 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from disagg_ray.models.qwen_image.component_configs import TextEncoderConfig
+from disagg_ray.models.qwen_image.edit_text import RESERVED
 from disagg_ray.models.qwen_image.shapes import Shape
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PIXELS = {"shortest_edge": 3136, "longest_edge": 12544}
+"""The least and the most that the text encoder sees of an image, few for a small machine."""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *RESERVED, "<|vision_start|>", "<|vision_end|>")
+"""Tokens 256 to 262."""
 
 
 def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
     """Every component that has weights, by its name in the pipeline, on the meta device: sizes without memory."""
     with torch.device("meta"):
         return {
-            "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(_text_encoder_config(shape.text_encoder)),
+            "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(_text_encoder_config(shape)),
             "vae": diffusers.AutoencoderKLQwenImage(**_arguments(shape.vae)),
             "transformer": diffusers.QwenImageTransformer2DModel(**_arguments(shape.transformer)),
         }
@@ -27,7 +30,10 @@ def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
 def build_others(shape: Shape) -> dict[str, Any]:
     """Every component without weights, by its name in the pipeline."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**_arguments(shape.scheduler))
-    return {"tokenizer": make_tokenizer(), "scheduler": scheduler}
+    others = {"tokenizer": make_tokenizer(), "scheduler": scheduler}
+    if shape.processor is not None:
+        others["processor"] = transformers.Qwen2VLImageProcessorPil(size=PIXELS, **asdict(shape.processor))
+    return others
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -46,13 +52,15 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def _text_encoder_config(config: TextEncoderConfig) -> transformers.Qwen2_5_VLConfig:
-    given = _arguments(config)
-    vision = {key: given.pop(f"vision_{key}") for key in ("depth", "hidden_size", "intermediate_size", "num_heads")}
+def _text_encoder_config(shape: Shape) -> transformers.Qwen2_5_VLConfig:
+    given = _arguments(shape.text_encoder)
+    vision = {key.removeprefix("vision_"): given.pop(key) for key in list(given) if key.startswith("vision_")}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": given.pop("mrope_section")}
+    marks = zip(("image", "video", "vision_start", "vision_end"), given.pop("mark_tokens"), strict=True)
     return transformers.Qwen2_5_VLConfig(
         text_config={**given, "rope_parameters": rope, "bos_token_id": None, "eos_token_id": None},
-        vision_config={**vision, "out_hidden_size": config.hidden_size},
+        vision_config={**vision, "out_hidden_size": shape.text_encoder.hidden_size},
+        **{f"{name}_token_id": token for name, token in marks},
     )
 
 

@@ -1,9 +1,10 @@
 """The shapes of Qwen-Image, published and tiny."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from disagg_ray.models.qwen_image.component_configs import (
+    ProcessorConfig,
     SchedulerConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -20,8 +21,10 @@ class Shape:
     vae: VaeConfig
     transformer: TransformerConfig
     scheduler: SchedulerConfig
-    pipeline: Literal["QwenImagePipeline"] = "QwenImagePipeline"
+    pipeline: Literal["QwenImagePipeline", "QwenImageEditPipeline"] = "QwenImagePipeline"
     """Class of the stock diffusers pipeline."""
+    processor: ProcessorConfig | None = None
+    """What the text encoder sees of an image; None where the pipeline takes none."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -41,6 +44,7 @@ _TINY_TEXT = TextEncoderConfig(
     vision_hidden_size=32,
     vision_intermediate_size=64,
     vision_num_heads=2,
+    mark_tokens=(259, 260, 261, 262),
 )
 _TINY_DIT = TransformerConfig(
     num_layers=2,
@@ -50,11 +54,20 @@ _TINY_DIT = TransformerConfig(
     axes_dims_rope=(4, 6, 6),
 )
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("qwen-image", TextEncoderConfig(), VaeConfig(), TransformerConfig(), SchedulerConfig()),
-        Shape("tiny-qwen-image", _TINY_TEXT, VaeConfig(base_dim=4, num_res_blocks=1), _TINY_DIT, SchedulerConfig()),
-    )
-}
+_PUBLISHED = Shape("qwen-image", TextEncoderConfig(), VaeConfig(), TransformerConfig(), SchedulerConfig())
+_TINY = replace(
+    _PUBLISHED,
+    name="tiny-qwen-image",
+    text_encoder=_TINY_TEXT,
+    vae=VaeConfig(base_dim=4, num_res_blocks=1),
+    transformer=_TINY_DIT,
+)
+
+
+def _edit(shape: Shape) -> Shape:
+    """Return the shape of the model that edits images, of the same sizes."""
+    return replace(shape, name=f"{shape.name}-edit", pipeline="QwenImageEditPipeline", processor=ProcessorConfig())
+
+
+SHAPES = {shape.name: shape for shape in (_PUBLISHED, _TINY, _edit(_PUBLISHED), _edit(_TINY))}
 """Every shape by its name."""

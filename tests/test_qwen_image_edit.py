@@ -1,0 +1,222 @@
+"""Qwen-Image-Edit: images equal stock's bit for bit, split and fused, whatever the size of the given image."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from helpers import wait_until_empty
+from PIL import Image
+from test_parity import ONE, THREE, Load, Split, recut, start_splits
+from transformers import AutoImageProcessor
+
+from disagg_ray import CheckpointError, LocalPipeline, Pipeline, Request, RequestError, load_config
+from disagg_ray.config.schema import Config
+from disagg_ray.models.checkpoint import open_checkpoint
+from disagg_ray.models.geometry import Geometry
+from disagg_ray.models.prompts import check_prompts
+from disagg_ray.models.qwen_image.edit import Processor
+from disagg_ray.models.qwen_image.random import make_tokenizer
+from disagg_ray.request import check, resolve
+
+CONF = Path(__file__).parents[1] / "conf"
+PLAIN: dict[str, Any] = {
+    "prompt": "make it red", "negative_prompt": "blurry", "image": (190, 130), "num_inference_steps": 2,
+    "guidance_scale": 4.0, "seed": 7,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "guided": {},
+    "unguided, tall": {"guidance_scale": 1.0, "prompt": "two", "image": (90, 700)},
+    "of another aspect than the image": {"height": 48, "width": 96, "negative_prompt": "", "prompt": "{b} 红色的圆"},
+    "one side given": {"height": 80, "image": (1500, 900), "guidance_scale": 1.0, "seed": 2**63 - 1},
+}
+"""What differs from `PLAIN`; images are (width, height) here."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def configure(checkpoint: Callable[[str], Path]) -> Callable[..., Config]:
+    """Give the tiny model's configuration with some overrides."""
+    model = f"model.path={checkpoint('tiny-qwen-image-edit')}"
+    return lambda *overrides: load_config(CONF / "tiny_qwen_image_edit.yaml", model, *overrides)
+
+
+@pytest.fixture(scope="module")
+def ask(image: Callable[..., Image.Image]) -> Callable[..., Request]:
+    """Give a case's request with some changes."""
+
+    def make(case: str = "guided", **asked: Any) -> Request:
+        fields = PLAIN | CASES[case] | {"format": "npy"}
+        return Request(**(fields | {"image": image(*fields["image"], seed=len(case))} | asked))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expect(
+    checkpoint: Callable[[str], Path], configure: Callable[..., Config], ask: Callable[..., Request]
+) -> Callable[[str], np.ndarray]:
+    """Give the stock pipeline's image of a case, of the size that its own formula gives at the tiny model's area."""
+    folder = checkpoint("tiny-qwen-image-edit")
+    processor = Processor(AutoImageProcessor.from_pretrained(folder / "processor"), make_tokenizer())
+    stock = diffusers.QwenImageEditPipeline.from_pretrained(folder, processor=processor)
+    stock.set_progress_bar_config(disable=True)
+
+    @cache
+    def make(case: str) -> np.ndarray:
+        asked = ask(case)
+        width, height, _ = calculate_dimensions(64 * 64, asked.image.width / asked.image.height)
+        made: np.ndarray = stock(
+            asked.image, asked.prompt, asked.negative_prompt, true_cfg_scale=asked.guidance_scale,
+            height=asked.height or height, width=asked.width or width, num_inference_steps=asked.num_inference_steps,
+            generator=torch.Generator("cpu").manual_seed(asked.seed), output_type="np",
+        ).images  # fmt: skip
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
+    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
+    yield from start_splits(lambda cut: recut(configure(), cut))
+
+
+SLOW, PROOF = pytest.mark.slow, pytest.mark.proof
+
+
+@pytest.mark.parametrize(
+    ("cut", "case"),
+    [
+        pytest.param(cut, case, marks=SLOW if (cut, case) == (THREE, "guided") else PROOF)
+        for cut in (THREE, ONE)
+        for case in CASES
+    ],
+)
+def test_replicas_equal_stock(
+    splits: Load[Split], ask: Callable[..., Request], expect: Callable[[str], np.ndarray], cut: str, case: str
+) -> None:
+    split = splits(cut)
+    assert np.array_equal(split.generate(ask(case)), expect(case))
+    assert split.bytes_in_use() == {}
+
+
+@pytest.mark.proof
+def test_one_process_equals_stock_and_keeps_what_it_encoded(
+    configure: Callable[..., Config], ask: Callable[..., Request], expect: Callable[[str], np.ndarray]
+) -> None:
+    warm = [f"stages.{stage}.warm_up=[[32,64,1]]" for stage in ("encoder", "transformer", "decoder")]
+    with LocalPipeline(configure(*warm)) as local:
+        for case in CASES:
+            assert np.array_equal(local.generate(ask(case)).frames, expect(case)), case
+
+
+@pytest.mark.proof
+def test_an_image_is_edited_through_ray(
+    cluster: None, configure: Callable[..., Config], ask: Callable[..., Request], expect: Callable[[str], np.ndarray]
+) -> None:
+    with Pipeline(configure()) as pipeline:
+        assert np.array_equal(pipeline.generate(ask()).frames, expect("guided"))
+        other = pipeline.generate(ask(image=Image.new("RGB", (190, 130)))).frames  # the same texts of another image
+        assert not np.array_equal(other, expect("guided"))
+        wait_until_empty(pipeline, 30)
+
+
+@pytest.mark.parametrize("sides", [(1024, 1024), (1920, 1080), (640, 960), (333, 100), (100, 7000), (1, 1)])
+def test_sizes_that_follow_from_an_image_are_stock_s(configure: Callable[..., Config], sides: tuple[int, int]) -> None:
+    area = ["defaults.height=1024", "defaults.width=1024", "limits.max_pixels=1200000"]
+    request, _ = resolve(Request("a", image=Image.new("RGB", sides)), configure(*area))
+    assert (request.width, request.height, None) == calculate_dimensions(1024 * 1024, sides[0] / sides[1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"image": None}, "image: none given; a model of task edit needs one"),
+        ({"last_image": Image.new("RGB", (8, 8))}, "last_image: given, but a model of task edit takes none"),
+        ({"image": Image.new("RGB", (1010, 10))}, "invalid image='1010x10': must be at most 100 times as long as"),
+        ({"image": Image.new("RGB", (2049, 2048))}, "image: the image has 2049x2048 pixels, not from 1 to limits"),
+        ({"height": 40}, "invalid height=40: must be a positive multiple of 16"),
+        ({"height": 512, "width": 256}, "invalid height x width=131072: must be at most limits.max_pixels=65536"),
+        ({"num_frames": 5}, "invalid num_frames=5: must be left out: models of model.family=qwen_image make images"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_by_name(
+    configure: Callable[..., Config], ask: Callable[..., Request], asked: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolve(ask(**asked), configure())
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize("mark", ["<|image_pad|>", "<|video_pad|>"])
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_text_with_a_mark_of_the_model_is_refused(
+    configure: Callable[..., Config], ask: Callable[..., Request], field: str, mark: str
+) -> None:
+    config = configure()
+    with pytest.raises(RequestError, match=rf"^{field}: it holds {mark.replace('|', '.')}, which marks"):
+        check_prompts(check(ask(**{field: f"a {mark}"}), config), config.model)
+
+
+def geometry_of(folder: Path) -> Geometry:
+    return open_checkpoint(load_config(CONF / "tiny_qwen_image_edit.yaml", f"model.path={folder}").model).geometry
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (190, 130), (1000, 10), (10, 1000), (3, 299)])
+@pytest.mark.parametrize("most", [3136, 12544, 12845056])
+def test_pools_have_room_for_what_is_seen_of_any_image(
+    checkpoint: Callable[[str], Path], tmp_path: Path, sides: tuple[int, int], most: int
+) -> None:
+    folder = change(
+        checkpoint,
+        tmp_path,
+        "processor/preprocessor_config.json",
+        {"size": {"shortest_edge": 3136, "longest_edge": most}},
+    )
+    width, height, _ = calculate_dimensions(1024 * 1024, sides[0] / sides[1])
+    processor = AutoImageProcessor.from_pretrained(folder / "processor")
+    tokens = processor.get_number_of_image_patches(height, width) // 4
+    room = geometry_of(folder).tensor_bytes(64 * 64, 1, 0)
+    assert room["prompt_embeds"] >= 4 * 32 * (tokens + 511)
+    assert room["image_latents"] >= 4 * 16 * width * height // 64
+
+
+def change(checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any]) -> Path:
+    folder = Path(shutil.copytree(checkpoint("tiny-qwen-image-edit"), tmp_path / "model"))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("processor/preprocessor_config.json", {"patch_size": 16}, "has patch_size=16, and its text encoder wants 14"),
+        ("processor/preprocessor_config.json", {"merge_size": 2**30}, "merge_size in "),
+        ("processor/preprocessor_config.json", {"min_pixels": 2**40}, "and must of 784 to 1048576 at the least"),
+        ("processor/preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "x.Y"}}, "which is never run"),
+        ("model_index.json", {"processor": ["transformers", "AutoProcessor"]}, "and must be one of Qwen2VLProcessor"),
+        ("model_index.json", {"_class_name": "QwenImagePipeline"}, "model.task: 'edit' does not fit"),
+        (
+            "model_index.json",
+            {"_class_name": "QwenImageEditPlusPipeline"},
+            "known are QwenImagePipeline, QwenImageEdit",
+        ),
+        ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds"),
+    ],
+)
+def test_other_models_are_refused_by_name(
+    checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
+) -> None:
+    folder = change(checkpoint, tmp_path, file, changes)
+    with pytest.raises(CheckpointError) as caught:
+        geometry_of(folder)
+    assert says in str(caught.value)
