@@ -8,50 +8,22 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import make_image
-from helpers import connect_stages, free_port
+from gang_processes import Run, asked, gangs, generate, load
+from helpers import connect_stages
 
-from disagg_ray.config.load import load_config
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import DisaggError
-from disagg_ray.graph import build_graph
-from disagg_ray.media.video import to_array
 from disagg_ray.models.parallel.ranks import Ranks, layout_of
 from disagg_ray.models.wan.shapes import get_shape
-from disagg_ray.replica.stage import Stage
-from disagg_ray.request import Request, ResolvedRequest, resolve
 
-TIMEOUT_S = 400.0
-MOST_RANKS = 4
-
-Run = Callable[..., list[Any]]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def run_ranks() -> Iterator[Run]:
-    """Give a function that returns what `work(ranks, *args)` returns in each rank's process, in their order.
-
-    The same processes serve every gang: to start one and to import what it needs takes longer than its work.
-    """
-    with mp.get_context("spawn").Pool(MOST_RANKS) as pool:
-
-        def run(work: Callable[..., Any], parallel: ParallelConfig, *args: Any) -> list[Any]:
-            address = f"127.0.0.1:{free_port()}"
-            jobs = [pool.apply_async(_join_and, (work, rank, address, parallel, args)) for rank in range(parallel.size)]
-            return [job.get(timeout=TIMEOUT_S) for job in jobs]
-
+    with gangs() as run:
         yield run
-
-
-def _join_and(work: Callable[..., Any], rank: int, address: str, parallel: ParallelConfig, args: Any) -> Any:
-    torch.set_num_threads(1)
-    ranks = Ranks.join(rank, address, parallel, "cpu", TIMEOUT_S)
-    try:
-        return work(ranks, *args)
-    finally:
-        ranks.leave()
 
 
 def talk(ranks: Ranks) -> Any:
@@ -77,49 +49,10 @@ def test_ranks_share_what_the_first_one_has_and_follow_its_word(run_ranks: Run) 
     assert others == [first]
 
 
-pytestmark = pytest.mark.timeout(600)
 BOTH = "{cfg: 2, ulysses: 2}"
 PROOF_TASKS = [
     pytest.param(task, BOTH, marks=pytest.mark.proof) for task in ("t2v", "i2v", "flf2v", "a14b_t2v", "a14b_i2v")
 ]
-CONF = Path(__file__).parents[1] / "conf"
-
-
-def load(task: str, folder: Path, *overrides: str) -> Config:
-    return load_config(CONF / f"tiny_{task}.yaml", f"model.path={folder}", *overrides)
-
-
-def asked(task: str, **changes: Any) -> dict[str, Any]:
-    """Return the arguments of a request that this model takes."""
-    shape = get_shape(f"tiny-{task.replace('_', '-')}")
-    arguments: dict[str, Any] = {
-        "prompt": "a red circle", "negative_prompt": "blurry", "height": 32, "width": 48, "num_frames": 5,
-        "num_inference_steps": 3, "guidance_scale": 5.0, "seed": 7,
-    }  # fmt: skip
-    arguments |= {"image": make_image(60, 40)} if shape.takes_image else {}
-    arguments |= {"last_image": make_image(40, 60, seed=1)} if shape.takes_last_image else {}
-    arguments |= {"guidance_scale_2": 2.5} if shape.transformer_2 is not None else {}
-    return arguments | changes
-
-
-def generate(ranks: Ranks | None, config: Config, many: list[dict[str, Any]]) -> list[Any]:
-    """Return the frames of each request; the transformer is that of a gang, if there is one."""
-    stages = connect_stages(config)
-    graph = build_graph([stage.ports for stage in stages.values()])
-    for stage in stages.values():
-        stage.load(ranks if "denoise" in stage.config.stages[stage.name].blocks else None)
-    return [_run(stages, graph.order, *resolve(Request(**arguments, format="npy"), config)) for arguments in many]
-
-
-def _run(stages: dict[str, Stage], order: Any, request: ResolvedRequest, images: dict[str, Any]) -> Any:
-    tensors = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
-    frames = None
-    for name in order:
-        inputs = {n: tensors[n] for n in stages[name].ports.inputs if n in tensors}
-        made = stages[name].compute(request, inputs, None)
-        tensors |= made.tensors
-        frames = made.frames
-    return np.asarray(frames)
 
 
 def make_stock(task: str, folder: Path, many: list[dict[str, Any]], length: int) -> list[Any]:

@@ -12,7 +12,7 @@ from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.driver.cluster import total_resources
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import Layout, Seat, Stages, layouts, to_settings, to_yaml
-from disagg_ray.planning.parallel import CFG_SPEEDUP, ULYSSES_SPEEDUP, candidates
+from disagg_ray.planning.parallel import CFG_SPEEDUP, ROWS_SPEEDUP, ULYSSES_SPEEDUP, candidates
 from disagg_ray.planning.plan import Plan, equip, explain, footnotes, make_plan, parse_gpus
 from disagg_ray.planning.predict import CALL_S, Hardware
 from disagg_ray.planning.profile import (
@@ -36,7 +36,7 @@ def make_stage(
     name: str, seconds: float, weights_gb: float, work_gb: float = 0, finish_s: float = 0, host_s: float = 0
 ) -> StageProfile:
     point = Point(LOAD, seconds, seconds - host_s, finish_s, int(work_gb * GB), 0)
-    return StageProfile(name, name == "transformer", 1.0, int(weights_gb * GB), 0, 0, 0, (point,))
+    return StageProfile(name, name == "transformer", 1.0, int(weights_gb * GB), 0, 0, 0, (point,), num_blocks=40)
 
 
 def make_profile(kind: str = "H200", finish_s: float = 0, transformer_gb: float = 3, host_s: float = 0) -> Profile:
@@ -173,7 +173,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 4}', "incomplete")],
+    [("no", "not JSON"), ("[]", "version None"), ('{"version": 99}', "version 99"), ('{"version": 5}', "incomplete")],
 )
 def test_a_damaged_profile_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "profile.json"
@@ -215,6 +215,11 @@ def test_a_thousand_gpus_are_planned() -> None:
 
 GANGS = tuple(candidates(8, 40, guided=True))
 CFG, SHARDED = ParallelConfig(cfg=2), ParallelConfig(cfg=2, shard_weights=True)
+ROWS = ParallelConfig(rows=2)
+
+
+def ranks_of(layout: Layout) -> ParallelConfig:
+    return layout.parallel_of("transformer")
 
 
 def plan_gangs(count: int, *gangs: ParallelConfig, profile: Profile | None = None) -> Plan:
@@ -237,8 +242,8 @@ def test_gangs_divide_the_heads_and_have_no_idle_half(heads: int, guided: bool, 
 def test_a_gang_makes_one_video_sooner_and_its_seconds_are_marked_as_estimated() -> None:
     made = plan_gangs(2, CFG, ParallelConfig(ulysses=2))
     assert made.best.latency_s == pytest.approx(1 + 3 + 6 / CFG_SPEEDUP + 3 * CALL_S)
-    assert (made.best.estimated, made.best.layout.parallel) == (True, CFG)
-    ulysses = next(p for p in made.predictions if p.layout.parallel.ulysses == 2)
+    assert (made.best.estimated, ranks_of(made.best.layout)) == (True, CFG)
+    ulysses = next(p for p in made.predictions if ranks_of(p.layout).ulysses == 2)
     assert ulysses.latency_s == pytest.approx(1 + 3 + 6 / ULYSSES_SPEEDUP + 3 * CALL_S)
     assert "2 GPUs denoise one video together; without a gang it takes 10." in explain(made)
     assert [note.partition(":")[0] for note in footnotes(made)] == ["* estimated from one GPU", "cfg 2"]
@@ -252,6 +257,21 @@ def test_what_was_measured_of_a_gang_is_used_as_it_is() -> None:
     assert len(footnotes(made)) == 1
 
 
+def test_a_decoder_of_several_ranks_is_planned_with_and_without_a_transformer_of_several() -> None:
+    made = plan_gangs(4, CFG, ROWS)
+    decode_s = 3 / ROWS_SPEEDUP
+    assert made.best.layout.gangs == (("transformer", CFG), ("decoder", ROWS))
+    assert made.best.latency_s == pytest.approx(1 + decode_s + 6 / CFG_SPEEDUP + 3 * CALL_S)
+    assert made.best.per_minute == pytest.approx(
+        60 / max(6 / CFG_SPEEDUP, 1 + decode_s)
+    )  # the encoder is beside a rank
+    assert "2 GPUs denoise one video together, 2 GPUs decode one video together; without" in explain(made)
+    assert "* rows" in footnotes(made)[1]
+    alone = next(p for p in made.predictions if p.layout.gangs == (("decoder", ROWS),))
+    assert alone.latency_s == pytest.approx(1 + decode_s + 6 + 3 * CALL_S)
+    assert not any(dict(p.layout.gangs).get("decoder") for p in plan_gangs(2, CFG, ROWS).predictions)
+
+
 def test_videos_a_minute_count_each_gang_once() -> None:
     made = plan_gangs(9, ParallelConfig(cfg=2, ulysses=2))
     found = find(made, "encoder and decoder on 1, transformer on the others, cfg 2, ulysses 2")
@@ -262,26 +282,30 @@ def test_videos_a_minute_count_each_gang_once() -> None:
 
 def test_weights_are_shared_only_where_whole_ones_do_not_fit() -> None:
     fitting = plan_gangs(2, CFG, SHARDED)
-    assert {p.layout.parallel for p in fitting.predictions} == {ParallelConfig(), CFG}
+    assert {ranks_of(p.layout) for p in fitting.predictions} == {ParallelConfig(), CFG}
     large = plan_gangs(3, CFG, SHARDED, profile=make_profile(transformer_gb=150))
-    assert {p.layout.parallel for p in large.predictions} == {SHARDED}
-    assert max(large.best.max_vram_bytes) < 95 * GB
+    assert {ranks_of(p.layout) for p in large.predictions} == {SHARDED}
+    held = SHARDED.held(150 * GB, 40)
+    assert held == 75 * GB + 3 * 150 * GB // 40  # an equal part, and three blocks whole
+    assert 0 < max(large.best.max_vram_bytes) - held - 2 * GB < GB
     assert "* shard_weights" in footnotes(large)[1]
 
 
 @pytest.mark.parametrize("counts", [{"H200": 2}, {"H200": 8}, {"H200": 5, "L40S": 4}], ids=str)
 def test_the_yaml_of_every_layout_with_gangs_asks_for_their_gpus(counts: dict[str, int], tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
-    found = [layout for layout in layouts(counts, STAGES, GANGS[:: len(counts)]) if layout.parallel.is_gang]
-    assert found
+    found = [layout for layout in layouts(counts, STAGES, (*GANGS[:: len(counts)], ROWS)) if layout.gangs]
+    assert {stage for layout in found for stage, _ in layout.gangs} >= {"transformer"}
+    assert (max(counts.values()) < 3) == all(ranks != ROWS for layout in found for _, ranks in layout.gangs)
     for layout in found:
         path.write_text(f"base: {CONF / 'wan21_t2v_14b.yaml'}\n" + to_yaml(to_settings(layout, STAGES)))
         stages = load_config(path).stages
         assert {name: stage.num_replicas for name, stage in stages.items()} == {
             stage: layout.replicas(stage) for stage in STAGES.order
         }
-        sizes = {group.parallel.size for group in stages["transformer"].replica_groups.values()}
-        assert sizes == {layout.parallel.size}
+        for name, stage in stages.items():
+            sizes = {group.parallel.size for group in stage.replica_groups.values()}
+            assert sizes == {layout.parallel_of(name).size}
         assert total_resources(stages)["GPU"] <= sum(counts.values())
 
 
@@ -290,9 +314,9 @@ def test_a_gang_of_the_configuration_is_undone_where_the_best_layout_has_none(tm
     written = "{num_gpus: 1, parallel: {cfg: 2, ulysses: 2, spread: true}}"
     (tmp_path / "base.yaml").write_text(f"base: {CONF / 'wan21_t2v_14b.yaml'}\nstages:\n  transformer: {written}\n")
     for layout in layouts({"H200": 4}, STAGES, [CFG]):
-        path.write_text("base: base.yaml\n" + to_yaml(to_settings(layout, STAGES, base)))
+        path.write_text("base: base.yaml\n" + to_yaml(to_settings(layout, STAGES, {"transformer": base})))
         config = load_config(path)
-        assert config.stages["fused" if layout.fused else "transformer"].parallel == layout.parallel
+        assert config.stages["fused" if layout.fused else "transformer"].parallel == ranks_of(layout)
 
 
 @pytest.mark.parametrize(
@@ -317,38 +341,35 @@ def test_gangs_that_cannot_be_measured_are_refused_first(
 
 
 @pytest.mark.slow
-def test_a_gang_of_the_tiny_model_is_measured_and_planned_with(
+def test_a_profile_of_the_tiny_model_and_its_gang_is_measured_and_planned_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile, yaml, config = tmp_path / "profile.json", tmp_path / "plan.yaml", str(CONF / "tiny_t2v.yaml")
     asked = ["--sizes", "64x64x9", "--repeats", "1", "--steps", "2", "--parallel", "ulysses=2"]
     assert main(["profile", "--config", config, "--output", str(profile), *asked]) == 0
-    (gang,) = read_profile(profile).gangs
-    assert (gang.name, gang.parallel, gang.num_heads > 0) == ("transformer", ParallelConfig(ulysses=2), True)
-    assert all(point.compute_s > 0 for point in gang.points)
-    request = ["--height", "64", "--width", "64", "--num-frames", "9", "--aim", "latency", "--output", str(yaml)]
-    command = ["plan", "--config", config, "--profile", str(profile), "--gpus", "3xCPU", *request]
-    assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "ulysses 2" in said and " * " not in said
-    assert (
-        main(["plan", "--config", config, "--profile", str(profile), "--gpus", "3xCPU", *request, "--requests=2"]) == 2
-    )
-
-
-@pytest.mark.slow
-def test_a_profile_of_the_tiny_model_is_measured_and_planned_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    profile, yaml, config = tmp_path / "profile.json", tmp_path / "plan.yaml", str(CONF / "tiny_t2v.yaml")
-    assert main(["profile", "--config", config, "--output", str(profile), "--sizes", "64x64x9", "--repeats", "1"]) == 0
     measured = json.loads(profile.read_text())
     assert [stage["name"] for stage in measured["stages"]] == ["encoder", "transformer", "decoder"]
     assert all(point["compute_s"] == point["turn_s"] > 0 for stage in measured["stages"] for point in stage["points"])
     assert measured["speed"] == "exact" and {"torch", "diffusers"} <= measured["versions"].keys()
-    asked = ["--config", config, "--profile", str(profile), "--gpus", "3xCPU", "--output", str(yaml)]
-    assert main(["plan", *asked]) == 0
-    assert "Best: " in capsys.readouterr().out
+    (gang,) = read_profile(profile).gangs
+    assert (gang.name, gang.parallel) == ("transformer", ParallelConfig(ulysses=2))
+    assert gang.num_heads > 0 and gang.num_blocks > 0
+    assert all(point.compute_s > 0 for point in gang.points)
+    plan = ["plan", "--config", config, "--profile", str(profile), "--gpus", "3xCPU", "--output", str(yaml)]
+    size = ["--height", "64", "--width", "64", "--num-frames", "9", "--aim", "latency"]
+    assert main([*plan, *size]) == 0
+    said = capsys.readouterr().out
+    assert "Best: " in said and "ulysses 2" in said and " * " not in said
     assert sum(stage.num_replicas for stage in load_config(yaml).stages.values()) >= 3
-    assert main(["plan", *asked, "--speed", "fast"]) == 2
-    assert main(["plan", *asked, "--height", "63"]) == 2
+    for wrong in (["--aim", "latency", "--requests=2"], ["--speed", "fast"], ["--height", "63"]):
+        assert main([*plan, *wrong]) == 2
+
+
+@pytest.mark.proof
+def test_a_decoder_of_several_ranks_is_measured(tmp_path: Path) -> None:
+    profile, config = tmp_path / "profile.json", str(CONF / "tiny_t2v.yaml")
+    asked = ["--sizes", "64x64x9", "--repeats", "1", "--steps", "2", "--parallel", "rows=2"]
+    assert main(["profile", "--config", config, "--output", str(profile), *asked]) == 0
+    (gang,) = read_profile(profile).gangs
+    assert (gang.name, gang.parallel, gang.denoises) == ("decoder", ROWS, False)
+    assert all(point.compute_s > 0 and point.finish_s > 0 for point in gang.points)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from disagg_ray.planning.predict import Hardware
     from disagg_ray.planning.profile import Profile
 
-DEGREES = ("cfg", "ulysses", "ring")
+DEGREES = ("cfg", "ulysses", "ring", "rows")
 """Numbers of a gang's ranks, in the order of `ParallelConfig`."""
 SHAPE = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 """Fields of a request that decide its work."""
@@ -42,7 +42,10 @@ def profile(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each, after one warm-up")
     parser.add_argument(
-        "--parallel", default="", metavar="WAYS", help="also the denoiser's ranks: cfg=2/cfg=2,ulysses=2"
+        "--parallel",
+        default="",
+        metavar="WAYS",
+        help="also ranks of denoiser or decoder: cfg=2/ulysses=2/rows=2",
     )
     options = parser.parse_intermixed_args(argv)
     config = load_config(options.config, *overrides_of(options))
@@ -84,16 +87,16 @@ def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_for
 
 def _parse_parallel(config: Config, text: str) -> list[ParallelConfig]:
     """Return the gangs that the configuration and `--parallel` ask for, each once."""
-    found = [stage.parallel for stage in config.stages.values() if "denoise" in stage.blocks]
+    found = [stage.parallel for stage in config.stages.values()]
     for way in filter(None, text.split("/")):
         try:
             numbers = {name.strip(): int(number) for name, number in (pair.split("=") for pair in way.split(","))}
         except ValueError:
             numbers = {}
         if not numbers or set(numbers) - set(DEGREES):
-            raise PlanError(f"invalid --parallel={text}: write cfg=2/ulysses=2/cfg=2,ulysses=2")
-        cfg, ulysses, ring = (numbers.get(name, 1) for name in DEGREES)
-        found.append(ParallelConfig(cfg, ulysses, ring))
+            raise PlanError(f"invalid --parallel={text}: write cfg=2/ulysses=2/cfg=2,ulysses=2/rows=2")
+        cfg, ulysses, ring, rows = (numbers.get(name, 1) for name in DEGREES)
+        found.append(ParallelConfig(cfg, ulysses, ring, rows))
     return list(dict.fromkeys(parallel for parallel in found if parallel.is_gang))
 
 
@@ -151,7 +154,8 @@ def _plan(config: Config, request: ResolvedRequest, options: Namespace) -> None:
         )
     print_plan(made, options.requests)
     print("\n".join([planning.explain(made), *planning.footnotes(made), *notes]))
-    text = to_yaml(to_settings(made.best.layout, made.stages, config.stages[made.stages.denoiser].parallel))
+    base = {name: stage.parallel for name, stage in config.stages.items()}
+    text = to_yaml(to_settings(made.best.layout, made.stages, base))
     print("\n" + text, end="")
     if options.output is not None:
         write_text(options.output, f"base: {anywhere(options.config)}\n{text}")
@@ -162,12 +166,12 @@ def _choose_gangs(
 ) -> tuple[list[ParallelConfig], list[str]]:
     """Return the gangs to plan with, and why others are left out."""
     from disagg_ray.planning.layouts import CPU
-    from disagg_ray.planning.parallel import candidates, choose
+    from disagg_ray.planning.parallel import candidates, choose, row_candidates
 
     def why_not(parallel: ParallelConfig) -> str:
         stages = {
             name: replace(stage, parallel=parallel, groups={}, num_gpus=1.0 if stage.torch_device == "cuda" else 0.0)
-            if "denoise" in stage.blocks else stage
+            if ("decode" if parallel.rows > 1 else "denoise") in stage.blocks else stage
             for name, stage in config.stages.items()
         }  # fmt: skip
         try:
@@ -181,7 +185,8 @@ def _choose_gangs(
     most = max((gpus.count for gpus in hardware if gpus.kind != CPU), default=0)
     heads = {stage.num_heads for gpus in hardware for stage in gpus.profile.stages if stage.denoises}
     known = [p for p in measured if (request.guided or p.cfg == 1) and p.size <= max(gpus.count for gpus in hardware)]
-    found = dict.fromkeys([*candidates(most, max(heads, default=0), guided=request.guided), *known])
+    estimated = [*candidates(most, max(heads, default=0), guided=request.guided), *row_candidates(most)]
+    found = dict.fromkeys([*estimated, *known])
     chosen, notes = choose(found, why_not)
     if not request.guided and most > 1:
         notes.append("cfg 2 is left out: a request without guidance would leave half of such a gang idle")

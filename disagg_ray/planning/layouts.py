@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from types import MappingProxyType
 
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.planning.parallel import ALONE, spell, to_mapping
@@ -34,22 +35,22 @@ class Layout:
     name: str
     seats: tuple[Seat, ...]
     fused: bool = False
-    gang: str = ""
-    """The stage whose replicas are several ranks; empty: none."""
-    parallel: ParallelConfig = ALONE
-    """Its ranks, each on a GPU."""
+    gangs: tuple[tuple[str, ParallelConfig], ...] = ()
+    """The stages whose replicas are several ranks, each on a GPU: the transformer, the decoder or both."""
 
     @property
     def stages(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(stage for seat in self.seats for stage in seat.stages))
 
     def parallel_of(self, stage: str) -> ParallelConfig:
-        return self.parallel if stage == self.gang else ALONE
+        return dict(self.gangs).get(stage, ALONE)
 
     def replicas(self, stage: str) -> int:
-        if stage != self.gang:
-            return sum(seat.count for seat in self.seats if stage in seat.stages)
         return sum(gpus // self.parallel_of(stage).size for gpus in self.gpus(stage).values())
+
+    def beside(self, stage: str) -> tuple[str, ...]:
+        """Return the stages that are on any of a stage's GPUs, itself too."""
+        return max((seat.stages for seat in self.seats if stage in seat.stages), key=len)
 
     def gpus(self, stage: str) -> Counter[str]:
         """Return how many GPUs of each kind a stage is on."""
@@ -61,7 +62,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stages:
-    """A model's stages in the order of the graph; all but the denoiser are helpers."""
+    """A model's stages in the order of the graph, the decoder last; all but the denoiser are helpers."""
 
     order: tuple[str, ...]
     denoiser: str
@@ -70,14 +71,18 @@ class Stages:
     def helpers(self) -> tuple[str, ...]:
         return tuple(stage for stage in self.order if stage != self.denoiser)
 
+    @property
+    def decoder(self) -> str:
+        return self.order[-1]
+
 
 def layouts(counts: Mapping[str, int], stages: Stages, gangs: Sequence[ParallelConfig] = ()) -> list[Layout]:
     """Return every sensible layout that uses all GPUs (`counts` by kind), each once.
 
     Fused; all stages on every GPU; helpers together on some GPUs and the transformer on the others; each helper on
     GPUs of its own; helpers beside a transformer, together on some GPUs or each on another. Helpers fill one kind
-    after the other, in any order of kinds. The same with transformers that are `gangs`, where their ranks use up the
-    GPUs.
+    after the other, in any order of kinds. The same with transformers and decoders that are `gangs`, where their ranks
+    use up the GPUs; those with `rows` are decoders.
     """
     everywhere = tuple(Seat(kind, count, stages.order) for kind, count in counts.items())
     found = [Layout("fused", everywhere, fused=True)]
@@ -88,11 +93,38 @@ def layouts(counts: Mapping[str, int], stages: Stages, gangs: Sequence[ParallelC
             found += _one_beside_each(ordered, stages)
             for num_helpers in range(1, sum(counts.values())):
                 found += _with_helpers(ordered, num_helpers, stages)
-    split = [_with_ranks(layout, stages, parallel) for parallel in gangs for layout in found if not layout.fused]
+    apart = [layout for layout in found if not layout.fused]
+    shared = [_with_rows(layout, stages, ranks) for ranks in gangs if ranks.rows > 1 for layout in apart]
+    found += filter(None, shared)
+    apart = [layout for layout in found if not layout.fused]
+    found += filter(
+        None, [_with_ranks(layout, stages, ranks) for ranks in gangs if ranks.rows == 1 for layout in apart]
+    )
     once: dict[object, Layout] = {}
-    for layout in [*found, *filter(None, split)]:
-        once.setdefault((layout.fused, layout.parallel, frozenset(layout.seats)), layout)
+    for layout in found:
+        once.setdefault((layout.fused, layout.gangs, frozenset(layout.seats)), layout)
     return list(once.values())
+
+
+def _with_rows(layout: Layout, stages: Stages, parallel: ParallelConfig) -> Layout | None:
+    """Return a layout whose decoders are gangs, with other helpers beside one rank; None if GPUs would be left over.
+
+    None too beside transformers: no two ranks may share a GPU.
+    """
+    decoder, seats = stages.decoder, list[Seat]()
+    for seat in layout.seats:
+        if decoder not in seat.stages:
+            seats.append(seat)
+        elif stages.denoiser in seat.stages or any(len(s.stages) > 1 and decoder in s.stages for s in seats):
+            return None
+        elif len(seat.stages) > 1 and seat.count > 1:
+            seats += [replace(seat, count=1), replace(seat, count=seat.count - 1, stages=(decoder,))]
+        else:
+            seats.append(seat)
+    if decoder == stages.denoiser or any(count % parallel.size for count in layout.gpus(decoder).values()):
+        return None
+    name = f"{layout.name}, {spell(parallel)}"
+    return replace(layout, name=name, seats=tuple(seats), gangs=((decoder, parallel),))
 
 
 def _with_ranks(layout: Layout, stages: Stages, parallel: ParallelConfig) -> Layout | None:
@@ -104,7 +136,7 @@ def _with_ranks(layout: Layout, stages: Stages, parallel: ParallelConfig) -> Lay
     if beside > 1 or any(count % parallel.size for count in layout.gpus(stages.denoiser).values()):
         return None
     name = f"{layout.name}, {spell(parallel)}"
-    return replace(layout, name=name, gang=stages.denoiser, parallel=parallel)
+    return replace(layout, name=name, gangs=((stages.denoiser, parallel), *layout.gangs))
 
 
 def _one_beside_each(counts: Mapping[str, int], stages: Stages) -> Iterator[Layout]:
@@ -153,21 +185,25 @@ def _take(counts: Mapping[str, int], number: int) -> tuple[dict[str, int], dict[
     return {k: n for k, n in taken.items() if n}, {k: n for k, n in left.items() if n}
 
 
-def to_settings(layout: Layout, stages: Stages, base: ParallelConfig = ALONE) -> dict[str, object]:
-    """Return the configuration of a layout, as nested mappings; `base` are the transformer's ranks before."""
-    mapping = to_mapping(layout.parallel, base)
-    ranks: dict[str, object] = {"parallel": mapping} if mapping else {}
-    if layout.fused:
-        num_gpus = 0 if {seat.kind for seat in layout.seats} == {CPU} else 1
-        each: dict[str, object] = {"replicas": layout.replicas(stages.denoiser), "num_gpus": num_gpus}
-        return {"fused": True, "stages": dict.fromkeys(stages.order, each) | {stages.denoiser: each | ranks}}
-    settings = {stage: _stage_settings(stage, layout, stages) for stage in stages.order}
-    settings[stages.denoiser] |= ranks
-    return {"fused": False, "stages": settings, "share_gpu": _share_gpu(layout)}
+def to_settings(
+    layout: Layout, stages: Stages, base: Mapping[str, ParallelConfig] = MappingProxyType({})
+) -> dict[str, object]:
+    """Return the configuration of a layout, as nested mappings; `base` are the ranks of stages before."""
+    settings: dict[str, dict[str, object]] = {}
+    for stage in stages.order:
+        if layout.fused:
+            num_gpus = 0 if {seat.kind for seat in layout.seats} == {CPU} else 1
+            settings[stage] = {"replicas": layout.replicas(stage), "num_gpus": num_gpus}
+        else:
+            settings[stage] = _stage_settings(stage, layout, stages)
+        ranks = to_mapping(layout.parallel_of(stage), base.get(stage, ALONE))
+        settings[stage] |= {"parallel": ranks} if ranks else {}
+    share = {} if layout.fused else {"share_gpu": _share_gpu(layout)}
+    return {"fused": layout.fused, "stages": settings, **share}
 
 
 def _stage_settings(stage: str, layout: Layout, stages: Stages) -> dict[str, object]:
-    shares = {seat: _share(stage, seat, stages) for seat in layout.seats if stage in seat.stages}
+    shares = {seat: _share(stage, seat, layout, stages) for seat in layout.seats if stage in seat.stages}
     parallel = layout.parallel_of(stage)
     if parallel.is_gang:  # which may have ranks in several seats of a kind
         places = [
@@ -191,14 +227,15 @@ def _stage_settings(stage: str, layout: Layout, stages: Stages) -> dict[str, obj
     return {"groups": groups}
 
 
-def _share(stage: str, seat: Seat, stages: Stages) -> float:
+def _share(stage: str, seat: Seat, layout: Layout, stages: Stages) -> float:
     """Return `num_gpus` of a stage in a seat."""
     if seat.kind == CPU:
         return 0
-    helpers = [name for name in seat.stages if name != stages.denoiser]
-    if stage == stages.denoiser:
+    main = [name for name in seat.stages if name == stages.denoiser or layout.parallel_of(name).is_gang]
+    helpers = [name for name in seat.stages if name not in main]
+    if stage in main:
         return MAIN_SHARE if helpers else 1
-    share = HELPER_SHARE if stages.denoiser in seat.stages else 1
+    share = HELPER_SHARE if main else 1
     return math.floor(1e4 * share / len(helpers)) / 1e4  # rounded down, so that they sum to at most 1
 
 
@@ -207,7 +244,8 @@ def _share_gpu(layout: Layout) -> list[str]:
     shared = [seat for seat in layout.seats if len(seat.stages) > 1 and seat.kind != CPU]
     if len(shared) != 1:
         return []
-    stages = [s for s in shared[0].stages if s != layout.gang and layout.replicas(s) == shared[0].count]
+    alone = [stage for stage in shared[0].stages if not layout.parallel_of(stage).is_gang]
+    stages = [stage for stage in alone if layout.replicas(stage) == shared[0].count]
     return stages if len(stages) > 1 else []
 
 

@@ -62,10 +62,11 @@ def measure_stage(
         logger.info("profile: %s computed %s in %.3f s", stage.name, case.load, points[-1].compute_s)
     needs, settings = stage.needs(), stage.config.stages[stage.name]
     denoises = "denoise" in settings.blocks
-    num_heads = int(stage.component("transformer").config.num_attention_heads) if denoises else 0
+    model = stage.component("transformer").config if denoises else None
+    num_heads, num_blocks = (model.num_attention_heads, model.num_layers) if model is not None else (0, 0)
     profile = StageProfile(
         stage.name, denoises, load_s, sum(stage.weights.values()), needs.input_bytes, needs.output_bytes,
-        stage.cache_bytes, tuple(points), num_heads, settings.parallel,
+        stage.cache_bytes, tuple(points), num_heads, num_blocks, settings.parallel,
     )  # fmt: skip
     del stage
     gc.collect()
@@ -81,7 +82,7 @@ def _measure_point(stage: Stage, case: Case) -> Point:
     outputs = stage.compute(case.request, case.tensors, None)
     computed, turns_after = time.perf_counter(), stage.turns_s
     turn_s = computed - began if turns_before is None or turns_after is None else turns_after - turns_before
-    if outputs.frames is not None and case.request.format not in RAW:
+    if outputs.frames is not None and outputs.frames.size and case.request.format not in RAW:  # rank 0 has them all
         encode(outputs.frames, case.request.fps, case.request.format, stage.config.output.scale)
     finished = time.perf_counter()
     handoff = sum(tensor.nbytes for tensor in outputs.tensors.values())

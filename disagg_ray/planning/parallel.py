@@ -14,6 +14,8 @@ CFG_SPEEDUP = 1.99
 """Of two ranks with one branch of guidance each, on two H100 of one host; at least (docs/performance.md)."""
 ULYSSES_SPEEDUP = 1.81
 """Of two ranks that share the tokens, on two H100 of one host, at least; again for each doubling."""
+ROWS_SPEEDUP = 1.7
+"""Of two ranks that share the rows of a decode; again for each doubling. Assumed: it was not measured on GPUs yet."""
 NODE_GPUS = 8
 """Most ranks to look at: those of one host."""
 
@@ -35,18 +37,18 @@ def to_mapping(parallel: ParallelConfig, base: ParallelConfig = ALONE) -> dict[s
 
 def speedup(parallel: ParallelConfig) -> float:
     """Return how many times as fast as one GPU a gang is with a guided request, as estimated."""
-    shares: float = ULYSSES_SPEEDUP ** math.log2(parallel.num_shards)
+    shares: float = ULYSSES_SPEEDUP ** math.log2(parallel.num_shards) * ROWS_SPEEDUP ** math.log2(parallel.rows)
     return shares * (CFG_SPEEDUP if parallel.cfg > 1 else 1.0)
 
 
 def estimate(alone: StageProfile, parallel: ParallelConfig) -> StageProfile:
     """Return what one rank of a gang would measure, from a measurement on one GPU.
 
-    Working memory counts whole, although ranks that share tokens hold less.
+    Working memory counts whole, although ranks that share tokens or rows hold less.
     """
     factor = speedup(parallel)
     points = (replace(p, compute_s=p.compute_s / factor, turn_s=p.turn_s / factor) for p in alone.points)
-    weights = alone.weights_bytes // (parallel.size if parallel.shard_weights else 1)
+    weights = parallel.held(alone.weights_bytes, alone.num_blocks)
     return replace(alone, weights_bytes=weights, points=tuple(points), parallel=parallel)
 
 
@@ -62,6 +64,11 @@ def candidates(most: int, num_heads: int, *, guided: bool) -> Iterator[ParallelC
         if 2 <= cfg * ulysses <= min(most, NODE_GPUS) and num_heads % ulysses == 0
     ]
     yield from sorted(found, key=lambda parallel: (parallel.size, parallel.ulysses))
+
+
+def row_candidates(most: int) -> Iterator[ParallelConfig]:
+    """Yield the gangs of 2 to `most` ranks that share a decode's rows and leave GPUs for other stages."""
+    yield from (ParallelConfig(rows=rows) for rows in (2, 4) if rows < most)
 
 
 def choose(

@@ -10,7 +10,7 @@ from typing import Literal
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.planning.layouts import Layout, Stages, layouts
-from disagg_ray.planning.parallel import CFG_SPEEDUP, ULYSSES_SPEEDUP
+from disagg_ray.planning.parallel import CFG_SPEEDUP, ROWS_SPEEDUP, ULYSSES_SPEEDUP
 from disagg_ray.planning.predict import Hardware, Prediction, Predictor
 from disagg_ray.planning.profile import Load, Profile
 from disagg_ray.text import shown
@@ -101,7 +101,7 @@ def make_plan(
     gangs: Sequence[ParallelConfig] = (),
     aim: Aim = "throughput",
 ) -> Plan:
-    """Predict every sensible layout, with transformers that are `gangs` too, and sort.
+    """Predict every sensible layout, with transformers and decoders that are `gangs` too, and sort.
 
     By throughput, by the seconds of a single request, or by the makespan of `num_requests` that arrive at once.
 
@@ -113,14 +113,15 @@ def make_plan(
     unique: dict[object, Prediction] = {}
     misfits, fits = [], set[ParallelConfig]()
     for layout in layouts({gpus.kind: gpus.count for gpus in hardware}, stages, gangs):
-        if replace(layout.parallel, shard_weights=False) in fits and layout.parallel.shard_weights:
+        ranks = layout.parallel_of(stages.denoiser)
+        if replace(ranks, shard_weights=False) in fits and ranks.shard_weights:
             continue  # whole weights fit, and cost no exchange
         fitting, reason = predictor.fit(layout)
         if fitting is None:
             misfits.append((layout, reason))
         else:
-            fits.add(fitting.parallel)
-            unique[fitting.seats, fitting.fused, fitting.parallel] = predictor.predict(fitting)
+            fits.add(ranks)
+            unique[fitting.seats, fitting.fused, fitting.gangs] = predictor.predict(fitting)
     if not unique:
         raise PlanError(f"gpus: no layout fits; {misfits[-1][1]}; name GPUs with more memory, or set offload")
 
@@ -179,26 +180,30 @@ def _why(plan: Plan) -> str:
 
 def _why_soonest(plan: Plan) -> str:
     """Return what ranks gain for a single request, or why there are none."""
-    size = plan.best.layout.parallel.size
-    alone = next((p for p in plan.predictions if not p.layout.parallel.is_gang), None)
-    if size == 1:
+    gangs = plan.best.layout.gangs
+    alone = next((p for p in plan.predictions if not p.layout.gangs), None)
+    if not gangs:
         return "a single request takes each stage once, on one GPU; no gang is sooner."
     if alone is None:
-        return f"only {size} GPUs together hold the {plan.stages.denoiser}."
-    return f"{size} GPUs denoise one video together; without a gang it takes {alone.latency_s:.2f} s."
+        return f"only {gangs[0][1].size} GPUs together hold the {plan.stages.denoiser}."
+    does = {plan.stages.denoiser: "denoise", plan.stages.decoder: "decode"}
+    together = ", ".join(f"{ranks.size} GPUs {does[stage]} one video together" for stage, ranks in gangs)
+    return f"{together}; without a gang it takes {alone.latency_s:.2f} s."
 
 
 def footnotes(plan: Plan) -> list[str]:
     """Return what to know about the gangs of a plan."""
-    gangs = [prediction for prediction in plan.predictions if prediction.layout.parallel.is_gang]
+    found = [(prediction.estimated, ranks) for prediction in plan.predictions for _, ranks in prediction.layout.gangs]
     notes = []
-    if any(gang.estimated for gang in gangs):
+    if any(estimated for estimated, _ in found):
         notes.append(
             f"* estimated from one GPU: {CFG_SPEEDUP:g} x for cfg 2, {ULYSSES_SPEEDUP:g} x for each doubling of "
             f"ulysses, as on two H100 of one host; `disagg-ray profile --parallel` measures it"
         )
-    if any(gang.estimated and gang.layout.parallel.shard_weights for gang in gangs):
+    if any(estimated and ranks.rows > 1 for estimated, ranks in found):
+        notes.append(f"* rows: {ROWS_SPEEDUP:g} x for each doubling is assumed, and was not measured on GPUs")
+    if any(estimated and ranks.shard_weights for estimated, ranks in found):
         notes.append("* shard_weights: what its exchange of weights costs is not counted")
-    if any(gang.layout.parallel.cfg > 1 for gang in gangs):
+    if any(ranks.cfg > 1 for _, ranks in found):
         notes.append("cfg 2: a request without guidance leaves half of such a gang idle")
     return notes

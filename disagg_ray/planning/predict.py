@@ -52,8 +52,8 @@ class Hardware:
     def compute_s(self, name: str, load: Load, parallel: ParallelConfig = ALONE) -> float:
         return self.stage(name, parallel).compute_s(load) / self.speed
 
-    def turn_s(self, name: str, load: Load) -> float:
-        return self.stage(name).turn_s(load) / self.speed
+    def turn_s(self, name: str, load: Load, parallel: ParallelConfig = ALONE) -> float:
+        return self.stage(name, parallel).turn_s(load) / self.speed
 
     def alone_s(self, name: str, load: Load, parallel: ParallelConfig = ALONE) -> float:
         """Return the seconds of one request on an idle replica, with the encoding of its file."""
@@ -101,7 +101,7 @@ class Predictor:
                 reason = (
                     f"{' and '.join(seat.stages)} take {needed / 1e9:.1f} GB of {usable / 1e9:.1f} on a {seat.kind}"
                 )
-        if layout.gang and len(seats) < len(layout.seats):
+        if layout.gangs and len(seats) < len(layout.seats):
             return None, reason
         fitting = replace(layout, seats=tuple(seats))
         return (fitting if all(map(fitting.replicas, self.stages.order)) else None), reason
@@ -113,8 +113,8 @@ class Predictor:
         rate = rates[bottleneck]
         memory = tuple(self.seat_bytes(seat, layout) for seat in layout.seats)
         busy = min(1.0, rate / rates.get(self.stages.denoiser, rate))
-        kinds = [self.kinds[kind] for kind in layout.gpus(layout.gang)]
-        estimated = any(gpus.measured(layout.gang, layout.parallel) is None for gpus in kinds)
+        gangs = [(self.kinds[kind], stage, ranks) for stage, ranks in layout.gangs for kind in layout.gpus(stage)]
+        estimated = any(gpus.measured(stage, ranks) is None for gpus, stage, ranks in gangs)
         return Prediction(layout, 60 * rate, self._latency_s(layout), memory, bottleneck, busy, estimated)
 
     def _rates(self, layout: Layout) -> dict[str, float]:
@@ -125,7 +125,7 @@ class Predictor:
         these helpers, rate = denoise - sum of rate / helpers x beside.
         """
         if layout.fused:
-            return {"fused": sum(s.count / self._pace_s(self.kinds[s.kind], s.stages) for s in layout.seats)}
+            return {"fused": sum(s.count / self._pace_s(self.kinds[s.kind], s.stages, layout) for s in layout.seats)}
         rates, beside, undisturbed = (defaultdict[str, float](float) for _ in range(3))
         denoise = 0.0
         for seat in layout.seats:
@@ -137,30 +137,34 @@ class Predictor:
                 forward_s = denoise_s * parallel.cfg / self.load.passes
                 denoise += seat.count / parallel.size / denoise_s
                 beside[name] += seat.count / denoise_s  # a gang waits for what computes beside one of its ranks
-            if helpers:
-                rates[name] += seat.count / self._pace_s(gpus, helpers, waiting_s=forward_s)
-                turns = self._turns_s(gpus, helpers)
+            if any(layout.parallel_of(helper).is_gang for helper in helpers):
+                decoder = self.stages.decoder  # its gangs wait for what computes beside one of their ranks
+                helpers, ranks = layout.beside(decoder), layout.parallel_of(decoder)
+                rates[" and ".join(helpers)] += seat.count / ranks.size / self._pace_s(gpus, helpers, layout)
+            elif helpers:
+                rates[name] += seat.count / self._pace_s(gpus, helpers, layout, waiting_s=forward_s)
+                turns = self._turns_s(gpus, helpers, layout)
                 undisturbed[name] += seat.count / turns if turns else math.inf
         taken = sum(rate / undisturbed[name] for name, rate in beside.items() if name in undisturbed)
         return {**rates, self.stages.denoiser: denoise / (1 + taken)}
 
-    def _pace_s(self, gpus: Hardware, stages: Sequence[str], waiting_s: float = 0.0) -> float:
+    def _pace_s(self, gpus: Hardware, stages: Sequence[str], layout: Layout, waiting_s: float = 0.0) -> float:
         """Return the seconds from one video to the next of processes that compute these stages in turn.
 
         A GPU's file is encoded while the next video computes. While a process works on the host, another may have its
         turn: that much of `waiting_s`, the wait for such a turn, costs nothing.
         """
-        turns = self._turns_s(gpus, stages)
+        turns = self._turns_s(gpus, stages, layout)
         if gpus.kind == CPU:
             return waiting_s + turns
-        computing = sum(gpus.compute_s(stage, self.load) for stage in stages)
+        computing = sum(gpus.compute_s(stage, self.load, layout.parallel_of(stage)) for stage in stages)
         finishing = sum(gpus.stage(stage).finish_s(self.load) for stage in stages)
         return max(computing + max(0.0, waiting_s - (computing - turns)), finishing)
 
-    def _turns_s(self, gpus: Hardware, stages: Sequence[str]) -> float:
+    def _turns_s(self, gpus: Hardware, stages: Sequence[str], layout: Layout) -> float:
         """Return the seconds for which one video's stages occupy a GPU, or a core, alone."""
         seconds = gpus.alone_s if gpus.kind == CPU else gpus.turn_s
-        return sum(seconds(stage, self.load) for stage in stages)
+        return sum(seconds(stage, self.load, layout.parallel_of(stage)) for stage in stages)
 
     def _latency_s(self, layout: Layout) -> float:
         """Return the seconds of a single request, each stage on its fastest replica."""

@@ -17,7 +17,7 @@ from disagg_ray.media.output import write_text
 from disagg_ray.replica.software import version_of
 from disagg_ray.text import shown
 
-VERSION = 4
+VERSION = 5
 """Of the file's schema."""
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where NVIDIA's driver states its version."""
@@ -70,6 +70,8 @@ class StageProfile:
     points: tuple[Point, ...]
     num_heads: int = 0
     """Of its transformer's attention; 0 where there is none."""
+    num_blocks: int = 0
+    """Of its transformer; 0 where there is none."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The ranks that computed it together; bytes and seconds are those of one of them."""
 

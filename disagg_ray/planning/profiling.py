@@ -36,7 +36,7 @@ def measure_profile(
 ) -> Profile:
     """Measure every stage with every request, `repeats` times after a first time that is not measured.
 
-    The denoising stage is measured on one GPU, and with the ranks of each of `gangs`.
+    The denoising stage is also measured with the ranks of each of `gangs`, and the decoder with those of `rows`.
 
     Raises:
         PlanError: the configuration is fused, has groups or a tiled decode, or is not text-to-video; this machine has
@@ -72,18 +72,20 @@ def _check(config: Config) -> None:
 
 
 def _with_ranks(config: Config, parallel: ParallelConfig, requests: Sequence[Request]) -> tuple[str, Config]:
-    """Return the denoising stage, and a configuration in which its replicas are gangs.
+    """Return the stage that such ranks share, and a configuration in which its replicas are gangs.
 
     Raises:
         InputError: the configuration, a request or this machine does not go with them.
     """
-    name = next(name for name, stage in config.stages.items() if "denoise" in stage.blocks)
+    block = "decode" if parallel.rows > 1 else "denoise"
+    name = next(name for name, stage in config.stages.items() if block in stage.blocks)
     stage = config.stages[name]
     asked = replace(stage, parallel=parallel, num_gpus=1.0 if stage.torch_device == "cuda" else 0.0)
     split = replace(config, share_gpu=[], stages=config.stages | {name: asked})
     check_room(name, split)
     for request in requests:
-        if parallel.cfg > 1 and not resolve(request, split)[0].guided:
+        resolved, _ = resolve(request, split)
+        if parallel.cfg > 1 and not resolved.guided:
             raise PlanError(
                 f"profile: {spell(parallel)} needs guidance: without it half of the ranks idle; raise "
                 f"defaults.guidance_scale over 1, or leave cfg out of --parallel and stages.{name}.parallel"

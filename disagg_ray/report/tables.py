@@ -17,7 +17,6 @@ from rich.table import Table
 from disagg_ray.batch.manifest import MANIFEST, read_manifest
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.summary import Tally, name_bottleneck
-from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.errors import OutputError
 from disagg_ray.media.output import atomic_file
 from disagg_ray.planning.parallel import spell
@@ -93,11 +92,11 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
         table.add_column(column, justify="left" if column in ("layout", "limited by") else "right")
     if num_requests:
         table.add_column(f"{num_requests} done in s", justify="right")
-    shown: set[ParallelConfig] = set()
+    shown: set[object] = set()
     for place, prediction in enumerate(plan.predictions):
         layout = prediction.layout
-        if place < most or layout.fused or layout.parallel not in shown:
-            shown.add(layout.parallel)
+        if place < most or layout.fused or layout.gangs not in shown:
+            shown.add(layout.gangs)
             table.add_row(
                 f"{layout.name}{' *' if prediction.estimated else ''}", f"{prediction.per_minute:.2f}",
                 f"{prediction.per_minute / plan.fused.per_minute:.2f}" if plan.fused else "-",

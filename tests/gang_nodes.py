@@ -1,0 +1,78 @@
+"""A gang whose ranks lie on two nodes: the node of one of them dies in mid-step, and the request goes on elsewhere.
+
+python tests/gang_nodes.py FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import helpers
+import psutil
+import ray
+from faulty import faulty_replicas
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+from disagg_ray import LocalPipeline, Pipeline, Request
+from disagg_ray.replica.messages import ReplicaInfo
+
+T2V = Path(__file__).parent.parent / "conf/tiny_t2v.yaml"
+T = "stages.transformer"
+ONE_THREAD = f"{T}.num_threads=1"
+SPREAD = (f"{T}.parallel={{ulysses: 2, spread: true}}", f"{T}.resources.rank=1", ONE_THREAD, "failures.stall_s=30")
+REQUEST = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=4, id="struck")
+
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
+
+
+def nodes_of_ranks() -> list[str]:
+    """Return the nodes of the only gang's ranks, in their order."""
+    table: dict[str, Any] = placement_group_table()
+    (gang,) = (group for group in table.values() if group["state"] != "REMOVED")
+    return [gang["bundles_to_node_id"][rank] for rank in sorted(gang["bundles_to_node_id"])]
+
+
+def gang(pipeline: Pipeline) -> ReplicaInfo:
+    wait_until(lambda: any(replica.ranks for replica in pipeline.replicas), "no gang serves")
+    return next(replica for replica in pipeline.replicas if replica.ranks)
+
+
+def lose_a_node(rank: int, cluster: Cluster, pipeline: Pipeline, faults: Any, video: bytes | None) -> None:
+    """End the node of a rank while it computes."""
+    before, where = gang(pipeline), nodes_of_ranks()
+    assert len(set(where)) == 2, f"the ranks lie on one node: {where}"
+    faults.set("transformer.step", "wait")
+    handle = pipeline.submit(REQUEST)
+    faults.await_arrival("transformer.step")
+    lost = next(node for node in cluster.worker_nodes if node.node_id == where[rank])
+    cluster.remove_node(lost, allow_graceful=False)
+    faults.clear("transformer.step")
+    assert handle.result(240.0).data == video
+    assert faults.times_computed(REQUEST.id)["encoder"] == 1, "what was finished was computed again"
+    wait_until(lambda: not any(map(psutil.pid_exists, (r.pid for r in before.ranks))), "a rank of the lost gang lives")
+    wait_until(lambda: where[rank] not in nodes_of_ranks(), "the gang is not replaced")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with LocalPipeline.from_config(T2V, ONE_THREAD) as local:
+        video = local.generate(REQUEST).data
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "include_dashboard": False}, connect=True)
+    for _ in range(3):
+        cluster.add_node(num_cpus=2, resources={"rank": 1})
+    cluster.wait_for_nodes()
+    with faulty_replicas(folder) as faults, Pipeline.from_config(T2V, *SPREAD) as pipeline:
+        lose_a_node(int(os.environ.get("RANK", "1")), cluster, pipeline, faults, video)
+    assert all(group["state"] == "REMOVED" for group in placement_group_table().values()), "bundles are left"
+    ray.shutdown()
+    cluster.shutdown()
+    print("the gang went on without its node")
+
+
+if __name__ == "__main__":
+    main()
