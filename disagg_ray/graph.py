@@ -8,12 +8,13 @@ from graphlib import CycleError, TopologicalSorter
 
 from disagg_ray.errors import GraphError
 
-IMAGES = frozenset({"image", "last_image"})
-"""Tensors of a request itself: the driver publishes them as uint8 (height, width, 3)."""
+CONTROLS = frozenset({"video", "mask", "reference_images"})
+IMAGES = frozenset({"image", "last_image"}) | CONTROLS
+"""Tensors of a request itself: the driver publishes them as uint8, an image as (height, width, 3)."""
 
 REQUEST_FIELDS = IMAGES | {
     "prompt", "negative_prompt", "max_sequence_length", "height", "width", "num_frames", "num_inference_steps",
-    "generator", "output_type",
+    "generator", "output_type", "num_reference_images", "conditioning_scale",
 }  # fmt: skip
 """Block inputs that a request supplies."""
 

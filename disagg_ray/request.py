@@ -8,7 +8,8 @@ import secrets
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from disagg_ray.config.rules import (
     Check,
@@ -25,14 +26,12 @@ from disagg_ray.config.rules import (
     whole,
 )
 from disagg_ray.config.schema import Config
-from disagg_ray.config.traits import aspect_rules, fit_size, shape_rules
+from disagg_ray.config.traits import shape_rules
 from disagg_ray.errors import RequestError
-from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, check_image_file, digest_pixels, load_image
+from disagg_ray.inputs import GivenImage, check_inputs, read_inputs, references
+from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, Picture
 from disagg_ray.models.families import FAMILIES
 from disagg_ray.text import did_you_mean, shown
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMATS = {"video": ("mp4", "gif", "frames", "npy"), "image": ("png", "webp", "jpg", "npy")}
 """By what a model makes; the first one is the default."""
@@ -72,12 +71,20 @@ class Request(Section):
     """First frame, for a model of task i2v, flf2v or ti2v; what is edited, for one of edit: a PIL image or a file."""
     last_image: ImageSource | None = None
     """Last frame, for a first-and-last-frame model."""
+    video: str | Path | None = None
+    """Control video, for a model of task vace: an mp4, gif or webp file, or a folder of images, its frames by name."""
+    mask: ImageSource | None = None
+    """Of video, black where its pixels stay and white where they are made: a video of as many frames, or one image."""
+    reference_images: list[ImageSource] | None = None
+    """What is to appear in the video, for a model of task vace: a list of PIL images or files."""
+    conditioning_scale: Guidance | None = None
+    """How much video and reference_images count, for a model of task vace; left out: 1."""
     height: int | None = None
-    """Pixels, a multiple of 16 (ti2v: 32). With an image and left out: the image's aspect at the default area."""
+    """Pixels, a multiple of 16 (ti2v: 32). With an image or a video and left out: its aspect at the default area."""
     width: int | None = None
     """Pixels, a multiple of 16 (ti2v: 32)."""
     num_frames: int | None = None
-    """Frames, 4k + 1; not of an image."""
+    """Frames, 4k + 1; not of an image. With video and left out: as many as it has, at most the default."""
     num_inference_steps: Count | None = None
     """Denoising steps; with model.sigmas there are as many as sigmas."""
     guidance_scale: Guidance | None = None
@@ -103,16 +110,6 @@ NAMES_OF_TYPES = {str: "text", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
-class GivenImage:
-    """An input image: upright, RGB, not resized."""
-
-    height: int
-    width: int
-    sha256: str
-    """Of its pixels."""
-
-
-@dataclass(frozen=True)
 class ResolvedRequest:
     """A request with every default filled in and every check passed; images are passed beside it."""
 
@@ -131,6 +128,7 @@ class ResolvedRequest:
     priority: int
     images: dict[str, GivenImage]
     """By name."""
+    conditioning_scale: float = 1.0
 
     @property
     def guided(self) -> bool:
@@ -138,37 +136,38 @@ class ResolvedRequest:
         return self.guidance_scale > 1
 
     @property
+    def num_references(self) -> int:
+        return len(references(self.images))
+
+    @property
     def image_pixels(self) -> int:
         return max((image.height * image.width for image in self.images.values()), default=0)
 
 
-def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str, Image]]:
+def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str, Picture]]:
     """Fill in a request's defaults and check it; return it with its input images, upright and RGB.
 
     Raises:
         RequestError: names the field, the value and the remedy.
     """
     request = _check_fields(request, config)
-    given = _given_images(request, config)
-    images = {name: load_image(image, name, config.limits.max_image_pixels) for name, image in given.items()}
-    known = {name: GivenImage(image.height, image.width, digest_pixels(image)) for name, image in images.items()}
-    return _fill(request, config, _size(request, config, known.get("image")), known), images
+    inputs = read_inputs(request, config)
+    request = replace(request, num_frames=inputs.num_frames)
+    return _fill(request, config, inputs.size, inputs.about), inputs.pictures
 
 
 def check(request: Request, config: Config) -> ResolvedRequest:
     """Check what `resolve` checks, but open no image: of an image file only that it exists and is not too large.
 
-    Where an image decides the size, the returned size is a placeholder.
+    Where an image or a video decides the size, the returned size is a placeholder.
 
     Raises:
         RequestError: names the field, the value and the remedy.
     """
-    request = _check_fields(request, config)
-    given = _given_images(request, config)
-    for name, image in given.items():
-        check_image_file(image, name)
-    height, width = (config.model.traits.multiple,) * 2 if given else (config.defaults.height, config.defaults.width)
-    return _fill(request, config, (_or(request.height, height), _or(request.width, width)), {})
+    request, size = _check_fields(request, config), (config.defaults.height, config.defaults.width)
+    if check_inputs(request, config):
+        size = (config.model.traits.multiple,) * 2
+    return _fill(request, config, (_or(request.height, size[0]), _or(request.width, size[1])), {})
 
 
 def _check_fields(request: Request, config: Config) -> Request:
@@ -215,30 +214,6 @@ def _take(name: str, value: Any, kind: type) -> Any:
     return taken
 
 
-def _given_images(request: Request, config: Config) -> dict[str, ImageSource]:
-    task, traits = config.model.task, config.model.traits
-    given = {name: image for name in ("image", "last_image") if (image := getattr(request, name)) is not None}
-    for name in ("image", "last_image"):
-        if name in traits.images and name not in given:
-            raise RequestError(f"{name}: none given; a model of task {task} needs one")
-        if name in given and name not in traits.images + traits.optional_images:
-            raise RequestError(
-                f"{name}: given, but a model of task {task} takes none; leave it out or use another model"
-            )
-        if name in given and name not in traits.images and not config.encodes_images:
-            raise RequestError(f"{name}: given, but no stage has the block vae_encoder; leave it out, or add that")
-    return given
-
-
-def _size(request: Request, config: Config, image: GivenImage | None) -> tuple[int, int]:
-    """Return (height, width)."""
-    asked, default = (request.height, request.width), (config.defaults.height, config.defaults.width)
-    if image is None:
-        return _or(asked[0], default[0]), _or(asked[1], default[1])
-    enforce(aspect_rules(config.model.traits, image.height, image.width), RequestError)
-    return fit_size(config.model.traits, asked, default, (image.height, image.width))
-
-
 def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[str, GivenImage]) -> ResolvedRequest:
     """Fill in the defaults and check the result against the configuration; the size is (height, width)."""
     defaults = vars(config.defaults) | {"height": size[0], "width": size[1]}
@@ -250,6 +225,7 @@ def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[
         format=_or(request.format, FORMATS[config.model.traits.makes][0]),
         priority=request.priority,
         images=images,
+        conditioning_scale=_or(request.conditioning_scale, 1.0),
         **{name: _or(getattr(request, name), default) for name, default in defaults.items()},
     )
     enforce(_rules(resolved, config), RequestError)

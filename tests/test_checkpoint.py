@@ -23,7 +23,7 @@ from disagg_ray.replica.stage import Stage
 CONF = Path(__file__).parent.parent / "conf"
 TASKS = {
     "tiny-t2v": "t2v", "tiny-i2v": "i2v", "tiny-flf2v": "flf2v", "tiny-a14b-t2v": "t2v", "tiny-a14b-i2v": "i2v",
-    "tiny-ti2v": "ti2v",
+    "tiny-ti2v": "ti2v", "tiny-vace": "vace",
 }  # fmt: skip
 ALIKE = {
     "wan21_t2v_1_3b.yaml": "tiny-t2v",
@@ -34,6 +34,8 @@ ALIKE = {
     "wan22_t2v_a14b.yaml": "tiny-a14b-t2v",
     "wan22_i2v_a14b.yaml": "tiny-a14b-i2v",
     "wan22_ti2v_5b.yaml": "tiny-ti2v",
+    "wan21_vace_1_3b.yaml": "tiny-vace",
+    "wan21_vace_14b.yaml": "tiny-vace",
 }
 """Files of published models, and the tiny shape with the same components."""
 

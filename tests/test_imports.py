@@ -27,6 +27,7 @@ LAYERS = (
     {"replica"},
     {"models", "scheduling", "result"},
     {"progress", "request"},
+    {"inputs"},
     {"transfer", "media"},
     {"config", "graph"},
     {"families"},

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from disagg_ray.batch.lines import load_json
-from disagg_ray.request import GivenImage, ResolvedRequest
+from disagg_ray.inputs import GivenImage
+from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ TIMING: dict[str, Check] = {
 REQUEST: dict[str, Check] = {
     "id": _word, "prompt": _text, "negative_prompt": _text, "height": COUNT, "width": COUNT, "num_frames": COUNT,
     "num_inference_steps": COUNT, "guidance_scale": FACTOR, "guidance_scale_2": FACTOR, "seed": BYTES, "fps": COUNT,
-    "format": _word, "priority": PRIORITY, "images": _by_name(_image),
+    "format": _word, "priority": PRIORITY, "conditioning_scale": FACTOR, "images": _by_name(_image),
 }  # fmt: skip
 RECORD: dict[str, Check] = {
     "id": _file_name, "status": _status, "content": _word, "setup": _word, "finished": EPOCH, "file": _file_name,

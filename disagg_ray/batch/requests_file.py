@@ -24,6 +24,7 @@ from disagg_ray.config.rules import whole
 from disagg_ray.config.schema import Config
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
+from disagg_ray.inputs import FIELDS, REFERENCES
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import TYPES, Request, check
 from disagg_ray.text import did_you_mean, printable, shown
@@ -33,7 +34,6 @@ MAX_LINE_BYTES = 2**20
 MAX_ID_BYTES = 200
 """Of a file name's 255 bytes; suffixes, also of files being written, take the rest."""
 BOM = b"\xef\xbb\xbf"
-IMAGES = {"image", "last_image"}
 KNOWN = {f.name for f in fields(Request)}
 NOT_CONTENT = {"id", "priority"}
 """Fields that change nothing in the video."""
@@ -204,11 +204,27 @@ def parse(raw: bytes, folder: Path) -> Line:
     check_name(given["id"], given.get("format"))
     if "seed" not in given:
         given["seed"] = _short(given["id"].encode() + b"\0" + content) >> 32
-    for name in IMAGES & given.keys():
-        if not isinstance(given[name], str):
-            raise RequestError(f"{name}: {shown(given[name])} is no path; give the path of an image file")
-        given[name] = folder / expand_home(given[name])
+    for name in FIELDS:
+        if name in given:
+            given[name] = _paths(name, given[name], folder)
     return Line(Request(**given), digest)
+
+
+def _paths(name: str, value: Any, folder: Path) -> Path | list[Path]:
+    """Return a field's path, or paths, as seen from a folder."""
+    if name == REFERENCES and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return [folder / expand_home(each) for each in value]
+    if name == REFERENCES or not isinstance(value, str):
+        what = "a list of paths; give paths of image files" if name == REFERENCES else "path; give the path of a file"
+        raise RequestError(f"{name}: {shown(value)} is no {what}")
+    return folder / expand_home(value)
+
+
+def files_of(request: Request) -> dict[str, Path]:
+    """Return the files and folders that a request names, by field; of a list by `field[index]`."""
+    given = {name: getattr(request, name) for name in FIELDS}
+    given |= {f"{REFERENCES}[{number}]": path for number, path in enumerate(given.pop(REFERENCES) or ())}
+    return {name: path for name, path in given.items() if isinstance(path, Path)}
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -23,10 +23,10 @@ import numpy as np
 from disagg_ray.batch.lines import InvalidLines
 from disagg_ray.batch.manifest import INVALID, Folder, read_manifest, sha256_of, stat_of
 from disagg_ray.batch.records import Picture, Record
-from disagg_ray.batch.requests_file import RequestsFile
+from disagg_ray.batch.requests_file import RequestsFile, files_of
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import OutputError, RequestError
-from disagg_ray.media.video import digest_pixels, load_image
+from disagg_ray.inputs import read_inputs
 from disagg_ray.models.identity import identify_setup
 from disagg_ray.request import Request
 
@@ -135,17 +135,17 @@ def _is_intact(folder: Path, record: Record, *, verify: bool) -> bool:
 
 
 def _shows_another(request: Request, record: Record, config: Config) -> bool:
-    """Return whether an image file has other pixels than the video was made from; unchanged files are not read."""
-    for name, before in record.pictures.items():
-        path = getattr(request, name, None)
-        if not isinstance(path, Path) or picture_of(path, before.sha256) in (None, before):
-            continue
-        try:
-            if digest_pixels(load_image(path, name, config.limits.max_image_pixels)) != before.sha256:
-                return True
-        except RequestError as error:
-            logger.warning("request %s: its video stays: %s", record.id, error)
-    return False
+    """Return whether a file has other pixels than the video was made from; without a changed one none is read."""
+    files = {name: path for name, path in files_of(request).items() if name in record.pictures}
+    now = {name: picture_of(path, record.pictures[name].sha256) for name, path in files.items()}
+    if all(found in (None, record.pictures[name]) for name, found in now.items()):
+        return False
+    try:
+        read = read_inputs(request, config).about
+    except RequestError as error:
+        logger.warning("request %s: its video stays: %s", record.id, error)
+        return False
+    return any(read[name].sha256 != record.pictures[name].sha256 for name in files)
 
 
 def picture_of(path: Path, sha256: str) -> Picture | None:

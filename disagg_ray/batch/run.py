@@ -15,7 +15,7 @@ from pathlib import Path
 
 from disagg_ray.batch.manifest import Folder, sha256_of, stat_of
 from disagg_ray.batch.records import Record
-from disagg_ray.batch.requests_file import IMAGES, Line, RequestsFile
+from disagg_ray.batch.requests_file import Line, RequestsFile, files_of
 from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
 from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config.schema import Config
@@ -146,8 +146,7 @@ class Batch:
 
         Return False if a service still computes another request of its id, left by an earlier run of this batch.
         """
-        files = {name: path for name in IMAGES if isinstance(path := getattr(line.request, name), Path)}
-        states = {name: state for name, path in files.items() if (state := picture_of(path, ""))}
+        states = {name: state for name, path in files_of(line.request).items() if (state := picture_of(path, ""))}
         outcome: Handle | RequestError
         try:
             outcome = pipeline.submit(line.request, latents_file=self._folder.latents_of(line.request.id))

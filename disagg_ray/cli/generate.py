@@ -15,6 +15,7 @@ from disagg_ray.cli import logs
 from disagg_ray.cli.arguments import config_parser, overrides_of
 from disagg_ray.config.docs import field_docs
 from disagg_ray.config.load import load_config
+from disagg_ray.config.rules import kinds
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.signals import Interrupts, interruptible
 from disagg_ray.environment import expand_home, in_ray_job
@@ -209,5 +210,8 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
     docs = field_docs(Request)
     for f in fields(Request):
         if f.name != "format":
-            kind = TYPES.get(f.name, str)
-            parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar=kind.__name__, help=docs[f.name])
+            kind, flag = TYPES.get(f.name, str), f"--{f.name.replace('_', '-')}"
+            several = kinds(Request)[f.name].item is not None
+            how = "append" if several else "store"
+            text = docs[f.name] + " Once for each." * several
+            parser.add_argument(flag, type=kind, action=how, metavar=kind.__name__, help=text)

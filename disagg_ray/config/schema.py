@@ -64,8 +64,9 @@ class ModelConfig(Section):
     family: Annotated[str, one_of(*FAMILIES)] = DEFAULT
     """Kind of the model: the name of its folder in `disagg_ray/models`."""
     task: str = "t2v"
-    """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame) or ti2v (text, and
-    a first frame if the request gives one) make a video, t2i (text) and edit (text and image) make an image."""
+    """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame), ti2v (text, and
+    a first frame if the request gives one) or vace (text, and a control video, its mask and reference images if the
+    request gives them) make a video, t2i (text) and edit (text and image) make an image."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
     flow_shift: Positive | None = None
@@ -129,7 +130,7 @@ class LimitsConfig(Section):
     max_prompt_chars: Count = 10_000
     """Characters of the prompt, and of the negative prompt."""
     max_image_pixels: Count = 4096 * 4096
-    """Height x width of an input image, in pixels, before it is resized."""
+    """Height x width of an input image, or of a frame of an input video, in pixels, before it is resized."""
     max_queued: Count = 256
     """Requests in the queue; past it, `submit` waits or raises Overloaded."""
 

@@ -98,11 +98,14 @@ def token_rules(
 
 def family_rules(config: Config) -> Iterator[Check]:
     """Yield that keys which the family's models do not have are left out."""
-    family = FAMILIES[config.model.family]
-    for key in family.without:
+    family, task = FAMILIES[config.model.family], config.model.traits
+    for key in family.without + task.without:
         section, _, rest = key.partition(".")
         others = ", ".join(name for name, other in FAMILIES.items() if key not in other.without)
         remedy = f"must be left out: models of model.family={family.name} do not have it; those of {others} do"
+        if key in task.without:
+            able = ", ".join(name for name, other in family.tasks.items() if key not in other.without)
+            remedy = f"must be left out: models of model.task={config.model.task} do not have it; those of {able} do"
         for place, holder in _holders(config) if section == "stages" else [(section, getattr(config, section))]:
             value, default = attrgetter(rest)(holder), attrgetter(rest)(type(holder)())
             yield f"{place}.{rest}", value, value == default, remedy

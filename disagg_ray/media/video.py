@@ -28,6 +28,9 @@ ImageSource = Image.Image | str | Path
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """Shape (height, width, 3)."""
 
+Picture = Image.Image | np.ndarray[Any, np.dtype[np.uint8]]
+"""What of a request is pixels: an image; or a video's frames, or several images, packed into one array."""
+
 Frames = np.ndarray[Any, np.dtype[np.float32]]
 """Shape (num_frames, height, width, 3), in [0, 1]."""
 
@@ -72,11 +75,11 @@ def load_image(source: ImageSource, field: str, max_pixels: int) -> Image.Image:
     libtiff.silence()
     try:
         if isinstance(source, Image.Image):
-            return _upright(source, field, max_pixels, shown)
+            return upright(source, field, max_pixels, shown)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # many pixels are checked below, and strange tags do no harm
             with Image.open(_file(expand_home(source), field, shown), formats=IMAGE_FORMATS) as image:
-                return _upright(image, field, max_pixels, shown)
+                return upright(image, field, max_pixels, shown)
     except RequestError:
         raise
     except Image.DecompressionBombError as error:
@@ -118,28 +121,38 @@ def _file(path: Path, field: str, shown: str) -> Path:
     return path
 
 
-def _upright(image: Image.Image, field: str, max_pixels: int, shown: str) -> Image.Image:
+def check_size(image: Image.Image, field: str, max_pixels: int, shown: str) -> None:
+    """Refuse an image that is larger than `max_pixels` by its header."""
     if not 0 < image.width * image.height <= max_pixels:
         raise RequestError(
             f"{field}: {shown} has {image.width}x{image.height} pixels, not from 1 to "
             f"limits.max_image_pixels={max_pixels}"
         )
+
+
+def upright(image: Image.Image, field: str, max_pixels: int, shown: str) -> Image.Image:
+    """Return an opened image, or its present frame, as `load_image` does; Pillow's errors are the caller's."""
+    check_size(image, field, max_pixels, shown)
     if image.mode in ("I", "F"):
         raise RequestError(f"{field}: {shown} has 32-bit pixels, whose range is not known; give 8 or 16 bits")
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # Pillow would clip it at 255
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    return upright.convert("RGB")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):  # Pillow would clip it at 255
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    return turned.convert("RGB")
 
 
-def to_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return an image's pixels, uint8 of shape (height, width, 3)."""
-    return np.array(image, dtype=np.uint8)
+def to_array(image: Picture) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return an image's pixels, uint8 of shape (height, width, 3); what is pixels already stays as it is."""
+    return np.array(image, dtype=np.uint8) if isinstance(image, Image.Image) else image
 
 
-def digest_pixels(image: Image.Image) -> str:
-    """Return the sha256 of an RGB image's size and pixels: equal for equal pictures, whatever file they came from."""
-    return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
+def digest_pixels(image: Picture) -> str:
+    """Return the sha256 of size and pixels: equal for equal pictures, whatever file they came from."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{image.shape} ".encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
 
 
 def to_image(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:

@@ -23,6 +23,8 @@ MAX_NUMBER = 2**20
 """Largest whole number in a configuration; the largest published is a vocabulary of 256,384."""
 MAX_LAYERS = 1024
 LAYERS = ("num_layers", "num_hidden_layers", "num_res_blocks")
+FROM_ZERO = ("token_id", "vace_layers")
+"""Ends of keys whose whole numbers may be 0."""
 SMALL = (".json", ".model", ".txt")
 """Suffixes of files that are opened beside weights."""
 CODE = ("auto_map", "custom_pipelines")
@@ -114,7 +116,7 @@ def read_config(kind: Component, folder: Path, name: str) -> dict[str, Any]:
                 f"usual name"
             )
     for key, hint in get_type_hints(kind.values).items() if kind.values is not None else ():
-        least, most = int(not key.endswith("token_id")), MAX_LAYERS if key in LAYERS else MAX_NUMBER
+        least, most = int(not key.endswith(FROM_ZERO)), MAX_LAYERS if key in LAYERS else MAX_NUMBER
         if key in config and not _fits(config[key], hint, least, most):
             raise CheckpointError(
                 f"model.path: {key} in {quote(path)} is {_shown(config[key])}, and must be {_kind_of(hint)}"

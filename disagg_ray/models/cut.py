@@ -287,4 +287,6 @@ def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[st
         "sigmas": np.array(checkpoint.model.sigmas) if checkpoint.model.sigmas else None,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",
+        "num_reference_images": request.num_references,
+        "conditioning_scale": request.conditioning_scale,
     }

@@ -48,7 +48,11 @@ class Task:
     images: tuple[str, ...] = ()
     """Fields of images that it needs."""
     optional_images: tuple[str, ...] = ()
-    """Those that it takes and does not need."""
+    """Those that it takes and does not need, videos too."""
+    others: tuple[str, ...] = ()
+    """Other fields that not every task takes."""
+    max_references: int = 0
+    """Most images in `reference_images`."""
     multiple: int = 16
     """What height and width are multiples of: pixels of one token."""
     rounds_to: int | None = None
@@ -65,6 +69,14 @@ class Task:
     """Denoising steps with which its schedule is a number."""
     step_caches: tuple[str, ...] = ("first_block", "mag", "taylorseer")
     """Methods of `denoiser.step_cache` that its transformers have."""
+
+    without: tuple[str, ...] = ()
+    """Keys of a configuration that its models do not have, beside those of the family."""
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Fields of a request that not every task takes, and this one does."""
+        return self.images + self.optional_images + self.others
 
     @property
     def makes(self) -> Literal["video", "image"]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from disagg_ray.config.options import TILES
-from disagg_ray.graph import IMAGES
+from disagg_ray.graph import CONTROLS, IMAGES
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.request import ResolvedRequest
 
@@ -35,7 +35,10 @@ def example_request(checkpoint: Checkpoint, size: Sequence[int]) -> ResolvedRequ
 
 
 def example_tensors(checkpoint: Checkpoint, names: Sequence[str], size: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Return tensors of zeros in place of other stages' outputs and of the request's images, on the CPU."""
+    """Return tensors of zeros in place of other stages' outputs and of the request's images, on the CPU.
+
+    A control video is left out: what a model makes of none is as large.
+    """
     height, width, num_frames = size
     tiles = [name for name in names if name.startswith(TILES)]
     most = checkpoint.geometry.tensor_bytes(height * width, num_frames, 0, len(tiles))
@@ -44,5 +47,5 @@ def example_tensors(checkpoint: Checkpoint, names: Sequence[str], size: Sequence
     return {
         name: torch.zeros(height, width, 3, dtype=torch.uint8) if name in IMAGES else torch.zeros(shapes[name])
         for name in names
-        if name != "negative_prompt_embeds"
+        if name != "negative_prompt_embeds" and name not in CONTROLS
     }

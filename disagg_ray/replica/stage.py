@@ -13,7 +13,8 @@ import torch
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import ConfigError
 from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
-from disagg_ray.media.video import Frames, to_image
+from disagg_ray.inputs import unpack
+from disagg_ray.media.video import Frames
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.preflight import check_fit
@@ -192,7 +193,7 @@ class Stage:
     def compute(self, request: ResolvedRequest, tensors: Mapping[str, torch.Tensor], on_step: OnStep | None) -> Outputs:
         """Run the blocks for one request.
 
-        `tensors` are other stages' outputs and the request's images (uint8, (height, width, 3)). Whatever `on_step`
+        `tensors` are other stages' outputs and the request's images (uint8, see `inputs`). Whatever `on_step`
         raises ends the work.
 
         Raises:
@@ -201,7 +202,7 @@ class Stage:
         """
         torch.set_num_threads(self._settings.torch_threads)  # of this thread: torch keeps it a thread
         inputs: dict[str, Any] = {
-            name: to_image(tensor.cpu().numpy()) if name in IMAGES else tensor.to(self.device)
+            name: unpack(name, tensor.cpu().numpy(), request) if name in IMAGES else tensor.to(self.device)
             for name, tensor in tensors.items()
         }
         if self._short:

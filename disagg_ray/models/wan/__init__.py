@@ -1,15 +1,18 @@
-"""Wan 2.1 and 2.2: video of a text, of a text and a first frame, or of a text, a first and a last frame."""
+"""Wan 2.1 and 2.2: video of a text, of a text and a first frame, of a text, a first and a last
+frame, or of a text, a control video and reference images."""
 
 from disagg_ray.models.family import Component, Family, Task
 from disagg_ray.models.wan.component_configs import (
     ImageEncoderConfig,
     SchedulerConfig,
     TextEncoderConfig,
-    TransformerConfig,
+    VaceTransformerConfig,
     VaeConfig,
 )
 
-_TRANSFORMER = Component("diffusers", ("WanTransformer3DModel",), values=TransformerConfig)
+_TRANSFORMER = Component(
+    "diffusers", ("WanTransformer3DModel", "WanVACETransformer3DModel"), values=VaceTransformerConfig
+)
 _TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 _IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -22,8 +25,15 @@ FAMILY = Family(
         "i2v": Task(images=("image",)),
         "flf2v": Task(images=("image", "last_image")),
         "ti2v": Task(optional_images=("image",), multiple=32),
+        "vace": Task(
+            optional_images=("video", "mask", "reference_images"),
+            others=("conditioning_scale",),
+            max_references=4,
+            step_caches=(),
+            without=("stages.parallel.ulysses", "stages.parallel.shard_weights"),
+        ),
     },
-    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
     components={
         "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
         "text_encoder": Component("transformers", ("UMT5EncoderModel",), values=TextEncoderConfig),

@@ -2,7 +2,9 @@
 
 Field names are those of the component configurations of diffusers and transformers, so that a configuration here is
 the keyword arguments there. Numbers of the published models: `scripts/convert_wan_to_diffusers.py` of diffusers,
-`google/umt5-xxl`, `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, and `vae/config.json` of `Wan-AI/Wan2.2-TI2V-5B-Diffusers`.
+`google/umt5-xxl`, `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`,
+`transformer/config.json` of `Wan-AI/Wan2.1-VACE-1.3B-diffusers` and `Wan-AI/Wan2.1-VACE-14B-diffusers`, and
+`vae/config.json` of `Wan-AI/Wan2.2-TI2V-5B-Diffusers`.
 """
 
 from dataclasses import dataclass
@@ -152,6 +154,16 @@ class TransformerConfig:
     """Added to the variance in the norms."""
     rope_max_seq_len: int = 1024
     """Longest side, in tokens, that the rotary position embedding knows."""
+
+
+@dataclass(frozen=True)
+class VaceTransformerConfig(TransformerConfig):
+    """Wan VACE's, with a second row of blocks for the control; the defaults are the 14B one."""
+
+    vace_layers: tuple[int, ...] = (0, 5, 10, 15, 20, 25, 30, 35)
+    """Blocks whose output gets that of a control block added."""
+    vace_in_channels: int = 96
+    """Channels of the control: latents of what stays and of what is made, and the mask's 8 x 8 pixels."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from disagg_ray.models.wan.geometry import IMAGE_TEXT_TOKENS
 
 
+def _blocks(transformer: Any) -> list[Any]:
+    """Return its blocks, and those of VACE's control."""
+    return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
+
+
 def fuse_activation(transformer: Any) -> None:
     """Have the feed-forward's first matrix product apply bias and GELU before it writes, on a GPU; of plain weights."""
-    for block in transformer.blocks:
+    for block in _blocks(transformer):
         linear = block.ffn.net[0].proj
         if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:  # LoRA, torchao
             continue
@@ -48,7 +53,7 @@ def fuse_rotary(transformer: Any) -> None:
     """Rotate queries and keys in one pass without interleaved writes, by a table that each forward makes once."""
     rope = transformer.rope
     rope.forward = partial(_signed_table, type(rope).forward.__get__(rope))
-    for block in transformer.blocks:
+    for block in _blocks(transformer):
         for attention in (block.attn1, block.attn2):
             backend = attention.processor._attention_backend
             attention.set_processor(RotaryProcessor())

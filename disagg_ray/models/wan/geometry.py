@@ -32,6 +32,8 @@ class WanGeometry(Geometry):
     """Images whose embeddings the transformer takes together."""
     expand_timesteps: bool = False
     """Whether each token has a timestep of its own (TI2V)."""
+    max_references: int = 0
+    """Reference images that a control may have (VACE)."""
 
     def tensor_shapes(self, height: int, width: int, num_frames: int) -> dict[str, tuple[int, ...]]:
         latents = self.latents_shape(height, width, num_frames)
@@ -42,16 +44,27 @@ class WanGeometry(Geometry):
             "image_condition_latents": (one, channels + self.temporal_factor, times, *sides),
             "first_frame_latents": latents,
             "first_last_frame_latents": latents,
+            "control_hidden_states": (one, self._control_channels, times, *sides),
         }
+
+    @property
+    def _control_channels(self) -> int:
+        """Channels of a control: latents of what stays and of what is made, and the mask of each pixel."""
+        return 2 * self.latent_channels + self.spatial_factor**2
 
     def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
         latents = self._num_latents(pixels, num_frames)
+        references = self.max_references * self._num_latents(pixels, 1)
         return super().tensor_bytes(pixels, num_frames, image_pixels) | {
             "image_embeds": 2 * 4 * self.image_tokens * self.image_dim,
             "image_latents": 4 * self.latent_channels * self._num_latents(pixels, 1),
             "image_condition_latents": 4 * (self.latent_channels + self.temporal_factor) * latents,
             "first_frame_latents": 4 * self.latent_channels * latents,
             "first_last_frame_latents": 4 * self.latent_channels * latents,
+            "video": 3 * pixels * num_frames,
+            "mask": pixels * num_frames,
+            "reference_images": 3 * image_pixels * self.max_references,
+            "control_hidden_states": 4 * self._control_channels * (latents + references),
             **{name: 4 * 3 * num_frames * _part_pixels(pixels, num_parts) for name in tile_tensors(num_parts)},
         }
 
@@ -69,6 +82,8 @@ def tasks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the tasks that a checkpoint serves, by its index."""
     if index.get("expand_timesteps"):
         return ("ti2v",)
+    if index["_class_name"] == "WanVACEPipeline":
+        return ("vace",)
     return ("t2v",) if index["_class_name"] == "WanPipeline" else ("i2v", "flf2v")
 
 
@@ -89,6 +104,8 @@ def read_geometry(model: ModelConfig, folder: Path, index: dict[str, Any], compo
     _check_task(model, transformer)
     if index.get("expand_timesteps"):
         _check_ti2v(model, transformer, vae, components)
+    if model.task == "vace":
+        _check_vace(model, transformer, vae, components)
     downsample = vae.get("temperal_downsample", [False, True, True])  # diffusers' spelling
     return WanGeometry(
         text_dim=transformer["text_dim"],
@@ -102,6 +119,7 @@ def read_geometry(model: ModelConfig, folder: Path, index: dict[str, Any], compo
         two_transformers="transformer_2" in components,
         boundary_ratio=model.boundary_ratio if model.boundary_ratio is not None else index.get("boundary_ratio"),
         expand_timesteps=bool(index.get("expand_timesteps")),
+        max_references=model.traits.max_references,
     )
 
 
@@ -141,3 +159,22 @@ def _check_ti2v(
     ):
         if wrong:
             raise CheckpointError(f"model.path: {model.path!r} has expand_timesteps and {what}, which is not supported")
+
+
+def _check_vace(
+    model: ModelConfig, transformer: Mapping[str, Any], vae: Mapping[str, Any], names: Iterable[str]
+) -> None:
+    """Refuse a VACE model that is otherwise than Wan 2.1's.
+
+    Raises:
+        CheckpointError: names what is otherwise.
+    """
+    channels = 2 * vae["z_dim"] + vae.get("scale_factor_spatial", 8) ** 2
+    for wrong, what in (
+        ("transformer_2" in names, "two transformers (VACE-Fun)"),
+        (transformer.get("image_dim") is not None, "a transformer that wants an image encoder"),
+        (transformer.get("vace_in_channels") != channels, f"a control of other channels than {channels}"),
+        (bool(vae.get("patch_size")), "a VAE of patches"),
+    ):
+        if wrong:
+            raise CheckpointError(f"model.path: {model.path!r} is a VACE model with {what}, which is not supported")

@@ -22,6 +22,7 @@ from disagg_ray.models.wan.fusing import fuse_activation, fuse_rotary
 from disagg_ray.models.wan.geometry import WanGeometry
 from disagg_ray.models.wan.ti2v import ti2v_blocks
 from disagg_ray.models.wan.tiles import Blend, DecodePart
+from disagg_ray.models.wan.vace import vace_blocks
 
 TRIGGERS = {"t2v": ("prompt",), "i2v": ("prompt", "image"), "flf2v": ("prompt", "image", "last_image")}
 """Inputs by which diffusers picks the blocks of a task."""
@@ -37,6 +38,8 @@ class WanModel(Model):
         task, geometry = checkpoint.model.task, _geometry(checkpoint)
         if geometry.expand_timesteps:
             return replace_blocks(ti2v_blocks(geometry))
+        if task == "vace":
+            return replace_blocks(vace_blocks(geometry))
         model = _model_blocks(task, geometry)
         return replace_blocks(model.get_execution_blocks(**dict.fromkeys(TRIGGERS[task], True)).sub_blocks)
 

@@ -14,6 +14,7 @@ from disagg_ray.models.wan.component_configs import (
     SchedulerConfig,
     TextEncoderConfig,
     TransformerConfig,
+    VaceTransformerConfig,
     VaeConfig,
 )
 from disagg_ray.models.wan.shapes import Shape
@@ -31,8 +32,8 @@ def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
             "text_encoder": _transformers_model("UMT5EncoderModel", "UMT5Config", shape.text_encoder),
             "image_encoder": _transformers_model("CLIPVisionModel", "CLIPVisionConfig", shape.image_encoder),
             "vae": _diffusers_component("AutoencoderKLWan", shape.vae),
-            "transformer": _diffusers_component("WanTransformer3DModel", shape.transformer),
-            "transformer_2": _diffusers_component("WanTransformer3DModel", shape.transformer_2),
+            "transformer": _transformer(shape.transformer),
+            "transformer_2": _transformer(shape.transformer_2),
         }
     return {name: module for name, module in built.items() if module is not None}
 
@@ -54,7 +55,7 @@ def build_random(config: TransformerConfig, dtype: str, device: str, seed: int =
     Nothing is written; needs memory on the device for the weights alone.
     """
     with torch.device("meta"):
-        module: Any = _diffusers_component("WanTransformer3DModel", config)
+        module: Any = _transformer(config)
     rope = type(module.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)  # a table
     draw(module, floating_dtype(dtype), torch.Generator(device).manual_seed(seed))
     module.rope = rope.to(device)
@@ -100,6 +101,11 @@ def _transformers_model(model: str, configuration: str, config: ComponentConfig 
 
 def _diffusers_component(component: str, config: ComponentConfig | None) -> Any:
     return None if config is None else getattr(diffusers, component)(**_arguments(config))
+
+
+def _transformer(config: TransformerConfig | None) -> Any:
+    vace = isinstance(config, VaceTransformerConfig)
+    return _diffusers_component("WanVACETransformer3DModel" if vace else "WanTransformer3DModel", config)
 
 
 def _image_processor(config: ImageEncoderConfig) -> Any:

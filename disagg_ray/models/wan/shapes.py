@@ -9,11 +9,12 @@ from disagg_ray.models.wan.component_configs import (
     SchedulerConfig,
     TextEncoderConfig,
     TransformerConfig,
+    VaceTransformerConfig,
     VaeConfig,
 )
 from disagg_ray.text import did_you_mean
 
-Pipeline = Literal["WanPipeline", "WanImageToVideoPipeline"]
+Pipeline = Literal["WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Shape:
     @property
     def settings(self) -> dict[str, Any]:
         """What the stock pipeline is given beside its components."""
-        return {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
+        expands = {} if self.pipeline == "WanVACEPipeline" else {"expand_timesteps": self.expand_timesteps}
+        return {"boundary_ratio": self.boundary_ratio} | expands
 
     @property
     def takes_image(self) -> bool:
@@ -77,6 +79,10 @@ _I2V_A14B = replace(_T2V_14B, in_channels=36)
 _I2V_14B = replace(_I2V_A14B, image_dim=1280, added_kv_proj_dim=5120)
 _FLF2V_14B = replace(_I2V_14B, pos_embed_seq_len=514)
 _TI2V_5B = replace(_T2V_14B, num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
+_VACE_14B = VaceTransformerConfig()
+_VACE_1_3B = VaceTransformerConfig(
+    num_attention_heads=12, num_layers=30, ffn_dim=8960, vace_layers=tuple(range(0, 30, 2))
+)
 
 
 def _image_shape(name: str, transformer: TransformerConfig, flow_shift: float) -> Shape:
@@ -99,6 +105,8 @@ _PUBLISHED = (
     _two_transformers("wan2.2-t2v-a14b", "WanPipeline", _T2V_14B, boundary_ratio=0.875),
     _two_transformers("wan2.2-i2v-a14b", "WanImageToVideoPipeline", _I2V_A14B, boundary_ratio=0.9),
     Shape("wan2.2-ti2v-5b", "WanPipeline", _UMT5_XXL, WAN22_VAE, _TI2V_5B, SchedulerConfig(5.0), expand_timesteps=True),
+    Shape("wan2.1-vace-1.3b", "WanVACEPipeline", _UMT5_XXL, _VAE, _VACE_1_3B, SchedulerConfig()),
+    Shape("wan2.1-vace-14b", "WanVACEPipeline", _UMT5_XXL, _VAE, _VACE_14B, SchedulerConfig()),
 )
 
 _TINY_TEXT = TextEncoderConfig(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
@@ -117,6 +125,7 @@ _TINY_DIT = TransformerConfig(
 _TINY_A14B_I2V_DIT = replace(_TINY_DIT, in_channels=36)
 _TINY_I2V_DIT = replace(_TINY_A14B_I2V_DIT, image_dim=_TINY_IMAGE.hidden_size, added_kv_proj_dim=48)
 _TINY_FLF2V_DIT = replace(_TINY_I2V_DIT, pos_embed_seq_len=2 * _TINY_IMAGE.num_tokens)
+_TINY_VACE_DIT = VaceTransformerConfig(**{**vars(_TINY_DIT), "num_layers": 3}, vace_layers=(0, 2))
 
 
 def _tiny(published: str, name: str, transformer: TransformerConfig) -> Shape:
@@ -140,6 +149,7 @@ _TINY = (
     _tiny("wan2.2-t2v-a14b", "tiny-a14b-t2v", _TINY_DIT),
     _tiny("wan2.2-i2v-a14b", "tiny-a14b-i2v", _TINY_A14B_I2V_DIT),
     _tiny("wan2.2-ti2v-5b", "tiny-ti2v", replace(_TINY_DIT, in_channels=48, out_channels=48)),
+    _tiny("wan2.1-vace-1.3b", "tiny-vace", _TINY_VACE_DIT),
 )
 
 SHAPES: dict[str, Shape] = {shape.name: shape for shape in (*_PUBLISHED, *_TINY)}
