@@ -242,6 +242,8 @@ PUBLISHED_BILLIONS = {
     "wan2.2-t2v-a14b": {"transformer": 14.288, "transformer_2": 14.288},
     "wan2.2-i2v-a14b": {"transformer": 14.289, "transformer_2": 14.289},
     "wan2.2-ti2v-5b": {"transformer": 5.000, "vae": 0.7047},
+    "wan2.1-vace-1.3b": {"transformer": 2.154},
+    "wan2.1-vace-14b": {"transformer": 17.338},
 }
 
 
@@ -269,6 +271,8 @@ PUBLISHED_GEOMETRY = {
     "wan2.2-t2v-a14b": (40, 128, 40, 13824, 16, 4096, None, None, None),
     "wan2.2-i2v-a14b": (40, 128, 40, 13824, 36, 4096, None, None, None),
     "wan2.2-ti2v-5b": (24, 128, 30, 14336, 48, 4096, None, None, None),
+    "wan2.1-vace-1.3b": (12, 128, 30, 8960, 16, 4096, None, None, None),
+    "wan2.1-vace-14b": (40, 128, 40, 13824, 16, 4096, None, None, None),
 }
 
 

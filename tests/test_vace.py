@@ -1,5 +1,8 @@
 """Wan 2.1 VACE makes stock's frames of a text, a control video, its mask and reference images, of any of them."""
 
+import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +11,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from helpers import wait_until_empty
 from PIL import Image
+from safetensors.torch import save_file
+from test_lora import TO_Q, factors
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
-from disagg_ray import Request, load_config
+from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, load_config
 from disagg_ray.config.schema import Config
+from disagg_ray.models.checkpoint import open_checkpoint
+from disagg_ray.models.preflight import check_model
+from disagg_ray.planning.profiling import measure_profile
 
+DENOISER = "stages.transformer.denoiser"
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = ("model.max_sequence_length=64", "limits.max_pixels=9216", "limits.max_frames=9")
 PLAIN: dict[str, Any] = {
@@ -73,8 +83,8 @@ def files(images: dict[str, list[Image.Image]], tmp_path_factory: pytest.TempPat
 class Stock:
     """The stock pipeline."""
 
-    def __init__(self, folder: Path, images: dict[str, list[Image.Image]], dtype: Any = None) -> None:
-        self.pipeline = diffusers.WanVACEPipeline.from_pretrained(folder, dtype=dtype or {"default": torch.float32})
+    def __init__(self, folder: Path, images: dict[str, list[Image.Image]], dtype: Any = torch.float32) -> None:
+        self.pipeline = diffusers.WanVACEPipeline.from_pretrained(folder, dtype=dtype)
         self.pipeline.set_progress_bar_config(disable=True)
         self._images = images
 
@@ -109,9 +119,14 @@ def ask(files: dict[str, Any]) -> Callable[..., Request]:
     return make
 
 
-@pytest.mark.parametrize("asked", [{}, UNGUIDED], ids=["guided", "unguided"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("cut", [THREE, ONE])
+@pytest.mark.parametrize(
+    ("cut", "case", "asked"),
+    [
+        *((THREE, case, {}) for case in CASES),
+        *((THREE, case, UNGUIDED) for case in ("text", "video and mask", "all")),
+        *((ONE, case, {}) for case in ("text", "all")),
+    ],
+)
 def test_replicas_equal_stock(
     splits: Load[Split], ask: Any, stock: Stock, cut: str, case: str, asked: dict[str, Any]
 ) -> None:
@@ -119,3 +134,110 @@ def test_replicas_equal_stock(
     split, given = splits(cut), CASES[case]
     assert np.array_equal(split.generate(ask(given, **asked)), stock.frames(given, **PLAIN | asked))
     assert split.bytes_in_use() == {}
+
+
+@pytest.mark.parametrize("case", ["text", "all"])
+def test_bfloat16_equals_stock(
+    configure: Callable[..., Config], checkpoint: Callable[[str], Path], images: Any, ask: Any, case: str
+) -> None:
+    half = ("model.dtype.text_encoder=bfloat16", "model.dtype.transformer=bfloat16")
+    asked = {"conditioning_scale": 0.7}
+    with LocalPipeline(configure(*half)) as pipeline:
+        made = pipeline.generate(ask(CASES[case], **asked)).frames
+    halves = {"text_encoder": torch.bfloat16, "transformer": torch.bfloat16, "default": torch.float32}
+    stock = Stock(checkpoint("tiny-vace"), images, halves)
+    assert np.array_equal(made, stock.frames(CASES[case], **PLAIN | asked))
+
+
+def test_a_lora_changes_frames_as_stock_s(
+    configure: Callable[..., Config], checkpoint: Callable[[str], Path], images: Any, ask: Any, tmp_path: Path
+) -> None:
+    weights = factors(TO_Q) | factors("transformer.vace_blocks.1.attn1.to_q", seed=1)
+    save_file(weights, tmp_path / "lora.safetensors")
+    with LocalPipeline(configure(f"{DENOISER}.loras=[{{path: {tmp_path / 'lora.safetensors'}}}]")) as pipeline:
+        made = pipeline.generate(ask(CASES["all"])).frames
+    stock = Stock(checkpoint("tiny-vace"), images)
+    plain = stock.frames(CASES["all"], **PLAIN)
+    stock.pipeline.load_lora_weights(weights)
+    assert np.array_equal(made, stock.frames(CASES["all"], **PLAIN))
+    assert not np.array_equal(made, plain)
+
+
+def test_tiles_of_encoder_and_decoder_equal_stock_s(configure: Callable[..., Config], ask: Any, stock: Stock) -> None:
+    cut = ("stages.decoder=null", *(f"stages.decoder_{k}.blocks=[decode.{k}of2]" for k in (1, 2)))
+    cut = (*cut, "stages.join.blocks=[blend]", "stages.encoder.vae.tile_pixels=0")
+    asked, given = {"height": 32, "width": 272, "num_inference_steps": 1}, ("reference_images",)
+    stock.pipeline.vae.enable_tiling()
+    expected = stock.frames(given, **PLAIN | asked)
+    stock.pipeline.vae.use_tiling = False
+    with LocalPipeline(configure(*cut)) as pipeline:
+        assert np.array_equal(pipeline.generate(ask(given, **asked)).frames, expected)
+    assert not np.array_equal(stock.frames(given, **PLAIN | asked), expected)
+
+
+def test_every_stage_warms_up_and_other_options_only_round(
+    configure: Callable[..., Config], ask: Any, stock: Stock
+) -> None:
+    warm = [f"stages.{stage}.warm_up=[[64,96,5]]" for stage in ("encoder", "transformer", "decoder")]
+    fast = (f"{DENOISER}.fuse=true", f"{DENOISER}.attention=auto", "stages.decoder.vae.channels_last=true")
+    with LocalPipeline(configure(*warm, *fast)) as pipeline:
+        made = pipeline.generate(ask(CASES["all"])).frames
+    assert np.abs(made - stock.frames(CASES["all"], **PLAIN)).max() < 1e-4
+
+
+@pytest.mark.proof
+def test_pipelines_on_ray_share_guidance_among_ranks(
+    cluster: None, configure: Callable[..., Config], ask: Any, stock: Stock
+) -> None:
+    with Pipeline(configure("stages.transformer.parallel.cfg=2")) as pipeline:
+        handles = {case: pipeline.submit(ask(CASES[case])) for case in CASES}
+        for case, handle in handles.items():
+            assert np.array_equal(handle.result(120).frames, stock.frames(CASES[case], **PLAIN))
+        wait_until_empty(pipeline, 30.0)
+
+
+def test_stages_are_profiled_by_text_alone(configure: Callable[..., Config], ask: Any) -> None:
+    profile = measure_profile(configure(), [ask()], repeats=1)
+    assert [stage.name for stage in profile.stages] == ["encoder", "transformer", "decoder"]
+
+
+def test_sizes_of_the_published_models(configure: Callable[..., Config]) -> None:
+    geometry = open_checkpoint(configure().model).geometry  # alike in all that counts here
+    sizes = geometry.tensor_bytes(480 * 832, 81, 100)
+    assert geometry.tensor_shapes(480, 832, 81)["control_hidden_states"] == (1, 96, 21, 60, 104)
+    assert sizes["control_hidden_states"] == 4 * 96 * (21 + 4) * 60 * 104
+    assert (sizes["video"], sizes["mask"], sizes["reference_images"]) == (97_044_480, 32_348_160, 4 * 300)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (f"{DENOISER}.step_cache.method=taylorseer", "is not for model.task=vace"),
+        ("stages.transformer.parallel.ulysses=2", "parallel.ulysses=2: must be left out: models of model.task=vace"),
+        ("stages.transformer.parallel={cfg: 2, shard_weights: true}", "shard_weights=true: must be left out"),
+        ("defaults.guidance_scale_2=3", "has one transformer; write null"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused_by_name(
+    configure: Callable[..., Config], override: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        check_model(configure(override), whole=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vace_in_channels": 36}, "with a control of other channels than 96"),
+        ({"image_dim": 32}, "with a transformer that wants an image encoder"),
+        ({"vace_layers": [1, 2]}, "cannot be loaded"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("tiny-vace"), tmp_path / "model"))
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        LocalPipeline.from_config(CONF / "tiny_vace.yaml", f"model.path={folder}")
