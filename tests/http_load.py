@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -138,6 +140,20 @@ def find(root: int, names: tuple[str, ...]) -> list[psutil.Process]:
             if process.name().startswith(names) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+@contextmanager
+def serving(folder: Path, port: int, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Give `disagg-ray serve`, which answers; end it."""
+    with (folder / "log").open("w") as log:
+        asked = command(port, f"service.folder={folder}/videos", *overrides)
+        with subprocess.Popen(asked, env=environment(), stdout=log, stderr=log) as child:
+            try:
+                helpers.wait_until(lambda: "page: " in (folder / "log").read_text(), "not up", DEADLINE_S)
+                yield child
+            finally:
+                child.terminate()
+                child.wait(120)
 
 
 def command(port: int, *overrides: str) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import helpers
@@ -22,26 +20,12 @@ LEAST_EACH, NUM_KEYS, BETWEEN = 50, 4, 25
 VICTIMS = (("ray::ServeReplica",), ("ray::ProxyActor",), ("ray::Supervisor",), ("ray::Fused", "ray::fused"))
 
 
-@contextmanager
-def serving(folder: Path, port: int, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Give `disagg-ray serve`, which answers; end it."""
-    with (folder / "log").open("w") as log:
-        command = http_load.command(port, f"service.folder={folder}/videos", *overrides)
-        with subprocess.Popen(command, env=http_load.environment(), stdout=log, stderr=log) as child:
-            try:
-                helpers.wait_until(lambda: "page: " in (folder / "log").read_text(), "not up", DEADLINE_S)
-                yield child
-            finally:
-                child.terminate()
-                child.wait(120)
-
-
 @pytest.mark.timeout(900)
 def test_no_accepted_job_is_lost_or_made_twice_whatever_is_killed(tmp_path: Path) -> None:
     file, port, results = tmp_path / "keys.json", helpers.free_port(), Results()
     clients = [Client(port, add_key(file, Key(f"key-{number}"))) for number in range(NUM_KEYS)]
     with (
-        serving(tmp_path, port, f"service.api_keys={file}") as child,
+        http_load.serving(tmp_path, port, f"service.api_keys={file}") as child,
         http_load.load(clients, results, LEAST_EACH),
     ):
         for number, victim in enumerate(VICTIMS, 1):
@@ -55,9 +39,9 @@ def test_a_command_that_is_killed_and_started_again_ends_each_job_once(tmp_path:
     port, results = helpers.free_port(), Results()
     with ExitStack() as stack, http_load.load([Client(port) for _ in range(2)], results):
         for finished in (3, 8):
-            with serving(tmp_path, port) as child:
+            with http_load.serving(tmp_path, port) as child:
                 helpers.wait_until(lambda f=finished: len(results) >= f, "no video comes", DEADLINE_S)
                 child.send_signal(signal.SIGKILL)
             helpers.wait_until(lambda: helpers.is_free(port), "its proxy did not end with it", DEADLINE_S)
-        stack.enter_context(serving(tmp_path, port))  # until the load has ended
+        stack.enter_context(http_load.serving(tmp_path, port))  # until the load has ended
     http_load.check(results)

@@ -22,6 +22,12 @@ def test_a_folder_that_keeps_no_files_or_no_database_is_refused(folder: str, key
         make_settings(("films",), load_config(T2V, f"service.folder={folder}"))
 
 
+def test_a_folder_whose_package_is_missing_is_refused_with_its_name() -> None:
+    config = load_config(T2V, "service.folder=gs://bucket/films", "service.database=sqlite:////tmp/jobs.db")
+    with pytest.raises(ConfigError, match=r"^invalid service\.folder='gs://bucket/films': .*: pip install gcsfs$"):
+        make_settings(("films",), config)
+
+
 def test_a_thread_that_repeats_outlives_an_error_and_reports_it(caplog: pytest.LogCaptureFixture) -> None:
     closing, calls = Event(), list[int]()
 

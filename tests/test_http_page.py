@@ -6,26 +6,28 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import helpers
+import http_load
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 pytestmark = pytest.mark.proof
-T2V = "conf/tiny_t2v.yaml"
+T2V, FLF = "conf/tiny_t2v.yaml", "conf/tiny_flf2v.yaml"
 SURE_MS = 90_000
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def serving(folder: Path, config: str) -> Iterator[str]:
     """Give the page's address of `disagg-ray serve`."""
-    folder, port = tmp_path_factory.mktemp("page"), helpers.free_port()
-    command = [sys.executable, "-m", "disagg_ray.cli", "serve", "--config", T2V, "--port", str(port),
+    command = [sys.executable, "-m", "disagg_ray.cli", "serve", "--config", config, "--port", str(helpers.free_port()),
                f"service.folder={folder}"]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, env=http_load.environment(), stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         shown = next(line for line in child.stdout if line.startswith("page: "))
         yield shown.removeprefix("page: ").strip()
@@ -33,8 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert child.wait(120) == 143
 
 
-@pytest.fixture
-def page(place: str) -> Iterator[Page]:
+@contextmanager
+def browsing(place: str) -> Iterator[Page]:
+    """Give a page in a browser; it must have met no error."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no Chromium: apt-get install chromium")
@@ -48,6 +51,18 @@ def page(place: str) -> Iterator[Page]:
         yield opened
         assert not problems
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("page"), T2V) as place:
+        yield place
+
+
+@pytest.fixture
+def page(place: str) -> Iterator[Page]:
+    with browsing(place) as page:
+        yield page
 
 
 def generate(page: Page, prompt: str, steps: int) -> None:
@@ -125,3 +140,72 @@ def test_the_keyboard_alone_reaches_the_form_whose_fields_have_names_and_show_th
         "Seed",
         "Generate",
     ]
+
+
+def tab_to(page: Page, name: str) -> None:
+    """Press Tab until what has a name is focused."""
+    focused = "e => e.getAttribute('aria-label') || e.labels?.[0]?.textContent || e.textContent"
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.locator(":focus").count() and page.locator(":focus").evaluate(focused).strip().startswith(name):
+            return
+    pytest.fail(f"Tab does not reach {name}")
+
+
+def test_the_keyboard_alone_makes_a_video_and_deletes_it(page: Page) -> None:
+    page.locator("#empty:not([hidden]), .card").first.wait_for()
+    number = page.locator(".card").count()
+    page.keyboard.type("a blue triangle")  # the prompt has the focus from the beginning
+    for field, value in (("Frames", "5"), ("Steps", "2"), ("Seed", "1")):
+        tab_to(page, field)
+        page.keyboard.type(value)
+    tab_to(page, "Generate")
+    page.keyboard.press("Enter")
+    card = page.locator(".card").first
+    expect(card.locator(".prompt")).to_have_text("a blue triangle")
+    expect(card.locator("video")).to_be_visible(timeout=SURE_MS)
+    tab_to(page, "Again with this")
+    shoot(page, "keyboard")
+    tab_to(page, "Delete")
+    page.keyboard.press("Enter")
+    expect(page.locator(".card")).to_have_count(number)
+
+
+def drop(page: Page, place: str, name: str, data: bytes) -> None:
+    """Drop a file on a part of the page."""
+    transfer = page.evaluate_handle(
+        """([name, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], name));
+            return data; }""",
+        [name, list(data)],
+    )
+    given: dict[str, Any] = {"dataTransfer": transfer}
+    page.dispatch_event(place, "dragover", given)
+    expect(page.locator(place)).to_have_class("drop over")
+    page.dispatch_event(place, "drop", given)
+    expect(page.locator(place)).to_have_class("drop chosen")
+
+
+def test_an_image_is_chosen_another_dropped_and_a_file_that_is_none_named(
+    tmp_path: Path, image: Callable[..., Image.Image]
+) -> None:
+    for name, seed in (("first", 0), ("last", 1)):
+        image(64, 64, seed).save(tmp_path / f"{name}.png")
+    with serving(tmp_path / "videos", FLF) as place, browsing(place) as page:
+        page.get_by_label("First frame").set_input_files(tmp_path / "first.png")
+        expect(page.locator("#first")).to_have_class("drop chosen")
+        drop(page, "#last", "notes.txt", b"no image")
+        generate(page, "it turns", 2)
+        expect(page.get_by_role("alert").first).to_contain_text("'notes.txt' cannot be read as an image")
+        expect(page.get_by_label("Last frame")).to_be_focused()
+        shoot(page, "no image")
+        page.get_by_label("Last frame").set_input_files([])
+        drop(page, "#last", "last.png", (tmp_path / "last.png").read_bytes())
+        page.emulate_media(color_scheme="dark")
+        page.set_viewport_size({"width": 375, "height": 800})
+        shoot(page, "images")
+        generate(page, "it turns", 2)
+        expect(page.locator(".card").first.locator("video")).to_be_visible(timeout=SURE_MS)
+        (made,) = page.evaluate("fetch('/v1/videos').then(answer => answer.json()).then(list => list.data)")
+        assert (made["images"], made["settings"]["seed"]) == (["image", "last_image"], 7)

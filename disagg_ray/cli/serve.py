@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from disagg_ray import environment
 from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser, add_overrides, overrides_of
@@ -19,6 +20,9 @@ from disagg_ray.config.schema import Config
 from disagg_ray.errors import InputError, StartError
 from disagg_ray.models.preflight import check_model
 from disagg_ray.text import shown
+
+if TYPE_CHECKING:
+    from disagg_ray.http.settings import Settings
 
 EXTRA = "needs the extra `serve`: pip install 'disagg-ray[serve]'"
 
@@ -44,29 +48,29 @@ def serve(argv: Sequence[str]) -> int:
     _check_port(options.host, options.port)
     try:
         import disagg_ray.http.app  # noqa: F401 - whether what it needs is installed
+        from disagg_ray.http.keys import digest_of, new_key
+        from disagg_ray.http.settings import make_settings
     except ImportError as error:
         raise StartError(f"`disagg-ray serve` {EXTRA} ({error})") from error
     with ExitStack() as stack:
         if names:
             config = _connect(names, options.overrides)
-            _check_host(options.host, config)
         else:
             names = [options.name or find_file(options.config).stem]
             config = load_config(options.config, *overrides_of(options))
-            _check_host(options.host, config)
-            config = stack.enter_context(_put_up(names[0], config))
-        _serve(names, config, options)
+        _check_host(options.host, config)
+        key = new_key() if config.service.api_keys is not None else None
+        settings = make_settings(tuple(names), config, session_key=digest_of(key) if key is not None else None)
+        if options.config is not None:
+            stack.enter_context(_put_up(names[0], config))
+        _serve(settings, key, options)
     return 0
 
 
-def _serve(names: list[str], config: Config, options: argparse.Namespace) -> None:
+def _serve(settings: Settings, key: str | None, options: argparse.Namespace) -> None:
     """Serve until a signal comes."""
     from disagg_ray.http.app import serving
-    from disagg_ray.http.keys import digest_of, new_key
-    from disagg_ray.http.settings import make_settings
 
-    key = new_key() if config.service.api_keys is not None else None
-    settings = make_settings(tuple(names), config, session_key=digest_of(key) if key is not None else None)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with serving(settings, options.host, options.port):
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -117,7 +121,7 @@ def _connect(names: list[str], overrides: list[str]) -> Config:
 
 
 @contextmanager
-def _put_up(name: str, config: Config) -> Iterator[Config]:
+def _put_up(name: str, config: Config) -> Iterator[None]:
     """Put a pipeline up in the cluster that is given, or in one of our own; take it down at the end."""
     from disagg_ray.driver.cluster import Cluster
     from disagg_ray.driver.names import check_name
@@ -132,7 +136,7 @@ def _put_up(name: str, config: Config) -> Iterator[Config]:
             config = replace(config, transport=replace(config.transport, admit="host"))
         lifecycle.up(name, config)
         try:
-            yield config
+            yield
         finally:
             lifecycle.down(name, 0.0)
     finally:

@@ -62,7 +62,7 @@ def build_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, handler)
     app.add_middleware(
         Guard, loopback_only=not jobs.keys.are_on, max_bytes=settings.service.max_upload_bytes,
-        answered=jobs.metrics.answered,
+        metrics=jobs.metrics,
     )  # fmt: skip
     return app
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 import logging
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse
 
+from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.schema import ApiError
 from disagg_ray.text import shown
 
@@ -34,15 +34,17 @@ DOCS = "/docs"
 class Guard:
     """ASGI middleware; turns what no route expected into an answer without a traceback."""
 
-    def __init__(
-        self, app: ASGIApp, *, loopback_only: bool, max_bytes: int, answered: Callable[[str, int, float], None]
-    ) -> None:
-        self._app, self._loopback_only, self._max_bytes, self._answered = app, loopback_only, max_bytes, answered
+    def __init__(self, app: ASGIApp, *, loopback_only: bool, max_bytes: int, metrics: Metrics) -> None:
+        self._app, self._loopback_only, self._max_bytes, self._metrics = app, loopback_only, max_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with self._metrics.answering():
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.perf_counter(), 0
 
         async def send_counted(message: Message) -> None:
@@ -51,7 +53,7 @@ class Guard:
                 status = message["status"]
                 if scope["path"] != DOCS:
                     message["headers"] = [*message.get("headers", ()), *SECURITY.items()]
-                self._answered(route_of(scope), status, time.perf_counter() - began)
+                self._metrics.answered(route_of(scope), status, time.perf_counter() - began)
             await send(message)
 
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import urllib.request
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -20,7 +21,10 @@ COUNTERS = {
     "http_requests_total": ("Requests, by route and status.", ("route", "status")),
     "http_jobs_total": ("Accepted jobs, by key.", ("key",)),
 }
-GAUGES = {"http_jobs_unfinished": ("Accepted jobs that have not ended.", ("model",))}
+GAUGES = {
+    "http_jobs_unfinished": ("Accepted jobs that have not ended.", ("model",)),
+    "http_requests_open": ("Requests that are being answered, open streams included.", ()),
+}
 HISTOGRAMS = {
     "http_request_duration_seconds": ("Seconds until the answer began.", ("route",)),
     "http_first_event_seconds": ("Seconds from accepting a job to its first event.", ()),
@@ -38,13 +42,24 @@ class Metrics:
             name: Histogram(OURS + name, about, SECONDS, labels) for name, (about, labels) in HISTOGRAMS.items()
         }
         self._answers: deque[tuple[str, int, float]] = deque()
+        self._num_open = 0
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request as open, on the event loop."""
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count an answer; `flush` records it, for Ray's metrics take longer than an answer may."""
         self._answers.append((route, status, seconds))
 
     def flush(self) -> None:
-        """Record the answers since the last time."""
+        """Record the answers since the last time, and how many requests are open."""
+        self._gauges["http_requests_open"].set(self._num_open)
         answers = [self._answers.popleft() for _ in range(len(self._answers))]
         for (route, status), number in Counts((route, status) for route, status, _ in answers).items():
             self._counters["http_requests_total"].inc(number, {"route": route, "status": str(status)})

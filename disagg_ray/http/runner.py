@@ -25,6 +25,7 @@ from disagg_ray.http.workers import UNAVAILABLE
 from disagg_ray.progress.events import Event
 from disagg_ray.request import Request
 from disagg_ray.result import Result
+from disagg_ray.service.client import Connection
 from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")
@@ -151,7 +152,7 @@ class Runner:
                     return
                 with self._folder.local(job.images) as images:
                     request = Request(job.prompt, id=job.id, **job.settings | images)
-                    handle = connection.submit(request, wait=False)
+                    handle = connection.submit(request, wait=False, hold=True)
             except AGAIN as error:
                 logger.info("job %s is submitted again: %s", job.id, error)
                 self._closing.wait(RETRY_S)
@@ -160,7 +161,7 @@ class Runner:
                 return
             else:
                 live.handle = handle
-                handle.add_done_callback(partial(self._on_done, job))
+                handle.add_done_callback(partial(self._on_done, job, connection))
                 if self._lives.get(job.id) is not live:  # cancelled meanwhile
                     handle.cancel()
                 return
@@ -185,15 +186,16 @@ class Runner:
         for receive in receivers:
             receive(job)
 
-    def _on_done(self, job: Job, handle: Handle) -> None:
+    def _on_done(self, job: Job, connection: Connection, handle: Handle) -> None:
         with suppress(RuntimeError):  # this has closed: the next process runs the job
-            self._writers.submit(self._finish, job, handle)
+            self._writers.submit(self._finish, job, connection, handle)
 
-    def _finish(self, job: Job, handle: Handle) -> None:
-        """Write what became of a job, as soon as the database answers."""
+    def _finish(self, job: Job, connection: Connection, handle: Handle) -> None:
+        """Write what became of a job, as soon as the database answers; only then the service may forget it."""
         while True:
             try:
                 self._conclude(job, handle)
+                connection.acknowledge(job.id)
                 return
             except UNAVAILABLE as error:
                 logger.warning("job %s: service.database: %s", job.id, error)

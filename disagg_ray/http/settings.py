@@ -9,6 +9,7 @@ from typing import Any
 from disagg_ray.config.deployment import ServiceConfig
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import ConfigError
+from disagg_ray.media import storage
 from disagg_ray.media.output import is_url, local_path
 from disagg_ray.text import did_you_mean, shown
 
@@ -51,7 +52,12 @@ def make_settings(models: tuple[str, ...], config: Config, **more: Any) -> Setti
             f"invalid service.database=null: service.folder={shown(service.folder)} is a URL, which holds no database; "
             f"write sqlite:////path/jobs.db or postgresql://user@host/name"
         )
-    if not is_url(service.folder):
+    if is_url(service.folder):
+        if remedy := storage.missing_package(service.folder):
+            raise ConfigError(
+                f"invalid service.folder={shown(service.folder)}: needs a package that is not installed: {remedy}"
+            )
+    else:
         service = replace(service, folder=str(local_path(service.folder).absolute()))
     if service.api_keys is not None:
         service = replace(service, api_keys=str(local_path(service.api_keys).absolute()))

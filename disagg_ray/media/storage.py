@@ -11,12 +11,28 @@ from contextlib import contextmanager
 from typing import IO
 
 import fsspec
+from fsspec.registry import known_implementations
 
 from disagg_ray.errors import OutputError
 from disagg_ray.text import printable
 
 PIECE_BYTES = 256 * 1024
 """Of what is read at once."""
+BLOCK_BYTES = 4 * 1024 * 1024
+"""Of what is fetched at once from storage that is far away."""
+
+
+def missing_package(url: str) -> str:
+    """Return how to install what reaches a URL, as `pip install s3fs`; empty: it is installed, or nothing is known."""
+    protocol = fsspec.core.split_protocol(url)[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = known_implementations[protocol]["class"].partition(".")[0]
+        return printable(str(error)) if package == "fsspec" else f"pip install {package}"
+    except ValueError:
+        return ""
+    return ""
 
 
 def exists(url: str) -> bool:
@@ -67,7 +83,7 @@ def read(place: str, start: int, stop: int) -> Iterator[bytes]:
     """
     with _mapped(place, "read"):
         filesystem, path = fsspec.core.url_to_fs(place)
-        with filesystem.open(path, "rb") as file:
+        with filesystem.open(path, "rb", block_size=BLOCK_BYTES) as file:
             file.seek(start)
             while start < stop and (piece := file.read(min(PIECE_BYTES, stop - start))):
                 start += len(piece)
@@ -90,6 +106,8 @@ def remove(place: str) -> None:
 def _mapped(url: str, done: str) -> Iterator[None]:
     try:
         yield
+    except ImportError as error:
+        raise OutputError(f"output: {url!r} needs a package that is not installed: {missing_package(url)}") from error
     except Exception as error:
         said = printable(f"{type(error).__name__}: {error}")
         raise OutputError(f"output: {url!r} cannot be {done}: {said}") from error

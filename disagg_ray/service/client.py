@@ -65,6 +65,8 @@ class Connection(PipelineApi):
         self._client = uuid.uuid4().hex
         self.unacknowledged: list[tuple[str, str]] = []
         """Ids and tickets of finished requests whose end the supervisor has not acknowledged."""
+        self._held: dict[str, str] = {}
+        """Tickets by id of finished requests that the service keeps until `acknowledge`."""
         self._closed = False
         self._background = BackgroundTasks()
         self._listening: asyncio.Task[None] | None = None
@@ -77,11 +79,15 @@ class Connection(PipelineApi):
             self.close()
             raise
 
-    def submit(self, request: Request, *, wait: bool = True, latents_file: Path | None = None) -> Handle:
+    def submit(
+        self, request: Request, *, wait: bool = True, latents_file: Path | None = None, hold: bool = False
+    ) -> Handle:
         """Check a request and queue it at the service; see `Pipeline.submit`.
 
         Each client may have `limits.max_queued` unfinished requests there. The service keeps finished latents, under
-        the run id, and never sends them here: of `latents_file` it only matters whether it is given.
+        the run id, and never sends them here: of `latents_file` it only matters whether it is given. With `hold` it
+        keeps the result too, until `acknowledge`: if this process dies before that, another one of the run id that
+        submits the request within `service.client_timeout_s` gets the result, and nothing is computed again.
 
         Raises:
             RequestError: the request cannot be served by this model and configuration, or its id is in flight already.
@@ -96,13 +102,13 @@ class Connection(PipelineApi):
         keep = self._keep or latents_file is not None
         pixels = {name: to_array(image) for name, image in images.items()}
         message = SubmitMessage(resolved, pixels, keep, self._client)
-        return self._launch(resolved, partial(self._run, message=message, wait=wait))
+        return self._launch(resolved, partial(self._run, message=message, wait=wait, hold=hold))
 
     async def _run(
-        self, handle: Handle, on_queued: Callable[[], None], message: SubmitMessage, *, wait: bool
+        self, handle: Handle, on_queued: Callable[[], None], message: SubmitMessage, *, wait: bool, hold: bool
     ) -> Result:
         """Have a request computed; submit it again whenever the supervisor has forgotten it."""
-        request_id = handle.request.id
+        request_id, is_held = handle.request.id, False
         try:
             while True:
                 await self._supervisor.ask_while_alive("submit", self.id, message, wait=wait)
@@ -112,14 +118,23 @@ class Connection(PipelineApi):
                     result: Result = await self._supervisor.ask_while_alive(
                         "result", self.id, request_id, message.ticket
                     )
-                    return result
                 except UnknownRequest:
                     continue
+                is_held = hold
+                return result
         except asyncio.CancelledError:
             self._supervisor.actor.cancel.remote(self.id, request_id, message.ticket)
             raise
         finally:
-            self.unacknowledged.append((request_id, message.ticket))
+            if is_held:
+                self._held[request_id] = message.ticket
+            else:
+                self.unacknowledged.append((request_id, message.ticket))
+
+    def acknowledge(self, request_id: str) -> None:
+        """Let the service forget a finished request that was submitted with `hold`; no other is touched."""
+        if (ticket := self._held.pop(request_id, None)) is not None:
+            self.unacknowledged.append((request_id, ticket))
 
     async def _start_listening(self) -> None:
         self._listening = self._background.start("listen", self._listen)
