@@ -14,7 +14,7 @@ IMAGES = frozenset({"image", "last_image"}) | CONTROLS
 
 REQUEST_FIELDS = IMAGES | {
     "prompt", "negative_prompt", "max_sequence_length", "height", "width", "num_frames", "num_inference_steps",
-    "generator", "output_type", "num_reference_images", "conditioning_scale",
+    "generator", "output_type", "num_reference_images", "conditioning_scale", "sigmas", "request",
 }  # fmt: skip
 """Block inputs that a request supplies."""
 
@@ -23,6 +23,9 @@ LATENTS = "latents"
 
 FRAMES = "videos"
 """The output that makes a stage the last one: frames, float32 (num_frames, height, width, 3) in [0, 1]."""
+
+SOUND = "audio"
+"""Sound that goes with the frames, of the same stage: `media.sound.Sound`."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class LocalPipeline:
         check_writer(resolved.format)
         started = time.monotonic()
         tensors: dict[str, torch.Tensor] = {name: torch.from_numpy(to_array(image)) for name, image in images.items()}
-        timings, frames = [], None
+        timings, clip = [], None
         for stage in self.stages:
             began, begin = time.time(), time.monotonic()
             wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
@@ -80,16 +80,19 @@ class LocalPipeline:
             outputs = stage.compute(resolved, wanted, partial(self._report, resolved, stage.name, "running"))
             self._report(resolved, stage.name, "done")
             tensors |= outputs.tensors
-            frames = outputs.frames if outputs.frames is not None else frames
+            clip = outputs.clip or clip
             timings.append(_timing(stage, began, time.monotonic() - begin))
-        assert frames is not None, "the graph has exactly one stage that makes frames"
+        assert clip is not None, "the graph has exactly one stage that makes frames"
         raw = resolved.format in RAW
         begin = time.monotonic()
-        data = None if raw else encode(frames, resolved.fps, resolved.format, self.config.output.scale)
+        data = None
+        if not raw:
+            data = encode(clip.frames, resolved.fps, resolved.format, self.config.output.scale, sound=clip.sound)
         timings[-1] = replace(timings[-1], encode_s=time.monotonic() - begin)
         seconds = time.monotonic() - started
         self._report(resolved, "", "done")
-        return Result(resolved, seconds, tuple(timings), data, frames if raw else None)
+        sound = clip.sound if resolved.format == "npy" else None
+        return Result(resolved, seconds, tuple(timings), data, clip.frames if raw else None, sound)
 
     def _report(self, request: ResolvedRequest, stage: str, state: State, step: int = 0, steps: int = 0) -> None:
         if self._on_event is not None:

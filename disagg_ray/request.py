@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import secrets
@@ -26,17 +27,17 @@ from disagg_ray.config.rules import (
     whole,
 )
 from disagg_ray.config.schema import Config
-from disagg_ray.config.traits import shape_rules
+from disagg_ray.config.traits import FORMATS, OF_SOUND, OF_VIDEO, medium_rules, shape_rules, sound_rules
 from disagg_ray.errors import RequestError
 from disagg_ray.inputs import GivenImage, check_inputs, read_inputs, references
 from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, Picture
-from disagg_ray.models.families import FAMILIES
-from disagg_ray.text import did_you_mean, shown
+from disagg_ray.text import shown
 
-FORMATS = {"video": ("mp4", "gif", "frames", "npy"), "image": ("png", "webp", "jpg", "npy")}
-"""By what a model makes; the first one is the default."""
-OF_VIDEO = ("num_frames", "fps")
-"""Fields that only a request for a video has."""
+SILENT = ("gif", "frames")
+"""Formats of a video that hold no sound."""
+LEFT_OUT = "request %s: %s holds no sound, so it is left out; ask for mp4, or for npy with a wav file beside it"
+logger = logging.getLogger("disagg_ray")
+
 MAX_SEED = 2**63 - 1
 MAX_BITS = 8192
 """Of any whole number."""
@@ -91,10 +92,12 @@ class Request(Section):
     """CFG scale; 1 or less turns CFG off."""
     guidance_scale_2: Guidance | None = None
     """CFG scale of the second, low-noise transformer."""
+    audio_guidance_scale: Guidance | None = None
+    """CFG scale of the sound, of a model that makes some; None: guidance_scale."""
     seed: Annotated[int, between(0, MAX_SEED)] | None = None
     """Of the initial noise, drawn on the CPU; None: a random one, which the result names."""
     fps: Fps | None = None
-    """Frames per second of the written video; not of an image."""
+    """Frames per second of the written video; not of an image. With sound it decides how long that is."""
     format: str | None = None
     """Of a video mp4 (the default), gif, frames (a folder of png files) or npy (float32 frames); of an image png (the
     default), webp (lossless), jpg or npy."""
@@ -129,11 +132,16 @@ class ResolvedRequest:
     images: dict[str, GivenImage]
     """By name."""
     conditioning_scale: float = 1.0
+    audio_guidance_scale: float | None = None
 
     @property
     def guided(self) -> bool:
-        """Whether CFG runs at all; as in diffusers, the first scale decides for both."""
-        return self.guidance_scale > 1
+        """Whether CFG runs at all; as in diffusers, the first scale decides for two transformers."""
+        return max(self.guidance_scale, self.sound_guidance_scale) > 1
+
+    @property
+    def sound_guidance_scale(self) -> float:
+        return self.audio_guidance_scale or self.guidance_scale  # as in diffusers
 
     @property
     def num_references(self) -> int:
@@ -153,7 +161,10 @@ def resolve(request: Request, config: Config) -> tuple[ResolvedRequest, dict[str
     request = _check_fields(request, config)
     inputs = read_inputs(request, config)
     request = replace(request, num_frames=inputs.num_frames)
-    return _fill(request, config, inputs.size, inputs.about), inputs.pictures
+    resolved = _fill(request, config, inputs.size, inputs.about)
+    if config.model.traits.sound_rate is not None and resolved.format in SILENT:
+        logger.info(LEFT_OUT, resolved.id, resolved.format)
+    return resolved, inputs.pictures
 
 
 def check(request: Request, config: Config) -> ResolvedRequest:
@@ -174,30 +185,12 @@ def _check_fields(request: Request, config: Config) -> Request:
     """Return a request whose numbers are Python's own: NumPy's are taken too, and 24.0 where 24 is meant."""
     given = {name: _take(name, getattr(request, name), kind) for name, kind in TYPES.items()}
     taken = replace(request, **given)
-    _check_medium(taken, config)
+    fields = {name: getattr(taken, name) for name in (*OF_VIDEO, *OF_SOUND)}
+    enforce(medium_rules(config.model, fields, taken.format), RequestError)
     steps = taken.num_inference_steps
     enforce(shape_rules(config.model.traits, taken.height, taken.width, taken.num_frames, steps), RequestError)
     enforce(checks(taken, null=""), RequestError)
     return taken
-
-
-def _check_medium(request: Request, config: Config) -> None:
-    """Refuse fields and formats of videos for a model that makes images, and the reverse."""
-    makes = config.model.traits.makes
-    if makes == "image":
-        others = ", ".join(f.name for f in FAMILIES.values() if any(t.makes == "video" for t in f.tasks.values()))
-        for name in OF_VIDEO:
-            if (value := getattr(request, name)) is not None:
-                raise RequestError(
-                    f"invalid {name}={shown(value)}: must be left out: models of model.family={config.model.family} "
-                    f"make images; those of {others} make videos"
-                )
-    known, format = FORMATS[makes], request.format
-    if format is not None and format not in known:
-        hint = did_you_mean(format, known)
-        raise RequestError(
-            f"invalid format={shown(format)}: must be one of {', '.join(known)}: this model makes {makes}s{hint}"
-        )
 
 
 def _take(name: str, value: Any, kind: type) -> Any:
@@ -251,6 +244,7 @@ def _rules(request: ResolvedRequest, config: Config) -> Iterator[Check]:
     yield "num_inference_steps", steps, steps == len(model.sigmas) or not model.sigmas, remedy
     ok = request.guidance_scale_2 is None or config.defaults.guidance_scale_2 is not None
     yield "guidance_scale_2", request.guidance_scale_2, ok, "must be left out: this model has one transformer"
+    yield from sound_rules(model.traits, request.num_frames, request.fps)
     most = MAX_SIDES.get(request.format, math.inf)
     scaled = f" after output.scale={scale}" if scale > 1 else ""
     remedy = f"must be at most the {most} pixels{scaled} that {request.format} can hold; or ask for npy"

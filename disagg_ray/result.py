@@ -8,6 +8,7 @@ from pathlib import Path
 
 from disagg_ray.errors import OutputError
 from disagg_ray.media.output import rescue, write
+from disagg_ray.media.sound import Sound, wav_beside
 from disagg_ray.media.video import Frames
 from disagg_ray.request import ResolvedRequest
 
@@ -54,13 +55,19 @@ class Result:
     """The encoded file; None for frames and npy."""
     frames: Frames | None = field(repr=False)
     """Frames of shape (num_frames, height, width, 3) in [0, 1], for frames and npy."""
+    sound: Sound | None = field(default=None, repr=False)
+    """For npy, of a model that makes some."""
 
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
         """Write the video: a file, a folder of images for frames, or any fsspec URL. Never leaves a partial file.
 
+        Sound lies beside raw frames, in a file of the same name that ends in `.wav`.
+
         Raises:
             OutputError: the suffix is not the request's format, or the place cannot be written.
         """
+        if self.sound is not None:
+            write(self.sound.to_wav(), "wav", wav_beside(str(path)), overwrite=overwrite)
         return write(self._content, self.request.format, path, overwrite=overwrite)
 
     def rescue(self) -> Path:
@@ -69,7 +76,10 @@ class Result:
         Raises:
             OutputError: there is no space for it.
         """
-        return rescue(self._content, self.request.format)
+        path = rescue(self._content, self.request.format)
+        if self.sound is not None:
+            write(self.sound.to_wav(), "wav", wav_beside(str(path)), overwrite=False)
+        return path
 
     @property
     def _content(self) -> bytes | Frames:

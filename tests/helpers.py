@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import imageio_ffmpeg
+
 from disagg_ray import Pipeline
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.address import find_cluster
 from disagg_ray.errors import StartError
 from disagg_ray.graph import build_graph
+from disagg_ray.media.sound import Sound, read_wav
 from disagg_ray.models.tuning import offload_groups, offload_models
 from disagg_ray.replica.stage import Stage
 from disagg_ray.service.client import Connection
@@ -154,3 +157,11 @@ def free_ports(count: int) -> str:
                 continue
         return f"{first}-{first + count - 1}"
     raise AssertionError("every port is taken")
+
+
+def heard(file: bytes, folder: Path) -> Sound:
+    """Return the sound of a file as ffmpeg decodes it."""
+    (folder / "file").write_bytes(file)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(folder / "file"), "-vn", "-c:a", "pcm_f32le"]
+    subprocess.run([*command, "-y", str(folder / "sound.wav")], check=True)
+    return read_wav((folder / "sound.wav").read_bytes())

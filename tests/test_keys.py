@@ -181,6 +181,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "defaults.num_inference_steps": Seen("defaults.num_inference_steps=3", request),
     "defaults.guidance_scale": Seen("defaults.guidance_scale=3", request),
     "defaults.guidance_scale_2": Seen("defaults.guidance_scale_2=7", request, conf="tiny_a14b_t2v"),
+    "defaults.audio_guidance_scale": Seen("defaults.audio_guidance_scale=7", request, conf="tiny_ltx2"),
     "defaults.negative_prompt": Seen("defaults.negative_prompt=dull", request),
     "defaults.fps": Seen("defaults.fps=3", request),
     "limits.max_pixels": Seen("limits.max_pixels=5000", ask(height=64, width=80)),

@@ -156,8 +156,8 @@ class Split:
             if job.replies.keys() >= set(self.graph.consumers(producer)):
                 self.replicas[producer].release(job.key)
 
-    def collect(self, job: Job) -> np.ndarray:
-        """Pull the frames, piece by piece, and release everything."""
+    def collect(self, job: Job, release: bool = True) -> np.ndarray:
+        """Pull the frames, piece by piece, and release everything, unless there is more to fetch."""
         frames: list[np.ndarray] = []
         while len(frames) < job.replies[self.graph.last].num_frames:
             piece = self.replicas[self.graph.last].piece(job.key, len(frames))
@@ -165,7 +165,8 @@ class Split:
             self.pool.reserve(key, {FRAMES: piece.nbytes})
             frames.extend(self.pool.pull(key, piece)[FRAMES].clone().numpy())
             self.pool.release(key)
-        self.release(job)
+        if release:
+            self.release(job)
         return np.stack(frames)
 
     def release(self, job: Job) -> None:

@@ -111,6 +111,8 @@ class DefaultsConfig(Section):
     """CFG scale; 1 or less turns CFG off, which halves the denoising time."""
     guidance_scale_2: Guidance | None = None
     """CFG scale of the second, low-noise transformer; null: the model has one transformer."""
+    audio_guidance_scale: Guidance | None = None
+    """CFG scale of the sound, of a model that makes some; null: guidance_scale."""
     negative_prompt: str = ""
     """What CFG steers away from."""
     fps: Fps = 16
@@ -284,7 +286,8 @@ class Config(Section):
 
     def dtype_of(self, stage: str, component: str) -> str:
         """Return the precision in which a stage holds a component's weights."""
-        name = "transformer" if component == "transformer_2" else component
+        kind = FAMILIES[self.model.family].components.get(component)
+        name = component if kind is None or kind.dtype_of is None else kind.dtype_of
         if component == "vae" and (own := self.stages[stage].vae.dtype) is not None:
             return own
         return self.stages[stage].dtype or str(getattr(self.model.dtype, name, "float32"))

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING
 from disagg_ray.config.rules import Check, frames_check, side_check
 from disagg_ray.models.families import FAMILIES
 from disagg_ray.models.family import Task
+from disagg_ray.text import did_you_mean
 
 if TYPE_CHECKING:
-    from disagg_ray.config.schema import Config
+    from disagg_ray.config.schema import Config, ModelConfig
     from disagg_ray.config.stages import StageConfig
 
+FORMATS = {"video": ("mp4", "gif", "frames", "npy"), "image": ("png", "webp", "jpg", "npy")}
+"""By what a model makes; the first one is the default."""
+OF_VIDEO = ("num_frames", "fps")
+"""Fields that only a request for a video has."""
+OF_SOUND = ("audio_guidance_scale",)
+"""Fields that only a request for a video with sound has."""
 LATENTS = 2
 """Rows of latents a row of tokens, in every family that decodes rows on several ranks."""
 
@@ -26,6 +33,7 @@ def shape_rules(
     for key, side in (("height", height), ("width", width)):
         if side is not None:
             yield side_check(key, side, task.multiple)
+            yield key, side, side >= task.least_side, f"must be at least {task.least_side}"
     if num_frames is not None:
         yield frames_check("num_frames", num_frames, task.frames_step)
     if num_steps is not None:
@@ -51,12 +59,11 @@ def fit_size(
     if task.rounds_to is not None:
         own = nearest_sides(area, image_height, image_width, task.rounds_to)
         return (own[0] if height is None else height), (own[1] if width is None else width)
-    multiple = task.multiple
     if height is None:
         if width is None:
-            return _side(area, *image, multiple), _side(area, *image[::-1], multiple)
-        return _floor(width * image_height // image_width, multiple), width
-    return height, _floor(height * image_width // image_height, multiple) if width is None else width
+            return _side(task, area, *image), _side(task, area, *image[::-1])
+        return _floor(task, width * image_height // image_width), width
+    return height, _floor(task, height * image_width // image_height) if width is None else width
 
 
 def nearest_sides(area: int, height: int, width: int, multiple: int) -> tuple[int, int]:
@@ -66,13 +73,40 @@ def nearest_sides(area: int, height: int, width: int, multiple: int) -> tuple[in
     return max(1, round(down / multiple)) * multiple, max(1, round(across / multiple)) * multiple
 
 
-def _side(area: int, length: int, across: int, multiple: int) -> int:
-    """Return one side of an area of aspect length / across, no thinner than the multiple either way."""
-    return min(_floor(math.isqrt(area * length // across), multiple), _floor(area // multiple, multiple))
+def _side(task: Task, area: int, length: int, across: int) -> int:
+    """Return one side of an area of aspect length / across, no thinner than the least side either way."""
+    least = max(task.multiple, task.least_side)
+    return min(_floor(task, math.isqrt(area * length // across)), _floor(task, area // least))
 
 
-def _floor(pixels: int, multiple: int) -> int:
-    return max(multiple, pixels // multiple * multiple)
+def _floor(task: Task, pixels: int) -> int:
+    return max(task.multiple, task.least_side, pixels // task.multiple * task.multiple)
+
+
+def medium_rules(model: ModelConfig, fields: Mapping[str, object], format: str | None) -> Iterator[Check]:
+    """Yield that a request leaves out the fields that no model of the kind has, and asks for a format that it makes.
+
+    `fields` are those of `OF_VIDEO` and `OF_SOUND`, as they were given.
+    """
+    task = model.traits
+    for names, has, what, ok in (
+        (OF_VIDEO, lambda task: task.makes == "video", "make images; those of {} make videos", task.makes == "video"),
+        (OF_SOUND, lambda task: task.sound_rate, "make no sound; those of {} do", task.sound_rate is not None),
+    ):
+        others = ", ".join(family.name for family in FAMILIES.values() if any(map(has, family.tasks.values())))
+        remedy = f"must be left out: models of model.family={model.family} {what.format(others)}"
+        for name in names:
+            yield name, fields[name], ok or fields[name] is None, remedy
+    known = FORMATS[task.makes]
+    ok, remedy = format is None or format in known, f"must be one of {', '.join(known)}: this model makes {task.makes}s"
+    yield "format", format, ok, remedy + ("" if ok else did_you_mean(str(format), known))
+
+
+def sound_rules(task: Task, num_frames: int, fps: int) -> Iterator[Check]:
+    """Yield that a video lasts as long as the shortest sound."""
+    if task.sound_rate is not None:
+        ok, most = round(num_frames / fps * task.sound_rate) >= 1, int(2 * task.sound_rate * num_frames) - 1
+        yield "fps", fps, ok, f"must be at most {most}: {num_frames} frames would be over before there is any sound"
 
 
 def token_rules(

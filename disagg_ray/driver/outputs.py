@@ -19,6 +19,7 @@ from disagg_ray.driver.latents import Wanted, describe, read_latents, write_late
 from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import Cancelled, PoolError, ReplicaLost, TransferError
 from disagg_ray.graph import LATENTS
+from disagg_ray.media.sound import Sound, read_wav
 from disagg_ray.media.video import Frames
 from disagg_ray.replica.messages import Encoded, Reply
 from disagg_ray.replica.sizing import frames_in_piece
@@ -40,6 +41,8 @@ class Video:
     frames: Frames | None = None
     encode_s: float | None = None
     """Seconds that encoding the file took; None for raw frames."""
+    sound: Sound | None = None
+    """Of npy."""
 
 
 class Outputs:
@@ -152,7 +155,10 @@ class Outputs:
         for start in range(0, reply.num_frames, frames_in_piece(request.height * request.width, reply.num_frames)):
             piece = await self._fleet.ask(actor, "piece", output.key, start)
             await self._driver_pool.pull_frames(piece, frames[start:])
-        return Video(frames=frames)
+        if request.format != "npy" or not reply.has_sound:
+            return Video(frames=frames)
+        encoded = await self._fleet.ask(actor, "encode", output.key, request.fps, "wav")
+        return Video(frames=frames, sound=read_wav(encoded.data))
 
     def drop(self, stage: StageRun) -> None:
         """Do without a stage's output: the driver's copy replaces it, or it has to be computed again."""

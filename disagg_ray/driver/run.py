@@ -70,7 +70,8 @@ class RequestRun:
                 await self._make_last_output()
                 if (video := await self._fetch_video()) is not None:
                     timings = tuple(stage.timing for stage in self._stages.values() if stage.timing is not None)
-                    return Result(self.request, time.monotonic() - started, timings, video.data, video.frames)
+                    seconds = time.monotonic() - started
+                    return Result(self.request, seconds, timings, video.data, video.frames, video.sound)
         finally:
             await self._outputs.close()
 

@@ -92,8 +92,11 @@ def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config,
         ApiError: it cannot be served; names the field.
     """
     fields: dict[str, Any] = body.model_dump(
-        include={"negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "seed", "fps"}
-    )
+        include={
+            "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "audio_guidance_scale",
+            "seed", "fps",
+        }
+    )  # fmt: skip
     if config.model.traits.makes != "video":
         raise ApiError(
             400, f"model: it makes images (model.task {config.model.task}), and only videos are served", param="model"

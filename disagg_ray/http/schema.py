@@ -79,6 +79,8 @@ class CreateVideo(BaseModel):
     """Classifier-free guidance, of the high-noise transformer where there are two."""
     guidance_scale_2: Number | None = None
     """Of the low-noise transformer."""
+    audio_guidance_scale: Number | None = None
+    """Of the sound, of a model that makes some."""
     seed: int | None = None
     """Of the initial noise."""
     num_frames: int | None = None
@@ -175,8 +177,8 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-SHOWN = ("seed", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "negative_prompt",
-         "priority")  # fmt: skip
+SHOWN = ("seed", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2",
+         "audio_guidance_scale", "negative_prompt", "priority")  # fmt: skip
 
 
 def to_video(job: Job, **more: Any) -> Video:

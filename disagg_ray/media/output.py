@@ -22,7 +22,7 @@ from disagg_ray.errors import OutputError
 from disagg_ray.media import storage
 from disagg_ray.media.video import Frames, encode_png
 
-FORMATS = ("mp4", "gif", "npy", "png", "webp", "jpg")
+FORMATS = ("mp4", "gif", "npy", "png", "webp", "jpg", "wav")
 SUFFIXES = {"": "frames", ".jpeg": "jpg"} | {f".{name}": name for name in FORMATS}
 SUFFIX_OF = {format: suffix for suffix, format in SUFFIXES.items()}
 TRY_BYTES = 4096

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from disagg_ray.environment import expand_home
 from disagg_ray.errors import EncodeError, RequestError
 from disagg_ray.media import libtiff
 from disagg_ray.media.mp4 import MAX_SIDE, encode_mp4
+from disagg_ray.media.sound import Sound
 
 ImageSource = Image.Image | str | Path
 """An image, or the path of an image file."""
@@ -33,6 +35,15 @@ Picture = Image.Image | np.ndarray[Any, np.dtype[np.uint8]]
 
 Frames = np.ndarray[Any, np.dtype[np.float32]]
 """Shape (num_frames, height, width, 3), in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded video."""
+
+    frames: Frames
+    sound: Sound | None = None
+
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """A conditioning image file larger than this is refused unread."""
@@ -166,10 +177,13 @@ def encode(
     format: str,
     scale: int = 1,
     *,
+    sound: Sound | None = None,
     timeout_s: float = ENCODE_S,
     on_frame: Callable[[], None] = lambda: None,
 ) -> bytes:
     """Return frames as an mp4 (H.264, yuv420p) or gif file, or the only one as an image, enlarged by a whole number.
+
+    An mp4 holds the sound (AAC), no other format does; `wav` is the sound alone, as it is.
 
     One frame after the other is made 8 bits wide, and `on_frame` is called when it was taken. Nothing is waited for
     longer than `timeout_s` without coming further.
@@ -177,6 +191,9 @@ def encode(
     Raises:
         EncodeError: the file could not be made whole.
     """
+    if format == "wav":
+        assert sound is not None, "only what has sound is asked for it"
+        return sound.to_wav()
     height, width = (side * scale for side in frames.shape[1:3])
     if max(height, width) > MAX_SIDES.get(format, math.inf) or (format == "mp4" and (height % 2 or width % 2)):
         raise EncodeError(f"{format}: it holds no frames of {width}x{height}")
@@ -185,7 +202,7 @@ def encode(
         return _encode_image(next(pixels), format)
     if format == "gif":
         return _encode_gif(pixels, fps, len(frames), on_frame)
-    return encode_mp4(pixels, fps, timeout_s, on_frame)
+    return encode_mp4(pixels, fps, timeout_s, on_frame, sound)
 
 
 @cache

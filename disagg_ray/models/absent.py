@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
-import diffusers
 from diffusers.configuration_utils import FrozenDict
 
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.models.family import Component
+from disagg_ray.models.load import find_class
 
 
 class Absent:
@@ -41,7 +42,7 @@ def stand_in(pipeline: Any, checkpoint: Checkpoint, constants: Mapping[str, int]
     for name, class_name in checkpoint.components.items():
         kind = checkpoint.family.components[name]
         if kind.library == "diffusers" and kind.weights is not None:
-            setattr(pipeline, name, Absent(_defaults(class_name) | checkpoint.read_config(name)))
+            setattr(pipeline, name, Absent(_defaults(kind, class_name) | checkpoint.read_config(name)))
     for name, expected in constants.items():
         if (found := getattr(pipeline, name)) != expected:
             raise CheckpointError(
@@ -50,6 +51,6 @@ def stand_in(pipeline: Any, checkpoint: Checkpoint, constants: Mapping[str, int]
             )
 
 
-def _defaults(class_name: str) -> dict[str, Any]:
-    parameters = signature(getattr(diffusers, class_name).__init__).parameters.values()
+def _defaults(kind: Component, class_name: str) -> dict[str, Any]:
+    parameters = signature(find_class(kind, class_name).__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

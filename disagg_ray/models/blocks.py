@@ -26,6 +26,12 @@ class EmbeddingCache(Protocol):
     def put(self, key: Hashable, tensor: torch.Tensor) -> None: ...
 
 
+class Stepping(Protocol):
+    """A block that calls `on_step` after each denoising step."""
+
+    on_step: OnStep | None
+
+
 class KeepsTexts:
     """A block that, with a `cache`, encodes no text twice: embeddings are the same in either prompt."""
 

@@ -52,11 +52,11 @@ def read_components(family: Family, index: Mapping[str, Any], path: Path) -> dic
             )
         library, class_name = entry
         fits = class_name in kind.classes or (not kind.classes and class_name.endswith("Scheduler"))
-        if library != kind.library or not fits or not class_name.isidentifier():
+        if library != (kind.module or kind.library) or not fits or not class_name.isidentifier():
             known = f"one of {', '.join(kind.classes)}" if kind.classes else "a scheduler"
             raise CheckpointError(
                 f"model.path: {name!r} in {quote(path)} is {printable(library)}.{printable(class_name)}, and must be "
-                f"{known} of {kind.library}; code from elsewhere is not run"
+                f"{known} of {kind.module or kind.library}; code from elsewhere is not run"
             )
         if class_name in UNSEEDED:
             raise CheckpointError(

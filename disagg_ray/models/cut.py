@@ -289,4 +289,5 @@ def _request_inputs(request: ResolvedRequest, checkpoint: Checkpoint) -> dict[st
         "output_type": "np",
         "num_reference_images": request.num_references,
         "conditioning_scale": request.conditioning_scale,
+        "request": request,
     }

@@ -32,6 +32,10 @@ class Component:
     """Types of the configuration's values, where the class itself does not check them."""
     loader: str | None = None
     """Class that loads the part of it that is used, where that is not the one that indexes name."""
+    module: str | None = None
+    """Module of diffusers' pipelines that has the class, by which indexes name its library; None: diffusers itself."""
+    dtype_of: str | None = None
+    """Component whose key in `model.dtype` it has; None: its own."""
 
     @property
     def weights(self) -> str | None:
@@ -62,6 +66,8 @@ class Task:
     """The most that one side of an image is of the other; None: whatever it is."""
     text: str = "text"
     """The module of the family's folder that prepares its prompts."""
+    least_side: int = 1
+    """Pixels of height and of width at least."""
     frames_step: int | None = 4
     """Frames are a multiple of it and one more: a latent frame makes as many, the first one alone makes one. None: what
     is made is one image."""
@@ -69,6 +75,8 @@ class Task:
     """Denoising steps with which its schedule is a number."""
     step_caches: tuple[str, ...] = ("first_block", "mag", "taylorseer")
     """Methods of `denoiser.step_cache` that its transformers have."""
+    sound_rate: float | None = None
+    """Latents of sound a second, of which a video has at least one; None: its videos have no sound."""
 
     without: tuple[str, ...] = ()
     """Keys of a configuration that its models do not have, beside those of the family."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from disagg_ray.models.files import one_line, quote
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
-
 SPARE_BYTES = 2**21
 """More than is lost when torch rounds tensors up."""
 
@@ -33,7 +33,7 @@ def load_component(
         CheckpointError: its files do not make such a component, or lack some of its tensors.
     """
     folder = model / name
-    component = getattr(LIBRARIES[kind.library], kind.loader or class_name, None)
+    component = find_class(kind, kind.loader or class_name)
     if component is None:
         raise CheckpointError(
             f"model.path: {name!r} of {quote(model)} is a {class_name}, which {kind.library} does not have here"
@@ -64,6 +64,12 @@ def load_component(
     return loaded.to(device).eval()
 
 
+def find_class(kind: Component, class_name: str) -> Any:
+    """Return a component's class; None: the library does not have it here."""
+    module = LIBRARIES[kind.library] if kind.module is None else import_module(f"diffusers.pipelines.{kind.module}")
+    return getattr(module, class_name, None)
+
+
 def check_tensors(kind: Component, model: Path, name: str, class_name: str) -> None:
     """Refuse weights that are not those of the class and configuration in their folder, before memory is taken.
 
@@ -77,7 +83,7 @@ def check_tensors(kind: Component, model: Path, name: str, class_name: str) -> N
     folder = quote(model / name)
     try:
         with torch.device("meta"):
-            module = getattr(diffusers, class_name).from_config(read_config(kind, model, name))
+            module = find_class(kind, class_name).from_config(read_config(kind, model, name))
     except CheckpointError:
         raise
     except Exception as error:  # as above

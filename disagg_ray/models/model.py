@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from disagg_ray.models.blocks import SchedulerStep
+from disagg_ray.models.blocks import Stepping
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.geometry import Geometry
 
@@ -22,8 +22,8 @@ class Model(ABC):
     """
 
     @abstractmethod
-    def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], SchedulerStep]:
-        """Return the leaf blocks of a checkpoint's task in order, and the one of them that steps the scheduler."""
+    def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], Stepping]:
+        """Return the leaf blocks of a checkpoint's task in order, and the one of them, or inside one, that steps."""
 
     def part_blocks(self, names: Sequence[str], num_parts: int, folder: Path) -> dict[str, Any]:
         """Return those of the names that share out one tiled decode in `num_parts` parts."""

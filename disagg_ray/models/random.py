@@ -48,7 +48,7 @@ def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, dtype: str = "fl
 
 
 def draw(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Draw a meta module's parameters on the generator's device; buffers stay empty: none of these models saves any."""
+    """Draw a meta module's parameters, and the buffers that are saved with it, on the generator's device."""
     torch.nn.Module.to(module, dtype)  # diffusers' own warns of float32 layers, which is for loading to decide
     module.to_empty(device=generator.device)
     if isinstance(module, transformers.PreTrainedModel):
@@ -56,6 +56,10 @@ def draw(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
     for name, parameter in module.named_parameters():
         mean, std = _mean_std(name, parameter.shape)
         parameter.data.normal_(mean, std, generator=generator)
+    saved = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            buffer.normal_(1.0, 0.1, generator=generator)  # statistics of latents
 
 
 def floating_dtype(name: str) -> torch.dtype:

@@ -82,8 +82,8 @@ def _measure_point(stage: Stage, case: Case) -> Point:
     outputs = stage.compute(case.request, case.tensors, None)
     computed, turns_after = time.perf_counter(), stage.turns_s
     turn_s = computed - began if turns_before is None or turns_after is None else turns_after - turns_before
-    if outputs.frames is not None and outputs.frames.size and case.request.format not in RAW:  # rank 0 has them all
-        encode(outputs.frames, case.request.fps, case.request.format, stage.config.output.scale)
+    if (clip := outputs.clip) is not None and clip.frames.size and case.request.format not in RAW:  # rank 0 has all
+        encode(clip.frames, case.request.fps, case.request.format, stage.config.output.scale, sound=clip.sound)
     finished = time.perf_counter()
     handoff = sum(tensor.nbytes for tensor in outputs.tensors.values())
     work = max(0, stage.peak_bytes - before)

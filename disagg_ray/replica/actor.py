@@ -222,8 +222,8 @@ class Replica:
         self._report(task, "publishing")
         handoff = self._publish(task.key, outputs.tensors)
         self.pool.release(task.key, pulled.tensors)
-        if outputs.frames is not None:
-            self._videos.add(task.key, outputs.frames)
+        if (clip := outputs.clip) is not None:
+            self._videos.add(task.key, clip)
         if self.pool.is_released(task.key):  # while it was published: no replica will fetch it
             raise Cancelled(f"request {request.id} was cancelled when it was done")
         timing = StageTiming(
@@ -238,7 +238,8 @@ class Replica:
             route=self.pool.route(task.handoffs[0]) if task.handoffs else "none",
             peak_bytes=self.stage.peak_bytes,
         )
-        return Reply(handoff, 0 if outputs.frames is None else len(outputs.frames), timing)
+        num_frames, has_sound = (0, False) if clip is None else (len(clip.frames), clip.sound is not None)
+        return Reply(handoff, num_frames, timing, has_sound)
 
     def _publish(self, key: AttemptKey, tensors: dict[str, torch.Tensor]) -> Handoff:
         with self._activities.working("publish"):
@@ -247,16 +248,16 @@ class Replica:
     def encode(self, key: AttemptKey, fps: int, format: str) -> Encoded:
         """Return the video file of a finished task's frames; the replica may compute the next one meanwhile."""
         began = time.monotonic()
-        frames = self._videos[key]
-        scale, stall_s = self._config.output.scale, self._config.failures.stall_s
+        clip, scale, stall_s = self._videos[key], self._config.output.scale, self._config.failures.stall_s
         with self._activities.working("encode") as activity:
-            data = encode(frames, fps, format, scale, timeout_s=stall_s, on_frame=activity.progress)
+            told = activity.progress
+            data = encode(clip.frames, fps, format, scale, sound=clip.sound, timeout_s=stall_s, on_frame=told)
         self._videos.drop(key)
         return Encoded(data, time.monotonic() - began)
 
     def piece(self, key: AttemptKey, start: int) -> Handoff:
         """Publish the raw frames of a finished task from frame `start` on, as many as a piece holds."""
-        frames = self._videos[key]
+        frames = self._videos[key].frames
         _, height, width, _ = frames.shape
         stop = start + frames_in_piece(height * width, len(frames))
         return self._publish(key, {FRAMES: torch.from_numpy(frames[start:stop])})

@@ -132,6 +132,7 @@ class Reply:
     num_frames: int
     """Frames kept for `encode` or `piece`, from the last stage."""
     timing: StageTiming
+    has_sound: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import ConfigError
-from disagg_ray.graph import FRAMES, IMAGES, Graph, StagePorts
+from disagg_ray.graph import FRAMES, IMAGES, SOUND, Graph, StagePorts
 from disagg_ray.inputs import unpack
-from disagg_ray.media.video import Frames
+from disagg_ray.media.video import Clip, Frames
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.gpu_lock import GpuLock
 from disagg_ray.models.preflight import check_fit
@@ -39,8 +39,12 @@ class Outputs:
 
     tensors: dict[str, torch.Tensor]
     """Tensors that other stages read."""
-    frames: Frames | None
+    clip: Clip | None = None
     """Of the last stage."""
+
+    @property
+    def frames(self) -> Frames | None:
+        return None if self.clip is None else self.clip.frames
 
 
 class Stage:
@@ -216,6 +220,5 @@ class Stage:
         if self._stream is not None:
             self._stream.synchronize()  # so that a timer around this call times the work
         videos = made.get(FRAMES)
-        return Outputs(
-            {name: made[name] for name in self._outputs if name in made}, None if videos is None else videos[0]
-        )
+        clip = None if videos is None else Clip(videos[0], made.get(SOUND))
+        return Outputs({name: made[name] for name in self._outputs if name in made}, clip)

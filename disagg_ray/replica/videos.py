@@ -5,34 +5,34 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from disagg_ray.media.video import Frames
+from disagg_ray.media.video import Clip
 from disagg_ray.replica.sizing import MAX_VIDEOS
 from disagg_ray.transfer.handoff import AttemptKey
 
 
 class Videos:
-    """Thread-safe. Frames by the task that decoded them; they take the host's memory."""
+    """Thread-safe. Clips by the task that decoded them; they take the host's memory."""
 
     def __init__(self) -> None:
-        self._frames: dict[AttemptKey, Frames] = {}
+        self._clips: dict[AttemptKey, Clip] = {}
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._clips)
 
-    def __getitem__(self, key: AttemptKey) -> Frames:
-        return self._frames[key]
+    def __getitem__(self, key: AttemptKey) -> Clip:
+        return self._clips[key]
 
-    def add(self, key: AttemptKey, frames: Frames) -> None:
-        self._frames[key] = frames
+    def add(self, key: AttemptKey, clip: Clip) -> None:
+        self._clips[key] = clip
 
     def drop(self, key: AttemptKey) -> None:
-        """Drop a task's frames, if there are any; have `wait_for_room` look again."""
+        """Drop a task's clip, if there is one; have `wait_for_room` look again."""
         with self._changed:
-            self._frames.pop(key, None)
+            self._clips.pop(key, None)
             self._changed.notify_all()
 
     def wait_for_room(self, is_cancelled: Callable[[], bool]) -> None:
         """Wait while there are `MAX_VIDEOS`, unless cancelled; an encode that hangs ends with the replica."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._frames) < MAX_VIDEOS or is_cancelled())
+            self._changed.wait_for(lambda: len(self._clips) < MAX_VIDEOS or is_cancelled())

@@ -35,7 +35,8 @@ FAMILY = Family(
     },
     shifts_by_size=True,
     without=(
-        "model.flow_shift", "model.scheduler", "model.boundary_ratio", "defaults.guidance_scale_2", "stages.parallel",
+        "model.flow_shift", "model.scheduler", "model.boundary_ratio", "defaults.guidance_scale_2",
+        "defaults.audio_guidance_scale", "stages.parallel",
         "stages.denoiser.fuse", "stages.denoiser.loras", "stages.vae.compile",
     ),
 )  # fmt: skip

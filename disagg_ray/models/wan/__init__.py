@@ -1,6 +1,8 @@
 """Wan 2.1 and 2.2: video of a text, of a text and a first frame, of a text, a first and a last
 frame, or of a text, a control video and reference images."""
 
+from dataclasses import replace
+
 from disagg_ray.models.family import Component, Family, Task
 from disagg_ray.models.wan.component_configs import (
     ImageEncoderConfig,
@@ -42,6 +44,7 @@ FAMILY = Family(
         "vae": Component("diffusers", ("AutoencoderKLWan",), values=VaeConfig),
         "scheduler": Component("diffusers", (), "scheduler_config.json", SchedulerConfig),
         "transformer": _TRANSFORMER,
-        "transformer_2": _TRANSFORMER,
+        "transformer_2": replace(_TRANSFORMER, dtype_of="transformer"),
     },
+    without=("defaults.audio_guidance_scale",),
 )

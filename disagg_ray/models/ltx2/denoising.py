@@ -1,0 +1,194 @@
+"""The denoise of LTX-2: video and sound step together, each with a scheduler and a scale of guidance of its own.
+
+It computes exactly what diffusers 0.42's `LTX2Pipeline` and, with a first frame, `LTX2ImageToVideoPipeline` compute;
+its modular blocks predict with and without the prompt one after the other, and stock in one batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DModel
+from diffusers.modular_pipelines import ModularPipelineBlocks
+from diffusers.modular_pipelines.ltx2.before_denoise import calculate_shift
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from disagg_ray.models.blocks import OnStep
+from disagg_ray.models.ltx2.encoding import EMBEDS, IMAGE_LATENTS
+from disagg_ray.models.ltx2.geometry import LTX2Geometry
+
+SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
+"""Of schedulers that do not say, as in stock."""
+
+
+@dataclass
+class _Stream:
+    """Latents of video or of sound as tokens (1, tokens, channels), float32, and what steps them."""
+
+    tokens: Tensor
+    scheduler: Any
+    scale: float
+    """Of guidance."""
+
+    def guide(self, predicted: Tensor, step: int, guided: bool) -> Tensor:
+        """Return the velocity that a prediction (texts, tokens, channels) comes to."""
+        sigma = self.scheduler.sigmas[step]
+        if guided:
+            without, predicted = (self.tokens - part * sigma for part in predicted.float().chunk(2))
+            predicted = predicted + (self.scale - 1) * (predicted - without)
+        else:
+            predicted = self.tokens - predicted.float() * sigma
+        velocity: Tensor = (self.tokens - predicted) / sigma
+        return velocity
+
+
+class Denoise(ModularPipelineBlocks):  # type: ignore[misc]
+    """Draws noise and denoises it; latents leave in the precision of the text embeddings, as stock decodes them."""
+
+    model_name = "ltx2"
+    on_step: OnStep | None = None
+
+    def __init__(self, geometry: LTX2Geometry) -> None:
+        self._geometry = geometry
+        super().__init__()
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [
+            ComponentSpec("transformer", LTX2VideoTransformer3DModel),
+            ComponentSpec("scheduler", FlowMatchEulerDiscreteScheduler),
+        ]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        asked = ("request", "generator", "height", "width", "num_frames", "num_inference_steps")
+        required = [InputParam(name, required=True) for name in (*EMBEDS, *asked)]
+        return [*required, InputParam(IMAGE_LATENTS), InputParam("sigmas")]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam("latents"), OutputParam("audio_latents")]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        request, first = state.get("request"), state.get(IMAGE_LATENTS)
+        shape = self._geometry.latents_shape(request.height, request.width, request.num_frames)
+        video, sound = self._draw(components, state, shape)
+        timesteps = video.scheduler.timesteps
+        texts = dict(zip(("text", "audio_text", "mask"), (state.get(name) for name in EMBEDS), strict=True))
+        predict = _Predictor(components.transformer, texts, shape, sound.tokens.shape[1], request.fps, first)
+        for step, t in enumerate(timesteps):
+            predicted, predicted_sound = predict(video.tokens, sound.tokens, t)
+            velocity = video.guide(predicted, step, request.guided)
+            sound_velocity = sound.guide(predicted_sound, step, request.guided)
+            video.tokens = _step(video, velocity, t, shape, first is not None)
+            sound.tokens = sound.scheduler.step(sound_velocity, t, sound.tokens, return_dict=False)[0]
+            if self.on_step is not None:
+                self.on_step(step + 1, len(timesteps))
+        state.set("latents", _unpack(video.tokens, shape).to(texts["text"].dtype))
+        state.set("audio_latents", sound.tokens)
+        return components, state
+
+    def _draw(self, components: Any, state: Any, shape: tuple[int, ...]) -> tuple[_Stream, _Stream]:
+        """Return the first noise of video, then of sound, each with a scheduler whose timesteps are set."""
+        request, first, generator = state.get("request"), state.get(IMAGE_LATENTS), state.get("generator")
+        device, geometry = components._execution_device, self._geometry
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if first is not None:
+            given = torch.zeros((1, 1, *shape[2:]), device=device)
+            given[:, :, 0] = 1.0
+            latents = first.repeat(1, 1, shape[2], 1, 1) * given + latents * (1 - given)
+        num_audio = geometry.num_audio_latents(request.num_frames, request.fps)
+        audio_shape = (1, geometry.audio_channels, num_audio, geometry.audio_bins)
+        audio = randn_tensor(audio_shape, generator=generator, device=device, dtype=torch.float32)
+        tokens, scheduler = _pack(latents), components.scheduler
+        steps, sigmas = state.get("num_inference_steps"), state.get("sigmas")
+        sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        mu = calculate_shift(tokens.shape[1], *(scheduler.config.get(name, number) for name, number in SHIFT.items()))
+        scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
+        streams = (
+            _Stream(tokens, scheduler, request.guidance_scale),
+            _Stream(audio.transpose(1, 2).flatten(2, 3), copy.deepcopy(scheduler), request.sound_guidance_scale),
+        )
+        for stream in streams:
+            stream.scheduler.set_begin_index(0)
+        return streams
+
+
+class _Predictor:
+    """Calls the transformer with what is the same in every step."""
+
+    def __init__(
+        self,
+        transformer: Any,
+        texts: dict[str, Tensor],
+        shape: tuple[int, ...],
+        num_audio: int,
+        fps: float,
+        first: Tensor | None,
+    ) -> None:
+        self._transformer, self._dtype = transformer, texts["text"].dtype
+        self._num_texts = len(texts["text"])
+        device, (_, _, frames, height, width) = texts["text"].device, shape
+        video = transformer.rope.prepare_video_coords(1, frames, height, width, device, fps=float(fps))
+        sound = transformer.audio_rope.prepare_audio_coords(1, num_audio, device)
+        self._given = {
+            "encoder_hidden_states": texts["text"],
+            "audio_encoder_hidden_states": texts["audio_text"],
+            "encoder_attention_mask": texts["mask"],
+            "audio_encoder_attention_mask": texts["mask"],
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+            "fps": float(fps),
+            "audio_num_frames": num_audio,
+            "video_coords": video.repeat((self._num_texts,) + (1,) * (video.ndim - 1)),
+            "audio_coords": sound.repeat((self._num_texts,) + (1,) * (sound.ndim - 1)),
+            "use_cross_timestep": True,
+            "return_dict": False,
+        }
+        self._kept: Tensor | None = None
+        """Which tokens are of the given first frame: (texts, tokens)."""
+        if first is not None:
+            kept = torch.zeros((1, 1, *shape[2:]), device=device)
+            kept[:, :, 0] = 1.0
+            self._kept = torch.cat([_pack(kept).squeeze(-1)] * self._num_texts)
+
+    def __call__(self, video: Tensor, sound: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions (texts, tokens, channels) of video and of sound."""
+        timestep = t.expand(self._num_texts)
+        own = timestep if self._kept is None else timestep.unsqueeze(-1) * (1 - self._kept)
+        made: tuple[Tensor, Tensor] = self._transformer(
+            hidden_states=torch.cat([video] * self._num_texts).to(self._dtype),
+            audio_hidden_states=torch.cat([sound] * self._num_texts).to(self._dtype),
+            timestep=own,
+            audio_timestep=timestep,
+            sigma=timestep,
+            **self._given,
+        )
+        return made
+
+
+def _step(video: _Stream, velocity: Tensor, t: Tensor, shape: tuple[int, ...], keep_first: bool) -> Tensor:
+    """Return the tokens of the next step; those of a given first frame stay."""
+    if not keep_first:
+        tokens: Tensor = video.scheduler.step(velocity, t, video.tokens, return_dict=False)[0]
+        return tokens
+    velocity, latents = _unpack(velocity, shape), _unpack(video.tokens, shape)
+    rest = video.scheduler.step(velocity[:, :, 1:], t, latents[:, :, 1:], return_dict=False)[0]
+    return _pack(torch.cat([latents[:, :, :1], rest], dim=2))
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """Return latents (1, channels, frames, height, width) as tokens (1, tokens, channels)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def _unpack(tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tokens.transpose(1, 2).reshape(shape)
