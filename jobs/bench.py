@@ -8,6 +8,7 @@ python jobs/bench.py tiles --config C --parts 2     # a decode whole, in tiles, 
 python jobs/bench.py soak                # requests while replicas are killed, and what processes hold; also plots
 python jobs/bench.py latency,throughput,start --config C --gpus 2 --steps 4,20 --guidance 5,1    # stock, fused, splits
 python jobs/bench.py memory --config C --gpus 2 --caps 48        # stock with offload against splits, under a cap
+python jobs/bench.py memory --config conf/qwen_image.yaml model.path=C --caps 40    # images, as videos
 python jobs/bench.py plan --profile P --tables T    # `disagg-ray plan` against the simulated scheduler and tables
 python jobs/bench.py split --config conf/wan21_t2v_1_3b.yaml    # a model cut into stages against the same fused
 python jobs/bench.py stage CKPT          # each stage's speed and error by option, beside stock diffusers
@@ -37,7 +38,7 @@ from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
 from benchmarks.ways import Options
 
-from disagg_ray import LocalPipeline, Pipeline, Request
+from disagg_ray import LocalPipeline, Pipeline, Request, load_config
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.result import Result, StageTiming
 
@@ -152,7 +153,9 @@ def _gaps(timings: Sequence[StageTiming]) -> list[float]:
 
 
 def table_options(options: argparse.Namespace, whats: tuple[str, ...]) -> Options:
-    steps = [int(number) for number in (options.steps or ("1,2" if options.quick else "4,20")).split(",")]
+    least = load_config(options.config, *options.overrides).model.traits.least_steps
+    few = f"{least},{least + 1}"
+    steps = [int(number) for number in (options.steps or (few if options.quick else "4,20")).split(",")]
     rounds = [int(number) for number in (options.rounds or ",".join("4" if n < 10 else "2" for n in steps)).split(",")]
     guidance = [float(scale) for scale in options.guidance.split(",")]
     return Options(
@@ -207,7 +210,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", help="tables: comma separated")
     parser.add_argument("--guidance", default="5,1", help="tables: comma separated; 1 is none")
     parser.add_argument("--rounds", help="tables: videos of each transformer that are timed, for each of --steps")
-    parser.add_argument("--format", default="npy", choices=("npy", "mp4"), help="tables: of the files that are written")
+    parser.add_argument(
+        "--format", default="npy", choices=("npy", "mp4", "png"), help="tables: of the files that are written"
+    )
     parser.add_argument("--only", default="", help="tables: words of the ways' names, separated by /")
     parser.add_argument("--caps", default="", help="tables: GiB of a GPU, comma separated")
     parser.add_argument(

@@ -186,22 +186,32 @@ def _tune(pipeline: Any, config: Config) -> None:
 
 
 def _make(pipeline: Any, stock: Stock, index: int, cell: Cell, count: int) -> list[Video]:
-    defaults = stock.config.defaults
     times, writing = [], []
     with ThreadPoolExecutor(1) as writer, tempfile.TemporaryDirectory() as folder:
         for number in range(count):
             began = time.monotonic()
-            frames = pipeline(
-                PROMPT, defaults.negative_prompt, height=defaults.height, width=defaults.width,
-                num_frames=defaults.num_frames, num_inference_steps=cell.steps, guidance_scale=cell.guidance,
-                max_sequence_length=stock.config.model.max_sequence_length,
-                generator=torch.Generator().manual_seed(1000 * index + number), output_type="np",
-            ).frames[0]  # fmt: skip
+            frames = _call(pipeline, stock.config, cell, 1000 * index + number)
             times.append((began, time.monotonic()))
             writing.append(writer.submit(_write, frames, stock, Path(folder) / f"{number}.{stock.format}"))
             if number >= 2:
                 writing[number - 2].result()  # no more than two videos wait in memory
         return [Video(*both, written.result()) for both, written in zip(times, writing, strict=True)]
+
+
+def _call(pipeline: Any, config: Config, cell: Cell, seed: int) -> Frames:
+    """Return the frames of a request, or the one that is an image."""
+    defaults = config.defaults
+    asked = {
+        "prompt": PROMPT, "negative_prompt": defaults.negative_prompt, "height": defaults.height,
+        "width": defaults.width, "num_inference_steps": cell.steps,
+        "max_sequence_length": config.model.max_sequence_length, "generator": torch.Generator().manual_seed(seed),
+        "output_type": "np",
+    }  # fmt: skip
+    if config.model.traits.makes == "image":
+        made: Frames = pipeline(**asked, true_cfg_scale=cell.guidance).images
+        return made
+    frames: Frames = pipeline(**asked, num_frames=defaults.num_frames, guidance_scale=cell.guidance).frames[0]
+    return frames
 
 
 def _write(frames: Frames, stock: Stock, path: Path) -> float:

@@ -106,7 +106,7 @@ def add_up(peaks: Mapping[str, int], way: Layout) -> dict[Seat, int]:
 
 def tables(rows: Sequence[Row]) -> str:
     """Return what was measured as Markdown, each cell's baseline beside it."""
-    lines = ["| way | | alone s | of stock | videos/min | of stock | busy |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| way | | alone s | of stock | {made(rows)}/min | of stock | busy |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         name = row["way"] + (f" under {row['cap_gib']:g} GiB" if row.get("cap_gib") else "")
         if "error" in row:
@@ -116,6 +116,11 @@ def tables(rows: Sequence[Row]) -> str:
                      show(ratio(row, rows, "per_minute")), show(row.get("busy"))]  # fmt: skip
             lines.append(f"| {name} | {row['cell']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def made(rows: Sequence[Row]) -> str:
+    """Return what was made, in the plural."""
+    return str(next((row["makes"] for row in rows if "makes" in row), "video")) + "s"
 
 
 def ratio(row: Row, rows: Sequence[Row], key: str) -> float | None:
@@ -139,7 +144,7 @@ def report(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    panels = {"per_minute": "videos a minute", "latency_s": "one request alone, s",
+    panels = {"per_minute": f"{made(rows)} a minute", "latency_s": "one request alone, s",
               "ready_s": "from nothing to ready, s", "peak_bytes": "peak memory of a process on a GPU, GB"}  # fmt: skip
     drawn = {key: values for key in panels if (values := plotted(rows, key))}
     if not drawn:

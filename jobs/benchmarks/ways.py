@@ -82,6 +82,11 @@ class Bench:
         return [way for way in few if self.wants(way.name)]
 
     @property
+    def least_steps(self) -> int:
+        """Steps of a request that warms up."""
+        return self.config.model.traits.least_steps
+
+    @property
     def saturates(self) -> bool:
         return bool({"throughput", "memory"} & set(self.options.whats))
 
@@ -96,7 +101,8 @@ class Bench:
 
     def row(self, name: str, cap_gib: float | None, measure: Callable[[], Iterator[Row]]) -> None:
         """Add a way's rows; one that fails or comes too late says so."""
-        about: Row = {"way": name, "gpus": self.options.num_gpus, "cap_gib": cap_gib}
+        makes = self.config.model.traits.makes
+        about: Row = {"way": name, "gpus": self.options.num_gpus, "cap_gib": cap_gib, "makes": makes}
         if time.monotonic() > self.options.ends:
             self.add(about | {"error": "left out: no time"})
             return
@@ -120,7 +126,7 @@ def measure_stock(bench: Bench, stock: Stock) -> Iterator[Row]:
     options = bench.options
     with StockPipelines(stock, options.num_gpus) as pipelines:
         yield {"ready_s": {"all": pipelines.ready_s}, "load_s": {"all": max(pipelines.load_s)}}
-        pipelines.run(Cell(1, options.cells[0].guidance), 1)
+        pipelines.run(Cell(bench.least_steps, options.cells[0].guidance), 1)
         for cell, rounds in bench.cells():
             row: Row = {"cell": cell.name}
             if "latency" in options.whats:
@@ -143,7 +149,7 @@ def measure_way(bench: Bench, way: Layout, *overrides: str) -> Iterator[Row]:
         loads = {name: max(i.load_s for i in infos if i.stage == name) for name in ready}
         yield {"ready_s": ready | {"all": time.monotonic() - began}, "load_s": loads}
         for guidance in dict.fromkeys(cell.guidance for cell in options.cells):
-            warm_up(pipeline, way, Cell(1, guidance), options.format)
+            warm_up(pipeline, way, Cell(bench.least_steps, guidance), options.format)
         alone = {
             cell: measure_alone(pipeline, cell, options) for cell, _ in bench.cells() if "latency" in options.whats
         }
@@ -267,7 +273,11 @@ def by_stage(values: Mapping[str, int]) -> dict[str, int]:
 def line(row: Row) -> str:
     """Return a row for reading."""
     parts = [f"{row['cell']}:"] if "cell" in row else []
-    names = {"latency_s": "alone {:.2f} s", "per_minute": "{:.3f} videos/min", "busy": "busy {:.1%}"}
+    names = {
+        "latency_s": "alone {:.2f} s",
+        "per_minute": f"{{:.3f}} {row.get('makes', 'video')}s/min",
+        "busy": "busy {:.1%}",
+    }
     parts += [text.format(row[key]) for key, text in names.items() if row.get(key) is not None]
     for key, text, unit in (("compute_s", "compute s", 1), ("ready_s", "ready s", 1), ("load_s", "of it loading s", 1),
                             ("peak_bytes", "peak GB", 1e9)):  # fmt: skip
