@@ -215,6 +215,40 @@ def test_other_models_are_refused_by_name(
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("transformer/config.json", {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128}, "lacks "),
+        ("transformer/config.json", {"out_channels": 8}, "holds 'proj_out.weight' of shape [64, 32]"),
+        ("vae/config.json", {"base_dim": 96}, "holds "),
+        ("text_encoder/config.json", {"text_config": {"intermediate_size": 2**36}}, " numbers, and its configuration"),
+        ("text_encoder/config.json", {"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers in "),
+    ],
+)
+def test_weights_of_another_model_than_the_configuration_s_are_refused_before_memory_is_taken(
+    checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
+) -> None:
+    """Some of these configurations make more than any machine holds."""
+    folder = Path(shutil.copytree(checkpoint("tiny-qwen-image"), tmp_path / "model"))
+    given = json.loads((folder / file).read_text())
+    nested = {key: given[key] | value for key, value in changes.items() if isinstance(value, dict)}
+    (folder / file).write_text(json.dumps(given | changes | nested))
+    with pytest.raises(CheckpointError) as caught:
+        LocalPipeline.from_config(CONF / "tiny_qwen_image.yaml", f"model.path={folder}")
+    assert str((folder / file).parent) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_weights_of_another_class_are_refused_before_memory_is_taken(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("tiny-qwen-image"), tmp_path / "model"))
+    weights = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    shutil.copy(checkpoint("tiny-t2v") / weights, folder / weights)
+    with pytest.raises(CheckpointError, match=r"transformer' lacks \d+ tensors, as "):
+        LocalPipeline.from_config(CONF / "tiny_qwen_image.yaml", f"model.path={folder}")
+
+
 def test_the_published_shape_has_the_published_sizes() -> None:
     modules = build_meta(SHAPES["qwen-image"])
     billions = {name: sum(p.numel() for p in module.parameters()) / 1e9 for name, module in modules.items()}

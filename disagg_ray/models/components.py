@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,8 @@ from disagg_ray.text import printable
 MAX_NUMBER = 2**20
 """Largest whole number in a configuration; the largest published is a vocabulary of 256,384."""
 MAX_LAYERS = 1024
-LAYERS = ("num_layers", "num_hidden_layers", "num_res_blocks")
+LAYERS = ("num_layers", "num_hidden_layers", "num_res_blocks", "depth")
+"""Keys that count layers, in configurations and in parts of them."""
 FROM_ZERO = ("token_id", "vace_layers")
 """Ends of keys whose whole numbers may be 0."""
 SMALL = (".json", ".model", ".txt")
@@ -115,6 +116,11 @@ def read_config(kind: Component, folder: Path, name: str) -> dict[str, Any]:
                 f"model.path: {key} in {quote(path)} names another file to open; take it out, and give that file the "
                 f"usual name"
             )
+    for key, value in _walk(config):
+        if key in LAYERS and isinstance(value, int) and value > MAX_LAYERS:
+            raise CheckpointError(
+                f"model.path: {key} in {quote(path)} is {_shown(value)}, and must be at most {MAX_LAYERS}"
+            )
     for key, hint in get_type_hints(kind.values).items() if kind.values is not None else ():
         least, most = int(not key.endswith(FROM_ZERO)), MAX_LAYERS if key in LAYERS else MAX_NUMBER
         if key in config and not _fits(config[key], hint, least, most):
@@ -122,6 +128,14 @@ def read_config(kind: Component, folder: Path, name: str) -> dict[str, Any]:
                 f"model.path: {key} in {quote(path)} is {_shown(config[key])}, and must be {_kind_of(hint)}"
             )
     return config
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key of a JSON value and of those in it, with what it holds."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield str(key), part
+        yield from _walk(part)
 
 
 def _fits(value: Any, hint: Any, least: int, most: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -73,22 +73,28 @@ def find_class(kind: Component, class_name: str) -> Any:
 def check_tensors(kind: Component, model: Path, name: str, class_name: str) -> None:
     """Refuse weights that are not those of the class and configuration in their folder, before memory is taken.
 
-    Of diffusers' classes alone: transformers renames tensors while it loads.
+    Transformers renames tensors while it loads: of its classes the numbers are counted.
 
     Raises:
         CheckpointError: names a tensor that is missing, or of another shape.
     """
-    if kind.library != "diffusers" or kind.weights is None:
+    if kind.weights is None:
         return
     folder = quote(model / name)
     try:
-        with torch.device("meta"):
-            module = find_class(kind, class_name).from_config(read_config(kind, model, name))
+        module = _build_meta(kind, model, name, class_name)
     except CheckpointError:
         raise
     except Exception as error:  # as above
         raise CheckpointError(f"model.path: {folder} cannot be loaded: {one_line(error)}") from error
     found = read_tensors(kind, model, name)
+    if kind.library == "transformers":
+        held, made = (sum(count) for count in ((t.num_elements for t in found.values()), _sizes(module)))
+        if held < made:
+            raise CheckpointError(
+                f"model.path: {folder} holds {held} numbers, and its configuration makes {class_name}'s {made}"
+            )
+        return
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     missing = sorted(expected.keys() - found.keys())
     if missing:
@@ -99,6 +105,22 @@ def check_tensors(kind: Component, model: Path, name: str, class_name: str) -> N
                 f"model.path: {folder} holds {key!r} of shape {list(found[key].shape)}, and its configuration makes "
                 f"{class_name}'s {list(shape)}"
             )
+
+
+def _build_meta(kind: Component, model: Path, name: str, class_name: str) -> torch.nn.Module:
+    """Return a component as its configuration says, without memory."""
+    given = read_config(kind, model, name)
+    made = find_class(kind, class_name)
+    with torch.device("meta"):
+        if kind.library == "diffusers":
+            module: torch.nn.Module = made.from_config(given)
+        else:
+            module = made(made.config_class.from_pretrained(model / name, local_files_only=True))
+    return module
+
+
+def _sizes(module: torch.nn.Module) -> Iterator[int]:
+    return (parameter.numel() for parameter in module.parameters())
 
 
 def check_scheduler(scheduler: Any, sigmas: Sequence[float]) -> None:

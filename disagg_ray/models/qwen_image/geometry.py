@@ -73,8 +73,10 @@ def count_image_tokens(model: ModelConfig, folder: Path) -> int:
         CheckpointError: the processor makes patches that the text encoder does not take, or of absurd numbers.
     """
     given = read_config(FAMILY.components["processor"], folder, "processor")
-    vision = read_config(FAMILY.components["text_encoder"], folder, "text_encoder").get("vision_config", {})
-    sizes = given.get("size") or {}
+    encoder = read_config(FAMILY.components["text_encoder"], folder, "text_encoder")
+    vision, sizes = (
+        each if isinstance(each, dict) else {} for each in (encoder.get("vision_config"), given.get("size"))
+    )
     least = given.get("min_pixels") or sizes.get("shortest_edge") or LEAST
     most = given.get("max_pixels") or sizes.get("longest_edge") or MOST
     for key, of_vision, default in PATCHES:
