@@ -18,6 +18,8 @@ from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.schema import Config
+from disagg_ray.http.bodies import check_body
+from disagg_ray.http.schema import ApiError, CreateVideo
 from disagg_ray.media.sound import read_wav
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.ltx2.random import build_meta
@@ -165,6 +167,13 @@ def test_a_pipeline_on_ray_writes_video_with_sound(
     assert found.seconds == pytest.approx(samples.shape[1] / 24000, abs=0.1)
     assert found.samples.std() == pytest.approx(samples.std(), rel=0.2)
     assert silent.sound is None
+
+
+def test_a_job_over_http_may_ask_for_the_scale_of_sound(configure: Any) -> None:
+    asked = check_body(CreateVideo(prompt="a", seconds=0.4, audio_guidance_scale=7), {}, configure(), 0)
+    assert (asked.settings["audio_guidance_scale"], asked.settings["num_frames"]) == (7, 9)
+    with pytest.raises(ApiError, match=r"audio_guidance_scale=7.0: must be left out"):
+        check_body(CreateVideo(prompt="a", audio_guidance_scale=7), {}, load_config(CONF / "tiny_t2v.yaml"), 0)
 
 
 @pytest.mark.parametrize("format", ["gif", "frames"])
