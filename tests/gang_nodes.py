@@ -1,11 +1,10 @@
 """A gang whose ranks lie on two nodes: the node of one of them dies in mid-step, and the request goes on elsewhere.
 
-python tests/gang_nodes.py FOLDER
+python tests/gang_nodes.py FOLDER RANK
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,7 @@ def lose_a_node(rank: int, cluster: Cluster, pipeline: Pipeline, faults: Any, vi
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     with LocalPipeline.from_config(T2V, ONE_THREAD) as local:
         video = local.generate(REQUEST).data
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "include_dashboard": False}, connect=True)
@@ -67,7 +66,7 @@ def main() -> None:
         cluster.add_node(num_cpus=2, resources={"rank": 1})
     cluster.wait_for_nodes()
     with faulty_replicas(folder) as faults, Pipeline.from_config(T2V, *SPREAD) as pipeline:
-        lose_a_node(int(os.environ.get("RANK", "1")), cluster, pipeline, faults, video)
+        lose_a_node(rank, cluster, pipeline, faults, video)
     assert all(group["state"] == "REMOVED" for group in placement_group_table().values()), "bundles are left"
     ray.shutdown()
     cluster.shutdown()

@@ -63,6 +63,7 @@ def test_a_line_says_request_replica_step_and_time_left() -> None:
         (replace(EVENT, state="waiting", replica=""), "waiting for transformer"),
         (replace(EVENT, state="pulling"), "transformer-0 pulling"),
         (replace(EVENT, state="failed", step=7), "transformer-0 failed"),
+        (replace(EVENT, step=7, num_ranks=4), "transformer-0 (4 ranks) step 7/50"),
         (replace(EVENT, step=7, attempt=1), "transformer-0 step 7/50, attempt 2"),
         (replace(EVENT, stage="decoder", replica="decoder-1", steps=0), "decoder-1 running"),
     ],
@@ -167,6 +168,10 @@ def test_each_request_that_runs_has_a_row() -> None:
         assert overall.startswith("0 of 60 videos done")
         assert all(row.split()[:2] == [f"request-{n}", f"transformer-{n}"] for n, row in enumerate(rows))
         assert all(row.rstrip().endswith("12/50 38 s left") for row in rows)
+
+
+def test_a_row_says_how_many_ranks_a_replica_has() -> None:
+    assert "transformer-0 (4 ranks)" in draw_bars(1, (80, 24), num_ranks=4)[0]
 
 
 def test_rows_beyond_the_cap_are_counted() -> None:

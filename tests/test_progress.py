@@ -111,7 +111,7 @@ def test_an_event_arrives_as_it_was_sent(inbox: Inbox, sender: Sender) -> None:
 
 @pytest.mark.parametrize("state", get_args(State))
 def test_every_state_survives_the_wire(state: State) -> None:
-    event = replace(EVENT, request_id="猫 [bold]", attempt=2, state=state)
+    event = replace(EVENT, request_id="猫 [bold]", attempt=2, state=state, num_ranks=4)
     assert unpack(pack(event)) == event
 
 
@@ -159,7 +159,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "not text": (7, *astuple(EVENT)[1:]),
     "bytes": (b"a1b2", *astuple(EVENT)[1:]),
     "true for a number": (*astuple(EVENT)[:3], True, *astuple(EVENT)[4:]),
-    "whole time": (*astuple(EVENT)[:-1], 1),
+    "whole time": (*astuple(EVENT)[:-2], 1, 1),
+    "no ranks": astuple(replace(EVENT, num_ranks=0)),
     "empty id": astuple(replace(EVENT, request_id="")),
     "long id": astuple(replace(EVENT, request_id="x" * 201)),
     "control characters": astuple(replace(EVENT, request_id="\x1b[2J")),

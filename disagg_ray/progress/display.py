@@ -222,7 +222,7 @@ def _table(rows: list[Track], now: float, *, wide: bool) -> Table:
         bar = [ProgressBar(event.steps, event.step) if event.steps else ""] if wide else []
         progress = f"{event.step}/{event.steps}" if event.steps else event.state
         table.add_row(
-            _line(printable(event.request_id, MAX_ID_CHARS)), _line(event.replica), *bar, progress, _clock(track, now)
+            _line(printable(event.request_id, MAX_ID_CHARS)), _line(_replica(event)), *bar, progress, _clock(track, now)
         )
     return table
 
@@ -252,10 +252,15 @@ def describe(track: Track, now: float) -> str:
     if event.state == "waiting":
         return f"waiting for {event.stage}{_attempt(event)}"
     if event.state != "running" or not event.step:
-        return f"{event.replica} {event.state}{_attempt(event)}"
+        return f"{_replica(event)} {event.state}{_attempt(event)}"
     left = track.seconds_left(now)
     time_left = "" if left is None else f", {human_seconds(left)} left"
-    return f"{event.replica} step {event.step}/{event.steps}{time_left}{_attempt(event)}"
+    return f"{_replica(event)} step {event.step}/{event.steps}{time_left}{_attempt(event)}"
+
+
+def _replica(event: Event) -> str:
+    """Return a replica's name, and how many ranks it has, as `transformer-0 (4 ranks)`."""
+    return f"{event.replica} ({event.num_ranks} ranks)" if event.num_ranks > 1 else event.replica
 
 
 def _attempt(event: Event) -> str:

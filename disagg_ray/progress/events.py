@@ -43,6 +43,8 @@ class Event:
     """Denoising steps in all; 0 where there are none."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch, by the clock of the node it happened on."""
+    num_ranks: int = 1
+    """Of the replica."""
 
 
 def pack(event: Event) -> bytes:
@@ -51,7 +53,7 @@ def pack(event: Event) -> bytes:
     return data
 
 
-WIRE = (str, str, str, int, str, int, int, float)
+WIRE = (str, str, str, int, str, int, int, float, int)
 """Types of an event's fields."""
 
 
@@ -69,8 +71,11 @@ def unpack(data: bytes) -> Event:
     names = (event.request_id, event.stage, event.replica)
     if not all(1 <= len(name) <= MAX_CHARS and name.isprintable() for name in names) or event.state not in STATES:
         raise ValueError("not the names in an event")
-    if not (0 <= event.attempt <= MAX_COUNT and 0 <= event.step <= event.steps <= MAX_COUNT and _is_time(event.time)):
+    counts = event.attempt, event.step, event.steps, event.num_ranks
+    if not all(0 <= count <= MAX_COUNT for count in counts) or event.step > event.steps or not event.num_ranks:
         raise ValueError("not the numbers in an event")
+    if not _is_time(event.time):
+        raise ValueError("not the time of an event")
     return event
 
 

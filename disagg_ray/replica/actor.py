@@ -173,7 +173,9 @@ class Replica:
             raise
 
     def _report(self, task: Task, state: State, step: int = 0, steps: int = 0) -> None:
-        self._sender.send(Event(task.request.id, self.stage.name, self.name, task.attempt, state, step, steps))
+        num_ranks = self._config.stages[self.stage.name].parallel.size
+        steps_of = (task.attempt, state, step, steps)
+        self._sender.send(Event(task.request.id, self.stage.name, self.name, *steps_of, num_ranks=num_ranks))
 
     def _pull(self, task: Task) -> _Pulled:
         started = time.monotonic()
