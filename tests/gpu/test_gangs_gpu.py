@@ -41,6 +41,8 @@ ROUNDED = {ULYSSES: 1e-3, SHARDED: 1e-3, BOTH: 1e-3} if DEVICE == "cuda" else {}
 """How far frames (0 to 1) may be: on a GPU, other kernels suit the fewer tokens of tiny models; with cfg alone, 0."""
 HALF = 50.0
 """What bfloat16 allows more."""
+FLASH_4 = ["flash_4"] if find_spec("flash_attn") is not None else []
+BACKENDS = ["_native_cudnn", "_native_flash", *FLASH_4] if DEVICE == "cuda" else ["native"]
 SLACK = 256 * 2**20
 """Bytes of GPU memory; a process that only has a CUDA context holds more."""
 
@@ -50,7 +52,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 four_gpus = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
-needs_flash_4 = pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn-4")
 wait_until = partial(helpers.wait_until, timeout_s=SURE)
 
 Say = Callable[[str], None]
@@ -149,7 +150,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield make_checkpoint(shape.name, tmp_path_factory.mktemp("wide") / "checkpoint")
 
 
-@pytest.mark.parametrize("backend", ["_native_cudnn", "_native_flash", pytest.param("flash_4", marks=needs_flash_4)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_so_it_does_with_an_attention_backend(difference: Differ, wide: Path, backend: str) -> None:
     made = difference("t2v", ULYSSES, BF16, f"{T}.denoiser.attention={backend}", folder=wide)
     assert made <= HALF * ROUNDED.get(ULYSSES, 0)
