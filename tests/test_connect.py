@@ -228,18 +228,6 @@ def test_a_connection_that_fails_to_listen_listens_again(
     assert "background task listen failed; it is started again" in caplog.text
 
 
-def test_a_held_result_is_kept_for_others_of_its_run_id_until_it_is_acknowledged(pipeline: str) -> None:
-    request = Request(prompt="a cat", seed=4, num_frames=5, num_inference_steps=2, id="held")
-    with Connection(pipeline, run_id="held") as first, Connection(pipeline, run_id="held") as second:
-        made = first.submit(request, hold=True).result()
-        first.generate(replace(request, id="other"))
-        wait_until(lambda: not first.unacknowledged, "the service does not know that the other is finished")
-        assert second.submit(request, hold=True).result().seconds == made.seconds, "it was computed again"
-        second.acknowledge("held")
-        wait_until(lambda: not second.unacknowledged, "the service does not know that it is stored")
-        assert first.generate(request).seconds != made.seconds, "it is kept longer"
-
-
 def test_a_client_of_another_version_is_refused(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = replace(software.software(), digest="another", folder="/elsewhere")
     monkeypatch.setattr(software, "software", lambda: here)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from threading import Barrier, Thread
 from typing import Any
 
+import helpers
 import pytest
 
 from disagg_ray.errors import ConfigError
@@ -99,7 +100,7 @@ def test_a_worker_number_is_one_processs_until_it_ends(store: Store, url: str) -
     other = Store(url)
     assert (other.workers.take(7), other.workers.take(8)) == (False, True)
     other.close()
-    assert store.workers.take(8)
+    helpers.wait_until(lambda: store.workers.take(8), "a number stays with a process that ended", 60.0)
 
 
 @pytest.mark.parametrize("url", ["nothing", "sqlite:////proc/none/jobs.db", "oracle://x"])

@@ -132,6 +132,18 @@ def test_a_driver_that_reconnects_gets_what_was_computed_meanwhile(pipeline: str
     second.close()
 
 
+def test_a_held_result_is_kept_for_others_of_its_run_id_until_it_is_acknowledged(pipeline: str) -> None:
+    request = Request(prompt="a cat", seed=4, num_frames=5, num_inference_steps=2, id="held")
+    with Connection(pipeline, run_id="held") as first, Connection(pipeline, run_id="held") as second:
+        made = first.submit(request, hold=True).result()
+        first.generate(replace(request, id="other"))
+        wait_until(lambda: not first.unacknowledged, "the service does not know that the other is finished")
+        assert second.submit(request, hold=True).result().seconds == made.seconds, "it was computed again"
+        second.acknowledge("held")
+        wait_until(lambda: not second.unacknowledged, "the service does not know that it is stored")
+        assert first.generate(request).seconds != made.seconds, "it is kept longer"
+
+
 def test_progress_cancel_and_overload_hold_through_a_connection(pipeline: str) -> None:
     with connect(pipeline) as connection:
         handles = [connection.submit(replace(LONG, id=str(number))) for number in range(16)]

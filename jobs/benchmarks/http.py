@@ -1,6 +1,7 @@
 """The HTTP service's own cost: accepted jobs a second, polls a second, memory, and its share of a video's seconds.
 
-Under each line are the cores that each process took meanwhile.
+Beside it an application that answers a constant: what Ray Serve takes. Under each line are the cores that each process
+took meanwhile.
 
 python jobs/bench.py http [SECONDS]
 """
@@ -9,21 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import aiohttp
 import numpy as np
 import psutil
+import ray
+from fastapi import FastAPI
+from ray import serve
 
-from disagg_ray import Pipeline, Request
+from disagg_ray import Connection, Request, connect, load_config
+from disagg_ray.http.app import MAX_ONGOING, serving
+from disagg_ray.http.settings import make_settings
+from disagg_ray.service import lifecycle
 
-CONFIG = "conf/tiny_t2v.yaml"
-PORT = 8765
+NAME, CONFIG = "bench", "conf/tiny_t2v.yaml"
+HOST, PORT = "127.0.0.1", 8765
 NUM_POLLERS, NUM_POSTERS, NUM_VIDEOS = 200, 8, 30
 TINY = {"num_frames": 1, "num_inference_steps": 1}
 LEAST = 0.02
@@ -33,62 +39,95 @@ PROCESSES = ("ray::ServeReplica", "ray::ProxyActor")
 
 def main(arguments: Sequence[str]) -> None:
     seconds = float(arguments[0]) if arguments else 15.0
-    with Pipeline.from_config(CONFIG, "fused=true") as pipeline:
-        alone = [pipeline.generate(request_of(seed)).seconds for seed in range(NUM_VIDEOS)]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "disagg_ray.cli", "serve", "--config", CONFIG, "--port", str(PORT),
-                   "fused=true", f"service.folder={folder}", "limits.max_queued=100000"]  # fmt: skip
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            next(line for line in child.stdout if line.startswith("page: "))
-            root = psutil.Process(child.pid)
-            asyncio.run(measure(seconds, float(np.median(alone)), root))
-            for process in root.children(recursive=True):
-                if process.name().startswith(PROCESSES):
-                    print(f"{process.name()}: {process.memory_info().rss / 1e6:.0f} MB")
-            child.terminate()
+    ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    lifecycle.up(NAME, load_config(CONFIG, "fused=true", "limits.max_queued=100000"))
+    try:
+        with tempfile.TemporaryDirectory() as folder, connect(NAME) as service:
+            settings = make_settings((NAME,), load_config(CONFIG, f"service.folder={folder}"))
+            with serving(settings, HOST, PORT):
+                deploy_empty()
+                asyncio.run(measure(seconds, service))
+                for process in psutil.Process().children(recursive=True):
+                    if process.name().startswith(PROCESSES):
+                        print(f"{process.name()}: {process.memory_info().rss / 1e6:.0f} MB")
+    finally:
+        lifecycle.down(NAME, 0.0)
+        ray.shutdown()
+
+
+def deploy_empty() -> None:
+    """Have an application answer a constant at /empty."""
+
+    async def say() -> dict[str, str]:
+        return {"status": "ok"}
+
+    def build() -> FastAPI:
+        app = FastAPI()
+        app.add_api_route("/", say)
+        return app
+
+    deployment: Any = serve.deployment(
+        serve.ingress(build)(), name="empty", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},
+    )  # fmt: skip
+    serve.run(deployment.bind(), name="empty", route_prefix="/empty")
 
 
 def request_of(seed: int) -> Request:
     return Request("a red circle moves left", seed=seed, **TINY)
 
 
-async def measure(seconds: float, alone_s: float, root: psutil.Process) -> None:
+async def measure(seconds: float, service: Connection) -> None:
     print(f"{os.cpu_count()} cores, clients included")
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{PORT}", connector=connector) as session:
+    async with aiohttp.ClientSession(f"http://{HOST}:{PORT}", connector=connector) as session:
         while (await session.get("/ready")).status != 200:
             await asyncio.sleep(0.2)
-        with cores(root):
-            made = [await finished(session, seed) for seed in range(NUM_VIDEOS)]
-            share = float(np.median(made)) - alone_s
-            print(f"a video: {1000 * alone_s:.0f} ms by itself, {1000 * share:.0f} ms more over HTTP, by its events")
+        await compare_videos(session, service)
         video_id = (await post(session, 0))["id"]
 
         async def get(_: int) -> None:
             async with session.get(f"/v1/videos/{video_id}") as answer:
                 await answer.read()
 
+        async def get_empty(_: int) -> None:
+            async with session.get("/empty/") as answer:
+                await answer.read()
+
         async def add(number: int) -> None:
             await post(session, number)
 
-        with cores(root):
-            await load("GET, 1 client", get, 1, seconds / 3)
-        with cores(root):
-            await load(f"GET, {NUM_POLLERS} clients", get, NUM_POLLERS, seconds)
-        with cores(root):
+        for number in (1, NUM_POLLERS, 1, NUM_POLLERS):
+            for name, call in (("GET", get), ("GET of a constant", get_empty)):
+                with cores():
+                    await load(f"{name}, clients: {number}", call, number, seconds / 3)
+        with cores():
             await load(f"POST, {NUM_POSTERS} clients", add, NUM_POSTERS, seconds)
-        with cores(root):
+        with cores():
             await asyncio.gather(
                 load(f"POST, {NUM_POSTERS} clients beside the polls", add, NUM_POSTERS, seconds),
                 load(f"GET, {NUM_POLLERS} clients that poll twice a second", get, NUM_POLLERS, seconds, every_s=0.5),
             )
 
 
+async def compare_videos(session: aiohttp.ClientSession, service: Connection) -> None:
+    """Print what a video takes from the service and over HTTP, one after the other again and again."""
+    pairs = []
+    for seed in range(2 * NUM_VIDEOS):
+        began = time.perf_counter()
+        await asyncio.to_thread(service.generate, request_of(seed))
+        pairs.append((time.perf_counter() - began, await finished(session, seed)))
+    alone, over_http = 1000 * np.array(pairs[NUM_VIDEOS:]).T
+    print(
+        f"a video: {np.median(alone):.0f} ms from the service, {np.median(over_http):.0f} ms over HTTP by its events; "
+        f"median of the differences {np.median(over_http - alone):.0f} ms"
+    )
+
+
 @contextmanager
-def cores(root: psutil.Process) -> Iterator[None]:
-    """Print the cores that each process below a root, and this one, take meanwhile."""
-    processes = [psutil.Process(), *root.children(recursive=True)]
+def cores() -> Iterator[None]:
+    """Print the cores that this process and each below it take meanwhile."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     began, before = time.perf_counter(), {each: busy_s(each) for each in processes}
     yield
     seconds = time.perf_counter() - began
