@@ -20,7 +20,6 @@ import aiohttp
 import numpy as np
 import psutil
 import ray
-from fastapi import FastAPI
 from ray import serve
 
 from disagg_ray import Connection, Request, connect, load_config
@@ -55,19 +54,17 @@ def main(arguments: Sequence[str]) -> None:
         ray.shutdown()
 
 
-def deploy_empty() -> None:
-    """Have an application answer a constant at /empty."""
+class Empty:
+    """An application that answers a constant."""
 
-    async def say() -> dict[str, str]:
+    async def __call__(self, _: object) -> dict[str, str]:
         return {"status": "ok"}
 
-    def build() -> FastAPI:
-        app = FastAPI()
-        app.add_api_route("/", say)
-        return app
 
+def deploy_empty() -> None:
+    """Have Ray Serve answer a constant at /empty."""
     deployment: Any = serve.deployment(
-        serve.ingress(build)(), name="empty", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0},
+        Empty, name="empty", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},
     )  # fmt: skip
     serve.run(deployment.bind(), name="empty", route_prefix="/empty")
