@@ -215,7 +215,7 @@ def _paths(name: str, value: Any, folder: Path) -> Path | list[Path]:
     if name == REFERENCES and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return [folder / expand_home(each) for each in value]
     if name == REFERENCES or not isinstance(value, str):
-        what = "a list of paths; give paths of image files" if name == REFERENCES else "path; give the path of a file"
+        what = "list of paths; give paths of image files" if name == REFERENCES else "path; give the path of a file"
         raise RequestError(f"{name}: {shown(value)} is no {what}")
     return folder / expand_home(value)
 
