@@ -328,6 +328,8 @@ def test_saved_schedules_and_boundaries_are_the_published_ones() -> None:
         "wan2.2-t2v-a14b": (3.0, 0.875),
         "wan2.2-i2v-a14b": (3.0, 0.9),
         "wan2.2-ti2v-5b": (5.0, None),
+        "wan2.1-vace-1.3b": (3.0, None),
+        "wan2.1-vace-14b": (3.0, None),
     }
 
 
