@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from disagg_ray.errors import OutputError
-from disagg_ray.media.output import rescue, write
+from disagg_ray.media.output import check_output, rescue, write
 from disagg_ray.media.sound import Sound, wav_beside
 from disagg_ray.media.video import Frames
 from disagg_ray.request import ResolvedRequest
@@ -66,9 +66,13 @@ class Result:
         Raises:
             OutputError: the suffix is not the request's format, or the place cannot be written.
         """
+        beside = wav_beside(str(path))
         if self.sound is not None:
-            write(self.sound.to_wav(), "wav", wav_beside(str(path)), overwrite=overwrite)
-        return write(self._content, self.request.format, path, overwrite=overwrite)
+            check_output(beside, overwrite=overwrite)
+        written = write(self._content, self.request.format, path, overwrite=overwrite)
+        if self.sound is not None:
+            write(self.sound.to_wav(), "wav", beside, overwrite=overwrite)
+        return written
 
     def rescue(self) -> Path:
         """Write the video into a new private folder on this machine, in the temporary folder or where there is space.

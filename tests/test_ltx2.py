@@ -16,7 +16,17 @@ from helpers import heard, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
-from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
+from disagg_ray import (
+    CheckpointError,
+    ConfigError,
+    LocalPipeline,
+    OutputError,
+    Pipeline,
+    Request,
+    RequestError,
+    cli,
+    load_config,
+)
 from disagg_ray.config.schema import Config
 from disagg_ray.http.bodies import check_body
 from disagg_ray.http.schema import ApiError, CreateVideo
@@ -174,6 +184,15 @@ def test_a_job_over_http_may_ask_for_the_scale_of_sound(configure: Any) -> None:
     assert (asked.settings["audio_guidance_scale"], asked.settings["num_frames"]) == (7, 9)
     with pytest.raises(ApiError, match=r"audio_guidance_scale=7.0: must be left out"):
         check_body(CreateVideo(prompt="a", audio_guidance_scale=7), {}, load_config(CONF / "tiny_t2v.yaml"), 0)
+
+
+def test_raw_frames_are_not_written_where_their_sound_cannot_be(configure: Any, ask: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").touch()
+    argv = ["--config", "conf/tiny_ltx2.yaml", "--prompt", "a", "--output", str(tmp_path / "a.npy")]
+    assert cli.main(["generate", *argv, "--local"]) == 2
+    with pytest.raises(OutputError, match=r"a\.wav' exists"):
+        LocalPipeline(configure()).generate(ask(format="npy")).save(tmp_path / "a.npy", overwrite=False)
+    assert not (tmp_path / "a.npy").exists()
 
 
 @pytest.mark.parametrize("format", ["gif", "frames"])

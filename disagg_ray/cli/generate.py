@@ -21,6 +21,7 @@ from disagg_ray.driver.signals import Interrupts, interruptible
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import InputError, OutputError, SaveError
 from disagg_ray.media.output import check_folder, check_output, check_trace, format_of, local_path
+from disagg_ray.media.sound import wav_beside
 from disagg_ray.media.video import check_writer
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import TYPES, Request, resolve
@@ -74,6 +75,8 @@ def _generate_one(options: argparse.Namespace) -> int:
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
     request = Request(**{k: v for k, v in given.items() if v is not None}, format=format_of(options.output))
     resolved, _ = resolve(request, config)  # invalid input fails before anything starts
+    if resolved.format == "npy" and config.model.traits.sound_rate is not None:
+        check_output(wav_beside(options.output), overwrite=options.overwrite, in_job=in_ray_job())
     check_prompts(resolved, config.model)
     if options.local:
         check_writer(resolved.format)

@@ -36,6 +36,7 @@ def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, dtype: str = "fl
     record: Record = {"shape": shape, "seed": seed, "dtype": dtype}
     if _is_made(folder, record):
         return folder
+    transformers.utils.logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
