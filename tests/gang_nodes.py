@@ -41,6 +41,10 @@ def gang(pipeline: Pipeline) -> ReplicaInfo:
     return next(replica for replica in pipeline.replicas if replica.ranks)
 
 
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def lose_a_node(rank: int, cluster: Cluster, pipeline: Pipeline, faults: Any, video: bytes | None) -> None:
     """End the node of a rank while it computes."""
     before, where = gang(pipeline), nodes_of_ranks()
@@ -53,7 +57,7 @@ def lose_a_node(rank: int, cluster: Cluster, pipeline: Pipeline, faults: Any, vi
     faults.clear("transformer.step")
     assert handle.result(240.0).data == video
     assert faults.times_computed(REQUEST.id)["encoder"] == 1, "what was finished was computed again"
-    wait_until(lambda: not any(map(psutil.pid_exists, (r.pid for r in before.ranks))), "a rank of the lost gang lives")
+    wait_until(lambda: not any(lives(rank.pid) for rank in before.ranks), "a rank of the lost gang lives on")
     wait_until(lambda: where[rank] not in nodes_of_ranks(), "the gang is not replaced")
 
 
