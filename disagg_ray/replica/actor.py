@@ -240,8 +240,7 @@ class Replica:
             route=self.pool.route(task.handoffs[0]) if task.handoffs else "none",
             peak_bytes=self.stage.peak_bytes,
         )
-        num_frames, has_sound = (0, False) if clip is None else (len(clip.frames), clip.sound is not None)
-        return Reply(handoff, num_frames, timing, has_sound)
+        return Reply(handoff, 0 if clip is None else len(clip.frames), timing, bool(clip and clip.sound))
 
     def _publish(self, key: AttemptKey, tensors: dict[str, torch.Tensor]) -> Handoff:
         with self._activities.working("publish"):
@@ -251,9 +250,8 @@ class Replica:
         """Return the video file of a finished task's frames; the replica may compute the next one meanwhile."""
         began = time.monotonic()
         clip, scale, stall_s = self._videos[key], self._config.output.scale, self._config.failures.stall_s
-        with self._activities.working("encode") as activity:
-            told = activity.progress
-            data = encode(clip.frames, fps, format, scale, sound=clip.sound, timeout_s=stall_s, on_frame=told)
+        with self._activities.working("encode") as work:
+            data = encode(clip.frames, fps, format, scale, sound=clip.sound, timeout_s=stall_s, on_frame=work.progress)
         self._videos.drop(key)
         return Encoded(data, time.monotonic() - began)
 
