@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -233,8 +234,11 @@ def test_an_image_comes_in_a_form_and_an_unknown_file_is_refused(http: TestClien
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "mask")
 
 
-def test_keys_keep_tenants_apart_and_within_their_limits(model: str, tmp_path: Path) -> None:
+def test_keys_keep_tenants_apart_and_within_their_limits_and_are_not_logged(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "keys.json"
+    caplog.set_level("DEBUG")
     alice, bob = (
         {"Authorization": f"Bearer {add_key(file, Key(name, **limits))}"}
         for name, limits in (("alice", {"max_in_flight": 1}), ("bob", {"seconds_a_day": 1.0}))
@@ -252,6 +256,11 @@ def test_keys_keep_tenants_apart_and_within_their_limits(model: str, tmp_path: P
         post(http, SMALL, **bob)
         daily = http.post("/v1/videos", json=SMALL, headers=bob)
         assert (daily.status_code, daily.json()["error"]["code"]) == (429, "daily_limit")
+        counted = re.compile(r'disagg_ray_http_jobs_total\{.*key="(alice|bob)".*\} 1')
+        counts = partial(http.get, "/metrics", headers=bob)
+        wait_until(lambda: {*counted.findall(counts().text)} == {"alice", "bob"}, "jobs are not counted by key")
+        told = caplog.text + counts().text
+    assert not [key for key in (alice, bob) if key["Authorization"].split()[1] in told]
 
 
 def test_a_service_that_ends_leaves_its_jobs_to_the_next(model: str, tmp_path: Path) -> None:
