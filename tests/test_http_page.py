@@ -96,15 +96,31 @@ def test_a_prompt_becomes_a_video_that_plays_to_its_end(page: Page) -> None:
     shoot(page, "finished")
 
 
-def test_a_job_is_cancelled_and_deleted(page: Page) -> None:
-    generate(page, "a green square moves up on a black background", 100)
-    card = page.locator(".card").first
+def test_of_many_jobs_one_waits_for_the_others_and_is_cancelled_and_deleted(page: Page) -> None:
+    streams, most = set[Any](), [0]
+
+    def opened(request: Any) -> None:
+        streams.update({request} if request.url.endswith("/events") else ())
+        most[0] = max(most[0], len(streams))
+
+    page.on("request", opened)
+    page.on("requestfinished", streams.discard)
+    page.on("requestfailed", streams.discard)
+    cards = page.locator(".card")
+    card, before = cards.first, cards.count()
+    for number in range(before, before + 8):
+        generate(page, "a green square moves up on a black background", 100)
+        expect(cards).to_have_count(number + 1, timeout=SURE_MS)
+    expect(card.locator(".note")).to_contain_text("before it", timeout=SURE_MS)
     card.get_by_role("button", name="Cancel").click()
     expect(card).to_have_class("card cancelled", timeout=SURE_MS)
-    number = page.locator(".card").count()
     card.get_by_role("button", name="Delete").press("Enter")
-    expect(page.locator(".card")).to_have_count(number - 1)
+    expect(cards).to_have_count(before + 7)
     assert page.evaluate("document.activeElement !== document.body")  # the keyboard goes on from there
+    assert 0 < most[0] <= 3  # a browser opens six connections to one host
+    for button in page.get_by_role("button", name="Cancel").all():
+        button.click()
+    expect(page.locator(".card.queued, .card.in_progress, .card.cancelling")).to_have_count(0, timeout=SURE_MS)
 
 
 def test_an_error_is_read_and_the_page_fits_a_phone_in_the_dark(page: Page) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from test_parallel import run_ranks
+from gang_processes import Run, gangs
 
 from disagg_ray.config.options import VaeConfig
 from disagg_ray.config.parallel import ParallelConfig
@@ -16,6 +18,12 @@ from disagg_ray.models.wan.random import build_component
 from disagg_ray.models.wan.shapes import get_shape
 
 Size = tuple[int, int, int]
+
+
+@pytest.fixture(scope="module")
+def run_ranks() -> Iterator[Run]:
+    with gangs() as run:
+        yield run
 
 
 def decode(ranks: Ranks | None, shape: str, sizes: list[Size], options: VaeConfig, dtype: str) -> list[torch.Tensor]:
@@ -30,7 +38,9 @@ def decode(ranks: Ranks | None, shape: str, sizes: list[Size], options: VaeConfi
         return [vae.decode(latents).sample for latents in drawn]
 
 
-def difference(shape: str, num_ranks: int, sizes: list[Size], options: VaeConfig, dtype: str = "float32") -> float:
+def difference(
+    run_ranks: Run, shape: str, num_ranks: int, sizes: list[Size], options: VaeConfig, dtype: str = "float32"
+) -> float:
     """Return the largest difference of rank 0's frames to those of one process; the others must have none."""
     made, *others = run_ranks(decode, ParallelConfig(rows=num_ranks), shape, sizes, options, dtype)
     assert not any(frames.numel() for rank in others for frames in rank)
@@ -52,8 +62,8 @@ LARGE = [(2, 30, 52), (3, 31, 52)]
         ),
     ],
 )
-def test_ranks_decode_the_frames_of_one_process(shape: str, num_ranks: int, one_thread: None) -> None:
-    assert difference(shape, num_ranks, LARGE, VaeConfig()) == 0
+def test_ranks_decode_the_frames_of_one_process(run_ranks: Run, shape: str, num_ranks: int, one_thread: None) -> None:
+    assert difference(run_ranks, shape, num_ranks, LARGE, VaeConfig()) == 0
 
 
 @pytest.mark.proof
@@ -66,13 +76,15 @@ def test_ranks_decode_the_frames_of_one_process(shape: str, num_ranks: int, one_
         (VaeConfig(), "float16", 0.002),
     ],
 )
-def test_options_of_the_vae_go_with_rows(options: VaeConfig, dtype: str, most: float, one_thread: None) -> None:
-    assert difference("tiny-t2v", 2, [(2, 9, 12)], options, dtype) <= most
+def test_options_of_the_vae_go_with_rows(
+    run_ranks: Run, options: VaeConfig, dtype: str, most: float, one_thread: None
+) -> None:
+    assert difference(run_ranks, "tiny-t2v", 2, [(2, 9, 12)], options, dtype) <= most
 
 
 @pytest.mark.proof
-def test_latents_so_small_that_torch_picks_other_kernels_differ_by_rounding(one_thread: None) -> None:
-    assert 0 < difference("tiny-t2v", 4, [(2, 16, 16)], VaeConfig()) < 2e-5
+def test_latents_so_small_that_torch_picks_other_kernels_differ_by_rounding(run_ranks: Run, one_thread: None) -> None:
+    assert 0 < difference(run_ranks, "tiny-t2v", 4, [(2, 16, 16)], VaeConfig()) < 2e-5
 
 
 def refuse(ranks: Ranks) -> str:
@@ -82,6 +94,6 @@ def refuse(ranks: Ranks) -> str:
 
 
 @pytest.mark.proof
-def test_fewer_rows_than_ranks_are_refused_with_the_numbers() -> None:
+def test_fewer_rows_than_ranks_are_refused_with_the_numbers(run_ranks: Run) -> None:
     words = "this height has 1 rows of latents, which is fewer than the 2 ranks"
     assert all(refused.startswith(words) for refused in run_ranks(refuse, ParallelConfig(rows=2)))

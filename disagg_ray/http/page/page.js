@@ -5,6 +5,8 @@ const cards = new Map(); // by video id
 const models = new Map();
 let key = sessionStorage.getItem("key");
 let oldest = null;
+const MOST_STREAMS = 3; // of the six connections that a browser opens to one host
+let streaming = 0;
 
 async function api(path, options = {}) {
   const headers = { ...(options.headers ?? {}), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
@@ -174,27 +176,34 @@ function showStages(card, stages) {
 async function follow(card) {
   card.following = true;
   while (card.isConnected && ["queued", "in_progress", "cancelling"].includes(card.video.status)) {
-    try {
-      const answer = await api(`/v1/videos/${card.dataset.id}/events`);
-      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-      let text = "";
-      for (let part = await reader.read(); !part.done; part = await reader.read()) {
-        const events = (text + part.value).split("\n\n");
-        text = events.pop();
-        for (const event of events) {
-          const data = event.split("\n").find((line) => line.startsWith("data: "));
-          if (data) show(JSON.parse(data.slice(6)));
-        }
-      }
-    } catch {
-      if (!card.isConnected) return;
-    }
+    if (streaming < MOST_STREAMS) await stream(card);
+    if (!card.isConnected) return;
     await new Promise((resolve) => setTimeout(resolve, 1000)); // the service may be starting again
     try {
       show(await (await api(`/v1/videos/${card.dataset.id}`)).json());
     } catch { /* it is asked again above */ }
   }
   card.following = false;
+}
+
+async function stream(card) {
+  streaming += 1;
+  try {
+    const answer = await api(`/v1/videos/${card.dataset.id}/events`);
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      const events = (text + part.value).split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.split("\n").find((line) => line.startsWith("data: "));
+        if (data) show(JSON.parse(data.slice(6)));
+      }
+    }
+  } catch { /* the job is asked for instead */
+  } finally {
+    streaming -= 1;
+  }
 }
 
 const nearby = new IntersectionObserver((entries) => { // videos far down are not fetched
