@@ -8,6 +8,7 @@ python jobs/bench.py http [SECONDS]
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import tempfile
@@ -37,7 +38,9 @@ PROCESSES = ("ray::ServeReplica", "ray::ProxyActor")
 
 
 def main(arguments: Sequence[str]) -> None:
-    seconds = float(arguments[0]) if arguments else 15.0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", nargs="?", type=float, default=15.0, help="of each line; default 15")
+    seconds = parser.parse_args(arguments).seconds
     ray.init(address="local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     lifecycle.up(NAME, load_config(CONFIG, "fused=true", "limits.max_queued=100000"))
     try:
