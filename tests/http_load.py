@@ -89,7 +89,7 @@ def make_videos(client: Client, name: str, number: int, results: Results) -> lis
 
 @contextmanager
 def load(clients: Sequence[Client], results: Results, least: int = 0) -> Iterator[None]:
-    """Have each client make videos, at least so many, until the block ends: there the service is struck.
+    """Have each client make videos until the block, which strikes the service, ends; each makes at least `least`.
 
     At the end each client must find the jobs that were made, and no others.
     """

@@ -63,7 +63,7 @@ def encode_mp4(
                 for frame in pixels:
                     if encoder is None:
                         size = frame.shape[1], frame.shape[0]
-                        encoder = _start(size, fps, _heard(sound, samples), video, words)
+                        encoder = _start(size, fps, _heard(sound, samples), (video, samples), words)
                     _feed(encoder, frame, time.monotonic() + timeout_s)
                     num_frames += 1
                     on_frame()
@@ -97,8 +97,13 @@ def _heard(sound: Sound | None, samples: IO[bytes]) -> tuple[list[str], list[str
 
 
 def _start(
-    size: tuple[int, int], fps: int, heard: tuple[list[str], list[str]], video: IO[bytes], words: IO[bytes]
+    size: tuple[int, int],
+    fps: int,
+    heard: tuple[list[str], list[str]],
+    files: tuple[IO[bytes], IO[bytes]],
+    words: IO[bytes],
 ) -> _Process:
+    """Start ffmpeg, which writes the first of the files and may read the second; `heard` is arguments for sound."""
     try:
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
@@ -106,9 +111,9 @@ def _start(
     raw = ["-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{size[0]}x{size[1]}", "-pix_fmt", "rgb24", "-r", str(fps)]
     made = [*heard[1], "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-v", "error", *H264, "-f", "mp4"]
     encoder = subprocess.Popen(
-        [ffmpeg, "-y", *raw, "-i", "-", *heard[0], *made, f"/proc/self/fd/{video.fileno()}"],
+        [ffmpeg, "-y", *raw, "-i", "-", *heard[0], *made, f"/proc/self/fd/{files[0].fileno()}"],
         stdin=subprocess.PIPE, stdout=words, stderr=words, bufsize=0,
-        pass_fds=[video.fileno(), *(int(arg.rpartition("/")[2]) for arg in heard[0][-1:])],
+        pass_fds=[file.fileno() for file in files],
         process_group=0,  # Ctrl-C is for us
     )  # fmt: skip
     assert encoder.stdin is not None
