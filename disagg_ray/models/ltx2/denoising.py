@@ -20,7 +20,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from disagg_ray.models.blocks import OnStep
-from disagg_ray.models.ltx2.encoding import EMBEDS, IMAGE_LATENTS
+from disagg_ray.models.first_frame import IMAGE_LATENTS
+from disagg_ray.models.ltx2.encoding import EMBEDS
 from disagg_ray.models.ltx2.geometry import LTX2Geometry
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}

@@ -18,14 +18,13 @@ from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
 
 from disagg_ray.models.blocks import KeepsTexts
+from disagg_ray.models.first_frame import EncodeFirstFrame
 from disagg_ray.models.ltx2.text import prepare
 from disagg_ray.models.prompts import check_length
 
 EMBEDS = ("connector_prompt_embeds", "connector_audio_prompt_embeds", "connector_attention_mask")
 """For video and for sound, (texts, tokens, width), and which tokens count, int64 (texts, tokens). Under guidance there
 are two texts, the negative one first."""
-IMAGE_LATENTS = "image_latents"
-"""Latents of the given first frame, float32 (1, channels, 1, height, width), normalised."""
 
 
 class TextEncoder(KeepsTexts, ModularPipelineBlocks):  # type: ignore[misc]
@@ -88,13 +87,14 @@ def _encode(components: Any, texts: list[str], most: int) -> tuple[Tensor, ...]:
     return made
 
 
-class EncodeFirstFrame(ModularPipelineBlocks):  # type: ignore[misc]
+class EncodeImage(EncodeFirstFrame):
     """Makes latents of the request's image, if it has one.
 
     Equal to stock with `image_crf=0`: its default compresses the image as H.264 first, with a library of its own.
     """
 
     model_name = "ltx2"
+    processor = "image_processor"
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -104,22 +104,8 @@ class EncodeFirstFrame(ModularPipelineBlocks):  # type: ignore[misc]
         )
         return [ComponentSpec("vae", AutoencoderKLLTX2Video), processor]
 
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [InputParam("image"), InputParam("height", required=True), InputParam("width", required=True)]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam(IMAGE_LATENTS)]
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        image, vae = state.get("image"), components.vae
-        if image is not None:
-            size = {"height": state.get("height"), "width": state.get("width")}
-            pixels = components.image_processor.preprocess(image, **size).unsqueeze(2)
-            encoded = vae.encode(pixels.to(components._execution_device, vae.dtype))
-            latents = encoded.latent_dist.mode().float()
-            mean, std = (numbers.view(1, -1, 1, 1, 1).to(latents) for numbers in (vae.latents_mean, vae.latents_std))
-            state.set(IMAGE_LATENTS, (latents - mean) * 1.0 / std)  # stock leaves its scaling_factor out here
-        return components, state
+    @staticmethod
+    def normalise(vae: Any, latents: Tensor) -> Tensor:
+        mean, std = (numbers.view(1, -1, 1, 1, 1).to(latents) for numbers in (vae.latents_mean, vae.latents_std))
+        normalised: Tensor = (latents - mean) * 1.0 / std  # stock leaves its scaling_factor out here
+        return normalised

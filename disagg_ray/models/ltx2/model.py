@@ -8,7 +8,7 @@ from disagg_ray.models.blocks import Stepping
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.ltx2.decoding import DecodeFrames, DecodeSound
 from disagg_ray.models.ltx2.denoising import Denoise
-from disagg_ray.models.ltx2.encoding import EncodeFirstFrame, TextEncoder
+from disagg_ray.models.ltx2.encoding import EncodeImage, TextEncoder
 from disagg_ray.models.ltx2.geometry import LTX2Geometry
 from disagg_ray.models.model import Model
 
@@ -22,7 +22,7 @@ class LTX2Model(Model):
         denoise = Denoise(geometry)
         return {
             "text_encoder": TextEncoder(),
-            "vae_encoder": EncodeFirstFrame(),
+            "vae_encoder": EncodeImage(),
             "denoise.denoise": denoise,
             "decode.frames": DecodeFrames(),
             "decode.sound": DecodeSound(geometry.audio_bins),

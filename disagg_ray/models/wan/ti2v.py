@@ -11,19 +11,16 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.modular_pipelines import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam
 from diffusers.modular_pipelines.wan import WanBlocks
 from diffusers.modular_pipelines.wan.before_denoise import WanPrepareLatentsStep
 from diffusers.modular_pipelines.wan.denoise import WanDenoiseStep, WanLoopBeforeDenoiser
-from diffusers.modular_pipelines.wan.encoders import WanVaeEncoderStep, retrieve_latents
+from diffusers.modular_pipelines.wan.encoders import WanVaeEncoderStep
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from disagg_ray.models.first_frame import IMAGE_LATENTS, EncodeFirstFrame
 from disagg_ray.models.geometry import Geometry
-
-IMAGE_LATENTS = "image_latents"
-"""Latents of the given first frame, float32 (1, channels, 1, height, width)."""
 
 
 def ti2v_blocks(geometry: Geometry) -> dict[str, Any]:
@@ -31,40 +28,26 @@ def ti2v_blocks(geometry: Geometry) -> dict[str, Any]:
     blocks = dict(WanBlocks().get_execution_blocks(prompt=True).sub_blocks)
     text = {"text_encoder": blocks.pop("text_encoder")}
     own = {"denoise.prepare_latents": PrepareLatents(geometry), "denoise.denoise": Denoise()}
-    return text | {"vae_encoder": EncodeFirstFrame()} | blocks | own
+    return text | {"vae_encoder": EncodeImage()} | blocks | own
 
 
-class EncodeFirstFrame(ModularPipelineBlocks):  # type: ignore[misc]
+class EncodeImage(EncodeFirstFrame):
     """Makes latents of the request's image, if it has one; the other models encode a whole video of it."""
 
     model_name = "wan"
+    processor = "video_processor"
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
         return list(WanVaeEncoderStep().expected_components)
 
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [InputParam("image"), InputParam("height", required=True), InputParam("width", required=True)]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam(IMAGE_LATENTS)]
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        image, vae = state.get("image"), components.vae
-        if image is not None:
-            size = {"height": state.get("height"), "width": state.get("width")}
-            pixels = components.video_processor.preprocess(image, **size).unsqueeze(2)
-            encoded = vae.encode(pixels.to(components._execution_device, vae.dtype))
-            latents = retrieve_latents(encoded, sample_mode="argmax").float()
-            mean, std = (
-                torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents.device)
-                for numbers in (vae.config.latents_mean, vae.config.latents_std)
-            )
-            state.set(IMAGE_LATENTS, (latents - mean) * (1.0 / std))
-        return components, state
+    @staticmethod
+    def normalise(vae: Any, latents: Tensor) -> Tensor:
+        mean, std = (
+            torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents.device)
+            for numbers in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return (latents - mean) * (1.0 / std)
 
 
 class PrepareLatents(WanPrepareLatentsStep):  # type: ignore[misc]
