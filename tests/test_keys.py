@@ -277,7 +277,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "service.latents_expire_s": Seen("service.latents_expire_s=1e-9", kept),
     "service.folder": Shown("test_http.py::serve"),
     "service.database": Shown("test_http_store.py::test_a_database_that_cannot_be_is_named"),
-    "service.api_keys": Shown("test_http.py::test_keys_keep_tenants_apart_and_within_their_limits"),
+    "service.api_keys": Shown("test_http.py::test_keys_keep_tenants_apart_and_within_their_limits_and_are_not_logged"),
     "service.expires_after_s": Shown("test_http.py::test_expired_and_excess_videos_are_removed"),
     "service.max_bytes": Shown("test_http.py::test_expired_and_excess_videos_are_removed"),
     "service.max_upload_bytes": Shown("test_http.py::test_the_size_of_a_body_is_bounded_by_the_configuration"),
