@@ -6,12 +6,12 @@ demo:
 	.venv/bin/python jobs/demo.py
 
 test: check
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(addprefix --ignore=,$(READERS))
 
 quick: check # under 90 s on two cores: what is decided in one process, and beside it one kill, one rollout and one resume
 	@mkdir -p .pytest_cache; .venv/bin/python -m pytest -q -m quick >.pytest_cache/quick.log 2>&1 & replicas=$$!; \
 	.venv/bin/python -m pytest -q -m 'not quick and not slow and not proof' \
-		$(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY))); one=$$?; \
+		$(addprefix --ignore=,$(READERS)) $(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY))); one=$$?; \
 	wait $$replicas; two=$$?; cat .pytest_cache/quick.log; exit $$((one | two))
 
 HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings lora memory models_maker options \
@@ -34,6 +34,9 @@ check:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/python -m pytest -q $(READERS)
+
+READERS = $(patsubst %,tests/test_%.py,architecture conf_comments docker families imports keys) # tests that read the repository: names, documents
 
 format:
 	@.ci/setup test

@@ -27,7 +27,7 @@ from disagg_ray.progress.display import Display, describe, summary
 from disagg_ray.progress.events import Event
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
-DEADLINE_S = 20
+DEADLINE_S = 60
 NEVER_S = 3600.0
 """Interval of a display whose thread draws nothing in a test."""
 

@@ -21,7 +21,6 @@ from disagg_ray.driver.placement import Placement
 from disagg_ray.environment import cache_folder
 from disagg_ray.graph import build_graph
 from disagg_ray.models.checkpoint import open_checkpoint
-from disagg_ray.progress.events import Event
 from disagg_ray.replica.sizing import driver_pool_bytes, pool_bytes
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import resolve
@@ -281,7 +280,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "service.expires_after_s": Shown("test_http.py::test_expired_and_excess_videos_are_removed"),
     "service.max_bytes": Shown("test_http.py::test_expired_and_excess_videos_are_removed"),
     "service.max_upload_bytes": Shown("test_http.py::test_the_size_of_a_body_is_bounded_by_the_configuration"),
-    "progress": Shown("test_keys.py::test_without_progress_replicas_tell_of_no_step"),
+    "progress": Shown("test_progress.py::test_without_progress_replicas_tell_of_no_step"),
     "output.scale": Shown("test_cli.py::test_local_run_writes_a_video_that_decodes"),
     "speed": Shown("test_speed.py::test_fast_sets_what_is_fast_at_the_default_size"),
     "fused": Seen("fused=true", graph),
@@ -341,16 +340,6 @@ def test_fusing_keeps_or_refuses_what_a_stage_asks_for(case: Seen) -> None:
         assert " and stages." in str(error)
         return
     assert before.stages["fused"] != after.stages["fused"]
-
-
-@pytest.mark.slow
-def test_without_progress_replicas_tell_of_no_step(cluster: None) -> None:
-    heard: list[Event] = []
-    given = ("fused=true", "progress=false", "defaults.num_inference_steps=2")
-    with Pipeline.from_config(CONF / "tiny_t2v.yaml", *given, on_event=heard.append) as pipeline:
-        pipeline.generate(Request("a cat", seed=1))
-    assert [event.state for event in heard][-1:] == ["done"]
-    assert not any(event.steps for event in heard)
 
 
 def test_a_pipeline_of_ones_own_refuses_replicas_that_follow_the_load() -> None:

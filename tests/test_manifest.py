@@ -100,7 +100,7 @@ def test_a_killed_run_leaves_no_lock_and_no_half_files(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=f"process {child.pid} on "):
         Folder(tmp_path)
     child.send_signal(signal.SIGKILL)
-    child.wait(10)
+    child.wait(60)
     with Folder(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".work", MANIFEST}
         assert [path.name for path in (tmp_path / ".work").iterdir()] == ["a"], "latents stay"

@@ -60,7 +60,7 @@ def local() -> LocalPipeline:
     return LocalPipeline.from_config(T2V)
 
 
-wait_until_empty = partial(helpers.wait_until_empty, timeout_s=20.0)
+wait_until_empty = partial(helpers.wait_until_empty, timeout_s=60.0)
 
 
 def wait_for_a_step(handle: Handle) -> None:
@@ -173,7 +173,7 @@ def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) 
     wait_for_a_step(handle)
     assert handle.cancel()
     with pytest.raises(Cancelled):
-        handle.result(10)
+        handle.result(60)
     started = time.monotonic()
     pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
     assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
@@ -238,10 +238,10 @@ def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
         thread.start()
     pipeline.close()
     for thread in asking:
-        thread.join(10)
+        thread.join(60)
     assert len(messages) == len(asking)
     with pytest.raises(Cancelled):
-        handle.result(1)
+        handle.result(60)
     with pytest.raises(Cancelled, match="is closed"):
         pipeline.submit(LONG)
 
@@ -286,7 +286,7 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
         pipeline.loop.call_soon(cancel_task, "written")
         time.sleep(0.2)  # the second finds it leaving
     with pytest.raises(Cancelled):
-        handle.result(10)
+        handle.result(60)
     assert pipeline.driver_bytes_in_use > 0
     go.set()
     wait_until_empty(pipeline)
@@ -333,7 +333,7 @@ def test_a_dead_replica_is_replaced_and_its_request_replayed(cluster: None, loca
         wait_until_empty(short)
         again = short.submit(LONG)
     with pytest.raises(Cancelled):
-        again.result(10)
+        again.result(60)
     with pytest.raises(Cancelled, match="closed"):
         short.submit(Request(prompt=PROMPT))
     short.close()

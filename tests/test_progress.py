@@ -25,15 +25,18 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disagg_ray import Pipeline, Request
 from disagg_ray.progress import listener as listening
 from disagg_ray.progress.channel import Credentials, Receiver, Sender
 from disagg_ray.progress.events import MAX_BYTES, Event, State, pack, unpack
 from disagg_ray.progress.listener import QUEUED_EVENTS, Listener
 
 HOST = "127.0.0.1"
-DEADLINE_S = 20
+DEADLINE_S = 60
 FEW = 128
 """File descriptors, of a process with hardly enough."""
+TIMES = 20
+"""Repetitions that would leave at least as many descriptors or threads, if one left any."""
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 3, 50, 1.5)
 
 spawn = multiprocessing.get_context("spawn")
@@ -331,7 +334,6 @@ def test_strangers_who_stay_do_not_use_up_the_descriptors() -> None:
     process.start()
     credentials = ours.recv()
     host, _, port = credentials.endpoint.removeprefix("tcp://").rpartition(":")
-    most = 0
     with ExitStack() as stack:
         for _ in range(2 * FEW):
             stranger = stack.enter_context(socket.socket())
@@ -340,9 +342,7 @@ def test_strangers_who_stay_do_not_use_up_the_descriptors() -> None:
             if select.select([], [stranger], [], 0.05)[1]:
                 with suppress(OSError):
                     stranger.send(b"\xff")
-            most = max(most, psutil.Process(process.pid).num_fds())
-            time.sleep(0.01)  # those of a burst are let in until the receiver's thread has its turn
-    assert most < FEW
+            until(lambda: psutil.Process(process.pid).num_fds() < 3 * FEW // 4)  # its thread may have its turn late
     with closing(connected(credentials)) as sender:
         sender.send(EVENT)
         ours.send(1)
@@ -410,7 +410,7 @@ def test_closing_leaves_no_thread_no_socket_and_no_zap_handler() -> None:
     gc.collect()  # descriptors of earlier tests
     zmq.Context.instance().socket(zmq.PUSH).close()  # senders share the process's context, which stays
     before, threads = (process.num_fds(), process.num_threads()), threading.enumerate()
-    for _ in range(10):
+    for _ in range(TIMES):
         receiver = Inbox()
         sender = connected(receiver.given)
         sender.send(EVENT)
@@ -421,7 +421,8 @@ def test_closing_leaves_no_thread_no_socket_and_no_zap_handler() -> None:
     assert sender.sent == 1
     until(lambda: set(threading.enumerate()) <= set(threads))
     # zmq closes what earlier tests left a little later: there may be fewer than before
-    until(lambda: process.num_fds() <= before[0] and process.num_threads() <= before[1])
+    # and what else runs in this process may have opened some
+    until(lambda: process.num_fds() < before[0] + TIMES and process.num_threads() < before[1] + TIMES)
 
 
 def test_an_address_of_another_machine_means_no_progress_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -448,3 +449,13 @@ def test_the_port_is_a_free_one_of_those_that_are_given(caplog: pytest.LogCaptur
 def test_the_secret_key_is_not_shown(inbox: Inbox) -> None:
     assert inbox.given.endpoint in repr(inbox.given)
     assert inbox.given.secret_key not in repr(inbox.given)
+
+
+@pytest.mark.slow
+def test_without_progress_replicas_tell_of_no_step(cluster: None) -> None:
+    heard: list[Event] = []
+    given = ("fused=true", "progress=false", "defaults.num_inference_steps=2")
+    with Pipeline.from_config("conf/tiny_t2v.yaml", *given, on_event=heard.append) as pipeline:
+        pipeline.generate(Request("a cat", seed=1))
+    assert [event.state for event in heard][-1:] == ["done"]
+    assert not any(event.steps for event in heard)
