@@ -149,6 +149,16 @@ def test_bfloat16_equals_stock(checkpoint: Callable[[str], Path], configure: Any
     assert np.array_equal(made.sound.samples, samples)
 
 
+@pytest.mark.parametrize(("text_encoder", "transformer"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_transformer_of_another_precision_than_the_texts_runs_which_stock_s_cannot(
+    configure: Any, expect: Any, ask: Any, text_encoder: str, transformer: str
+) -> None:
+    dtypes = f"model.dtype={{text_encoder: {text_encoder}, transformer: {transformer}, vae: float32}}"
+    with LocalPipeline(configure(dtypes)) as local:
+        made = local.generate(ask()).frames
+    assert np.abs(made - expect("guided")[0]).mean() < 0.1
+
+
 def test_every_stage_warms_up_and_a_text_is_encoded_once(configure: Any, expect: Any, ask: Any) -> None:
     warm = [f"stages.{stage}.warm_up=[[64,96,9]]" for stage in ("encoder", "transformer", "decoder")]
     kept: dict[Any, torch.Tensor] = {}

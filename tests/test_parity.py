@@ -209,14 +209,16 @@ def models(checkpoint: Callable[[str], Path], image: Callable[..., Image.Image])
     """Give a task's model, loaded once."""
 
     @cache
-    def load(task: str, dtype: str = "float32") -> Model:
+    def load(task: str, dtype: str = "float32", vae_dtype: str = "float32") -> Model:
         shape = get_shape(f"tiny-{task.replace('_', '-')}")
         folder = checkpoint(shape.name)
         wanted = {name: getattr(torch, dtype) for name in ("text_encoder", "transformer", "transformer_2")}
+        wanted["vae"] = getattr(torch, vae_dtype)
         dtypes = {"default": torch.float32} | {name: wanted[name] for name in wanted if (folder / name).is_dir()}
         stock = getattr(diffusers, shape.pipeline).from_pretrained(folder, dtype=dtypes)
         stock.set_progress_bar_config(disable=True)
-        overrides = (f"model.path={folder}", f"model.dtype.text_encoder={dtype}", f"model.dtype.transformer={dtype}")
+        precisions = f"model.dtype={{text_encoder: {dtype}, transformer: {dtype}, vae: {vae_dtype}}}"
+        overrides = (f"model.path={folder}", precisions)
         small = (f"model.max_sequence_length={512 if task in ('i2v', 'flf2v') else 64}", "limits.max_pixels=4096",
                  "limits.max_frames=9", "defaults.num_frames=9",
                  "limits.max_image_pixels=24700")  # fmt: skip
@@ -357,6 +359,17 @@ def test_bfloat16_stages_equal_stock(
     frames = pipelines(model, cut).generate(model.request(case)).frames
     assert np.array_equal(frames, model.expect(case))
     assert not np.array_equal(frames, models(task).expect(case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v", "a14b_i2v"])
+def test_a_bfloat16_vae_equals_stock(
+    models: Load[Model], pipelines: Load[LocalPipeline], task: str, dtype: str
+) -> None:
+    model = models(task, dtype, "bfloat16")
+    frames = pipelines(model, THREE).generate(model.request(GUIDED)).frames
+    assert np.array_equal(frames, model.expect(GUIDED))
+    assert not np.array_equal(frames, models(task, dtype).expect(GUIDED))
 
 
 def test_bfloat16_replicas_equal_stock(models: Load[Model], splits: Load[Split]) -> None:

@@ -63,16 +63,20 @@ def ask(image: Callable[..., Image.Image]) -> Callable[..., Request]:
 @pytest.fixture(scope="module")
 def expect(
     checkpoint: Callable[[str], Path], configure: Callable[..., Config], ask: Callable[..., Request]
-) -> Callable[[str], np.ndarray]:
+) -> Callable[..., np.ndarray]:
     """Give the stock pipeline's image of a case, of the size that its own formula gives at the tiny model's area."""
     folder = checkpoint("tiny-qwen-image-edit")
     processor = Processor(AutoImageProcessor.from_pretrained(folder / "processor"), make_tokenizer())
-    stock = diffusers.QwenImageEditPipeline.from_pretrained(folder, processor=processor)
-    stock.set_progress_bar_config(disable=True)
 
     @cache
-    def make(case: str) -> np.ndarray:
-        asked = ask(case)
+    def load(dtype: torch.dtype) -> Any:
+        stock = diffusers.QwenImageEditPipeline.from_pretrained(folder, processor=processor, dtype=dtype)
+        stock.set_progress_bar_config(disable=True)
+        return stock
+
+    @cache
+    def make(case: str, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        asked, stock = ask(case), load(dtype)
         width, height, _ = calculate_dimensions(64 * 64, asked.image.width / asked.image.height)
         made: np.ndarray = stock(
             asked.image, asked.prompt, asked.negative_prompt, true_cfg_scale=asked.guidance_scale,
@@ -117,6 +121,16 @@ def test_one_process_equals_stock_and_keeps_what_it_encoded(
     with LocalPipeline(configure(*warm)) as local:
         for case in CASES:
             assert np.array_equal(local.generate(ask(case)).frames, expect(case)), case
+
+
+@pytest.mark.slow
+def test_bfloat16_equals_stock(
+    configure: Callable[..., Config], ask: Callable[..., Request], expect: Callable[..., np.ndarray]
+) -> None:
+    dtypes = "model.dtype={text_encoder: bfloat16, transformer: bfloat16, vae: bfloat16}"
+    with LocalPipeline(configure(dtypes)) as local:
+        made = local.generate(ask("of another aspect than the image")).frames
+    assert np.array_equal(made, expect("of another aspect than the image", torch.bfloat16))
 
 
 @pytest.mark.proof

@@ -109,16 +109,20 @@ def test_replicas_equal_stock(
     assert split.bytes_in_use() == {}
 
 
+@pytest.mark.parametrize("halves", [("text_encoder", "transformer"), ("text_encoder", "transformer", "vae")])
 @pytest.mark.parametrize("size", [None, (190, 130)], ids=["text", "image"])
 def test_bfloat16_equals_stock(
-    configure: Callable[..., Config], checkpoint: Callable[[str], Path], arguments: Any, size: tuple[int, int] | None
+    configure: Callable[..., Config],
+    checkpoint: Callable[[str], Path],
+    arguments: Any,
+    size: tuple[int, int] | None,
+    halves: tuple[str, ...],
 ) -> None:
     asked = arguments({}, size)
-    half = ("model.dtype.text_encoder=bfloat16", "model.dtype.transformer=bfloat16")
-    with LocalPipeline(configure(*half)) as pipeline:
+    with LocalPipeline(configure(*(f"model.dtype.{name}=bfloat16" for name in halves))) as pipeline:
         made = pipeline.generate(ask(**asked)).frames
-    halves = {"text_encoder": torch.bfloat16, "transformer": torch.bfloat16, "default": torch.float32}
-    assert np.array_equal(made, Stock(checkpoint("tiny-ti2v"), halves).frames(**asked))
+    dtypes = dict.fromkeys(halves, torch.bfloat16) | {"default": torch.float32}
+    assert np.array_equal(made, Stock(checkpoint("tiny-ti2v"), dtypes).frames(**asked))
 
 
 def test_a_lora_changes_frames_as_stock_s(

@@ -136,16 +136,21 @@ def test_replicas_equal_stock(
     assert split.bytes_in_use() == {}
 
 
+@pytest.mark.parametrize("halves", [("text_encoder", "transformer"), ("vae",), ("text_encoder", "transformer", "vae")])
 @pytest.mark.parametrize("case", ["text", "all"])
 def test_bfloat16_equals_stock(
-    configure: Callable[..., Config], checkpoint: Callable[[str], Path], images: Any, ask: Any, case: str
+    configure: Callable[..., Config],
+    checkpoint: Callable[[str], Path],
+    images: Any,
+    ask: Any,
+    case: str,
+    halves: tuple[str, ...],
 ) -> None:
-    half = ("model.dtype.text_encoder=bfloat16", "model.dtype.transformer=bfloat16")
     asked = {"conditioning_scale": 0.7}
-    with LocalPipeline(configure(*half)) as pipeline:
+    with LocalPipeline(configure(*(f"model.dtype.{name}=bfloat16" for name in halves))) as pipeline:
         made = pipeline.generate(ask(CASES[case], **asked)).frames
-    halves = {"text_encoder": torch.bfloat16, "transformer": torch.bfloat16, "default": torch.float32}
-    stock = Stock(checkpoint("tiny-vace"), images, halves)
+    dtypes = dict.fromkeys(halves, torch.bfloat16) | {"default": torch.float32}
+    stock = Stock(checkpoint("tiny-vace"), images, dtypes)
     assert np.array_equal(made, stock.frames(CASES[case], **PLAIN | asked))
 
 

@@ -134,14 +134,14 @@ class _Predictor:
         fps: float,
         first: Tensor | None,
     ) -> None:
-        self._transformer, self._dtype = transformer, texts["text"].dtype
+        self._transformer, self._dtype = transformer, transformer.dtype
         self._num_texts = len(texts["text"])
         device, (_, _, frames, height, width) = texts["text"].device, shape
         video = transformer.rope.prepare_video_coords(1, frames, height, width, device, fps=float(fps))
         sound = transformer.audio_rope.prepare_audio_coords(1, num_audio, device)
         self._given = {
-            "encoder_hidden_states": texts["text"],
-            "audio_encoder_hidden_states": texts["audio_text"],
+            "encoder_hidden_states": texts["text"].to(self._dtype),
+            "audio_encoder_hidden_states": texts["audio_text"].to(self._dtype),
             "encoder_attention_mask": texts["mask"],
             "audio_encoder_attention_mask": texts["mask"],
             "num_frames": frames,

@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.modular_pipelines.wan.before_denoise import WanTextInputStep
+from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from diffusers.modular_pipelines.wan.denoise import Wan22LoopDenoiser, WanLoopAfterDenoiser, WanLoopDenoiser
 from diffusers.modular_pipelines.wan.encoders import (
+    WanFirstLastFrameVaeEncoderStep,
     WanImageCropResizeStep,
     WanImageResizeStep,
     WanTextEncoderStep,
+    WanVaeEncoderStep,
     get_t5_prompt_embeds,
     prompt_clean,
 )
+from torch import Tensor
 
 from disagg_ray.models.blocks import KeepsTexts, SchedulerStep
 from disagg_ray.models.prompts import check_length
@@ -79,6 +83,66 @@ class KeepImage(ModularPipelineBlocks):  # type: ignore[misc]
         return components, state
 
 
+class EncodeFrames(ModularPipelineBlocks):  # type: ignore[misc]
+    """Makes latents of a video of which the first frame is given, or the first and the last.
+
+    Diffusers' blocks bring them to their mean and deviation in the VAE's precision, the stock pipeline in float32.
+    """
+
+    model_name = "wan"
+
+    def __init__(self, replaced: WanVaeEncoderStep | WanFirstLastFrameVaeEncoderStep) -> None:
+        self._replaced = replaced
+        super().__init__()
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return list(self._replaced.expected_components)
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return list(self._replaced.inputs)
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return list(self._replaced.intermediate_outputs)
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        vae, size = components.vae, {"height": state.get("height"), "width": state.get("width")}
+        images = [state.get(param.name) for param in self.inputs if param.name.startswith("resized_")]
+        first, *last = (components.video_processor.preprocess(image, **size).unsqueeze(2) for image in images)
+        blank = first.new_zeros(*first.shape[:2], state.get("num_frames") - len(images), *first.shape[3:])
+        video = torch.cat([first, blank, *last], dim=2).to(components._execution_device, vae.dtype)
+        latents = vae.encode(video).latent_dist.mode().float()
+        state.set(self.intermediate_outputs[0].name, normalise(vae, latents))
+        return components, state
+
+
+def normalise(vae: Any, latents: Tensor) -> Tensor:
+    """Return latents, float32 (1, channels, frames, height, width), as the transformer takes them."""
+    mean, std = (
+        torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents.device)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) * (1.0 / std)
+
+
+class Decode(WanVaeDecoderStep):  # type: ignore[misc]
+    """Makes frames of latents that are rounded to the VAE's precision at once, as in the stock pipeline.
+
+    Diffusers' block undoes `normalise` in float32 first.
+    """
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        latents = state.get("latents")
+        state.set("latents", latents.to(components.vae.dtype))
+        components, state = super().__call__(components, state)
+        state.set("latents", latents)
+        return components, state
+
+
 class TextInput(WanTextInputStep):  # type: ignore[misc]
     """Lets embeddings enter the denoising loop in float32, whichever stage made them: see `cast_inputs`."""
 
@@ -125,6 +189,10 @@ def replace_blocks(blocks: Mapping[str, Any]) -> tuple[dict[str, Any], Scheduler
                 replaced[name] = TextEncoder()
             case WanTextInputStep():
                 replaced[name] = TextInput()
+            case WanVaeEncoderStep() | WanFirstLastFrameVaeEncoderStep():
+                replaced[name] = EncodeFrames(block)
+            case WanVaeDecoderStep():
+                replaced[name] = Decode()
             case WanImageResizeStep():
                 replaced[name] = KeepImage("image")
             case WanImageCropResizeStep():

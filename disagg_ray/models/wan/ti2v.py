@@ -21,6 +21,7 @@ from torch import Tensor
 
 from disagg_ray.models.first_frame import IMAGE_LATENTS, EncodeFirstFrame
 from disagg_ray.models.geometry import Geometry
+from disagg_ray.models.wan.blocks import normalise
 
 
 def ti2v_blocks(geometry: Geometry) -> dict[str, Any]:
@@ -41,13 +42,7 @@ class EncodeImage(EncodeFirstFrame):
     def expected_components(self) -> list[ComponentSpec]:
         return list(WanVaeEncoderStep().expected_components)
 
-    @staticmethod
-    def normalise(vae: Any, latents: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents.device)
-            for numbers in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return (latents - mean) * (1.0 / std)
+    normalise = staticmethod(normalise)
 
 
 class PrepareLatents(WanPrepareLatentsStep):  # type: ignore[misc]

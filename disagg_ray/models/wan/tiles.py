@@ -1,6 +1,6 @@
 """One tiled decode shared out: each block `decode.KofN` decodes some of the tiles, `blend` makes the video of them all.
 
-Both run diffusers' whole decode step; only the calls of the VAE's decoder, one a tile and latent frame, are ours. So
+Both run the whole decode step; only the calls of the VAE's decoder, one a tile and latent frame, are ours. So
 whatever diffusers does before, between and after them is done as it does it; a small video, which it does not tile, is
 the first part's.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from disagg_ray.config.options import tile_tensors
 from disagg_ray.graph import FRAMES
+from disagg_ray.models.wan.blocks import Decode
 
 
 class _Shares:
@@ -143,8 +144,8 @@ class Blend(ModularPipelineBlocks):  # type: ignore[misc]
 
 
 def _decode(vae: Any, video_processor: Any, latents: Tensor) -> Any:
-    """Run diffusers' decode step and return its frames."""
+    """Run the whole decode step and return its frames."""
     state = PipelineState()
     state.set("latents", latents)
-    WanVaeDecoderStep()(SimpleNamespace(vae=vae, video_processor=video_processor), state)
+    Decode()(SimpleNamespace(vae=vae, video_processor=video_processor), state)
     return state.get(FRAMES)
