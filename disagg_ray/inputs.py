@@ -7,7 +7,7 @@ Pixels travel as uint8 arrays: an image (height, width, 3), a video (num_frames,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,10 +17,19 @@ import numpy as np
 
 from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
-from disagg_ray.config.traits import aspect_rules, fit_size
+from disagg_ray.config.traits import aspect_rules, fit_size, reference_rules
 from disagg_ray.errors import RequestError
 from disagg_ray.media.clips import check_clip, read_frames, resize
-from disagg_ray.media.video import Picture, Pixels, check_image_file, digest_pixels, load_image, to_array, to_image
+from disagg_ray.media.video import (
+    ImageSource,
+    Picture,
+    Pixels,
+    check_image_file,
+    digest_pixels,
+    load_image,
+    to_array,
+    to_image,
+)
 from disagg_ray.models.families import FAMILIES
 from disagg_ray.text import shown
 
@@ -84,6 +93,8 @@ def read_inputs(request: Request, config: Config) -> Inputs:
     given, most = _given(request, config), config.limits.max_image_pixels
     pictures: dict[str, Picture] = {name: load_image(given[name], name, most) for name in IMAGES if name in given}
     about = {name: _about(picture) for name, picture in pictures.items()}
+    for name, each in about.items():
+        enforce(aspect_rules(config.model.traits, name, each.height, each.width), RequestError)
     image = pictures.get("image")
     size = _size(request, config, None if image is None else to_array(image).shape[:2])
     num_frames = config.defaults.num_frames if request.num_frames is None else request.num_frames
@@ -97,9 +108,9 @@ def read_inputs(request: Request, config: Config) -> Inputs:
             name: GivenImage(size[0], size[1], digest_pixels(pictures[name])) for name in (VIDEO, MASK) if name in given
         }
     if REFERENCES in given:
-        images = [load_image(each, f"{REFERENCES}[{n}]", most) for n, each in enumerate(given[REFERENCES])]
-        about |= {f"{REFERENCES}[{number}]": _about(image) for number, image in enumerate(images)}
-        pictures[REFERENCES] = np.concatenate([to_array(image).ravel() for image in images])
+        images = _read_references(given[REFERENCES], config, size)
+        about |= {name: _about(image) for name, image in images.items()}
+        pictures[REFERENCES] = np.concatenate([to_array(image).ravel() for image in images.values()])
     return Inputs(pictures, about, size, num_frames)
 
 
@@ -153,6 +164,17 @@ def _able(name: str) -> str:
     """Return which tasks take a field."""
     able = [f"{task} of {f.name}" for f in FAMILIES.values() for task, each in f.tasks.items() if name in each.takes]
     return f" ({', '.join(able)})"
+
+
+def _read_references(given: Sequence[ImageSource], config: Config, size: tuple[int, int]) -> dict[str, Picture]:
+    """Return the reference images of what is made in a size, (height, width), by `field[index]`."""
+    pictures: dict[str, Picture] = {}
+    for number, source in enumerate(given):
+        name = f"{REFERENCES}[{number}]"
+        pictures[name] = image = load_image(source, name, config.limits.max_image_pixels)
+        height, width = to_array(image).shape[:2]
+        enforce(reference_rules(config.model.traits, name, height, width, size), RequestError)
+    return pictures
 
 
 def _read_video(request: Request, config: Config, num_frames: int) -> Pixels:
@@ -231,5 +253,4 @@ def _size(request: Request, config: Config, image: tuple[int, ...] | None) -> tu
     (height, width), default = (request.height, request.width), (config.defaults.height, config.defaults.width)
     if image is None:
         return default[0] if height is None else height, default[1] if width is None else width
-    enforce(aspect_rules(config.model.traits, image[0], image[1]), RequestError)
     return fit_size(config.model.traits, (height, width), default, (image[0], image[1]))

@@ -13,8 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from disagg_ray.errors import RequestError
+from disagg_ray import Request, RequestError, load_config
 from disagg_ray.media.video import IMAGE_FORMATS, load_image
+from disagg_ray.request import resolve
+
+CONF = Path(__file__).parents[1] / "conf"
 
 RGBA = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 4), np.uint8))
 RGB = RGBA.convert("RGB")
@@ -115,3 +118,12 @@ def test_a_broken_tiff_is_refused_in_one_line_and_libtiff_writes_none(
     with pytest.raises(RequestError, match="cannot be read as an image"):
         load_image(path, "image", 10**6)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("task", "thin"), [("i2v", "image"), ("flf2v", "image"), ("flf2v", "last_image")])
+def test_an_image_that_clip_would_make_huge_is_refused(task: str, thin: str) -> None:
+    """Its shorter side becomes 224 pixels before the longer one is cut: of 1 x 16,777,216 that would be 2.5 TB."""
+    images = dict.fromkeys(("image", "last_image")[: 1 + (task == "flf2v")], Image.new("RGB", (64, 64)))
+    request = Request("a boat", **{**images, thin: Image.new("RGB", (1, 200))})
+    with pytest.raises(RequestError, match=f"invalid {thin}='1x200': must be at most 100 times as long as it is wide"):
+        resolve(request, load_config(CONF / f"tiny_{task}.yaml"))

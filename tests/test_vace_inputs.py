@@ -92,6 +92,11 @@ def test_an_mp4_opens_no_other_file(clips: dict[str, Path], tmp_path: Path) -> N
         ({"reference_images": "one.png"}, "invalid reference_images='one.png': must be a list of 1 to 4 images"),
         ({"reference_images": ["one.png"] * 5}, "must be a list of 1 to 4 images"),
         ({"reference_images": ["one.png", "no.png"]}, "reference_images[1]: 'no.png' is not a file"),
+        (
+            {"reference_images": ["one.png", "thin.png"]},
+            "invalid reference_images[1]='900x8': must have 8 pixels a side",
+        ),
+        ({"reference_images": ["small.png"]}, "invalid reference_images[0]='7x64': must have 8 pixels a side"),
         ({"conditioning_scale": -1}, "invalid conditioning_scale=-1: must be a finite number of at least 0"),
         ({"conditioning_scale": [1, 2]}, "invalid conditioning_scale=[1, 2]: must be a number, not a list"),
         ({"video": "a.mp4", "num_frames": 13}, "invalid num_frames=13: must be at most limits.max_frames=9"),
@@ -108,7 +113,8 @@ def test_what_cannot_be_used_is_refused_by_name(
     if asked.get("video") == ".":
         monkeypatch.chdir(clips["folder"])
     (folder / "x.txt").write_text("no video")
-    image(95, 64).save(folder / "odd.png")
+    for name, size in {"odd": (95, 64), "thin": (900, 8), "small": (7, 64)}.items():
+        image(*size).save(folder / f"{name}.png")
     image(96, 64).save(folder / "two.gif", save_all=True, append_images=[image(96, 64, 1)])
     assert says in refusal(replace(BOAT, **asked))
 

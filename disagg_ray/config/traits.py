@@ -41,11 +41,21 @@ def shape_rules(
         yield "num_inference_steps", num_steps, ok, remedy
 
 
-def aspect_rules(task: Task, height: int, width: int) -> Iterator[Check]:
+def aspect_rules(task: Task, name: str, height: int, width: int) -> Iterator[Check]:
     """Yield that an image is not thinner than the model can see."""
     most = task.max_aspect
     ok = most is None or max(height, width) <= most * min(height, width)
-    yield "image", f"{width}x{height}", ok, f"must be at most {most} times as long as it is wide, or as wide; crop it"
+    yield name, f"{width}x{height}", ok, f"must be at most {most} times as long as it is wide, or as wide; crop it"
+
+
+def reference_rules(task: Task, name: str, height: int, width: int, size: tuple[int, int]) -> Iterator[Check]:
+    """Yield that a reference image which is fitted into a size, (height, width), has a pixel there at least."""
+    if (factor := task.fits_references_of) is not None:
+        given = height // factor * factor, width // factor * factor
+        scale = min(side / max(1, own) for side, own in zip(size, given, strict=True))
+        ok = all(int(side * scale) >= 1 for side in given)
+        remedy = f"must have {factor} pixels a side, and one of each when fitted into {size[1]}x{size[0]}; crop it"
+        yield name, f"{width}x{height}", ok, remedy
 
 
 def fit_size(

@@ -57,6 +57,8 @@ class Task:
     """Other fields that not every task takes."""
     max_references: int = 0
     """Most images in `reference_images`."""
+    fits_references_of: int | None = None
+    """What a reference's sides are cut down to multiples of before it is fitted into the video; None: it is not."""
     multiple: int = 16
     """What height and width are multiples of: pixels of one token."""
     rounds_to: int | None = None

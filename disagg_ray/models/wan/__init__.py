@@ -19,18 +19,22 @@ _TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "Tok
 _IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 _IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
+MAX_ASPECT = 100
+"""Of an image for CLIP, which enlarges its shorter side to 224 pixels before it cuts the longer one."""
+
 FAMILY = Family(
     name="wan",
     title="Wan",
     tasks={
         "t2v": Task(step_caches=("first_block", "mag", "sea", "taylorseer")),
-        "i2v": Task(images=("image",)),
-        "flf2v": Task(images=("image", "last_image")),
+        "i2v": Task(images=("image",), max_aspect=MAX_ASPECT),
+        "flf2v": Task(images=("image", "last_image"), max_aspect=MAX_ASPECT),
         "ti2v": Task(optional_images=("image",), multiple=32),
         "vace": Task(
             optional_images=("video", "mask", "reference_images"),
             others=("conditioning_scale",),
             max_references=4,
+            fits_references_of=8,
             step_caches=(),
             without=("stages.parallel.ulysses", "stages.parallel.shard_weights"),
         ),
