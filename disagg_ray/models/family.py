@@ -6,7 +6,8 @@ that folder, which `Family.part` imports when they are needed:
 - `shapes`: SHAPES, the models that can be made of random weights, by name
 - `random`: `build_meta` and `build_others`, which make a shape's components
 - `text`, or what a task names: `prepare`, what its tokenizer gets of a prompt, NUM_DROPPED, tokens of that which the
-  model never sees, and, if there are any, RESERVED texts that no prompt may hold
+  model never sees, and, if there are any, RESERVED texts that no prompt may hold, and `check`, which refuses a prompt
+  for more than those and its length
 - `geometry`: `tasks_of` an index, and `read_geometry` of configurations: how large tensors between stages are
 - `model`: MODEL, which runs it (`models.model.Model`)
 """

@@ -20,7 +20,7 @@ def check_prompts(request: ResolvedRequest, model: ModelConfig) -> None:
     """Refuse texts that the model would cut off, where its tokenizer is on this machine; else a replica does.
 
     Raises:
-        RequestError: a text has more tokens than the model reads, or holds one that is reserved.
+        RequestError: a text has more tokens than the model reads, holds one that is reserved, or its family refuses it.
     """
     text = FAMILIES[model.family].part(model.traits.text)
     texts = {"prompt": request.prompt} | ({"negative_prompt": request.negative_prompt} if request.guided else {})
@@ -28,6 +28,8 @@ def check_prompts(request: ResolvedRequest, model: ModelConfig) -> None:
         for mark in getattr(text, "RESERVED", ()):
             if mark in asked:
                 raise RequestError(f"{field}: it holds {mark}, which marks for the model what is no text; take it out")
+        if hasattr(text, "check"):
+            text.check(field, asked)
         prepared = text.prepare(asked)
         if _most_tokens(prepared) - text.NUM_DROPPED <= model.max_sequence_length:
             continue  # most texts are, so that most drivers never load a tokenizer

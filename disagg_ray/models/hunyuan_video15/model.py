@@ -1,0 +1,44 @@
+"""What runs HunyuanVideo 1.5: diffusers' modular blocks of it, with ours in place of those that differ from stock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.modular_pipelines.hunyuan_video1_5.before_denoise import (
+    HunyuanVideo15PrepareLatentsStep,
+    HunyuanVideo15SetTimestepsStep,
+)
+from diffusers.modular_pipelines.hunyuan_video1_5.decoders import HunyuanVideo15VaeDecoderStep
+
+from disagg_ray.models.blocks import Stepping
+from disagg_ray.models.checkpoint import Checkpoint
+from disagg_ray.models.geometry import Geometry
+from disagg_ray.models.hunyuan_video15.denoising import Denoise, TextInput
+from disagg_ray.models.hunyuan_video15.encoding import TextEncoder
+from disagg_ray.models.model import Model
+
+
+class HunyuanVideo15Model(Model):
+    """HunyuanVideo 1.5, of a text."""
+
+    def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], Stepping]:
+        denoise = Denoise()
+        return {
+            "text_encoder": TextEncoder(),
+            "denoise.input": TextInput(),
+            "denoise.set_timesteps": HunyuanVideo15SetTimestepsStep(),
+            "denoise.prepare_latents": HunyuanVideo15PrepareLatentsStep(),
+            "denoise.denoise": denoise,
+            "decode.decode": HunyuanVideo15VaeDecoderStep(),
+        }, denoise.sub_blocks["after_denoiser"]
+
+    def constants(self, geometry: Geometry) -> Mapping[str, int]:
+        return {
+            "vae_scale_factor_spatial": geometry.spatial_factor,
+            "vae_scale_factor_temporal": geometry.temporal_factor,
+            "num_channels_latents": geometry.latent_channels,
+        }
+
+
+MODEL = HunyuanVideo15Model()
