@@ -5,14 +5,19 @@ demo:
 	@.ci/setup demo
 	.venv/bin/python jobs/demo.py
 
-test: check
-	.venv/bin/python -m pytest $(addprefix --ignore=,$(READERS))
+test: check # replicas that start wait more than they compute: the tests of one process run beside them
+	$(call beside,$(PYTEST) -m 'not slow and not proof',$(PYTEST) -m 'slow and not proof')
 
 quick: check # under 90 s on two cores: what is decided in one process, and beside it one kill, one rollout and one resume
-	@mkdir -p .pytest_cache; .venv/bin/python -m pytest -q -m quick >.pytest_cache/quick.log 2>&1 & replicas=$$!; \
-	.venv/bin/python -m pytest -q -m 'not quick and not slow and not proof' \
-		$(addprefix --ignore=,$(READERS)) $(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY))); one=$$?; \
-	wait $$replicas; two=$$?; cat .pytest_cache/quick.log; exit $$((one | two))
+	$(call beside,$(PYTEST) -q -m quick,$(PYTEST) -q -m 'not quick and not slow and not proof' \
+		$(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY))))
+
+PYTEST = .venv/bin/python -m pytest $(addprefix --ignore=,$(READERS))
+
+define beside
+@mkdir -p .pytest_cache; $(1) >.pytest_cache/beside.log 2>&1 & beside=$$!; \
+	$(2); one=$$?; wait $$beside; two=$$?; cat .pytest_cache/beside.log; exit $$((one | two))
+endef
 
 HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings lora memory models_maker options \
 	parity plan pool report schedulers sockets tiles tiny transfer turns video

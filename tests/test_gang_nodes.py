@@ -10,6 +10,5 @@ from test_standing_places import run
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_gang_that_loses_a_node_ends_and_its_request_goes_on(tmp_path: Path, rank: str) -> None:
-    assert "the gang went on without its node" in run("gang_nodes.py", str(tmp_path), rank)
+def test_a_gang_that_loses_a_node_ends_and_its_request_goes_on(tmp_path: Path) -> None:
+    assert "the gang went on without either node" in run("gang_nodes.py", str(tmp_path))

@@ -33,12 +33,9 @@ wait_until = partial(helpers.wait_until, timeout_s=120.0)
 @pytest.mark.parametrize(
     ("task", "parallel"),
     [
-        ("t2v", "{cfg: 2}"),
         ("i2v", "{ulysses: 2}"),
         ("a14b_i2v", "{cfg: 2, ulysses: 2}"),
         ("ti2v", "{ulysses: 2}"),
-        ("t2v", "{cfg: 2, shard_weights: true}"),
-        ("a14b_t2v", "{ulysses: 2, shard_weights: true}"),
     ],
 )
 def test_mixed_requests_equal_those_of_one_process(cluster: None, task: str, parallel: str) -> None:

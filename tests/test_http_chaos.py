@@ -15,7 +15,7 @@ from disagg_ray.http.keys import Key, add_key
 
 pytestmark = pytest.mark.proof
 
-LEAST_EACH, NUM_KEYS, BETWEEN = 50, 4, 25
+LEAST_EACH, NUM_KEYS, BETWEEN = 15, 4, 8
 """BETWEEN: videos before a death."""
 VICTIMS = (("ray::ServeReplica",), ("ray::ProxyActor",), ("ray::Supervisor",), ("ray::Fused", "ray::fused"))
 

@@ -56,10 +56,7 @@ LARGE = [(2, 30, 52), (3, 31, 52)]
     ("shape", "num_ranks"),
     [
         pytest.param("tiny-t2v", 2, marks=pytest.mark.slow),
-        *(
-            pytest.param(*case, marks=pytest.mark.proof)
-            for case in [("tiny-t2v", 4), ("tiny-ti2v", 2), ("tiny-ti2v", 3)]
-        ),
+        *(pytest.param(*case, marks=pytest.mark.proof) for case in [("tiny-t2v", 4), ("tiny-ti2v", 3)]),
     ],
 )
 def test_ranks_decode_the_frames_of_one_process(run_ranks: Run, shape: str, num_ranks: int, one_thread: None) -> None:
