@@ -129,9 +129,11 @@ def test_a_cancelled_job_ends_soon_and_has_no_content(http: TestClient) -> None:
     assert http.post(f"/v1/videos/{video_id}/cancel").json()["status"] == "cancelled"
 
 
-def test_a_deadline_fails_a_job_by_name(http: TestClient) -> None:
+def test_a_deadline_fails_a_job_by_name_and_ends_its_run(http: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     ended = finish(http, post(http, LONG | {"deadline_s": 0.5})["id"])
     assert (ended["status"], ended["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert finish(http, post(http, SMALL)["id"])["status"] == "completed"
+    assert "is run again" not in caplog.text
 
 
 def test_a_repeated_post_is_the_same_job_and_another_body_is_refused(http: TestClient) -> None:

@@ -261,6 +261,9 @@ class Runner:
         return done
 
     def fail_late(self, job: Job, code: str, message: str) -> None:
-        """Fail a job for a reason that is not its own run's, and cancel that."""
-        self.cancel(job.id)
+        """Fail a job for a reason that is not its own run's, then cancel that: while it is wanted it is run again."""
+        with self._lock:
+            live = self._lives.get(job.id)
         self._fail(job, code, message)
+        if live is not None and live.handle is not None:
+            live.handle.cancel()
