@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_ray import ConfigError, LocalPipeline, environment, load_config
+from disagg_ray import CheckpointError, ConfigError, LocalPipeline, environment, load_config
 from disagg_ray.doctor.memory import check_model as examine_model
 from disagg_ray.driver.cluster import Cluster
 from disagg_ray.models.preflight import check_temporary_folder
@@ -75,7 +75,7 @@ def test_what_ray_would_stumble_over_is_one_line_and_status_2(
 def test_a_shape_that_is_misspelt_and_a_temporary_folder_that_is_too_long_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ConfigError, match=r"did you mean tiny-t2v\?"):
+    with pytest.raises(CheckpointError, match=r"did you mean tiny-t2v\?"):
         Cluster(load_config(T2V, "model.path=random:tiny-t2w"))
     monkeypatch.setenv("TMPDIR", LONG)
     with pytest.raises(ConfigError, match=f"^invalid TMPDIR='{LONG}': must be at most 39 characters"):
