@@ -275,7 +275,7 @@ def test_what_does_not_work_yet_is_refused_by_key(configure: Any, override: str,
         ("vae/config.json", {"temporal_compression_ratio": 4}, "transformer.vae_scale_factors of"),
         ("vae/config.json", {"timestep_conditioning": True}, "timestep_conditioning"),
         ("model_index.json", {"vocoder": ["ltx2", "LTX2VocoderWithBWE"]}, "must be one of LTX2Vocoder of ltx2"),
-        ("model_index.json", {"_class_name": "LTX2ConditionPipeline"}, "known are LTX2Pipeline"),
+        ("model_index.json", {"_class_name": "LTX2ConditionPipeline"}, "LTX2Pipeline, LTX2ImageToVideoPipeline"),
     ],
 )
 def test_other_models_are_refused_by_name(
