@@ -202,9 +202,9 @@ def test_images_are_checked_as_everywhere_and_named_as_they_were_sent() -> None:
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "PNG")
     body = CreateVideo(prompt="it moves")
-    assert check_body(body, {"input_reference": Upload("a.png", file.getvalue())}, config, 0).size == "64x64"
+    assert check_body(body, {"image": Upload("a.png", file.getvalue())}, config, 0).size == "64x64"
     with pytest.raises(ApiError, match=r"input_reference: image: 'a\.png' cannot be read as an image"):
-        check_body(body, {"input_reference": Upload("a.png", b"no image")}, config, 0)
+        check_body(body, {"image": Upload("a.png", b"no image")}, config, 0)
     with pytest.raises(ApiError, match="input_reference: image: none given"):
         check_body(body, {}, config, 0)
 
@@ -232,8 +232,8 @@ def test_an_image_comes_in_a_form_and_an_unknown_file_is_refused(http: TestClien
     png = base64.b64decode("iVBORw0KGgo=")
     answer = http.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": ("a.png", png)})
     assert "a model of task t2v takes none" in answer.json()["error"]["message"]
-    answer = http.post("/v1/videos", data={"prompt": "x"}, files={"mask": ("a.png", png)})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "mask")
+    answer = http.post("/v1/videos", data={"prompt": "x"}, files={"picture": ("a.png", png)})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "picture")
 
 
 def test_keys_keep_tenants_apart_and_within_their_limits_and_are_not_logged(

@@ -53,11 +53,11 @@ class ServiceConfig(Section):
     api_keys: str | None = None
     """File of its keys, which `disagg-ray keys add` writes; null: no keys, and it answers this machine alone."""
     expires_after_s: Positive | None = None
-    """Seconds for which a finished video is kept; null: until it is deleted."""
+    """Seconds for which files of a job that has ended are kept; null: until it is deleted."""
     max_bytes: Bytes | None = None
-    """Disk space, in bytes, for finished videos; the oldest are evicted. null: no limit."""
+    """Bytes of disk for files of jobs that have ended, uploads included; the oldest are evicted. null: no limit."""
     max_upload_bytes: Bytes = 64 * 2**20
-    """Most bytes of a request's body, its images included; more is refused unread."""
+    """Most bytes of a request's body, its files included; more is refused unread."""
 
 
 @dataclass(frozen=True)

@@ -14,26 +14,33 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from disagg_ray.config.schema import Config
+from disagg_ray.config.schema import Config, ModelConfig
 from disagg_ray.errors import DisaggError, RequestError
+from disagg_ray.http.files import by_field
 from disagg_ray.http.schema import SHOWN, ApiError, CreateVideo
 from disagg_ray.http.store import Job
+from disagg_ray.inputs import OTHERS, REFERENCES
 from disagg_ray.models.prompts import check_prompts
 from disagg_ray.request import MAX_PRIORITY, Request, resolve
 from disagg_ray.text import printable, shown
 
-IMAGES = {"input_reference": "image", "last_image": "last_image"}
-"""Fields of a body that are images, and of the request that they become."""
+FILES = {
+    "input_reference": "image", "last_image": "last_image", "video": "video", "mask": "mask",
+    "reference_images": "reference_images",
+}  # fmt: skip
+"""Fields of a body that are files, and of the request that they become."""
+LISTS = ("reference_images",)
+"""Those of which there may be several."""
 PARAMS = {"height x width": "size", "height": "size", "width": "size", "image": "input_reference"}
 """Fields of a body, by those of the request that they decide."""
-FIELD = re.compile(r"(?:invalid )?(height x width|\w+)[=:]")
+FIELD = re.compile(r"(?:invalid )?(height x width|\w+)(?:\[\d+\])?[=:]")
 """How messages about a request begin."""
 SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image as it was sent."""
+    """A file as it was sent."""
 
     name: str
     data: bytes
@@ -49,25 +56,35 @@ class Asked:
     seconds: str
 
 
-def image_of(field: str, url: str) -> Upload:
-    """Return the image of a data URL; no other URL is fetched for a stranger.
+def files_of(model: ModelConfig) -> list[str]:
+    """Return the fields of a body that are files which a model takes."""
+    return [field for field, name in FILES.items() if name in model.traits.takes]
+
+
+def place_of(field: str, number: int) -> str:
+    """Return a file's place in the request: its field, and of several `field[number]`."""
+    return f"{FILES[field]}[{number}]" if field in LISTS else FILES[field]
+
+
+def upload_of(field: str, url: str) -> Upload:
+    """Return the file of a data URL; no other URL is fetched for a stranger.
 
     Raises:
         ApiError: it is none.
     """
     head, comma, data = url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-        raise ApiError(400, f"{field}: image_url is no data URL; give data:image/png;base64,...", param=field)
+        raise ApiError(400, f"{field}: its URL is no data URL; give data:image/png;base64,...", param=field)
     try:
         return Upload(field, base64.b64decode(data, validate=True))
     except binascii.Error as error:
-        raise ApiError(400, f"{field}: image_url is not base64: {error}", param=field) from error
+        raise ApiError(400, f"{field}: its URL is not base64: {error}", param=field) from error
 
 
 def fingerprint(body: CreateVideo, uploads: Mapping[str, Upload]) -> str:
-    """Return a digest by which a repeated body is known."""
-    fields = body.model_dump(exclude={"input_reference", "last_image"}, exclude_none=True)
-    digests = {field: hashlib.sha256(upload.data).hexdigest() for field, upload in uploads.items()}
+    """Return a digest by which a repeated body is known; `uploads` by their places in the request."""
+    fields = body.model_dump(exclude=set(FILES), exclude_none=True)
+    digests = {place: hashlib.sha256(upload.data).hexdigest() for place, upload in uploads.items()}
     return hashlib.sha256(json.dumps([fields, digests], sort_keys=True).encode()).hexdigest()
 
 
@@ -86,7 +103,9 @@ def repeated(job: Job, made_of: str) -> Job:
 
 
 def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config, priority: int) -> Asked:
-    """Check a body as every request is checked; `priority` is its key's.
+    """Check a body and its uploads, by their places in the request, as every request is checked.
+
+    `priority` is its key's.
 
     Raises:
         ApiError: it cannot be served; names the field.
@@ -94,22 +113,24 @@ def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config,
     fields: dict[str, Any] = body.model_dump(
         include={
             "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "audio_guidance_scale",
-            "seed", "fps",
+            "seed", "fps", *OTHERS,
         }
     )  # fmt: skip
     if config.model.traits.makes != "video":
         raise ApiError(
             400, f"model: it makes images (model.task {config.model.task}), and only videos are served", param="model"
         )
+    _check_number(uploads, config)
     num_frames = _num_frames(body, config)
     with ExitStack() as stack:
         names: dict[str, str] = {}
-        for field, upload in uploads.items():
+        paths: dict[str, str] = {}
+        for place, upload in uploads.items():
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="disagg_ray-"))
             file.write(upload.data)
             file.flush()
-            fields[IMAGES[field]], names[file.name] = file.name, upload.name
-        fields |= _sides(body)
+            paths[place], names[file.name] = file.name, upload.name
+        fields |= _sides(body) | by_field(paths)
         request = Request(body.prompt, num_frames=num_frames, priority=body.priority, **fields)
         try:
             resolved, _ = resolve(request, config)
@@ -117,9 +138,18 @@ def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config,
         except DisaggError as error:
             raise _answer(error, names, body) from error
     settings = {name: getattr(resolved, name) for name in (*SHOWN, "height", "width")}
+    settings |= {name: getattr(request, name) for name in OTHERS}
     settings["priority"] = max(-MAX_PRIORITY, min(MAX_PRIORITY, resolved.priority + priority))
     seconds = str(body.seconds) if body.seconds is not None else f"{resolved.num_frames / resolved.fps:g}"
     return Asked(resolved.prompt, settings, f"{resolved.width}x{resolved.height}", seconds.strip())
+
+
+def _check_number(uploads: Mapping[str, Upload], config: Config) -> None:
+    """Refuse more files in a field than the model takes."""
+    number, most = sum(place.startswith(f"{REFERENCES}[") for place in uploads), config.model.traits.max_references
+    if 0 < most < number:
+        message = f"{REFERENCES}: {number} were sent, and the model takes at most {most}; send fewer"
+        raise ApiError(400, message, param=REFERENCES)
 
 
 def _answer(error: DisaggError, names: Mapping[str, str], body: CreateVideo) -> ApiError:

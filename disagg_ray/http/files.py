@@ -1,4 +1,4 @@
-"""Files of an HTTP service: videos, thumbnails and uploaded images, in a folder or at a URL."""
+"""Files of an HTTP service: videos, thumbnails and uploads, in a folder or at a URL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from disagg_ray.errors import OutputError
 from disagg_ray.media import storage
@@ -64,15 +65,15 @@ class Folder:
 
     @contextmanager
     def local(self, names: Mapping[str, str]) -> Iterator[dict[str, Path]]:
-        """Give paths of this machine to files, by field."""
+        """Give paths of this machine to files, by their places in a request."""
         with ExitStack() as stack:
             if not is_url(self._place):
-                yield {field: Path(self._path(name)) for field, name in names.items()}
+                yield {place: Path(self._path(name)) for place, name in names.items()}
                 return
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="disagg_ray-")))
             for name in names.values():
                 (folder / name).write_bytes(b"".join(self.read(name, 0, self.size(name))))
-            yield {field: folder / name for field, name in names.items()}
+            yield {place: folder / name for place, name in names.items()}
 
 
 def video_of(job_id: str) -> str:
@@ -81,3 +82,20 @@ def video_of(job_id: str) -> str:
 
 def thumbnail_of(job_id: str) -> str:
     return f"{job_id}.webp"
+
+
+def name_of(job_id: str, place: str) -> str:
+    """Return the name of an upload, by its place in the request; without brackets, which are patterns at some URLs."""
+    return f"{job_id}.{place.replace('[', '.').rstrip(']')}"
+
+
+def by_field(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return files by the request's fields, from those by place; `field[0]`, `field[1]` and so on make a list."""
+    fields: dict[str, Any] = {}
+    for place in sorted(files, key=lambda place: (len(place), place)):
+        field, bracket, _ = place.partition("[")
+        if bracket:
+            fields.setdefault(field, []).append(files[place])
+        else:
+            fields[field] = files[place]
+    return fields

@@ -11,31 +11,45 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from disagg_ray.http.bodies import IMAGES, Upload, image_of
+from disagg_ray.http.bodies import FILES, LISTS, Upload, place_of, upload_of
 from disagg_ray.http.schema import ApiError, explain
 from disagg_ray.text import shown
 
+MAX_FILES = 64
+"""Of one form; how many a model takes, it says."""
 Body = TypeVar("Body", bound=BaseModel)
 
 
 def describe_body(model: type[BaseModel]) -> dict[str, Any]:
     """Return the description of a body that is JSON or a form."""
-    described = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    described.pop("$defs", None)
+    described = model.model_json_schema(ref_template="{model}")
+    described = _inline(described, described.pop("$defs", {}))
     form = deepcopy(described)
-    for field in IMAGES:
+    file = {"type": "string", "format": "binary"}
+    for field in FILES:
         if field in form["properties"]:
-            form["properties"][field] = {"type": "string", "format": "binary"}
+            form["properties"][field] = {"type": "array", "items": file} if field in LISTS else file
     contents = {"application/json": {"schema": described}, "multipart/form-data": {"schema": form}}
     return {"requestBody": {"required": True, "content": contents}}
 
 
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Return a schema with definitions in place of their names: the API's description knows no others."""
+    if isinstance(schema, list):
+        return [_inline(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if (name := schema.get("$ref")) is not None:
+        return definitions[name]
+    return {key: _inline(each, definitions) for key, each in schema.items()}
+
+
 async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str, Upload]]:
-    """Return a body of JSON or a form, and the images in it."""
+    """Return a body of JSON or a form, and the files in it by their places in the request."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     uploads: dict[str, Upload] = {}
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        given = await _read_form(request, uploads)
+        given = await _read_form(request, model, uploads)
     elif kind in ("application/json", ""):
         try:
             given = json.loads(await request.body())
@@ -47,34 +61,49 @@ async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str
         body = model.model_validate(given)
     except ValidationError as error:
         raise explain(error, model) from error
-    for field in IMAGES:
-        if (reference := getattr(body, field, None)) is not None:
-            uploads[field] = image_of(field, reference.image_url)
+    for field in FILES:
+        if (references := getattr(body, field, None)) is not None:
+            for number, reference in enumerate(references if field in LISTS else [references]):
+                uploads[place_of(field, number)] = upload_of(field, reference.url)
     return body, uploads
 
 
-async def _read_form(request: Request, uploads: dict[str, Upload]) -> dict[str, Any]:
+async def _read_form(request: Request, model: type[BaseModel], uploads: dict[str, Upload]) -> dict[str, Any]:
     """Return a form's fields; files go into `uploads`."""
     given: dict[str, Any] = {}
+    parsed = request.form(max_files=MAX_FILES, max_fields=64, max_part_size=request.app.state.max_bytes)
     try:
-        form = await request.form(max_files=len(IMAGES), max_fields=64, max_part_size=request.app.state.max_bytes)
+        async with parsed as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    await _take_file(name, value, model, given, uploads)
+                elif name in given or FILES.get(name) in uploads:
+                    raise ApiError(400, f"{shown(name)}: given twice", param=name[:80])
+                else:
+                    given.update(_form_field(name, value))
     except HTTPException as error:
         raise ApiError(400, f"body: {error.detail}") from error
-    for name, value in form.multi_items():
-        if name in given or name in uploads:
-            raise ApiError(400, f"{shown(name)}: given twice", param=name[:80])
-        if not isinstance(value, UploadFile):
-            given.update(_form_field(name, value))
-        elif name in IMAGES:
-            uploads[name] = Upload(value.filename or name, await value.read())
-        else:
-            raise ApiError(400, f"{shown(name)}: is a file; only {' and '.join(IMAGES)} are", param=name[:80])
     return given
+
+
+async def _take_file(
+    name: str, file: UploadFile, model: type[BaseModel], given: dict[str, Any], uploads: dict[str, Upload]
+) -> None:
+    """Add a part that is a file; those of a list come one after the other, with or without `[]` after its name."""
+    known = [field for field in FILES if field in model.model_fields]
+    field = name.removesuffix("[]") if name.removesuffix("[]") in LISTS else name
+    if field not in known:
+        only = f"; only {', '.join(known)} are" if known else ""
+        raise ApiError(400, f"{shown(name)}: is a file{only}", param=name[:80])
+    place = place_of(field, sum(place.startswith(f"{FILES[field]}[") for place in uploads))
+    if field in given or place in uploads:
+        raise ApiError(400, f"{shown(name)}: given twice", param=name[:80])
+    uploads[place] = Upload(file.filename or name, await file.read())
 
 
 def _form_field(name: str, value: str) -> dict[str, Any]:
     """Return a form's field; `input_reference[image_url]` is one of an object, and an empty text leaves a field out."""
     outer, bracket, inner = name.partition("[")
-    if bracket and outer in IMAGES:
+    if bracket and outer in FILES:
         return {outer: {inner.rstrip("]"): value}}
     return {name: value} if value or name == "prompt" else {}

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from disagg_ray.http.bodies import IMAGES, Upload, check_body, fingerprint, repeated
-from disagg_ray.http.files import Folder, thumbnail_of, video_of
+from disagg_ray.errors import OutputError
+from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
+from disagg_ray.http.files import Folder, name_of, thumbnail_of, video_of
 from disagg_ray.http.keys import Key, Keys
 from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.queues import Queues
@@ -19,7 +20,7 @@ from disagg_ray.http.repeat import repeat
 from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
-from disagg_ray.http.store import UNFINISHED, Accepting, Job, Store
+from disagg_ray.http.store import ENDED, UNFINISHED, Accepting, Job, Store
 from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
 
@@ -91,23 +92,24 @@ class Jobs:
             return repeated(job, made_of)
         asked = check_body(body, uploads, runner.config, key.priority)
         now, job_id = time.time(), f"video_{uuid.uuid4().hex}"
-        images = {IMAGES[field]: f"{job_id}.{IMAGES[field]}" for field in uploads}
+        images = {place: name_of(job_id, place) for place in uploads}
         job = Job(
             job_id, key.name, runner.model, self.workers.own, asked.prompt, asked.settings, images, asked.size,
             asked.seconds, now, remixed_from=remixed_from, idempotency_key=idempotency_key, fingerprint=made_of,
             length_s=asked.settings["num_frames"] / asked.settings["fps"],
+            num_bytes=sum(len(upload.data) for upload in uploads.values()),
             deadline_at=now + body.deadline_s if body.deadline_s is not None else None,
         )  # fmt: skip
-        for field, upload in uploads.items():
-            self.folder.write(images[IMAGES[field]], upload.data)
         try:
+            for place, upload in uploads.items():
+                self.folder.write(images[place], upload.data)
             with self.store.accepting(key.name) as accepting:
                 if idempotency_key is not None and (before := accepting.find(idempotency_key)):
                     self.folder.remove(*images.values())
                     return repeated(before, made_of)
                 self._check_limits(accepting, key, job, runner)
                 accepting.add(job)
-        except ApiError:
+        except (ApiError, OutputError):
             self.folder.remove(*images.values())
             raise
         self.metrics.accepted(key.name)
@@ -196,23 +198,24 @@ class Jobs:
         """Delete a job and its files; one that runs is cancelled."""
         job = self.find(key, job_id)
         gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
-        self.store.change(job_id, (*UNFINISHED, "completed", "failed", "cancelled"), status="deleted", **gone)
+        self.store.change(job_id, (*UNFINISHED, *ENDED), status="deleted", **gone)
         self._cancel_here(job)
         self.folder.remove(video_of(job_id), thumbnail_of(job_id), *job.images.values())
 
     def remix(self, key: Key, job_id: str, prompt: str, idempotency_key: str | None) -> Job:
-        """Accept a new prompt with the settings and images of another job.
+        """Accept a new prompt with the settings and files of another job.
 
         Raises:
-            ApiError: as `accept` and `find`.
+            ApiError: as `accept` and `find`, or the files have expired.
         """
         source = self.find(key, job_id)
+        if source.images and source.num_bytes == 0:
+            raise ApiError(404, "video_id: the files it was made of have expired", param="video_id", code="expired")
         fields = {name: value for name, value in source.settings.items() if name not in ("height", "width", "priority")}
         body = CreateVideo(prompt=prompt, model=source.model, size=source.size, **fields)
         uploads = {
-            field: Upload(field, b"".join(self.folder.read(file, 0, self.folder.size(file))))
-            for field, name in IMAGES.items()
-            if (file := source.images.get(name)) is not None
+            place: Upload(place, b"".join(self.folder.read(file, 0, self.folder.size(file))))
+            for place, file in source.images.items()
         }
         return self.accept(key, body, uploads, idempotency_key, remixed_from=job_id)
 
@@ -260,7 +263,7 @@ class Jobs:
                 runner.cancel(job.id)
         self._resume(unfinished)
         for job in self.store.expired(now, self.settings.service.max_bytes):
-            self.store.change(job.id, ("completed",), num_bytes=0, expires_at=min(job.expires_at or now, now))
-            self.folder.remove(video_of(job.id), thumbnail_of(job.id))
+            self.store.change(job.id, ENDED, num_bytes=0, expires_at=min(job.expires_at or now, now))
+            self.folder.remove(video_of(job.id), thumbnail_of(job.id), *job.images.values())
         self.store.forget_deleted(now)
         self.metrics.queue({model: sum(job.model == model for job in unfinished) for model in self.runners})

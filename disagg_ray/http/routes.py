@@ -15,6 +15,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from disagg_ray.errors import OutputError
 from disagg_ray.http import schema
+from disagg_ray.http.bodies import files_of
 from disagg_ray.http.forms import describe_body, read_body
 from disagg_ray.http.jobs import Jobs
 from disagg_ray.http.keys import Key
@@ -116,7 +117,7 @@ def cancel_video(video_id: str, jobs: WithJobs, key: WithKey) -> Video:
 async def remix_video(
     video_id: str, request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
 ) -> Video:
-    """Accept a new prompt with the settings, images and seed of another video."""
+    """Accept a new prompt with the settings, files and seed of another video."""
     body, _ = await read_body(request, RemixVideo)
     return await run_in_threadpool(lambda: jobs.show(jobs.remix(key, video_id, body.prompt, idempotency_key)))
 
@@ -217,6 +218,7 @@ def list_models(jobs: WithJobs, key: WithKey) -> schema.ModelList:  # noqa: ARG0
                 created=created,
                 task=model.task,
                 multiple=model.traits.multiple,
+                files=files_of(model),
                 defaults=defaults,
                 limits=limits,
             )

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, Overloaded, ReplicaLost
-from disagg_ray.http.files import Folder, thumbnail_of, video_of
+from disagg_ray.http.files import Folder, by_field, thumbnail_of, video_of
 from disagg_ray.http.link import Link
 from disagg_ray.http.live import Live
 from disagg_ray.http.pace import Pace
@@ -150,8 +150,8 @@ class Runner:
                 if not self._is_wanted(job):
                     self._end(job, "cancelled")
                     return
-                with self._folder.local(job.images) as images:
-                    request = Request(job.prompt, id=job.id, **job.settings | images)
+                with self._folder.local(job.images) as uploads:
+                    request = Request(job.prompt, id=job.id, **job.settings | by_field(uploads))
                     handle = connection.submit(request, wait=False, hold=True)
             except AGAIN as error:
                 logger.info("job %s is submitted again: %s", job.id, error)
@@ -218,14 +218,12 @@ class Runner:
     def _complete(self, job: Job, result: Result) -> None:
         assert result.data is not None
         self._folder.write(video_of(job.id), result.data)
-        now, seconds = time.time(), {timing.stage: timing.compute_s + timing.encode_s for timing in result.stages}
-        expires_at = now + self._expires_after_s if self._expires_after_s is not None else None
-        if self._end(
-            job, "completed", progress=100, completed_at=now, expires_at=expires_at, num_bytes=len(result.data),
-            stage_seconds=seconds,
-        ):  # fmt: skip
+        seconds = {timing.stage: timing.compute_s + timing.encode_s for timing in result.stages}
+        num_bytes = job.num_bytes + len(result.data)
+        if self._end(job, "completed", progress=100, num_bytes=num_bytes, stage_seconds=seconds):
             self.pace.learn(replace(job, stage_seconds=seconds))
-        elif (row := self._store.get(job.id)) is None or row.num_bytes == 0:  # deleted, late or expired meanwhile
+        elif (row := self._store.get(job.id)) is None or row.status != "completed" or row.num_bytes == 0:
+            # deleted, late or expired meanwhile
             self._folder.remove(video_of(job.id), thumbnail_of(job.id))
 
     def _lose(self, job: Job, error: DisaggError) -> None:
@@ -250,7 +248,10 @@ class Runner:
     def _end(self, job: Job, status: str, **values: object) -> bool:
         """Write how a job ended, unless it has ended already; return whether it had not."""
         before = ("cancelling",) if status == "cancelled" else UNFINISHED
-        done = self._store.change(job.id, before, **({"completed_at": time.time(), "status": status} | values))
+        ended: dict[str, object] = {"status": status, "completed_at": time.time()}
+        if self._expires_after_s is not None and (job.images or status == "completed"):
+            ended["expires_at"] = time.time() + self._expires_after_s
+        done = self._store.change(job.id, before, **ended, **values)
         with self._lock:
             live = self._lives.pop(job.id, None)
         self._tries.pop(job.id, None)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from disagg_ray.http.store import Job
+from disagg_ray.inputs import OTHERS
 from disagg_ray.text import did_you_mean, printable
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -54,6 +55,22 @@ class ImageReference(BaseModel):
     image_url: str
     """A data URL, as data:image/png;base64,..."""
 
+    @property
+    def url(self) -> str:
+        return self.image_url
+
+
+class VideoReference(BaseModel):
+    """A video in a JSON body."""
+
+    model_config = ConfigDict(extra="forbid")
+    video_url: str
+    """A data URL, as data:video/mp4;base64,..."""
+
+    @property
+    def url(self) -> str:
+        return self.video_url
+
 
 class CreateVideo(BaseModel):
     """A video to generate. What is left out is the model's default."""
@@ -71,6 +88,14 @@ class CreateVideo(BaseModel):
     """First frame, of a model that takes one."""
     last_image: ImageReference | None = None
     """Last frame, of a model that takes one."""
+    video: VideoReference | None = None
+    """Control video, of a model that takes one: an mp4, gif or webp file."""
+    mask: ImageReference | VideoReference | None = None
+    """Of the video, black where it stays: one image, or a video of as many frames."""
+    reference_images: Annotated[list[ImageReference], Field(min_length=1, max_length=64)] | None = None
+    """What is to appear in the video, of a model that takes images of it; in a form, one part for each."""
+    conditioning_scale: Number | None = None
+    """How much video and reference images count."""
     negative_prompt: Text | None = None
     """What guidance steers away from."""
     num_inference_steps: int | None = None
@@ -137,7 +162,7 @@ class Video(BaseModel):
     settings: dict[str, Any] = {}
     """Seed and all else that the video was made with."""
     images: list[str] = []
-    """Fields in which an image was given."""
+    """Fields in which a file was given."""
     stages: list[StageProgress] = []
     """While it runs."""
     queue_position: int | None = None
@@ -170,6 +195,8 @@ class Model(BaseModel):
     limits: dict[str, Any]
     multiple: int
     """Of which width and height are multiples, in pixels."""
+    files: list[str]
+    """Fields of a body that are files which it takes."""
 
 
 class ModelList(BaseModel):
@@ -190,7 +217,8 @@ def to_video(job: Job, **more: Any) -> Video:
         progress=job.progress, created_at=int(job.created_at),
         completed_at=_whole(job.completed_at), expires_at=_whole(job.expires_at),
         prompt=job.prompt, size=job.size, seconds=job.seconds, remixed_from_video_id=job.remixed_from, error=error,
-        settings={name: job.settings[name] for name in SHOWN}, images=sorted(job.images), **more,
+        settings={name: job.settings[name] for name in (*SHOWN, *OTHERS)},
+        images=sorted({place.partition("[")[0] for place in job.images}), **more,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from disagg_ray.text import mask, printable
 
 Status = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "deleted"]
 UNFINISHED: tuple[Status, ...] = ("queued", "in_progress", "cancelling")
+ENDED: tuple[Status, ...] = ("completed", "failed", "cancelled")
 BUSY_S = 30.0
 """How long SQLite waits for another process that writes."""
 DAY_S = 86400.0
@@ -38,7 +39,7 @@ class Job:
     settings: dict[str, Any]
     """Fields of the request beside the prompt, resolved: the same video comes of them whenever it is made."""
     images: dict[str, str]
-    """Files in the folder by field of the request."""
+    """Uploads in the folder by their places in the request, as `image` and `reference_images[0]`."""
     size: str
     """As 832x480."""
     seconds: str
@@ -59,7 +60,7 @@ class Job:
     fingerprint: str = ""
     """Digest of the body, to distinguish a repeated POST from another one under its key."""
     num_bytes: int = 0
-    """Of the finished video's files."""
+    """Of its files: uploads, and the finished video; 0 once they are removed."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """What each stage took."""
     stages: dict[str, list[Any]] = field(default_factory=dict)
@@ -196,14 +197,15 @@ class Store:
             )
 
     def expired(self, now: float, max_bytes: int | None) -> list[Job]:
-        """Return completed jobs whose videos are to go: those past their time, and the oldest of too many bytes."""
-        query = sa.select(JOBS).where(JOBS.c.status == "completed", JOBS.c.num_bytes > 0)
+        """Return jobs that have ended, whose files are to go: past their time, and the oldest of too many bytes."""
+        ended = JOBS.c.status.in_(ENDED)
+        query = sa.select(JOBS).where(ended, JOBS.c.num_bytes > 0)
         late = self._select(query.where(JOBS.c.expires_at <= now))
         if max_bytes is None:
             return late
         total, excess = sa.func.sum(JOBS.c.num_bytes), list[Job]()
         with self._engine.connect() as connection:
-            held = connection.execute(sa.select(total).where(JOBS.c.status == "completed")).scalar() or 0
+            held = connection.execute(sa.select(total).where(ended)).scalar() or 0
         if held > max_bytes:
             for job in self._select(query.order_by(JOBS.c.completed_at)):
                 if held <= max_bytes:

@@ -49,14 +49,16 @@ async function loadModels() {
 function showModel() {
   const model = models.get($("model").value);
   for (const name of ["width", "height", "num_frames", "num_inference_steps", "guidance_scale"]) {
-    form.elements[name].placeholder = model.task !== "t2v" && ["width", "height"].includes(name) ? "auto" : model.defaults[name];
+    form.elements[name].placeholder = model.files.length && ["width", "height"].includes(name) ? "auto" : model.defaults[name];
   }
   form.elements.width.min = form.elements.width.step = model.multiple;
   form.elements.height.min = form.elements.height.step = model.multiple;
   form.elements.num_frames.max = model.limits.max_frames;
   form.elements.num_inference_steps.max = model.limits.max_steps;
-  $("images").hidden = model.task === "t2v";
-  $("last").hidden = model.task !== "flf2v";
+  $("images").hidden = !model.files.length;
+  for (const drop of document.querySelectorAll(".drop")) {
+    drop.hidden = !model.files.includes(drop.querySelector("input").name);
+  }
 }
 
 function showError(message, param = null) {
@@ -83,11 +85,8 @@ async function submit() {
   }
   const defaults = models.get($("model").value).defaults;
   if (get("width") || get("height")) data.set("size", `${get("width") || defaults.width}x${get("height") || defaults.height}`);
-  if (!$("images").hidden) {
-    for (const name of ["input_reference", "last_image"]) {
-      const file = form.elements[name].files[0];
-      if (file) data.set(name, file);
-    }
+  for (const name of models.get($("model").value).files) {
+    for (const file of form.elements[name].files) data.append(name, file);
   }
   showError("");
   $("submit").disabled = true;
@@ -280,7 +279,7 @@ for (const drop of document.querySelectorAll(".drop")) {
   const choose = () => {
     const file = input.files[0];
     drop.classList.toggle("chosen", Boolean(file));
-    drop.style.backgroundImage = file ? `url(${URL.createObjectURL(file)})` : "";
+    drop.style.backgroundImage = file && file.type.startsWith("image/") ? `url(${URL.createObjectURL(file)})` : "";
   };
   input.addEventListener("change", choose);
   for (const event of ["dragover", "dragleave", "drop"]) {
