@@ -81,7 +81,7 @@ def check_inputs(request: Request, config: Config) -> bool:
             check_image_file(value, name)
         else:
             check_clip(value, name)
-    return bool(given.keys() - {MASK, REFERENCES})
+    return bool(given.keys() & {VIDEO, config.model.traits.sized_by})
 
 
 def read_inputs(request: Request, config: Config) -> Inputs:
@@ -93,10 +93,11 @@ def read_inputs(request: Request, config: Config) -> Inputs:
     given, most = _given(request, config), config.limits.max_image_pixels
     pictures: dict[str, Picture] = {name: load_image(given[name], name, most) for name in IMAGES if name in given}
     about = {name: _about(picture) for name, picture in pictures.items()}
+    images = _read_references(given.get(REFERENCES, ()), most)
+    about |= {name: _about(image) for name, image in images.items()}
     for name, each in about.items():
         enforce(aspect_rules(config.model.traits, name, each.height, each.width), RequestError)
-    image = pictures.get("image")
-    size = _size(request, config, None if image is None else to_array(image).shape[:2])
+    size = _size(request, config, _sizing(config.model.traits.sized_by, about))
     num_frames = config.defaults.num_frames if request.num_frames is None else request.num_frames
     if VIDEO in given:
         pictures[VIDEO] = video = _read_video(request, config, num_frames)
@@ -107,9 +108,9 @@ def read_inputs(request: Request, config: Config) -> Inputs:
         about |= {
             name: GivenImage(size[0], size[1], digest_pixels(pictures[name])) for name in (VIDEO, MASK) if name in given
         }
-    if REFERENCES in given:
-        images = _read_references(given[REFERENCES], config, size)
-        about |= {name: _about(image) for name, image in images.items()}
+    for name in images:
+        enforce(reference_rules(config.model.traits, name, about[name].height, about[name].width, size), RequestError)
+    if images:
         pictures[REFERENCES] = np.concatenate([to_array(image).ravel() for image in images.values()])
     return Inputs(pictures, about, size, num_frames)
 
@@ -136,20 +137,27 @@ def _about(picture: Picture) -> GivenImage:
     return GivenImage(height, width, digest_pixels(picture))
 
 
+def _sizing(field: str, about: Mapping[str, GivenImage]) -> tuple[int, int] | None:
+    """Return (height, width) of the image that decides the size: a field's only or last one; None: there is none."""
+    images = [image for name, image in about.items() if name.partition("[")[0] == field]
+    return (images[-1].height, images[-1].width) if images else None
+
+
 def _given(request: Request, config: Config) -> dict[str, Any]:
     """Return the fields that are given, of which the model takes each."""
     task, traits = config.model.task, config.model.traits
     given = {name: value for name in FIELDS if (value := getattr(request, name)) is not None}
-    for name in traits.images:
-        if name not in given:
-            raise RequestError(f"{name}: none given; a model of task {task} needs one")
+    missing = [name for name in traits.images if name not in given]
     for name in (*given, *(name for name in OTHERS if getattr(request, name) is not None)):
         if name not in traits.takes:
+            remedy = f"give {missing[0]}" if missing else "leave it out"
             raise RequestError(
-                f"{name}: given, but a model of task {task} takes none; leave it out or use another model{_able(name)}"
+                f"{name}: given, but a model of task {task} takes none; {remedy} or use another model{_able(name)}"
             )
         if name in traits.optional_images and not config.encodes_images:
             raise RequestError(f"{name}: given, but no stage has the block vae_encoder; leave it out, or add that")
+    for name in missing:
+        raise RequestError(f"{name}: none given; a model of task {task} needs one")
     if MASK in given and VIDEO not in given:
         raise RequestError(f"{MASK}: given without {VIDEO}, whose parts it chooses; give both, or neither")
     if (images := given.get(REFERENCES)) is not None:
@@ -166,15 +174,10 @@ def _able(name: str) -> str:
     return f" ({', '.join(able)})"
 
 
-def _read_references(given: Sequence[ImageSource], config: Config, size: tuple[int, int]) -> dict[str, Picture]:
-    """Return the reference images of what is made in a size, (height, width), by `field[index]`."""
-    pictures: dict[str, Picture] = {}
-    for number, source in enumerate(given):
-        name = f"{REFERENCES}[{number}]"
-        pictures[name] = image = load_image(source, name, config.limits.max_image_pixels)
-        height, width = to_array(image).shape[:2]
-        enforce(reference_rules(config.model.traits, name, height, width, size), RequestError)
-    return pictures
+def _read_references(given: Sequence[ImageSource], max_pixels: int) -> dict[str, Picture]:
+    """Return reference images by `field[index]`."""
+    names = [f"{REFERENCES}[{number}]" for number in range(len(given))]
+    return {name: load_image(source, name, max_pixels) for name, source in zip(names, given, strict=True)}
 
 
 def _read_video(request: Request, config: Config, num_frames: int) -> Pixels:
@@ -248,9 +251,9 @@ def _fit(given: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[
     return height // multiple * multiple, width // multiple * multiple
 
 
-def _size(request: Request, config: Config, image: tuple[int, ...] | None) -> tuple[int, int]:
+def _size(request: Request, config: Config, image: tuple[int, int] | None) -> tuple[int, int]:
     """Return (height, width); missing ones follow the image's."""
     (height, width), default = (request.height, request.width), (config.defaults.height, config.defaults.width)
     if image is None:
         return default[0] if height is None else height, default[1] if width is None else width
-    return fit_size(config.model.traits, (height, width), default, (image[0], image[1]))
+    return fit_size(config.model.traits, (height, width), default, image)

@@ -77,11 +77,12 @@ class Request(Section):
     mask: ImageSource | None = None
     """Of video, black where its pixels stay and white where they are made: a video of as many frames, or one image."""
     reference_images: list[ImageSource] | None = None
-    """What is to appear in the video, for a model of task vace: a list of PIL images or files."""
+    """What is to appear, for a model of task vace, or is edited, for one of edit_plus: a list of images or files."""
     conditioning_scale: Guidance | None = None
     """How much video and reference_images count, for a model of task vace; left out: 1."""
     height: int | None = None
-    """Pixels, a multiple of 16 (ti2v: 32). With an image or a video and left out: its aspect at the default area."""
+    """Pixels, a multiple of 16 (ti2v: 32). With an image (of several: the last) or a video and left out: its aspect at
+    the default area."""
     width: int | None = None
     """Pixels, a multiple of 16 (ti2v: 32)."""
     num_frames: int | None = None

@@ -1,7 +1,9 @@
 """What tests and the scripts they run share beside fixtures: waiting with a deadline, stages, ports and folders."""
 
+import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import imageio_ffmpeg
 
@@ -33,6 +36,13 @@ def wait_until(condition: Callable[[], bool], failure: str, timeout_s: float) ->
     while not condition():
         assert time.monotonic() < deadline, failure
         time.sleep(0.05)
+
+
+def copy_changed(model: Path, folder: Path, file: str, changes: dict[str, Any]) -> Path:
+    """Return a copy of a model's folder in which values of one of its JSON files are others."""
+    copy = Path(shutil.copytree(model, folder / "model"))
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
+    return copy
 
 
 def bytes_in_use(pipeline: Pipeline | Connection) -> dict[str, int]:

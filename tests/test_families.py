@@ -1,8 +1,6 @@
 """One place says what a family of models is, and nothing outside `models` knows one by name."""
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import diffusers
 import pytest
+from helpers import copy_changed
 
 from disagg_ray import CheckpointError, load_config
 from disagg_ray.models.families import FAMILIES, model_of
@@ -61,9 +60,7 @@ def test_a_transformer_finds_its_family_by_its_class(family: Any) -> None:
 def test_a_stage_computes_with_the_configurations_of_components_it_lacks(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-t2v"), tmp_path / "model"))
-    path = folder / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 2}))
+    folder = copy_changed(checkpoint("tiny-t2v"), tmp_path, "vae/config.json", {"patch_size": 2})
     config = load_config(ROOT / "conf" / "tiny_t2v.yaml", f"model.path={folder}")
     with pytest.raises(
         CheckpointError, match=r"takes vae_scale_factor_spatial of .* for 8, and its configurations say 16"

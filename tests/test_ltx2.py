@@ -1,7 +1,5 @@
 """LTX-2: frames and sound equal stock's bit for bit, split and fused; the sound reaches files; the rest is refused."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import heard, wait_until_empty
+from helpers import copy_changed, heard, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
@@ -281,8 +279,7 @@ def test_what_does_not_work_yet_is_refused_by_key(configure: Any, override: str,
 def test_other_models_are_refused_by_name(
     checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-ltx2"), tmp_path / "model"))
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    folder = copy_changed(checkpoint("tiny-ltx2"), tmp_path, file, changes)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(load_config(CONF / "tiny_ltx2.yaml", f"model.path={folder}", *SMALL).model)
     assert says in str(caught.value)

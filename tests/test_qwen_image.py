@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import wait_until_empty
+from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
@@ -208,8 +208,7 @@ def test_a_text_that_would_be_cut_off_is_refused(configure: Callable[..., Config
 def test_other_models_are_refused_by_name(
     checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-qwen-image"), tmp_path / "model"))
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    folder = copy_changed(checkpoint("tiny-qwen-image"), tmp_path, file, changes)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(load_config(CONF / "tiny_qwen_image.yaml", f"model.path={folder}").model)
     assert says in str(caught.value)
@@ -229,10 +228,9 @@ def test_weights_of_another_model_than_the_configuration_s_are_refused_before_me
     checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
 ) -> None:
     """Some of these configurations make more than any machine holds."""
-    folder = Path(shutil.copytree(checkpoint("tiny-qwen-image"), tmp_path / "model"))
-    given = json.loads((folder / file).read_text())
+    given = json.loads((checkpoint("tiny-qwen-image") / file).read_text())
     nested = {key: given[key] | value for key, value in changes.items() if isinstance(value, dict)}
-    (folder / file).write_text(json.dumps(given | changes | nested))
+    folder = copy_changed(checkpoint("tiny-qwen-image"), tmp_path, file, changes | nested)
     with pytest.raises(CheckpointError) as caught:
         LocalPipeline.from_config(CONF / "tiny_qwen_image.yaml", f"model.path={folder}")
     assert str((folder / file).parent) in str(caught.value)

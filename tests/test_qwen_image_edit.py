@@ -1,7 +1,5 @@
 """Qwen-Image-Edit: images equal stock's bit for bit, split and fused, whatever the size of the given image."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
-from helpers import wait_until_empty
+from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
 from transformers import AutoImageProcessor
@@ -27,6 +25,7 @@ from disagg_ray.models.qwen_image.random import make_tokenizer
 from disagg_ray.request import check, resolve
 
 CONF = Path(__file__).parents[1] / "conf"
+PROCESSOR = "processor/preprocessor_config.json"
 PLAIN: dict[str, Any] = {
     "prompt": "make it red", "negative_prompt": "blurry", "image": (190, 130), "num_inference_steps": 2,
     "guidance_scale": 4.0, "seed": 7,
@@ -155,6 +154,11 @@ def test_sizes_that_follow_from_an_image_are_stock_s(configure: Callable[..., Co
     ("asked", "says"),
     [
         ({"image": None}, "image: none given; a model of task edit needs one"),
+        (
+            {"image": None, "reference_images": ["a.png"]},
+            "reference_images: given, but a model of task edit takes none; "
+            "give image or use another model (edit_plus of qwen_image, vace of wan)",
+        ),
         ({"last_image": Image.new("RGB", (8, 8))}, "last_image: given, but a model of task edit takes none"),
         ({"image": Image.new("RGB", (1010, 10))}, "invalid image='1010x10': must be at most 100 times as long as"),
         ({"image": Image.new("RGB", (2049, 2048))}, "image: the image has 2049x2048 pixels, not from 1 to limits"),
@@ -190,47 +194,34 @@ def geometry_of(folder: Path) -> Geometry:
 def test_pools_have_room_for_what_is_seen_of_any_image(
     checkpoint: Callable[[str], Path], tmp_path: Path, sides: tuple[int, int], most: int
 ) -> None:
-    folder = change(
-        checkpoint,
-        tmp_path,
-        "processor/preprocessor_config.json",
-        {"size": {"shortest_edge": 3136, "longest_edge": most}},
-    )
+    sizes = {"size": {"shortest_edge": 3136, "longest_edge": most}}
+    folder = copy_changed(checkpoint("tiny-qwen-image-edit"), tmp_path, PROCESSOR, sizes)
     width, height, _ = calculate_dimensions(1024 * 1024, sides[0] / sides[1])
     processor = AutoImageProcessor.from_pretrained(folder / "processor")
     tokens = processor.get_number_of_image_patches(height, width) // 4
     room = geometry_of(folder).tensor_bytes(64 * 64, 1, 0)
     assert room["prompt_embeds"] >= 4 * 32 * (tokens + 511)
-    assert room["image_latents"] >= 4 * 16 * width * height // 64
-
-
-def change(checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any]) -> Path:
-    folder = Path(shutil.copytree(checkpoint("tiny-qwen-image-edit"), tmp_path / "model"))
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
-    return folder
+    assert room["packed_image_latents"] >= 4 * 16 * width * height // 64
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "says"),
     [
-        ("processor/preprocessor_config.json", {"patch_size": 16}, "has patch_size=16, and its text encoder wants 14"),
-        ("processor/preprocessor_config.json", {"merge_size": 2**30}, "merge_size in "),
-        ("processor/preprocessor_config.json", {"min_pixels": 2**40}, "and must of 784 to 1048576 at the least"),
-        ("processor/preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "x.Y"}}, "which is never run"),
+        (PROCESSOR, {"patch_size": 16}, "has patch_size=16, and its text encoder wants 14"),
+        (PROCESSOR, {"merge_size": 2**30}, "merge_size in "),
+        (PROCESSOR, {"min_pixels": 2**40}, "and must of 784 to 1048576 at the least"),
+        (PROCESSOR, {"auto_map": {"AutoImageProcessor": "x.Y"}}, "which is never run"),
         ("model_index.json", {"processor": ["transformers", "AutoProcessor"]}, "and must be one of Qwen2VLProcessor"),
         ("model_index.json", {"_class_name": "QwenImagePipeline"}, "model.task: 'edit' does not fit"),
-        (
-            "model_index.json",
-            {"_class_name": "QwenImageEditPlusPipeline"},
-            "; known are ",
-        ),
+        ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "which serves edit_plus"),
+        ("model_index.json", {"_class_name": "QwenImageLayeredPipeline"}, "; known are "),
         ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds"),
     ],
 )
 def test_other_models_are_refused_by_name(
     checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
 ) -> None:
-    folder = change(checkpoint, tmp_path, file, changes)
+    folder = copy_changed(checkpoint("tiny-qwen-image-edit"), tmp_path, file, changes)
     with pytest.raises(CheckpointError) as caught:
         geometry_of(folder)
     assert says in str(caught.value)

@@ -1,8 +1,6 @@
 """Wan 2.1 VACE makes stock's frames of a text, a control video, its mask and reference images, of any of them."""
 
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import wait_until_empty
+from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from safetensors.torch import save_file
 from test_lora import TO_Q, factors
@@ -241,8 +239,6 @@ def test_a_configuration_that_does_not_fit_is_refused_by_name(
 def test_a_checkpoint_of_another_kind_is_refused(
     checkpoint: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], says: str
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-vace"), tmp_path / "model"))
-    path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    folder = copy_changed(checkpoint("tiny-vace"), tmp_path, "transformer/config.json", changes)
     with pytest.raises(CheckpointError, match=re.escape(says)):
         LocalPipeline.from_config(CONF / "tiny_vace.yaml", f"model.path={folder}")

@@ -130,7 +130,7 @@ def test_other_tasks_name_those_that_have_the_field(asked: dict[str, Any]) -> No
     name = next(iter(asked))
     for conf in ("tiny_t2v.yaml", "tiny_qwen_image.yaml"):
         said = refusal(replace(BOAT, **asked), load_config(CONF / conf))
-        assert said.startswith(f"{name}: given, but a model of task") and "(vace of wan)" in said
+        assert said.startswith(f"{name}: given, but a model of task") and "vace of wan)" in said
     assert "conditioning_scale: given" in refusal(
         replace(BOAT, conditioning_scale=1.0), load_config(CONF / "tiny_t2v.yaml")
     )

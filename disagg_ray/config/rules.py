@@ -182,7 +182,7 @@ def _value_checks(kind: Kind, value: Any, key: str, null: str) -> Iterator[Check
         yield key, value, ok, "" if ok else rule.remedy + null * kind.optional + rule.hint(value)
     if isinstance(value, Section):
         yield from checks(value, f"{key}.", null)
-    elif kind.item is not None:
-        named = value.items() if kind.is_mapping else enumerate(value)
+    elif kind.item is not None and isinstance(value, dict | list | tuple):  # of a request it may be anything
+        named = value.items() if isinstance(value, dict) else enumerate(value)
         for name, each in named:
             yield from _value_checks(kind.item, each, f"{key}.{name}" if kind.is_mapping else f"{key}[{name}]", null)

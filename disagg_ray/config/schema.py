@@ -66,7 +66,8 @@ class ModelConfig(Section):
     task: str = "t2v"
     """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame), ti2v (text, and
     a first frame if the request gives one) or vace (text, and a control video, its mask and reference images if the
-    request gives them) make a video, t2i (text) and edit (text and image) make an image."""
+    request gives them) make a video, t2i (text), edit (text and image) and edit_plus (text and reference images) make
+    an image."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
     flow_shift: Positive | None = None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from disagg_ray.config.schema import Config
 from disagg_ray.doctor.check import Check, at, fail, fail_unless, ok, warn, warn_unless
@@ -13,6 +14,7 @@ from disagg_ray.driver.calls import Actor, ask
 from disagg_ray.driver.cluster import join
 from disagg_ray.driver.names import find_replicas
 from disagg_ray.errors import DisaggError, StartError
+from disagg_ray.inputs import REFERENCES
 from disagg_ray.media.video import blank
 from disagg_ray.request import Request
 from disagg_ray.service.client import Connection
@@ -114,6 +116,6 @@ def _check_video(name: str) -> Iterator[Check]:
 def make_request(config: Config) -> Request:
     """Return the request with the least work at the default size."""
     grey = blank(config.defaults.width, config.defaults.height)
-    image, last_image = (grey if name in config.model.traits.images else None for name in ("image", "last_image"))
+    images: dict[str, Any] = {name: [grey] if name == REFERENCES else grey for name in config.model.traits.images}
     steps = None if config.model.sigmas else config.model.traits.least_steps
-    return Request(prompt="a test", image=image, last_image=last_image, num_inference_steps=steps, seed=0)
+    return Request(prompt="a test", **images, num_inference_steps=steps, seed=0)

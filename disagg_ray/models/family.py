@@ -60,6 +60,8 @@ class Task:
     """Most images in `reference_images`."""
     fits_references_of: int | None = None
     """What a reference's sides are cut down to multiples of before it is fitted into the video; None: it is not."""
+    sized_by: str = "image"
+    """The field whose image, of several the last one, sides that are left out follow."""
     multiple: int = 16
     """What height and width are multiples of: pixels of one token."""
     rounds_to: int | None = None

@@ -1,4 +1,6 @@
-"""Qwen-Image: an image of a text; Qwen-Image-Edit: of a text and an image."""
+"""Qwen-Image: an image of a text; Qwen-Image-Edit: of a text and an image; its Plus models: of a text and images."""
+
+from dataclasses import replace
 
 from disagg_ray.models.family import Component, Family, Task
 from disagg_ray.models.qwen_image.component_configs import (
@@ -8,6 +10,9 @@ from disagg_ray.models.qwen_image.component_configs import (
     VaeConfig,
 )
 
+_EDIT = Task(
+    images=("image",), frames_step=None, least_steps=2, step_caches=(), rounds_to=32, max_aspect=100, text="edit_text"
+)
 _TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 FAMILY = Family(
@@ -15,12 +20,16 @@ FAMILY = Family(
     title="Qwen-Image",
     tasks={
         "t2i": Task(frames_step=None, least_steps=2, step_caches=()),
-        "edit": Task(
-            images=("image",), frames_step=None, least_steps=2, step_caches=(), rounds_to=32, max_aspect=100,
-            text="edit_text",
+        "edit": _EDIT,
+        "edit_plus": replace(
+            _EDIT,
+            images=("reference_images",),
+            sized_by="reference_images",
+            max_references=4,  # stock has no limit; the models were made for three
+            text="edit_plus_text",
         ),
     },
-    pipelines=("QwenImagePipeline", "QwenImageEditPipeline"),
+    pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     components={
         "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
         "text_encoder": Component("transformers", ("Qwen2_5_VLForConditionalGeneration",)),

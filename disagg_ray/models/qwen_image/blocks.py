@@ -38,8 +38,10 @@ FILED = "denoiser_input_fields"
 class TextEncoder(KeepsTexts, QwenImageTextEncoderStep):  # type: ignore[misc]
     """Encodes each text once, and refuses to truncate."""
 
-    text: ClassVar = text
-    """How a prompt is prepared."""
+    @property
+    def text(self) -> Any:
+        """Return the module that prepares a prompt."""
+        return text
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:

@@ -102,6 +102,8 @@ class TransformerConfig:
     """Whether it takes the scale of guidance as an input."""
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
     """Widths of a head that are rotated by time, row and column."""
+    zero_cond_t: bool = False
+    """Whether tokens of given images count as free of noise, at timestep 0."""
 
 
 @dataclass(frozen=True)

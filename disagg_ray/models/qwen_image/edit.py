@@ -1,7 +1,8 @@
-"""Blocks of Qwen-Image-Edit: an image of a text and of an image.
+"""Blocks of Qwen-Image-Edit: an image of a text and of an image, or of several.
 
-Each takes the place of one block of diffusers 0.42 and computes exactly what `QwenImageEditPipeline` computes. The
-image is seen twice, at one size: by the text encoder, as a part of each text, and by the transformer, as latents.
+Each takes the place of one block of diffusers 0.42 and computes exactly what `QwenImageEditPipeline` or
+`QwenImageEditPlusPipeline` computes. Each image is seen twice: by the text encoder, as a part of each text, and by the
+transformer, as latents.
 """
 
 from __future__ import annotations
@@ -14,40 +15,48 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
-from diffusers.modular_pipelines.qwenimage.before_denoise import QwenImageEditRoPEInputsStep
 from diffusers.modular_pipelines.qwenimage.decoders import QwenImageAfterDenoiseStep
 from diffusers.modular_pipelines.qwenimage.denoise import QwenImageEditDenoiseStep, QwenImageEditLoopBeforeDenoiser
 from diffusers.modular_pipelines.qwenimage.encoders import (
     QwenImageEditProcessImagesInputStep,
     QwenImageVaeEncoderStep,
     encode_vae_image,
-    get_qwen_prompt_embeds_edit,
+    get_qwen_prompt_embeds_edit_plus,
 )
 from transformers import ProcessorMixin, Qwen2VLProcessor
 
-from disagg_ray.config.traits import nearest_sides
 from disagg_ray.media.video import digest_pixels
-from disagg_ray.models.qwen_image import edit_text
-from disagg_ray.models.qwen_image.blocks import Denoiser, Stepper, TextEncoder, TextInput
-from disagg_ray.models.qwen_image.geometry import SEEN_PIXELS, SEEN_STEP
+from disagg_ray.models.family import Task
+from disagg_ray.models.qwen_image import FAMILY
+from disagg_ray.models.qwen_image.blocks import FILED, Denoiser, Stepper, TextEncoder, TextInput
+from disagg_ray.models.qwen_image.edit_text import RESERVED
+from disagg_ray.models.qwen_image.geometry import SEEN_PIXELS, seen_sides
 
+PACKED = "packed_image_latents"
+"""Latents of all images of a request as tokens, one image after the other, float32 (1, tokens, 4 x channels)."""
 IMAGE_LATENTS = "image_latents"
-"""Latents of the request's image, float32 (1, channels, 1, height, width)."""
+"""The same in the transformer's precision, by the name that diffusers' loop has for it."""
 
 
 class Processor(Qwen2VLProcessor):  # type: ignore[misc]
     """What stock hands texts and images to, without its part for videos, which needs torchvision."""
 
     def __init__(self, image_processor: Any, tokenizer: Any) -> None:
-        self.image_token, self.video_token = edit_text.RESERVED
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(list(edit_text.RESERVED))
+        self.image_token, self.video_token = RESERVED
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(list(RESERVED))
         ProcessorMixin.__init__(self, image_processor, tokenizer)
 
 
 class EditTextEncoder(TextEncoder):
-    """Encodes each text with the image in it."""
+    """Encodes each text with the images before it."""
 
-    text = edit_text
+    def __init__(self, task: Task) -> None:
+        self._module, self._field = task.text, task.images[0]
+        super().__init__()
+
+    @property
+    def text(self) -> Any:
+        return FAMILY.part(self._module)
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -55,85 +64,107 @@ class EditTextEncoder(TextEncoder):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return [*super().inputs, InputParam("image", required=True)]
+        return [*super().inputs, InputParam(self._field, required=True)]
 
     def encoder(self, components: Any, state: Any) -> tuple[Hashable, Callable[[str], torch.Tensor]]:
-        image = state.get("image")
-        return digest_pixels(image), partial(self._encode_with, components, _resize(components, image))
+        images = _listed(state.get(self._field))
+        seen = [_resize(components, image, self.text.PIXELS) for image in images]
+        return tuple(map(digest_pixels, images)), partial(self._encode_with, components, seen)
 
-    def _encode_with(self, components: Any, image: Any, text: str) -> torch.Tensor:
-        processor = Processor(components.processor, components.tokenizer)
+    def _encode_with(self, components: Any, images: list[Any], text: str) -> torch.Tensor:
         given = {
-            "prompt_template_encode": edit_text.TEMPLATE,
-            "prompt_template_encode_start_idx": edit_text.NUM_DROPPED,
+            "prompt_template_encode": self.text.TEMPLATE,
+            "img_template_encode": self.text.PICTURE,
+            "prompt_template_encode_start_idx": self.text.NUM_DROPPED,
+            "device": components._execution_device,
         }
-        device = components._execution_device
-        embeds, _ = get_qwen_prompt_embeds_edit(components.text_encoder, processor, text, image, **given, device=device)
-        made: torch.Tensor = embeds
+        processor = Processor(components.processor, components.tokenizer)
+        made: torch.Tensor = get_qwen_prompt_embeds_edit_plus(
+            components.text_encoder, processor, text, images, **given
+        )[0]
         return made
 
 
-class EncodeImage(ModularPipelineBlocks):  # type: ignore[misc]
-    """Makes latents of the request's image."""
+class EncodeImages(ModularPipelineBlocks):  # type: ignore[misc]
+    """Makes latents of the request's images, each of its own size."""
+
+    model_name = "qwenimage"
+
+    def __init__(self, task: Task) -> None:
+        self._field = task.images[0]
+        super().__init__()
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [
+            *QwenImageVaeEncoderStep().expected_components,
+            *_resizer(),
+            *QwenImageAfterDenoiseStep().expected_components,
+        ]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [InputParam(self._field, required=True)]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam(PACKED)]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        packed = [self._encode(components, image) for image in _listed(state.get(self._field))]
+        state.set(PACKED, torch.cat(packed, dim=1).float())
+        return components, state
+
+    def _encode(self, components: Any, image: Any) -> torch.Tensor:
+        vae, seen = components.vae, _resize(components, image, SEEN_PIXELS)
+        pixels = components.image_processor.preprocess(seen, seen.height, seen.width)
+        place = {"device": components._execution_device, "dtype": vae.dtype}
+        latents = encode_vae_image(pixels, vae, generator=None, **place, latent_channels=vae.config.z_dim)
+        packed: torch.Tensor = components.pachifier.pack_latents(latents)
+        return packed
+
+
+class EditInput(TextInput):
+    """Brings the images' latents to the transformer's precision."""
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [*super().inputs, InputParam(PACKED, required=True)]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [*super().intermediate_outputs, OutputParam(IMAGE_LATENTS)]
+
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        components, state = super().__call__(components, state)
+        state.set(IMAGE_LATENTS, state.get(PACKED).to(components.transformer.dtype))
+        return components, state
+
+
+class EditRopeInputs(ModularPipelineBlocks):  # type: ignore[misc]
+    """Says how many rows and columns of tokens there are of what is made and of each image."""
 
     model_name = "qwenimage"
 
     @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*QwenImageVaeEncoderStep().expected_components, *_resizer()]
-
-    @property
     def inputs(self) -> list[InputParam]:
-        return [InputParam("image", required=True)]
+        return [InputParam(name, required=True) for name in ("height", "width", "request")]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam(IMAGE_LATENTS)]
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        vae, image = components.vae, _resize(components, state.get("image"))
-        pixels = components.image_processor.preprocess(image, image.height, image.width)
-        place = {"device": components._execution_device, "dtype": vae.dtype}
-        latents = encode_vae_image(pixels, vae, generator=None, **place, latent_channels=vae.config.z_dim)
-        state.set(IMAGE_LATENTS, latents.float())
-        return components, state
-
-
-class EditInput(TextInput):
-    """Packs the image's latents into tokens, in the transformer's precision."""
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*super().expected_components, *QwenImageAfterDenoiseStep().expected_components]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [*super().inputs, InputParam(IMAGE_LATENTS, required=True)]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [*super().intermediate_outputs, OutputParam("image_height"), OutputParam("image_width")]
+        return [OutputParam("img_shapes", kwargs_type=FILED)]
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        components, state = super().__call__(components, state)
-        latents = state.get(IMAGE_LATENTS)
-        for name, side in zip(("image_height", "image_width"), latents.shape[-2:], strict=True):
-            state.set(name, side * components.vae_scale_factor)
-        state.set(IMAGE_LATENTS, components.pachifier.pack_latents(latents.to(components.transformer.dtype)))
+        seen = [seen_sides(image.height, image.width) for image in state.get("request").images.values()]
+        unit = 2 * components.vae_scale_factor
+        shapes = [(1, high // unit, wide // unit) for high, wide in [(state.get("height"), state.get("width")), *seen]]
+        state.set("img_shapes", [shapes], FILED)
         return components, state
-
-
-class EditRopeInputs(QwenImageEditRoPEInputsStep):  # type: ignore[misc]
-    """Does without masks."""
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [param for param in super().inputs if not param.name.endswith("mask")]
 
 
 class EditDenoise(QwenImageEditDenoiseStep):  # type: ignore[misc]
-    """Denoises with the image's tokens beside those of what is made."""
+    """Denoises with the images' tokens beside those of what is made."""
 
     block_classes: ClassVar = [QwenImageEditLoopBeforeDenoiser, Denoiser, Stepper]
 
@@ -142,8 +173,12 @@ def _resizer() -> list[ComponentSpec]:
     return list(QwenImageEditProcessImagesInputStep().expected_components)
 
 
-def _resize(components: Any, image: Any) -> Any:
-    """Return the image at the size at which the model sees every one: about `SEEN_PIXELS` of its aspect."""
-    sides = nearest_sides(SEEN_PIXELS, image.height, image.width, SEEN_STEP)
+def _listed(given: Any) -> list[Any]:
+    """Return the images of a field that holds one or several."""
+    return given if isinstance(given, list) else [given]
+
+
+def _resize(components: Any, image: Any, pixels: int) -> Any:
+    """Return an image of about so many pixels, at which the model sees every one, and of its aspect."""
     processor: VaeImageProcessor = components.image_processor
-    return processor.resize(image, *sides)
+    return processor.resize(image, *seen_sides(image.height, image.width, pixels))

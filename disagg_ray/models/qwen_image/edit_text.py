@@ -1,7 +1,13 @@
 """What Qwen-Image-Edit's tokenizer gets of a prompt: a chat about an image. Source: diffusers' `prompt_templates`."""
 
 IMAGE = "<|image_pad|>"
-"""Where the model sees the image."""
+"""Where the model sees an image."""
+
+PICTURE = f"<|vision_start|>{IMAGE}<|vision_end|>"
+"""What stands before the text for an image."""
+
+PIXELS = 1024 * 1024
+"""About as large an image is made before the text encoder sees it. Source: stock."""
 
 TEMPLATE = (
     "<|im_start|>system\n"
@@ -9,7 +15,7 @@ TEMPLATE = (
     "then explain how the user's text instruction should alter or modify the image. "
     "Generate a new image that meets the user's requirements while maintaining consistency "
     "with the original input where appropriate.<|im_end|>\n"
-    f"<|im_start|>user\n<|vision_start|>{IMAGE}<|vision_end|>{{}}<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
 
@@ -22,4 +28,4 @@ RESERVED = (IMAGE, "<|video_pad|>")
 
 def prepare(text: str) -> str:
     """Return a text as it is tokenised, with one token in place of the image's."""
-    return TEMPLATE.format(text)
+    return TEMPLATE.format(PICTURE + text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.traits import nearest_sides
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import read_config
 from disagg_ray.models.geometry import Geometry
@@ -19,7 +20,9 @@ MOST_TOKENS = 1024
 
 
 SEEN_PIXELS, SEEN_STEP = 1024 * 1024, 32
-"""About as large every image is made before the model sees it, and what its sides are multiples of. Source: stock."""
+"""About as large an image is made before its latents are, and what sides that it is seen at are multiples of.
+
+Source: stock."""
 LEAST, MOST = 56 * 56, 28 * 28 * 1280
 """Pixels that the text encoder sees of an image, where its processor does not say. Source: transformers."""
 
@@ -37,22 +40,32 @@ class EditGeometry(Geometry):
     """The numbers of a checkpoint that edits images."""
 
     image_tokens: int
-    """The most tokens that the text encoder makes of an image."""
+    """The most tokens that the text encoder makes of an image and of what stands before it."""
+    num_images: int
+    """The most images of a request."""
 
     def tensor_shapes(self, height: int, width: int, num_frames: int) -> dict[str, tuple[int, ...]]:
-        tokens, side = self.max_sequence_length + self.image_tokens, math.isqrt(SEEN_PIXELS)
+        """Return shapes as of a request with one image, of the size of what is made."""
+        rows, columns = (side // self.spatial_factor // 2 for side in seen_sides(height, width))
         return super().tensor_shapes(height, width, num_frames) | {
-            "prompt_embeds": (1, tokens, self.text_dim),
-            "image_latents": self.latents_shape(side, side, 1),
+            "prompt_embeds": (1, self.max_sequence_length + self.image_tokens, self.text_dim),
+            "packed_image_latents": (1, rows * columns, 4 * self.latent_channels),
         }
 
     def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
-        prompt = 4 * (self.max_sequence_length + self.image_tokens) * self.text_dim
+        prompt = 4 * (self.max_sequence_length + self.num_images * self.image_tokens) * self.text_dim
+        latents = 4 * self.latent_channels * self._num_latents(_most(SEEN_PIXELS, SEEN_STEP), 1)
         return super().tensor_bytes(pixels, num_frames, image_pixels, num_parts) | {
             "prompt_embeds": prompt,
             "negative_prompt_embeds": prompt,
-            "image_latents": 4 * self.latent_channels * self._num_latents(_most(SEEN_PIXELS, SEEN_STEP), 1),
+            "packed_image_latents": self.num_images * latents,
+            "reference_images": 3 * image_pixels * self.num_images,
         }
+
+
+def seen_sides(height: int, width: int, pixels: int = SEEN_PIXELS) -> tuple[int, int]:
+    """Return the (height, width) at which the model sees an image: about as many pixels, of its aspect."""
+    return nearest_sides(pixels, height, width, SEEN_STEP)
 
 
 def _most(pixels: int, multiple: int) -> int:
@@ -63,15 +76,19 @@ def _most(pixels: int, multiple: int) -> int:
 
 def tasks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the tasks that a checkpoint serves, by its index."""
-    return ("edit",) if index["_class_name"] == "QwenImageEditPipeline" else ("t2i",)
+    edits = {"QwenImageEditPipeline": "edit", "QwenImageEditPlusPipeline": "edit_plus"}
+    return (edits.get(index["_class_name"], "t2i"),)
 
 
 def count_image_tokens(model: ModelConfig, folder: Path) -> int:
-    """Return the most tokens that the text encoder makes of an image, by its processor's configuration.
+    """Return the most tokens that the text encoder makes of an image and of what stands before it.
+
+    The processor's configuration says into how many patches an image is cut.
 
     Raises:
         CheckpointError: the processor makes patches that the text encoder does not take, or of absurd numbers.
     """
+    text = FAMILY.part(model.traits.text)
     given = read_config(FAMILY.components["processor"], folder, "processor")
     encoder = read_config(FAMILY.components["text_encoder"], folder, "text_encoder")
     vision, sizes = (
@@ -86,12 +103,13 @@ def count_image_tokens(model: ModelConfig, folder: Path) -> int:
                 f"{expected}"
             )
     unit = int(given.get("patch_size", 14) * given.get("merge_size", 2))
-    if type(least) is not int or type(most) is not int or not unit**2 <= least <= most or least > SEEN_PIXELS:
+    if type(least) is not int or type(most) is not int or not unit**2 <= least <= min(most, text.PIXELS):
         raise CheckpointError(
             f"model.path: the processor of {model.path!r} makes images of {least} to {most} pixels, and must of "
-            f"{unit**2} to {SEEN_PIXELS} at the least, and of no less at the most"
+            f"{unit**2} to {text.PIXELS} at the least, and of no less at the most"
         )
-    return _most(min(most, _most(SEEN_PIXELS, SEEN_STEP)), unit) // unit**2
+    seen = _most(min(most, _most(text.PIXELS, SEEN_STEP)), unit) // unit**2
+    return seen + len(text.PICTURE)  # no token of a text is shorter than a byte
 
 
 def read_geometry(model: ModelConfig, folder: Path, _: Mapping[str, Any], __: Iterable[str]) -> Geometry:
@@ -126,6 +144,7 @@ def read_geometry(model: ModelConfig, folder: Path, _: Mapping[str, Any], __: It
         "spatial_factor": 2 ** len(downsample),
         "temporal_factor": 2 ** sum(downsample),
     }
-    if model.task == "edit":
-        return EditGeometry(**numbers, image_tokens=count_image_tokens(model, folder))
+    if model.traits.images:
+        most = max(1, model.traits.max_references)
+        return EditGeometry(**numbers, image_tokens=count_image_tokens(model, folder), num_images=most)
     return Geometry(**numbers)

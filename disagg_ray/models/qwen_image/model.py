@@ -17,24 +17,24 @@ from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.geometry import Geometry
 from disagg_ray.models.model import Model
 from disagg_ray.models.qwen_image.blocks import AfterDenoise, Denoise, Postprocess, RopeInputs, TextEncoder, TextInput
-from disagg_ray.models.qwen_image.edit import EditDenoise, EditInput, EditRopeInputs, EditTextEncoder, EncodeImage
+from disagg_ray.models.qwen_image.edit import EditDenoise, EditInput, EditRopeInputs, EditTextEncoder, EncodeImages
 
 
 class QwenImageModel(Model):
-    """Qwen-Image, of text, and Qwen-Image-Edit, of text and an image."""
+    """Qwen-Image, of text, and Qwen-Image-Edit, of text and images."""
 
     norms = (QwenImageRMS_norm,)
 
     def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], SchedulerStep]:
-        edits = checkpoint.model.task == "edit"
+        task = checkpoint.model.traits
         text, given, rope, denoise = (
-            (EditTextEncoder(), EditInput(), EditRopeInputs(), EditDenoise())
-            if edits
+            (EditTextEncoder(task), EditInput(), EditRopeInputs(), EditDenoise())
+            if task.images
             else (TextEncoder(), TextInput(), RopeInputs(), Denoise())
         )
         return {
             "text_encoder": text,
-            **({"vae_encoder": EncodeImage()} if edits else {}),
+            **({"vae_encoder": EncodeImages(task)} if task.images else {}),
             "denoise.input": given,
             "denoise.prepare_latents": QwenImagePrepareLatentsStep(),
             "denoise.set_timesteps": QwenImageSetTimestepsStep(),

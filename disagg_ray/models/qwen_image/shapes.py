@@ -21,7 +21,7 @@ class Shape:
     vae: VaeConfig
     transformer: TransformerConfig
     scheduler: SchedulerConfig
-    pipeline: Literal["QwenImagePipeline", "QwenImageEditPipeline"] = "QwenImagePipeline"
+    pipeline: Literal["QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"] = "QwenImagePipeline"
     """Class of the stock diffusers pipeline."""
     processor: ProcessorConfig | None = None
     """What the text encoder sees of an image; None where the pipeline takes none."""
@@ -69,5 +69,14 @@ def _edit(shape: Shape) -> Shape:
     return replace(shape, name=f"{shape.name}-edit", pipeline="QwenImageEditPipeline", processor=ProcessorConfig())
 
 
-SHAPES = {shape.name: shape for shape in (_PUBLISHED, _TINY, _edit(_PUBLISHED), _edit(_TINY))}
+def _plus(shape: Shape) -> Shape:
+    """Return the shape of the model that takes several images, `Qwen/Qwen-Image-Edit-2511`; 2509 lacks zero_cond_t."""
+    transformer = replace(shape.transformer, zero_cond_t=True)
+    edits = replace(shape, transformer=transformer, processor=ProcessorConfig())
+    return replace(edits, name=f"{shape.name}-edit-plus", pipeline="QwenImageEditPlusPipeline")
+
+
+SHAPES = {
+    shape.name: shape for shape in (_PUBLISHED, _TINY, _edit(_PUBLISHED), _edit(_TINY), _plus(_PUBLISHED), _plus(_TINY))
+}
 """Every shape by its name."""
