@@ -354,8 +354,8 @@ def test_the_size_follows_the_image_after_its_rotation(tmp_path: Path) -> None:
         ((1000, 1000), (624, 624)),
         ((1000, 100), (192, 1984)),
         ((100, 1000), (1984, 192)),
-        ((4000, 1), (16, 24960)),
-        ((1, 4000), (24960, 16)),
+        ((4000, 40), (48, 6304)),
+        ((40, 4000), (6304, 48)),
     ],
 )
 def test_the_size_follows_the_image_s_aspect_at_the_model_s_area(image: tuple[int, int], size: tuple[int, int]) -> None:
@@ -363,10 +363,12 @@ def test_the_size_follows_the_image_s_aspect_at_the_model_s_area(image: tuple[in
     assert (resolved.height, resolved.width) == size
 
 
-def test_no_aspect_breaks_a_limit() -> None:
+def test_no_aspect_that_is_taken_breaks_a_limit() -> None:
     config = replace(I2V, defaults=replace(I2V.defaults, height=256, width=256))
     sides = (1, 2, 3, 15, 16, 17, 31, 86, 100, 129, 257, 500, 895, 1000, 2047)  # 31 x 895 rounds up both ways
     for width, height in itertools.product(sides, sides):
+        if max(width, height) > 100 * min(width, height):
+            continue
         resolved = accept(replace(CAT, image=Image.new("L", (width, height))), config)
         assert min(resolved.height, resolved.width) >= 16
         assert resolved.height % 16 == resolved.width % 16 == 0
