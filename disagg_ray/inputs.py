@@ -40,7 +40,9 @@ VIDEO, MASK, REFERENCES = "video", "mask", "reference_images"
 IMAGES = ("image", "last_image")
 FIELDS = (*IMAGES, VIDEO, MASK, REFERENCES)
 """Fields of a request that are files."""
-OTHERS = ("conditioning_scale",)
+OTHERS = (
+    "conditioning_scale", "modality_scale", "audio_modality_scale", "guidance_rescale", "audio_guidance_rescale",
+)  # fmt: skip
 """Other fields that only some tasks have."""
 
 

@@ -29,7 +29,7 @@ from disagg_ray.config.rules import (
 from disagg_ray.config.schema import Config
 from disagg_ray.config.traits import FORMATS, OF_SOUND, OF_VIDEO, medium_rules, shape_rules, sound_rules
 from disagg_ray.errors import RequestError
-from disagg_ray.inputs import GivenImage, check_inputs, read_inputs, references
+from disagg_ray.inputs import OTHERS, GivenImage, check_inputs, read_inputs, references
 from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, Picture
 from disagg_ray.text import shown
 
@@ -95,6 +95,14 @@ class Request(Section):
     """CFG scale of the second, low-noise transformer."""
     audio_guidance_scale: Guidance | None = None
     """CFG scale of the sound, of a model that makes some; None: guidance_scale."""
+    modality_scale: Guidance | None = None
+    """Of a model with sound: steers video away from what it were without its sound; left out: 1, which is off."""
+    audio_modality_scale: Guidance | None = None
+    """The same of sound and its video; left out: modality_scale."""
+    guidance_rescale: Annotated[float, between(0, 1)] | None = None
+    """Of a model with sound: share of the guided prediction that gets the unguided one's deviation; left out: 0."""
+    audio_guidance_rescale: Annotated[float, between(0, 1)] | None = None
+    """The same of sound; left out: guidance_rescale."""
     seed: Annotated[int, between(0, MAX_SEED)] | None = None
     """Of the initial noise, drawn on the CPU; None: a random one, which the result names."""
     fps: Fps | None = None
@@ -134,6 +142,10 @@ class ResolvedRequest:
     """By name."""
     conditioning_scale: float = 1.0
     audio_guidance_scale: float | None = None
+    modality_scale: float = 1.0
+    audio_modality_scale: float | None = None
+    guidance_rescale: float = 0.0
+    audio_guidance_rescale: float | None = None
 
     @property
     def guided(self) -> bool:
@@ -219,7 +231,7 @@ def _fill(request: Request, config: Config, size: tuple[int, int], images: dict[
         format=_or(request.format, FORMATS[config.model.traits.makes][0]),
         priority=request.priority,
         images=images,
-        conditioning_scale=_or(request.conditioning_scale, 1.0),
+        **{name: value for name in OTHERS if (value := getattr(request, name)) is not None},
         **{name: _or(getattr(request, name), default) for name, default in defaults.items()},
     )
     enforce(_rules(resolved, config), RequestError)

@@ -2,5 +2,5 @@
 
 VERSION = "0.1.0"
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised with every change to what our own blocks compute: what was made with another number is made again."""

@@ -47,12 +47,19 @@ CASES: dict[str, dict[str, Any]] = {
     "sound alone is guided": {"guidance_scale": 1.0, "audio_guidance_scale": 4.0, "prompt": "  three  "},
     "from a first frame": {"image": (190, 130)},
     "from a first frame, unguided": UNGUIDED | {"image": (96, 64)},
+    "isolated and rescaled": {
+        "modality_scale": 3.0,
+        "guidance_rescale": 0.7,
+        "audio_modality_scale": 2.0,
+        "audio_guidance_rescale": 0.4,
+    },
+    "from a first frame, isolated and rescaled": {"image": (190, 130), "modality_scale": 3.0, "guidance_rescale": 0.7},
+    "unguided, isolated": UNGUIDED | {"audio_modality_scale": 2.0, "audio_guidance_rescale": 0.5},
 }
 """What differs from `PLAIN`; images are (width, height)."""
-OFF = {
-    "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0,
-    "audio_stg_scale": 0.0, "audio_modality_scale": 1.0, "audio_guidance_rescale": 0.0,
-}  # fmt: skip
+OFF = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+OWN = ("modality_scale", "guidance_rescale", "audio_modality_scale", "audio_guidance_rescale")
+"""Fields that only this model has."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,7 +94,9 @@ class Stock:
     def make(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """Return frames and samples."""
         names = [name for name in PLAIN if name not in ("seed", "fps")]
-        asked = {name: getattr(request, name) for name in names} | OFF | {"frame_rate": float(request.fps)}
+        own = {name: value for name in OWN if (value := getattr(request, name)) is not None}
+        others = dict.fromkeys(("audio_modality_scale", "audio_guidance_rescale")) | OFF | own  # None: the video's
+        asked = {name: getattr(request, name) for name in names} | others | {"frame_rate": float(request.fps)}
         pipeline = self.text if request.image is None else self.image
         asked |= {} if request.image is None else {"image": request.image, "image_crf": 0}
         generator = torch.Generator("cpu").manual_seed(request.seed)
@@ -304,3 +313,14 @@ def test_a_size_left_out_follows_the_image_and_is_no_thinner_than_the_least(conf
         assert (resolved.height, resolved.width) == found, size
     wide, _ = resolve(Request("a", image=Image.new("RGB", (900, 30)), width=96), config)
     assert (wide.height, wide.width) == (64, 96)
+
+
+@pytest.mark.parametrize("field", OWN)
+def test_fields_that_only_ltx_2_has_are_refused_by_name_elsewhere(configure: Any, field: str) -> None:
+    with pytest.raises(RequestError, match=rf"^{field}: given, but a model of task t2v takes none.*ti2v of ltx2"):
+        resolve(Request("a", **{field: 1.0}), load_config(CONF / "tiny_t2v.yaml"))
+    assert getattr(resolve(Request("a", **{field: 1.0}), configure())[0], field) == 1.0
+    asked = check_body(CreateVideo(prompt="a", **{field: 0.5}), {}, configure(), 0)
+    assert asked.settings[field] == 0.5
+    with pytest.raises(RequestError, match=rf"^invalid {field}=-1: "):
+        resolve(Request("a", **{field: -1}), configure())

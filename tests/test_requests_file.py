@@ -67,7 +67,10 @@ BAD = [
     (b"null", "not an object"),
     (b'{"prompt": "' + b"x" * MAX_LINE_BYTES + b'"}', "the line is over 1048576 bytes"),
     (b'{"promt": "a cat"}', "promt: no such field; did you mean prompt?"),
-    (b'{"prompt": "a", "": 1}', ": no such field; there are audio_guidance_scale, conditioning_scale, format, "),
+    (
+        b'{"prompt": "a", "": 1}',
+        ": no such field; there are audio_guidance_rescale, audio_guidance_scale, audio_modality_scale, ",
+    ),
     (b"{}", "invalid prompt='': must say what the video shows"),
     (b'{"prompt": null}', "invalid prompt='': must say what the video shows"),
     (b'{"prompt": ["a"]}', "invalid prompt=['a']: must be text, not a list"),

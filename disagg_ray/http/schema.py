@@ -96,6 +96,14 @@ class CreateVideo(BaseModel):
     """What is to appear in the video, of a model that takes images of it; in a form, one part for each."""
     conditioning_scale: Number | None = None
     """How much video and reference images count."""
+    modality_scale: Number | None = None
+    """Of a model with sound: how far video is steered away from what it were without its sound; 1 is not at all."""
+    audio_modality_scale: Number | None = None
+    """The same of sound and its video."""
+    guidance_rescale: Number | None = None
+    """Of a model with sound: share of the guided prediction that gets the unguided one's deviation."""
+    audio_guidance_rescale: Number | None = None
+    """The same of sound."""
     negative_prompt: Text | None = None
     """What guidance steers away from."""
     num_inference_steps: int | None = None

@@ -18,6 +18,7 @@ FAMILY = Family(
     tasks={
         "ti2v": Task(
             optional_images=("image",),
+            others=("modality_scale", "audio_modality_scale", "guidance_rescale", "audio_guidance_rescale"),
             multiple=32,
             least_side=64,  # its VAE mirrors the latents at the sides, and mirrors none of one
             frames_step=8,

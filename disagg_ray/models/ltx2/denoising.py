@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DMod
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.ltx2.before_denoise import calculate_shift
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.pipelines.ltx2.pipeline_ltx2 import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -36,16 +37,26 @@ class _Stream:
     scheduler: Any
     scale: float
     """Of guidance."""
+    modality_scale: float
+    """Of guidance away from what is made without the other stream."""
+    rescale: float
+    """Share of the guided prediction that gets the deviation of the one with the prompt."""
 
-    def guide(self, predicted: Tensor, step: int, guided: bool) -> Tensor:
-        """Return the velocity that a prediction (texts, tokens, channels) comes to."""
+    def guide(self, predicted: Tensor, isolated: Tensor | None, step: int) -> Tensor:
+        """Return the velocity that a prediction comes to, (texts, tokens, channels), under guidance of two texts.
+
+        `isolated`: that of the prompt without the other stream, (1, tokens, channels).
+        """
         sigma = self.scheduler.sigmas[step]
-        if guided:
-            without, predicted = (self.tokens - part * sigma for part in predicted.float().chunk(2))
-            predicted = predicted + (self.scale - 1) * (predicted - without)
-        else:
-            predicted = self.tokens - predicted.float() * sigma
-        velocity: Tensor = (self.tokens - predicted) / sigma
+        *without, positive = (self.tokens - part * sigma for part in predicted.float().chunk(len(predicted)))
+        guided = positive
+        for negative in without:
+            guided = guided + (self.scale - 1) * (positive - negative)
+        if isolated is not None:
+            guided = guided + (self.modality_scale - 1) * (positive - (self.tokens - isolated.float() * sigma))
+        if self.rescale > 0:
+            guided = rescale_noise_cfg(guided, positive, self.rescale)
+        velocity: Tensor = (self.tokens - guided) / sigma
         return velocity
 
 
@@ -86,8 +97,11 @@ class Denoise(ModularPipelineBlocks):  # type: ignore[misc]
         predict = _Predictor(components.transformer, texts, shape, sound.tokens.shape[1], request.fps, first)
         for step, t in enumerate(timesteps):
             predicted, predicted_sound = predict(video.tokens, sound.tokens, t)
-            velocity = video.guide(predicted, step, request.guided)
-            sound_velocity = sound.guide(predicted_sound, step, request.guided)
+            isolated, isolated_sound = (
+                predict.isolated(video.tokens, sound.tokens, t) if _isolates(video, sound) else (None, None)
+            )
+            velocity = video.guide(predicted, isolated, step)
+            sound_velocity = sound.guide(predicted_sound, isolated_sound, step)
             video.tokens = _step(video, velocity, t, shape, first is not None)
             sound.tokens = sound.scheduler.step(sound_velocity, t, sound.tokens, return_dict=False)[0]
             if self.on_step is not None:
@@ -113,10 +127,16 @@ class Denoise(ModularPipelineBlocks):  # type: ignore[misc]
         sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
         mu = calculate_shift(tokens.shape[1], *(scheduler.config.get(name, number) for name, number in SHIFT.items()))
         scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
+        modality, rescale = request.modality_scale, request.guidance_rescale
+        sound_modality, sound_rescale = request.audio_modality_scale, request.audio_guidance_rescale
+        audio_tokens, audio_scheduler = audio.transpose(1, 2).flatten(2, 3), copy.deepcopy(scheduler)
         streams = (
-            _Stream(tokens, scheduler, request.guidance_scale),
-            _Stream(audio.transpose(1, 2).flatten(2, 3), copy.deepcopy(scheduler), request.sound_guidance_scale),
-        )
+            _Stream(tokens, scheduler, request.guidance_scale, modality, rescale),
+            _Stream(  # 0 is the video's too, as in stock
+                audio_tokens, audio_scheduler, request.sound_guidance_scale, sound_modality or modality,
+                sound_rescale or rescale,
+            ),
+        )  # fmt: skip
         for stream in streams:
             stream.scheduler.set_begin_index(0)
         return streams
@@ -163,17 +183,31 @@ class _Predictor:
 
     def __call__(self, video: Tensor, sound: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions (texts, tokens, channels) of video and of sound."""
-        timestep = t.expand(self._num_texts)
-        own = timestep if self._kept is None else timestep.unsqueeze(-1) * (1 - self._kept)
+        return self._predict(video, sound, t, self._num_texts, self._given)
+
+    def isolated(self, video: Tensor, sound: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those of the prompt alone (1, tokens, channels), neither stream seeing the other."""
+        given = {name: value[-1:] if isinstance(value, Tensor) else value for name, value in self._given.items()}
+        return self._predict(video, sound, t, 1, given | {"isolate_modalities": True})
+
+    def _predict(
+        self, video: Tensor, sound: Tensor, t: Tensor, num_texts: int, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        timestep = t.expand(num_texts)
+        own = timestep if self._kept is None else timestep.unsqueeze(-1) * (1 - self._kept[:num_texts])
         made: tuple[Tensor, Tensor] = self._transformer(
-            hidden_states=torch.cat([video] * self._num_texts).to(self._dtype),
-            audio_hidden_states=torch.cat([sound] * self._num_texts).to(self._dtype),
+            hidden_states=torch.cat([video] * num_texts).to(self._dtype),
+            audio_hidden_states=torch.cat([sound] * num_texts).to(self._dtype),
             timestep=own,
             audio_timestep=timestep,
             sigma=timestep,
-            **self._given,
+            **given,
         )
         return made
+
+
+def _isolates(video: _Stream, sound: _Stream) -> bool:
+    return max(video.modality_scale, sound.modality_scale) > 1
 
 
 def _step(video: _Stream, velocity: Tensor, t: Tensor, shape: tuple[int, ...], keep_first: bool) -> Tensor:
