@@ -24,6 +24,7 @@ from disagg_ray.media.video import (
     ImageSource,
     Picture,
     Pixels,
+    blank,
     check_image_file,
     digest_pixels,
     load_image,
@@ -115,6 +116,12 @@ def read_inputs(request: Request, config: Config) -> Inputs:
     if images:
         pictures[REFERENCES] = np.concatenate([to_array(image).ravel() for image in images.values()])
     return Inputs(pictures, about, size, num_frames)
+
+
+def blank_inputs(config: Config) -> dict[str, Any]:
+    """Return images of one grey, of the default size, for the fields of a request that a model needs."""
+    grey = blank(config.defaults.width, config.defaults.height)
+    return {name: [grey] if name == REFERENCES else grey for name in config.model.traits.images}
 
 
 def unpack(name: str, pixels: Pixels, request: ResolvedRequest) -> Any:

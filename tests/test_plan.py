@@ -365,6 +365,21 @@ def test_a_profile_of_the_tiny_model_and_its_gang_is_measured_and_planned_with(
         assert main([*plan, *wrong]) == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "wrong"), [("flf2v", "64x64x5", "64x64"), ("qwen_image", "64x64", "64x64x5")]
+)
+def test_a_profile_is_measured_of_what_needs_images_and_of_what_makes_them(
+    model: str, size: str, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile, config = tmp_path / "profile.json", str(CONF / f"tiny_{model}.yaml")
+    command = ["profile", "--config", config, "--output", str(profile), "--repeats", "1", "--steps", "2"]
+    assert main([*command, "--sizes", wrong]) == 2
+    assert f"invalid --sizes={wrong}" in capsys.readouterr().err
+    assert main([*command, "--sizes", size]) == 0
+    assert all(point.compute_s > 0 for stage in read_profile(profile).stages for point in stage.points)
+    assert main(["plan", "--config", config, "--profile", str(profile), "--gpus", "3xCPU"]) == 0
+
+
 @pytest.mark.proof
 def test_a_decoder_of_several_ranks_is_measured(tmp_path: Path) -> None:
     profile, config = tmp_path / "profile.json", str(CONF / "tiny_t2v.yaml")

@@ -15,8 +15,8 @@ from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import InputError, PlanError, RequestError
+from disagg_ray.inputs import blank_inputs
 from disagg_ray.media.output import check_file, write_text
-from disagg_ray.media.video import blank
 from disagg_ray.request import TYPES, Request, ResolvedRequest, resolve
 
 if TYPE_CHECKING:
@@ -33,12 +33,14 @@ def profile(argv: Sequence[str]) -> int:
     """Measure the stages on this machine and write a profile for `plan`."""
     parser = config_parser("profile", profile, required=True)
     parser.add_argument("--output", type=Path, default=Path("profile.json"), help="file to write")
-    parser.add_argument("--sizes", help="HEIGHTxWIDTHxFRAMES,... default: the configured one, and half its frames")
+    parser.add_argument(
+        "--sizes",
+        help="HEIGHTxWIDTHxFRAMES,... of images HEIGHTxWIDTH; default: as configured, and half its frames",
+    )
     parser.add_argument("--steps", default="2,4", help="numbers of denoising steps to measure, comma separated")
     parser.add_argument(
         "--format",
-        default="mp4",
-        help="format whose encoding is measured: mp4, gif, frames, npy",
+        help="format whose encoding is measured; default mp4, of images png",
     )
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each, after one warm-up")
     parser.add_argument(
@@ -68,21 +70,28 @@ def profile(argv: Sequence[str]) -> int:
     return 0
 
 
-def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_format: str) -> list[Request]:
-    defaults = config.defaults
-    step = config.model.traits.frames_step or 1
-    half = step * (defaults.num_frames // (2 * step)) + 1 if config.model.traits.makes == "video" else 1
-    chosen = sizes or ",".join(f"{defaults.height}x{defaults.width}x{n}" for n in {half, defaults.num_frames})
+def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_format: str | None) -> list[Request]:
+    defaults, step = config.defaults, config.model.traits.frames_step
+    own, names, example = f"{defaults.height}x{defaults.width}", list(SHAPE[:2]), "1024x1024,512x512"
+    if step is not None:
+        names, example = list(SHAPE[:3]), "480x832x81,480x832x41"
+        half = step * (defaults.num_frames // (2 * step)) + 1
+        own = ",".join(f"{own}x{number}" for number in sorted({half, defaults.num_frames}))
+    chosen = sizes or own
     try:
         counts = [int(number) for number in steps.split(",")]
-        numbers = [[int(number) for number in size.split("x")] for size in chosen.split(",")]
-        return [
-            Request("a cat walks through tall grass", height=height, width=width, num_frames=num_frames,
-                    num_inference_steps=count, seed=0, format=file_format)
-            for height, width, num_frames in numbers for count in counts
-        ]  # fmt: skip
+        shapes = [dict(zip(names, map(int, size.split("x")), strict=True)) for size in chosen.split(",")]
     except ValueError as error:
-        raise PlanError(f"invalid --sizes={chosen} or --steps={steps}: write 480x832x81,480x832x41 and 2,4") from error
+        raise PlanError(f"invalid --sizes={chosen} or --steps={steps}: write {example} and 2,4") from error
+    return [
+        _example(config, **shape, num_inference_steps=count, seed=0, format=file_format)
+        for shape in shapes for count in counts
+    ]  # fmt: skip
+
+
+def _example(config: Config, **fields: Any) -> Request:
+    """Return a request that is as much work as any of its shape."""
+    return Request("a cat walks through tall grass", **blank_inputs(config), **fields)
 
 
 def _parse_parallel(config: Config, text: str) -> list[ParallelConfig]:
@@ -123,9 +132,7 @@ def plan(argv: Sequence[str]) -> int:
         check_file(options.output, "output")
     config = load_config(options.config, *overrides_of(options))
     given = {name: getattr(options, name) for name in SHAPE}
-    grey = blank(config.defaults.width, config.defaults.height)  # what is on images does not change a plan
-    images: dict[str, Any] = dict.fromkeys(config.model.traits.images, grey)
-    request, _ = resolve(Request("a cat", **given, **images), config)
+    request, _ = resolve(_example(config, **given), config)
     if options.requests is not None and options.requests < 1:
         raise PlanError(f"invalid --requests={options.requests}: must be at least 1")
     if options.requests is not None and options.aim == "latency":

@@ -25,7 +25,7 @@ logger = logging.getLogger("disagg_ray")
 
 @dataclass(frozen=True)
 class Case:
-    """One request, with the tensors that the stages so far made, in host memory."""
+    """One request, with its images and the tensors that the stages so far made, in host memory."""
 
     request: ResolvedRequest
     tensors: dict[str, torch.Tensor]
@@ -38,7 +38,8 @@ class Case:
 
     def of_stage(self, stage: str, graph: Graph) -> Case:
         """Return the case with the inputs of one stage alone."""
-        return Case(self.request, {name: self.tensors[name] for name in graph.inputs(stage) if name in self.tensors})
+        names = graph.image_inputs(stage) + graph.inputs(stage)
+        return Case(self.request, {name: self.tensors[name] for name in names if name in self.tensors})
 
 
 def measure_stage(
@@ -56,8 +57,9 @@ def measure_stage(
     points = []
     for case in cases:
         torch.cuda.empty_cache()  # of larger cases before
-        outputs = stage.compute(case.request, case.tensors, None)  # not measured: chooses kernels, and allocates
-        points += [_measure_point(stage, case) for _ in range(repeats)]
+        own = case.of_stage(stage.name, graph)
+        outputs = stage.compute(own.request, own.tensors, None)  # not measured: chooses kernels, and allocates
+        points += [_measure_point(stage, own) for _ in range(repeats)]
         case.tensors.update({name: tensor.cpu() for name, tensor in outputs.tensors.items()})
         logger.info("profile: %s computed %s in %.3f s", stage.name, case.load, points[-1].compute_s)
     needs, settings = stage.needs(), stage.config.stages[stage.name]

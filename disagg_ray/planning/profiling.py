@@ -14,6 +14,7 @@ from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.schema import Config, TransportConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.graph import build_graph
+from disagg_ray.media.video import to_array
 from disagg_ray.planning.layouts import CPU
 from disagg_ray.planning.measuring import Case, measure_stage
 from disagg_ray.planning.parallel import spell
@@ -39,12 +40,11 @@ def measure_profile(
     The denoising stage is also measured with the ranks of each of `gangs`, and the decoder with those of `rows`.
 
     Raises:
-        PlanError: the configuration is fused, has groups or a tiled decode, or is not text-to-video; this machine has
-            too few GPUs for a gang.
+        PlanError: the configuration is fused, has groups or a tiled decode; this machine has too few GPUs for a gang.
     """
     _check(config)
     split = [_with_ranks(config, parallel, requests) for parallel in gangs]
-    cases = [Case(resolve(request, config)[0], {}) for request in requests]
+    cases = [_case(request, config) for request in requests]
     on_gpu = any(stage.torch_device == "cuda" for stage in config.stages.values())
     shares = {  # so that stages take turns, which are measured
         name: replace(stage, num_gpus=0.5 if stage.torch_device == "cuda" else 0, parallel=ParallelConfig())
@@ -67,8 +67,11 @@ def _check(config: Config) -> None:
         raise PlanError("profile: fused stages and groups cannot be measured; leave fused and groups out")
     if config.num_parts:
         raise PlanError("profile: a tiled decode cannot be measured; write decode in place of its parts")
-    if config.model.traits.images:
-        raise PlanError(f"profile: model.task {config.model.task!r} needs images; only what needs none can be measured")
+
+
+def _case(request: Request, config: Config) -> Case:
+    resolved, images = resolve(request, config)
+    return Case(resolved, {name: torch.from_numpy(to_array(image)) for name, image in images.items()})
 
 
 def _with_ranks(config: Config, parallel: ParallelConfig, requests: Sequence[Request]) -> tuple[str, Config]:
