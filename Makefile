@@ -5,8 +5,8 @@ demo:
 	@.ci/setup demo
 	.venv/bin/python jobs/demo.py
 
-test: check # replicas that start wait more than they compute: the tests of one process run beside them
-	$(call beside,$(PYTEST) -m 'not slow and not proof',$(PYTEST) -m 'slow and not proof')
+test: check # two at once, on two cores: what shares a Ray, which waits more than it computes, and beside it the rest
+	$(call beside,$(PYTEST) -m 'not cluster and not proof',$(PYTEST) -m 'cluster and not proof')
 
 quick: check # under 90 s on two cores: what is decided in one process, and beside it one kill, one rollout and one resume
 	$(call beside,$(PYTEST) -q -m quick,$(PYTEST) -q -m 'not quick and not slow and not proof' \
@@ -22,7 +22,7 @@ endef
 HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings lora memory models_maker options \
 	parity plan pool report schedulers sockets tiles tiny transfer turns video
 
-proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 25 minutes
+proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 35 minutes
 	@.ci/setup test
 	.venv/bin/python -m pytest -m proof
 
