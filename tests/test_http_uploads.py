@@ -221,18 +221,18 @@ def test_a_repeated_post_is_known_by_the_content_of_its_files(http: TestClient, 
 def test_files_outlive_a_restart_and_are_their_tenant_s_alone(
     model: str, sent: dict[str, bytes], tmp_path: Path, expected: bytes
 ) -> None:
-    alice, bob = (
-        {"Authorization": f"Bearer {add_key(tmp_path / 'keys.json', Key(name))}"} for name in ("alice", "bob")
+    carol, dora = (
+        {"Authorization": f"Bearer {add_key(tmp_path / 'keys.json', Key(name))}"} for name in ("carol", "dora")
     )
     keys = f"service.api_keys={tmp_path / 'keys.json'}"
     with serve(tmp_path, keys, grace_s=0.0) as http:
-        made = [post(http, sent, **alice)["id"] for _ in range(3)]
+        made = [post(http, sent, **carol)["id"] for _ in range(3)]
     with serve(tmp_path, keys) as http:
-        assert [finish(http, video_id, **alice) for video_id in made] == [expected] * 3
-        refused = http.post(f"/v1/videos/{made[0]}/remix", json={"prompt": "mine"}, headers=bob)
+        assert [finish(http, video_id, **carol) for video_id in made] == [expected] * 3
+        refused = http.post(f"/v1/videos/{made[0]}/remix", json={"prompt": "mine"}, headers=dora)
         assert refused.status_code == 404
         for video_id in made:
-            http.delete(f"/v1/videos/{video_id}", headers=alice)
+            http.delete(f"/v1/videos/{video_id}", headers=carol)
         wait_until(lambda: not list(tmp_path.glob("video_*")), "files stay")
 
 
