@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from disagg_ray.config.schema import Config
 from disagg_ray.doctor.check import Check, at, fail, fail_unless, ok, warn, warn_unless
@@ -14,8 +13,7 @@ from disagg_ray.driver.calls import Actor, ask
 from disagg_ray.driver.cluster import join
 from disagg_ray.driver.names import find_replicas
 from disagg_ray.errors import DisaggError, StartError
-from disagg_ray.inputs import REFERENCES
-from disagg_ray.media.video import blank
+from disagg_ray.inputs import blank_inputs
 from disagg_ray.request import Request
 from disagg_ray.service.client import Connection
 from disagg_ray.service.protocol import Snapshot, StageState
@@ -115,7 +113,5 @@ def _check_video(name: str) -> Iterator[Check]:
 
 def make_request(config: Config) -> Request:
     """Return the request with the least work at the default size."""
-    grey = blank(config.defaults.width, config.defaults.height)
-    images: dict[str, Any] = {name: [grey] if name == REFERENCES else grey for name in config.model.traits.images}
     steps = None if config.model.sigmas else config.model.traits.least_steps
-    return Request(prompt="a test", **images, num_inference_steps=steps, seed=0)
+    return Request(prompt="a test", **blank_inputs(config), num_inference_steps=steps, seed=0)
