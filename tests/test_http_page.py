@@ -48,6 +48,7 @@ def browsing(place: str) -> Iterator[Page]:
         problems: list[str] = []
         opened.on("pageerror", lambda error: problems.append(str(error)))
         opened.goto(place)
+        opened.locator("#empty:not([hidden]), .card").first.wait_for()  # until it has listed the jobs that there are
         yield opened
         assert not problems
         browser.close()
@@ -171,7 +172,6 @@ def tab_to(page: Page, name: str) -> None:
 
 
 def test_the_keyboard_alone_makes_a_video_and_deletes_it(page: Page) -> None:
-    page.locator("#empty:not([hidden]), .card").first.wait_for()
     number = page.locator(".card").count()
     page.keyboard.type("a blue triangle")  # the prompt has the focus from the beginning
     for field, value in (("Frames", "5"), ("Steps", "2"), ("Seed", "1")):
