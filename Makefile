@@ -8,7 +8,7 @@ demo:
 test: check # two at once, on two cores: what shares a Ray, which waits more than it computes, and beside it the rest
 	$(call beside,$(PYTEST) -m 'not cluster and not proof',$(PYTEST) -m 'cluster and not proof')
 
-quick: check # under 90 s on two cores: what is decided in one process, and beside it one kill, one rollout and one resume
+quick: check # two minutes on two cores: what is decided in one process, and beside it one kill, one rollout and one resume
 	$(call beside,$(PYTEST) -q -m quick,$(PYTEST) -q -m 'not quick and not slow and not proof' \
 		$(addprefix --ignore=tests/test_,$(addsuffix .py,$(HEAVY))))
 
@@ -19,10 +19,11 @@ define beside
 	$(2); one=$$?; wait $$beside; two=$$?; cat .pytest_cache/beside.log; exit $$((one | two))
 endef
 
-HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings lora memory models_maker options \
-	parity plan pool report schedulers sockets tiles tiny transfer turns video
+HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings hunyuan_video15 kuberay \
+	lora ltx2 memory models_maker options parity plan pool qwen_image report schedulers sockets ti2v tiles tiny transfer \
+	turns vace vace_inputs video
 
-proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 35 minutes
+proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 45 minutes
 	@.ci/setup test
 	.venv/bin/python -m pytest -m proof
 
