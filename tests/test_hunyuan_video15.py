@@ -1,7 +1,5 @@
 """HunyuanVideo 1.5: frames equal stock's bit for bit, split and fused; what it has not is refused by name."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
-from helpers import wait_until_empty
+from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
@@ -275,8 +273,7 @@ def test_what_does_not_work_yet_is_refused_by_key(configure: Any, override: str,
 def test_other_models_are_refused_by_name(
     checkpoint: Callable[[str], Path], tmp_path: Path, file: str, changes: dict[str, Any], says: str
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-hunyuan-video15"), tmp_path / "model"))
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    folder = copy_changed(checkpoint("tiny-hunyuan-video15"), tmp_path, file, changes)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(load_config(CONF / "tiny_hunyuan_video15.yaml", f"model.path={folder}", *SMALL).model)
     assert says in str(caught.value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import time
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -212,8 +211,7 @@ class _Reader:
         return data
 
     def _fill(self) -> bool:
-        deadline = time.monotonic() + DECODE_S
-        if not self._poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+        if not self._poll.poll(1000 * DECODE_S):
             raise RequestError(f"{self._about} cannot be read: ffmpeg hangs, nothing for {DECODE_S:g} s")
         piece = os.read(self._file, 2**20)
         self._buffer += piece

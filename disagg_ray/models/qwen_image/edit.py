@@ -179,6 +179,6 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _resize(components: Any, image: Any, pixels: int) -> Any:
-    """Return an image of about so many pixels, at which the model sees every one, and of its aspect."""
+    """Resize an image to about that many pixels and keep its aspect."""
     processor: VaeImageProcessor = components.image_processor
     return processor.resize(image, *seen_sides(image.height, image.width, pixels))

@@ -40,7 +40,7 @@ class EditGeometry(Geometry):
     """The numbers of a checkpoint that edits images."""
 
     image_tokens: int
-    """The most tokens that the text encoder makes of an image and of what stands before it."""
+    """Maximum number of tokens per image in the text encoder, its label included."""
     num_images: int
     """The most images of a request."""
 
@@ -81,7 +81,7 @@ def tasks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def count_image_tokens(model: ModelConfig, folder: Path) -> int:
-    """Return the most tokens that the text encoder makes of an image and of what stands before it.
+    """Return the maximum number of tokens per image in the text encoder, its label included.
 
     The processor's configuration says into how many patches an image is cut.
 
