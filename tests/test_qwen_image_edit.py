@@ -1,15 +1,15 @@
 """Qwen-Image-Edit: images equal stock's bit for bit, split and fused, whatever the size of the given image."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from edit_stock import load_stock
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
@@ -20,8 +20,6 @@ from disagg_ray.config.schema import Config
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.geometry import Geometry
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.models.qwen_image.edit import Processor
-from disagg_ray.models.qwen_image.random import make_tokenizer
 from disagg_ray.request import check, resolve
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -60,31 +58,10 @@ def ask(image: Callable[..., Image.Image]) -> Callable[..., Request]:
 
 
 @pytest.fixture(scope="module")
-def expect(
-    checkpoint: Callable[[str], Path], configure: Callable[..., Config], ask: Callable[..., Request]
-) -> Callable[..., np.ndarray]:
-    """Give the stock pipeline's image of a case, of the size that its own formula gives at the tiny model's area."""
-    folder = checkpoint("tiny-qwen-image-edit")
-    processor = Processor(AutoImageProcessor.from_pretrained(folder / "processor"), make_tokenizer())
-
-    @cache
-    def load(dtype: torch.dtype) -> Any:
-        stock = diffusers.QwenImageEditPipeline.from_pretrained(folder, processor=processor, dtype=dtype)
-        stock.set_progress_bar_config(disable=True)
-        return stock
-
-    @cache
-    def make(case: str, dtype: torch.dtype = torch.float32) -> np.ndarray:
-        asked, stock = ask(case), load(dtype)
-        width, height, _ = calculate_dimensions(64 * 64, asked.image.width / asked.image.height)
-        made: np.ndarray = stock(
-            asked.image, asked.prompt, asked.negative_prompt, true_cfg_scale=asked.guidance_scale,
-            height=asked.height or height, width=asked.width or width, num_inference_steps=asked.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(asked.seed), output_type="np",
-        ).images  # fmt: skip
-        return made
-
-    return make
+def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Callable[..., np.ndarray]:
+    """Give the stock pipeline's image of a case."""
+    load = cache(partial(load_stock, "QwenImageEditPipeline", checkpoint("tiny-qwen-image-edit")))
+    return cache(lambda case, dtype=torch.float32: load(dtype)(ask(case)))
 
 
 @pytest.fixture(scope="module")

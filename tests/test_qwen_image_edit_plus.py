@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from edit_stock import load_stock
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from test_parity import ONE, THREE, Load, Split, recut, start_splits
@@ -22,7 +22,6 @@ from disagg_ray.config.schema import Config
 from disagg_ray.doctor.service import make_request
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.models.qwen_image.edit import Processor
 from disagg_ray.models.qwen_image.edit_plus_text import prepare
 from disagg_ray.models.qwen_image.random import make_tokenizer
 from disagg_ray.request import check, resolve
@@ -46,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
 PUBLISHED = {"2511": {}, "2509": {"zero_cond_t": False}}
 """What differs in the transformer's configuration of the published models."""
 
+STOCK = "QwenImageEditPlusPipeline"
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -68,31 +69,10 @@ def ask(image: Callable[..., Image.Image]) -> Callable[..., Request]:
     return make
 
 
-def make_stock(folder: Path, dtype: Any = torch.float32) -> Callable[[Request], np.ndarray]:
-    """Return what gives the stock pipeline's image of a request, of its own size at the tiny model's area."""
-    processor = Processor(AutoImageProcessor.from_pretrained(folder / "processor"), make_tokenizer())
-    stock = diffusers.QwenImageEditPlusPipeline.from_pretrained(folder, processor=processor, dtype=dtype)
-    stock.set_progress_bar_config(disable=True)
-
-    def make(asked: Request) -> np.ndarray:
-        images = asked.reference_images
-        assert images is not None
-        last: Any = images[-1]
-        width, height = calculate_dimensions(64 * 64, last.width / last.height)
-        made: np.ndarray = stock(
-            list(images), asked.prompt, asked.negative_prompt, true_cfg_scale=asked.guidance_scale,
-            height=asked.height or height, width=asked.width or width, num_inference_steps=asked.num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(asked.seed), output_type="np",
-        ).images  # fmt: skip
-        return made
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Callable[[str], np.ndarray]:
     """Give the stock pipeline's image of a case."""
-    stock = make_stock(checkpoint(TINY))
+    stock = load_stock(STOCK, checkpoint(TINY))
     return cache(lambda case: stock(ask(case)))
 
 
@@ -156,7 +136,7 @@ def test_bfloat16_equals_stock_s_of_each_published_model(
     dtypes = "model.dtype={text_encoder: bfloat16, transformer: bfloat16, vae: bfloat16}"
     config = load_config(CONF / "tiny_qwen_image_edit_plus.yaml", f"model.path={folder}", dtypes)
     with LocalPipeline(config) as local:
-        assert np.array_equal(local.generate(ask()).frames, make_stock(folder, torch.bfloat16)(ask()))
+        assert np.array_equal(local.generate(ask()).frames, load_stock(STOCK, folder, torch.bfloat16)(ask()))
 
 
 @pytest.mark.parametrize("sides", [(1024, 1024), (1920, 1080), (333, 100), (100, 7000), (1, 1)])
