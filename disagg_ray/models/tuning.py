@@ -180,5 +180,7 @@ def _quantize(key: str, transformer: Any, quantization: str) -> None:
         )
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
+    # torchao's settings of the compiler hold for the whole process and have it try many kernels for minutes
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     for block in _repeated_blocks(transformer):
-        quantize_(block, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        quantize_(block, config)
