@@ -59,13 +59,13 @@ Name = Annotated[
 
 @dataclass(frozen=True)
 class Request(Section):
-    """One video to generate. A field left None gets the configuration's default.
+    """One video or image to generate. A field left None gets the configuration's default.
 
     Raises RequestError (a ValueError) when it is resolved against a configuration it does not fit.
     """
 
-    prompt: Annotated[Text, Rule(str.strip, "must say what the video shows")] = ""
-    """What the video shows."""
+    prompt: Annotated[Text, Rule(str.strip, "must say what to show")] = ""
+    """What to show."""
     negative_prompt: Text | None = None
     """What CFG steers away from."""
     image: ImageSource | None = None

@@ -93,8 +93,8 @@ class Result:
 
 
 def rescued(result: Result) -> str:
-    """Write a video that could not be saved as asked to another place; return the message that names it."""
+    """Write a result that could not be saved as asked to another place; return the message that names it."""
     try:
-        return f"the video is {str(result.rescue())!r} on {platform.node()} instead"
+        return f"the file is {str(result.rescue())!r} on {platform.node()} instead"
     except OutputError as error:
         return str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """What moves a cursor, ends a line, turns the direction of writing, or cannot be encoded."""
@@ -30,6 +31,16 @@ def human_seconds(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def medium(num_frames: int) -> Literal["video", "image"]:
+    """Return what so many frames are called; a family's own word is `Task.makes`."""
+    return "image" if num_frames == 1 else "video"
+
+
+def human_size(width: int, height: int, num_frames: int) -> str:
+    """Return the size of a video, as 832x480, 81 frames, or of an image, as 1328x1328."""
+    return f"{width}x{height}" if num_frames == 1 else f"{width}x{height}, {num_frames} frames"
 
 
 def printable(text: str, limit: int = 200) -> str:

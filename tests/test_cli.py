@@ -40,7 +40,7 @@ def generate(capsys: pytest.CaptureFixture[str], output: Path, *arguments: str) 
 
 
 BAD = [
-    (["--prompt", ""], "invalid prompt='': must say what the video shows"),
+    (["--prompt", ""], "invalid prompt='': must say what to show"),
     (["--prompt", "x" * 10_001], "must be at most limits.max_prompt_chars=10000 characters, not 10001"),
     (["--height", "50"], "invalid height=50: must be a positive multiple of 16; the nearest is 48"),
     (["--width", "-16"], "invalid width=-16: must be a positive multiple of 16; the nearest is 16"),

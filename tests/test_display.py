@@ -297,6 +297,7 @@ def test_output_that_goes_to_a_file_stays_there_while_bars_run() -> None:
 def test_the_rate_is_a_number_that_says_something() -> None:
     totals = Totals(3, 1, 60, 2, {}, 4.234, 700.0)
     assert summary(totals) == "3 of 60 videos done, 1 failed, 4.2 a minute, 12 min left"
+    assert summary(replace(totals, makes="image")).startswith("3 of 60 images done")
     assert summary(replace(totals, videos_per_min=0.05)).split(", ")[2] == "3.0 an hour"
 
 

@@ -25,6 +25,7 @@ from disagg_ray.planning.profile import (
     read_profile,
     write_profile,
 )
+from disagg_ray.report.tables import print_plan
 
 CONF = Path(__file__).parent.parent / "conf"
 LOAD = Load(480, 832, 81, 8)
@@ -110,6 +111,14 @@ def test_where_the_whole_does_not_fit_a_split_is_best() -> None:
     assert made.fused is None
     assert made.best.layout.name == "encoder and decoder on 1, transformer on the others"
     assert "fused does not fit" in explain(made)
+
+
+def test_a_model_of_images_is_planned_in_images(capsys: pytest.CaptureFixture[str]) -> None:
+    made = replace(plan(2), load=Load(480, 832, 1, 8))
+    print_plan(made, None)
+    printed = capsys.readouterr().out + explain(made)
+    assert "832x480, 8 passes" in printed and "images/min" in printed and "images a minute" in printed
+    assert "video" not in printed and "frames" not in printed
 
 
 def test_weights_that_fit_nowhere_are_an_error() -> None:

@@ -207,6 +207,14 @@ def test_each_format_is_shown_as_it_can_be(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_images_are_called_and_shown_as_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = record(simulate(1, REPLICAS)[0], "x", file="a.png")
+    assert made.request is not None
+    page = report(tmp_path, [replace(made, request=replace(made.request, num_frames=1))])
+    assert [attributes["src"] for tag, attributes in page.tags if tag == "img"] == ["./a.png"]
+    assert "Images" in page.text and "frames" not in page.text and "images a minute" in capsys.readouterr().out
+
+
 def test_the_last_record_of_a_request_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = simulate(1, REPLICAS)[0]
     failed = record(work, "x", status="failed", error="out of memory", stages=())

@@ -99,8 +99,8 @@ def test_guidance_runs_above_one(scale: float, guided: bool) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("prompt", "", ("must say what the video shows",)),
-        ("prompt", " \n\t", ("must say what the video shows",)),
+        ("prompt", "", ("must say what to show",)),
+        ("prompt", " \n\t", ("must say what to show",)),
         ("prompt", "x" * 10_001, ("10001", "max_prompt_chars=10000", "32 tokens", "never cut off unseen")),
         ("prompt", "a \ud83d cat", ("half of a character",)),
         ("negative_prompt", "x" * 10_001, ("10001", "max_prompt_chars=10000", "32 tokens", "never cut off unseen")),

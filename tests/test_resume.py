@@ -113,7 +113,7 @@ def test_a_done_id_that_asks_for_something_else_is_a_bad_line(tmp_path: Path, ca
     changed = [LINES[0], {"id": "dog", "prompt": "a dog", "seed": 1}, *LINES[2:]]
     with pytest.raises(RequestError, match="1 lines of"):
         plan(tmp_path, changed)
-    assert "requests.jsonl:2: id: 'dog': its video was made from another request" in caplog.text
+    assert "requests.jsonl:2: id: 'dog': its file was made from another request" in caplog.text
     assert path.read_bytes() == b"dog"
     pending, made = plan(tmp_path, changed, skip_invalid=True)
     assert (pending, made.num_done, made.num_invalid) == (["cat", "cow", "ant"], 0, 1)
@@ -139,7 +139,7 @@ def test_videos_of_another_model_stay_and_are_logged(tmp_path: Path, caplog: pyt
     pretend(tmp_path, "cat", setup="another")
     pretend(tmp_path, "dog")
     assert plan(tmp_path, LINES)[0] == ["cow", "ant"]
-    assert "1 videos were made with another model, weights, options or defaults" in caplog.text
+    assert "1 files were made with another model, weights, options or defaults" in caplog.text
 
 
 def test_a_video_of_another_picture_is_a_bad_line_and_one_of_the_same_in_a_new_file_is_done(tmp_path: Path) -> None:

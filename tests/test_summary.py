@@ -38,6 +38,6 @@ def test_nothing_made_has_no_bottleneck() -> None:
 )
 def test_only_a_batch_with_every_request_done_is_complete(changed: dict[str, object], complete: bool) -> None:
     given = {"done": 3, "already_done": 2, "failed": 0, "invalid": 0, "missing": 0, "retried": 1, "stopped": None}
-    summary = Summary(**(given | changed), seconds=90.0, shares=())  # type: ignore[arg-type]
+    summary = Summary(**(given | changed), seconds=90.0, shares=(), makes="image")  # type: ignore[arg-type]
     assert summary.complete is complete
-    assert "2.00 videos a minute" in summary.lines()[0]
+    assert "2.00 images a minute" in summary.lines()[0]

@@ -78,7 +78,7 @@ def make_plan(source: RequestsFile, folder: Folder, config: Config, options: Opt
                 name = source.line(index).request.id
                 invalid.report(
                     source.number(index),
-                    f"id: {name!r}: its video was made from another request or picture; give another id, or delete it",
+                    f"id: {name!r}: its file was made from another request or picture; give another id, or delete it",
                 )
     except OSError as error:
         raise OutputError(f"output-dir: {str(folder.path)!r} cannot be written: {error}") from error
@@ -121,7 +121,7 @@ def _states(
         else:
             states[index] = FAILED if same and record.status == "failed" else NEW
     if num_others := int((others & (states == DONE)).sum()):
-        logger.warning("%d videos were made with another model, weights, options or defaults; they stay", num_others)
+        logger.warning("%d files were made with another model, weights, options or defaults; they stay", num_others)
     return states
 
 
@@ -143,7 +143,7 @@ def _shows_another(request: Request, record: Record, config: Config) -> bool:
     try:
         read = read_inputs(request, config).about
     except RequestError as error:
-        logger.warning("request %s: its video stays: %s", record.id, error)
+        logger.warning("request %s: its file stays: %s", record.id, error)
         return False
     return any(read[name].sha256 != record.pictures[name].sha256 for name in files)
 

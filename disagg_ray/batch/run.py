@@ -74,7 +74,7 @@ class Batch:
 
     def __init__(self, source: RequestsFile, folder: Folder, plan: Plan, config: Config) -> None:
         self.plan = plan
-        self._source, self._folder = source, folder
+        self._source, self._folder, self._makes = source, folder, config.model.traits.makes
         self._tally = Tally()
         self._fatal: Exception | None = None
         """What stops the run."""
@@ -98,6 +98,7 @@ class Batch:
             tally.done, plan.num_done, tally.failed + plan.num_failed, plan.num_invalid,
             len(plan.pending) - tally.finished, tally.retried, self._seconds,
             tally.shares(self._replicas, self._seconds), str(self._fatal) if self._fatal else None,
+            self._makes,
         )  # fmt: skip
 
     def run(self, pipeline: Pipeline | Connection) -> None:

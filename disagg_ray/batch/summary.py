@@ -40,6 +40,8 @@ class Summary:
     shares: tuple[StageShare, ...]
     stopped: str | None
     """Why the run was stopped, if it was."""
+    makes: str
+    """What the model makes: video or image."""
 
     @property
     def complete(self) -> bool:
@@ -51,15 +53,15 @@ class Summary:
         pace = 60 * self.done / self.seconds if self.seconds else 0.0
         text = [
             f"{self.done} done, {self.already_done} done before, {self.failed} failed, {self.invalid} invalid, "
-            f"{self.missing} missing, {self.retried} retried; {self.seconds:.1f} s, {pace:.2f} videos a minute"
+            f"{self.missing} missing, {self.retried} retried; {self.seconds:.1f} s, {pace:.2f} {self.makes}s a minute"
         ]
         text += [
-            f"{share.stage}: {share.num_replicas} x {100 * share.busy:.0f} % busy, {share.mean_s:.3f} s a video"
+            f"{share.stage}: {share.num_replicas} x {100 * share.busy:.0f} % busy, {share.mean_s:.3f} s a request"
             for share in self.shares
         ]
         if self.stopped:
             text.append(f"stopped: {self.stopped}; run it again to resume")
-        return text + name_bottleneck(self.shares)
+        return text + name_bottleneck(self.shares, self.makes)
 
 
 class Tally:
@@ -110,8 +112,8 @@ def bottleneck(shares: tuple[StageShare, ...]) -> tuple[str, float] | None:
     return slowest, min(faster.values()) / paces[slowest]
 
 
-def name_bottleneck(shares: tuple[StageShare, ...]) -> list[str]:
+def name_bottleneck(shares: tuple[StageShare, ...], makes: str) -> list[str]:
     """Return the line that names the bottleneck, if anything was made."""
     if (found := bottleneck(shares)) is None:
         return []
-    return [f"bottleneck: {found[0]}; one more replica of it: {found[1]:.2f} x as many videos"]
+    return [f"bottleneck: {found[0]}; one more replica of it: {found[1]:.2f} x as many {makes}s"]

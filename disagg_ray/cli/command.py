@@ -105,11 +105,11 @@ def make_checkpoint(argv: Sequence[str]) -> int:
 def doctor(argv: Sequence[str]) -> int:
     """Check this machine, the cluster's nodes and the routes between them, or a service."""
     parser = config_parser("doctor", doctor)
-    parser.add_argument("--connect", metavar="NAME", help="check this service instead, by generating a small video")
+    parser.add_argument("--connect", metavar="NAME", help="check this service instead, by one small request")
     parser.add_argument("--address", help="Ray cluster to join, as cluster.address does")
     parser.add_argument("--local", action="store_true", help="check this machine only, without Ray")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.add_argument("--output", help="also check that a video can be written there")
+    parser.add_argument("--output", help="also check that a file can be written there")
     options = parser.parse_intermixed_args(argv)
     overrides = overrides_of(options)
     if overrides and not options.config:
@@ -130,7 +130,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """Report where a finished run's time went: tables, a timeline, a trace and a page with the videos."""
+    """Report where a finished run's time went: tables, a timeline, a trace and a page with what was made."""
     parser = Parser(prog="disagg-ray report", description=report.__doc__)
     parser.add_argument("folder", metavar="OUT", help="the --output-dir of the run")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write to; default: OUT")

@@ -30,7 +30,7 @@ from disagg_ray.result import Result, rescued
 if TYPE_CHECKING:
     from disagg_ray.local import LocalPipeline
     from disagg_ray.pipeline import Pipeline
-    from disagg_ray.progress.display import Display
+    from disagg_ray.progress.display import Display, Mode
     from disagg_ray.report.timeline import Works
     from disagg_ray.service.client import Connection
 
@@ -39,7 +39,7 @@ OUTPUT = "file or URL to write: .mp4, .gif, .npy, or a folder for png files; of 
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Generate one video, or with --requests many."""
+    """Generate one video or image, or with --requests many."""
     parser = config_parser("generate", generate)
     parser.add_argument("--connect", metavar="NAME", help="use the service that `disagg-ray up NAME` deployed")
     parser.add_argument("--output", help=OUTPUT)
@@ -69,7 +69,7 @@ def generate(argv: Sequence[str]) -> int:
 
 def _generate_one(options: argparse.Namespace) -> int:
     if options.output is None:
-        raise InputError("--output: not given; give a file such as video.mp4, or --requests and --output-dir")
+        raise InputError("--output: not given; give a file (video.mp4, image.png), or --requests and --output-dir")
     config = _config_of(options)
     check_output(options.output, overwrite=options.overwrite, in_job=in_ray_job())
     given = {f.name: getattr(options, f.name, None) for f in fields(Request)}
@@ -95,7 +95,7 @@ def _generate_one(options: argparse.Namespace) -> int:
 
 
 def _save(result: Result, options: argparse.Namespace) -> Path | str:
-    """Write the video to --output, or, if that fails, to another folder.
+    """Write the file to --output, or, if that fails, to another folder.
 
     Raises:
         SaveError: names that other place.
@@ -108,7 +108,7 @@ def _save(result: Result, options: argparse.Namespace) -> Path | str:
 
 def _generate_many(options: argparse.Namespace) -> int:
     if options.output_dir is None:
-        raise InputError("--output-dir: not given; give the folder for the videos")
+        raise InputError("--output-dir: not given; give the folder for the files")
     check_folder(options.output_dir, in_job=in_ray_job())
     config = _config_of(options)
 
@@ -136,14 +136,14 @@ BATCH_FLAGS = ("output_dir", "verify", "retry_failed", "skip_invalid")
 
 
 def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    many = parser.add_argument_group("many videos")
+    many = parser.add_argument_group("many requests")
     many.add_argument(
         "--requests",
         metavar="FILE",
-        help="JSON lines file, a request a line; `id` names the video",
+        help="JSON lines file, a request a line; `id` names the file",
     )
-    many.add_argument("--output-dir", metavar="FOLDER", help="folder for videos and manifest; run again to resume")
-    many.add_argument("--verify", action="store_true", help="check finished videos by digest, not by modification time")
+    many.add_argument("--output-dir", metavar="FOLDER", help="folder for files and manifest; run again to resume")
+    many.add_argument("--verify", action="store_true", help="check finished files by digest, not by modification time")
     many.add_argument("--retry-failed", action="store_true", help="retry requests that failed in an earlier run")
     many.add_argument("--skip-invalid", action="store_true", help="skip invalid lines")
 
@@ -182,7 +182,7 @@ def _start(config: Config, options: argparse.Namespace, total: int) -> Iterator[
         return
     from disagg_ray.local import LocalPipeline
 
-    with _display(options, total) as display, LocalPipeline(config, display.on_event) as local:
+    with _display(options, total, config) as display, LocalPipeline(config, display.on_event) as local:
         yield local
 
 
@@ -191,7 +191,7 @@ def _start_on_ray(config: Config, options: argparse.Namespace, total: int) -> It
     from disagg_ray.pipeline import Pipeline
     from disagg_ray.service.client import Connection
 
-    with Interrupts(), _display(options, total) as display:
+    with Interrupts(), _display(options, total, config) as display:
         pipeline: Pipeline | Connection
         if options.connect is not None:
             run_id = str(local_path(options.output_dir).absolute()) if options.output_dir else None
@@ -202,10 +202,11 @@ def _start_on_ray(config: Config, options: argparse.Namespace, total: int) -> It
             yield pipeline
 
 
-def _display(options: argparse.Namespace, total: int) -> Display:
+def _display(options: argparse.Namespace, total: int, config: Config) -> Display:
     from disagg_ray.progress.display import Display
 
-    return Display(total, "quiet" if options.quiet or options.log_format == "json" else "auto")
+    mode: Mode = "quiet" if options.quiet or options.log_format == "json" else "auto"
+    return Display(total, mode, makes=config.model.traits.makes)
 
 
 def _add_request_flags(parser: argparse.ArgumentParser) -> None:

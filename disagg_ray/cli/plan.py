@@ -119,7 +119,7 @@ def plan(argv: Sequence[str]) -> int:
         "--aim",
         choices=("throughput", "latency"),
         default="throughput",
-        help="throughput (videos a minute, the default) or latency (seconds of one video)",
+        help="throughput (videos or images a minute, the default) or latency (seconds of one)",
     )
     parser.add_argument("--requests", type=int, help="batch size whose makespan to minimise; default: throughput")
     parser.add_argument("--output", type=Path, help="file to also write the YAML to, based on --config")

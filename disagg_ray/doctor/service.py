@@ -18,6 +18,7 @@ from disagg_ray.request import Request
 from disagg_ray.service.client import Connection
 from disagg_ray.service.protocol import Snapshot, StageState
 from disagg_ray.service.stub import take_snapshot
+from disagg_ray.text import human_size
 
 logger = logging.getLogger("disagg_ray")
 
@@ -94,21 +95,21 @@ def check_answers(name: str, seconds: float | None) -> Check:
 
 
 def _check_video(name: str) -> Iterator[Check]:
-    logger.info("doctor: making a video of one step with %s", name)
+    logger.info("doctor: making one request of one step with %s", name)
     with Connection(name) as connection:
         handle = connection.submit(make_request(connection.config))
-        request = handle.request
-        about = f"{request.width}x{request.height}, {request.num_frames} frames, {request.num_inference_steps} steps"
+        request, makes = handle.request, connection.config.model.traits.makes
+        about = f"{human_size(request.width, request.height, request.num_frames)}, {request.num_inference_steps} steps"
         try:
             result = handle.result(VIDEO_S)
         except TimeoutError:
             waiting = connection.snapshot().queued
             remedy = f"wait, or disagg-ray scale {name} STAGE=NUMBER; disagg-ray ls shows where requests wait"
-            yield warn("video", f"{about}: not within {VIDEO_S:g} s; requests that wait: {waiting}", remedy)
+            yield warn(makes, f"{about}: not within {VIDEO_S:g} s; requests that wait: {waiting}", remedy)
         except DisaggError as error:
-            yield fail("video", str(error), "see `ray logs` of the replica that it names")
+            yield fail(makes, str(error), "see `ray logs` of the replica that it names")
         else:
-            yield ok("video", f"{about} in {result.seconds:.1f} s")
+            yield ok(makes, f"{about} in {result.seconds:.1f} s")
 
 
 def make_request(config: Config) -> Request:

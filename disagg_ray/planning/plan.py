@@ -13,12 +13,12 @@ from disagg_ray.planning.layouts import Layout, Stages, layouts
 from disagg_ray.planning.parallel import CFG_SPEEDUP, ROWS_SPEEDUP, ULYSSES_SPEEDUP
 from disagg_ray.planning.predict import Hardware, Prediction, Predictor
 from disagg_ray.planning.profile import Load, Profile
-from disagg_ray.text import shown
+from disagg_ray.text import medium, shown
 
 MEMORY_GB = {"B200": 180, "H200": 141, "H100": 80, "L40S": 48, "L40": 48, "A40": 48, "A10G": 24, "L4": 24, "T4": 16}
 """Published memory of a GPU, by Ray's name of it."""
 Aim = Literal["latency", "throughput"]
-"""What layouts are sorted by: the seconds of a single request, or videos a minute."""
+"""What layouts are sorted by: the seconds of a single request, or requests a minute."""
 WORTH = 1.01
 """A split must do this much of the fused throughput to be preferred."""
 
@@ -145,7 +145,8 @@ def _stages_of(profile: Profile) -> Stages:
 def explain(plan: Plan) -> str:
     """Return three lines: the best layout, why it is, and its memory."""
     best, fused = plan.best, plan.fused
-    pace, latency = f"{best.per_minute:.4g} videos a minute", f"{best.latency_s:.2f} s for a single request"
+    made = medium(plan.load.num_frames)
+    pace, latency = f"{best.per_minute:.4g} {made}s a minute", f"{best.latency_s:.2f} s for a single request"
     if fused and best is not fused:
         pace += f", {best.per_minute / fused.per_minute:.2f} of fused"
         latency += f" ({fused.latency_s:.2f} fused)"
@@ -187,7 +188,8 @@ def _why_soonest(plan: Plan) -> str:
     if alone is None:
         return f"only {gangs[0][1].size} GPUs together hold the {plan.stages.denoiser}."
     does = {plan.stages.denoiser: "denoise", plan.stages.decoder: "decode"}
-    together = ", ".join(f"{ranks.size} GPUs {does[stage]} one video together" for stage, ranks in gangs)
+    one = f"one {medium(plan.load.num_frames)} together"
+    together = ", ".join(f"{ranks.size} GPUs {does[stage]} {one}" for stage, ranks in gangs)
     return f"{together}; without a gang it takes {alone.latency_s:.2f} s."
 
 

@@ -61,17 +61,19 @@ class Totals:
     """Requests that wait for a replica, by stage."""
     videos_per_min: float | None
     seconds_left: float | None
+    makes: str = "video"
+    """What comes of a request."""
 
 
 class Board:
     """Takes events from any thread and keeps the latest of each stage of each request."""
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None, makes: str = "video") -> None:
         self.lock = threading.Lock()
         """Also held while returned tracks are read."""
         self.requests: dict[str, dict[str, Track]] = {}
         """By request, then by stage, in the order they began, without finished ones."""
-        self._total = total
+        self._total, self._makes = total, makes
         self._ok: Counter[bool] = Counter()
         self._ended: dict[str, bool] = {}
         self._times: deque[float] = deque(maxlen=PACE_VIDEOS)  # the first event, then videos that finished
@@ -125,7 +127,7 @@ class Board:
         if rate and self._total is not None:
             left = max((self._total - done - failed) / rate - (time.monotonic() - self._times[-1]), 0.0)
         per_min = rate * 60 if rate else None
-        return Totals(done, failed, self._total, len(self.active()), dict(waiting), per_min, left)
+        return Totals(done, failed, self._total, len(self.active()), dict(waiting), per_min, left, self._makes)
 
     def _videos_per_s(self) -> float | None:
         if len(self._times) < 2 or self._times[-1] <= self._times[0]:

@@ -47,16 +47,18 @@ class Display:
 
     `total` is the number of requests, None if that is not known beforehand; `mode` auto means bars on a terminal and
     lines elsewhere; `stream` is standard error by default, so that what a command prints stays clean; `interval_s` is
-    the time between two updates, by default `BARS_INTERVAL_S` or `LINE_INTERVAL_S`.
+    the time between two updates, by default `BARS_INTERVAL_S` or `LINE_INTERVAL_S`; `makes`
+    says what comes of a request: video or image.
     """
 
     def __init__(
-        self, total: int | None, mode: Mode = "auto", stream: TextIO | None = None, interval_s: float | None = None
-    ) -> None:
+        self, total: int | None, mode: Mode = "auto", stream: TextIO | None = None, interval_s: float | None = None,
+        makes: str = "video",
+    ) -> None:  # fmt: skip
         self._stream = stream or sys.stderr
         self._mode = mode if mode != "auto" else _fitting(self._stream)
         self._interval_s = interval_s or (BARS_INTERVAL_S if self._mode == "bars" else LINE_INTERVAL_S)
-        self.board = Board(total)
+        self.board = Board(total, makes)
         """What is displayed."""
         self._changed: dict[str, Track] = {}
         self._ended: list[tuple[str, bool]] = []
@@ -270,7 +272,7 @@ def _attempt(event: Event) -> str:
 def summary(totals: Totals) -> str:
     """Return the progress of all requests, as `3 of 60 videos done, 1 failed, 4.2 a minute, 12 min left`."""
     of = "" if totals.total is None else f" of {totals.total}"
-    parts = [f"{totals.done}{of} videos done"]
+    parts = [f"{totals.done}{of} {totals.makes}s done"]
     if totals.failed:
         parts.append(f"{totals.failed} failed")
     if totals.videos_per_min is not None:

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 from disagg_ray.batch.records import Record
+from disagg_ray.text import human_size, medium
 
 NUM_PREVIEWS = 1000
 """Videos of which a browser may load the first frame, once they are in sight; older browsers load all of these at once.
@@ -50,6 +52,10 @@ POLICY = (
 )
 
 
+PICTURES = (".gif", ".png", ".webp", ".jpg", ".jpeg")
+"""Suffixes of what a browser shows as an image."""
+
+
 @dataclass(frozen=True)
 class Sheet:
     """A table for people; the first column names its rows."""
@@ -57,6 +63,11 @@ class Sheet:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def made_by(records: Iterable[Record]) -> Literal["video", "image"]:
+    """Return what a run made."""
+    return next((medium(record.request.num_frames) for record in records if record.request is not None), "video")
 
 
 def render(
@@ -74,7 +85,7 @@ def render(
         f'<p class="chart">{drawing}</p>',
         f'<p class="about">{escape(LEGEND)}</p>',
         '<div class="sheets">', *map(_sheet, sheets), "</div>", _failed(failed),
-        '<h2>Videos</h2><div class="videos">',
+        f'<h2>{made_by(records).title()}s</h2><div class="videos">',
         *(_card(record, videos, preview=index < NUM_PREVIEWS) for index, record in enumerate(done)),
         "</div></body></html>",
     ]  # fmt: skip
@@ -109,7 +120,7 @@ def _card(record: Record, videos: str, *, preview: bool) -> str:
     about = [record.id]
     if request is not None:
         about += [
-            f"{request.width}x{request.height}", f"{request.num_frames} frames",
+            *human_size(request.width, request.height, request.num_frames).split(", "),
             f"{request.num_inference_steps} steps", f"seed {request.seed}",
         ]  # fmt: skip
     if record.seconds is not None:
@@ -131,6 +142,6 @@ def _video(record: Record, videos: str, *, preview: bool) -> str:
     if suffix == ".mp4":
         load = "metadata" if preview else "none"
         return f'<video class="show" controls loop playsinline loading="lazy" preload="{load}" src="{link}"></video>'
-    if suffix == ".gif":
+    if suffix in PICTURES:
         return f'<img class="show" loading="lazy" alt="" src="{link}">'
     return f'<a class="show" href="{link}">{escape(name)}</a>'

@@ -23,12 +23,12 @@ from disagg_ray.planning.parallel import spell
 from disagg_ray.planning.plan import Plan
 from disagg_ray.planning.profile import Profile
 from disagg_ray.report.drawing import draw
-from disagg_ray.report.page import Sheet, render
+from disagg_ray.report.page import Sheet, made_by, render
 from disagg_ray.report.timeline import PHASES, Timeline, entitle, is_whole, lay_out, shares
 from disagg_ray.report.trace import to_trace
 from disagg_ray.result import Result
 from disagg_ray.service.protocol import Snapshot
-from disagg_ray.text import human_bytes
+from disagg_ray.text import human_bytes, human_size, medium
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -41,7 +41,7 @@ def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools
     """
     request = result.request
     title = (
-        f"request {request.id}: {request.width}x{request.height}, {request.num_frames} frames, "
+        f"request {request.id}: {human_size(request.width, request.height, request.num_frames)}, "
         f"{request.num_inference_steps} steps, seed {request.seed}, {result.seconds:.2f} s"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -75,7 +75,7 @@ def print_profile(profile: Profile) -> None:
         for point in stage.points:
             load = point.load
             table.add_row(
-                name, f"{load.width}x{load.height}x{load.num_frames}", str(load.passes),
+                name, human_size(load.width, load.height, load.num_frames), str(load.passes),
                 f"{point.compute_s:.3f}", f"{point.turn_s:.3f}", f"{point.finish_s:.3f}",
                 human_bytes(stage.weights_bytes),
                 human_bytes(point.work_bytes), human_bytes(point.handoff_bytes), f"{stage.load_s:.1f}",
@@ -86,9 +86,10 @@ def print_profile(profile: Profile) -> None:
 def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
     """Print the best layouts, fused and the best with each kind of gang at any place, and some that do not fit."""
     load = plan.load
-    title = f"{load.width}x{load.height}, {load.num_frames} frames, {load.passes} passes"
+    title = f"{human_size(load.width, load.height, load.num_frames)}, {load.passes} passes"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title=title)
-    for column in ("layout", "videos/min", "of fused", "alone s", "GB of a GPU", "busy", "limited by"):
+    pace = f"{medium(load.num_frames)}s/min"
+    for column in ("layout", pace, "of fused", "alone s", "GB of a GPU", "busy", "limited by"):
         table.add_column(column, justify="left" if column in ("layout", "limited by") else "right")
     if num_requests:
         table.add_column(f"{num_requests} done in s", justify="right")
@@ -193,16 +194,16 @@ def _read(folder: Path) -> list[Record]:
 
 def _notes(records: Sequence[Record], timeline: Timeline) -> list[str]:
     """Return counts, throughput and bottleneck as lines of text."""
-    tally = Tally()
+    tally, made = Tally(), made_by(records)
     for record in records:
         tally.add(record)
     pace = 60 * tally.done / timeline.seconds if timeline.seconds else 0.0
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(timeline.began))
     notes = [
         f"{tally.done} done, {tally.failed} failed, {tally.retried} retried; began {began}, "
-        f"{timeline.seconds:.1f} s{' without pauses' if timeline.pauses else ''}, {pace:.2f} videos a minute"
+        f"{timeline.seconds:.1f} s{' without pauses' if timeline.pauses else ''}, {pace:.2f} {made}s a minute"
     ]
-    return notes + name_bottleneck(tally.shares(timeline.num_replicas, timeline.seconds))
+    return notes + name_bottleneck(tally.shares(timeline.num_replicas, timeline.seconds), made)
 
 
 def _busy(timeline: Timeline) -> Sheet:
