@@ -97,6 +97,16 @@ def test_the_official_client_makes_finds_and_deletes_a_video(openai: OpenAI, mod
     assert video.id not in [each.id for each in openai.videos.list()]
 
 
+def test_defaults_follow_those_of_the_service(http: TestClient, model: str) -> None:
+    def defaults() -> dict[str, Any]:
+        return dict(http.get("/v1/models").json()["data"][0]["defaults"])
+
+    before = defaults()
+    for changed, fps in (["defaults.fps=12"], 12), ([], before["fps"]):
+        assert cli.main(["up", model, "--config", T2V, "fused=true", *changed]) == 0
+        wait_until(lambda fps=fps: defaults() == before | {"fps": fps}, "they stay")
+
+
 def test_pages_follow_a_cursor_either_way(http: TestClient) -> None:
     made = [post(http, SMALL)["id"] for _ in range(3)]
     first = http.get("/v1/videos", params={"limit": 2}).json()

@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,6 +53,16 @@ def refusal(request: Request, config: Any = CONFIG) -> str:
 
 def pixels(path: Path) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in read_frames(path, "video", 10**6)])
+
+
+@pytest.mark.parametrize(("codec", "pixel_format"), [("libx264", "yuv420p10le"), ("png", "rgb48be")])
+def test_a_video_of_more_bits_is_read_as_one_of_eight(
+    clips: dict[str, Path], tmp_path: Path, codec: str, pixel_format: str
+) -> None:
+    deep = tmp_path / "deep.mov"
+    made = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clips["a.mp4"], "-c:v", codec, "-crf", "1"]
+    subprocess.run([*made, "-pix_fmt", pixel_format, deep], check=True)
+    assert np.abs(pixels(deep).astype(int) - pixels(clips["a.mp4"])).mean() < 20
 
 
 def test_every_form_of_a_video_has_its_frames(clips: dict[str, Path]) -> None:

@@ -93,6 +93,7 @@ class Link:
                 return
             try:
                 self.snapshot, self._seen = connection.snapshot(), time.monotonic()
+                self.config = self.snapshot.config  # a rollout changes it
             except DisaggError as error:
                 if self._closing.is_set():
                     return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from disagg_ray.config.schema import Config
@@ -18,18 +18,33 @@ MOST = 99
 
 
 class Pace:
-    """Predicts the seconds of each stage from a request's size."""
+    """Predicts the seconds of each stage from a request's size.
 
-    def __init__(self, config: Config) -> None:
-        self._has_steps = {name: "denoise" in stage.blocks for name, stage in config.stages.items()}
-        self._rates: dict[str, float] = {}
+    A service may be taken down and put up again with other stages: then what was learned is forgotten.
+    """
+
+    def __init__(self, config: Callable[[], Config]) -> None:
+        """Predict for the configuration that is in force at each call."""
+        self._config = config
+        self._learned: dict[str, float] = {}
         """Seconds of a stage for one pixel of one frame, and for one step where it has steps."""
 
+    @property
+    def _has_steps(self) -> dict[str, bool]:
+        return {name: "denoise" in stage.blocks for name, stage in self._config().stages.items()}
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        """What was learned, unless of other stages."""
+        return self._learned if self._learned.keys() == self._config().stages.keys() else {}
+
     def learn(self, job: Job) -> None:
-        for stage, seconds in job.stage_seconds.items():
-            rate = seconds / self._work(stage, job.settings)
-            before = self._rates.get(stage, rate)
-            self._rates[stage] = before + WEIGHT * (rate - before)
+        """Learn from a finished job, unless other stages made it."""
+        if job.stage_seconds.keys() != self._config().stages.keys():
+            return
+        rates = {stage: seconds / self._work(stage, job.settings) for stage, seconds in job.stage_seconds.items()}
+        before = self._rates or rates
+        self._learned = {stage: before[stage] + WEIGHT * (rate - before[stage]) for stage, rate in rates.items()}
 
     def predict(self, job: Job) -> dict[str, float]:
         """Return the seconds of each stage; empty until one job has finished."""
@@ -37,15 +52,14 @@ class Pace:
 
     def shares(self, job: Job) -> dict[str, float]:
         """Return each stage's share of a job's seconds; they sum to 1."""
-        seconds = self.predict(job)
-        if seconds.keys() < self._has_steps.keys():
-            others = len(self._has_steps) - sum(self._has_steps.values())
+        has_steps, seconds = self._has_steps, self.predict(job)
+        if not seconds:
+            others = len(has_steps) - sum(has_steps.values())
             seconds = {
-                stage: DENOISE_SHARE if steps else (1 - DENOISE_SHARE) / others
-                for stage, steps in self._has_steps.items()
+                stage: DENOISE_SHARE if steps else (1 - DENOISE_SHARE) / others for stage, steps in has_steps.items()
             }
         total = sum(seconds.values()) or 1.0
-        return {stage: seconds[stage] / total for stage in self._has_steps}
+        return {stage: seconds[stage] / total for stage in has_steps}
 
     def progress(self, job: Job, stages: Mapping[str, Event]) -> int:
         """Return how far a job is, in per cent, from the latest event of each stage."""

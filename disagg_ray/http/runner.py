@@ -49,7 +49,7 @@ class Runner:
         self, model: str, config: Config, worker: int, store: Store, folder: Folder, expires_after_s: float | None,
         on_first_event: Callable[[float], None],
     ) -> None:  # fmt: skip
-        self.model, self.pace = model, Pace(config)
+        self.model, self.pace = model, Pace(lambda: self.config)
         self._store, self._folder, self._expires_after_s = store, folder, expires_after_s
         self._on_first_event = on_first_event
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
@@ -59,9 +59,9 @@ class Runner:
         self._tries: Counter[str] = Counter()
         self._closing = threading.Event()
         self._writers = ThreadPoolExecutor(NUM_WRITERS, f"disagg_ray-write-{model}")
+        self.link = Link(model, config, worker, self._on_event, self._closing)
         if (last := store.last_completed(model)) is not None:
             self.pace.learn(last)
-        self.link = Link(model, config, worker, self._on_event, self._closing)
         self._thread = threading.Thread(target=self._submit_all, daemon=True)
         self._thread.start()
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from disagg_ray.config.deployment import ServiceConfig
+from disagg_ray.config.rules import kinds, real, whole
 from disagg_ray.config.schema import Config
+from disagg_ray.config.typed import MUST
 from disagg_ray.errors import ConfigError
 from disagg_ray.media import storage
 from disagg_ray.media.output import is_url, local_path
@@ -70,12 +72,25 @@ def override(config: Config, given: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: there is no such key, a value is impossible, or a path is relative: it would be in Serve's folder.
     """
+    taken = {}
     for key, value in given.items():
         if key not in KEYS:
             raise ConfigError(f"args.{key}: unknown; there are connect, {', '.join(KEYS)}{did_you_mean(key, KEYS)}")
-        if key in ("folder", "api_keys") and not (is_url(value) or local_path(value).is_absolute()):
+        taken[key] = path = _take(key, value)
+        if key in ("folder", "api_keys") and path is not None and not (is_url(path) or local_path(path).is_absolute()):
             raise ConfigError(f"invalid args.{key}={shown(value)}: must be an absolute path")
-    return replace(config, service=replace(config.service, **given))
+    return replace(config, service=replace(config.service, **taken))
+
+
+def _take(key: str, value: Any) -> Any:
+    """Return a value as one of the key's type."""
+    kind = kinds(ServiceConfig)[key]
+    text = value if isinstance(value, str) else None
+    taken = text if kind.type is str else whole(value) if kind.type is int else real(value)
+    if taken is None and not (value is None and kind.optional):
+        null = " or null" if kind.optional else ""
+        raise ConfigError(f"invalid args.{key}={shown(value)}: {MUST[kind.type].partition(';')[0]}{null}")
+    return taken
 
 
 def parse_value(key: str, text: str) -> str | int | float | None:

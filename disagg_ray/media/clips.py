@@ -129,7 +129,8 @@ def _decode_mp4(path: Path, field: str, max_pixels: int) -> Iterator[Image.Image
     shown = repr(str(path))
     command = [
         "-v", "error", "-xerror", "-max_pixels", str(max_pixels), "-protocol_whitelist", "file", "-f", "mov",
-        "-i", "-", "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "pipe:1",
+        "-i", "-", "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm",
+        "-pix_fmt", "rgb24", "pipe:1",  # of more bits ffmpeg would make ppm of 16
     ]  # fmt: skip
     with path.open("rb") as file, open(os.memfd_create("words"), "w+b") as words:  # noqa: PTH123 - it has no path
         command[command.index("-i") + 1] = f"file:/proc/self/fd/{file.fileno()}"
