@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks import denoiser, http, parallel, plan, rows, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks import denoiser, parallel, plan, rows, scheduler, service, soak, stage, tables, tiles, transfer
 from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
 from benchmarks.ways import Options
@@ -225,9 +225,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def measure_http(arguments: Sequence[str]) -> None:
+    from benchmarks import http  # needs Ray Serve, which the others do without
+
+    http.main(arguments)
+
+
 def main() -> None:
     commands = {
-        "stage": stage.main, "service": service.main, "http": http.main, "denoiser": denoiser.main,
+        "stage": stage.main, "service": service.main, "http": measure_http, "denoiser": denoiser.main,
         "parallel": parallel.main, "decode_rows": rows.main,
     }  # fmt: skip
     if sys.argv[1:2] and sys.argv[1] in commands:

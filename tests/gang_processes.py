@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import make_image
@@ -30,7 +31,6 @@ from disagg_ray.request import Request, ResolvedRequest, resolve
 
 CONF = Path(__file__).parent.parent / "conf"
 TIMEOUT_S = 400.0
-MOST_RANKS = 4
 
 Run = Callable[..., list[Any]]
 
@@ -41,29 +41,23 @@ def gangs(device: str = "cpu") -> Iterator[Run]:
 
     For a `ParallelConfig` of one rank, `ranks` is None.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     with ExitStack() as stack:
 
-        def start(size: int) -> Any:
-            context = mp.get_context("spawn")
-            return stack.enter_context(context.Pool(size, _take_gpu, (context.Value("i", 0),)))
-
-        start = cache(start)
+        @cache
+        def start(rank: int) -> Any:
+            """Start a process that sees one GPU only, from its first import on."""
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible[rank] if rank < len(visible) else "")
+                return stack.enter_context(mp.get_context("spawn").Pool(1))
 
         def run(work: Callable[..., Any], parallel: ParallelConfig, *args: Any) -> list[Any]:
             address = f"127.0.0.1:{free_port()}"
-            pool = start(2 if parallel.size <= 2 else MOST_RANKS)
             calls = [(work, rank, address, parallel, device, args) for rank in range(parallel.size)]
-            jobs = [pool.apply_async(_join_and, call) for call in calls]
+            jobs = [start(rank).apply_async(_join_and, call) for rank, call in enumerate(calls)]
             return [job.get(timeout=TIMEOUT_S) for job in jobs]
 
         yield run
-
-
-def _take_gpu(taken: Any) -> None:
-    """Let this process see one GPU that no other one of its pool sees."""
-    with taken.get_lock():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(taken.value)
-        taken.value += 1
 
 
 def _join_and(
