@@ -22,7 +22,7 @@ def preset_stages(config: Config) -> dict[str, dict[str, Any]]:
     for name, stage in config.stages.items():
         on_gpu = any(group.torch_device == "cuda" for group in stage.replica_groups.values())
         keys = {"fast": _fast(stage, size), "smallest": _smallest(stage)}.get(config.speed, {}) if on_gpu else {}
-        for key in FAMILIES[config.model.family].without:
+        for key in FAMILIES[config.model.family].lacks:
             _leave_out(keys, key.removeprefix("stages.").split("."))
         if keys:
             presets[name] = keys

@@ -143,9 +143,9 @@ def token_rules(
 def family_rules(config: Config) -> Iterator[Check]:
     """Yield that keys which the family's models do not have are left out."""
     family, task = FAMILIES[config.model.family], config.model.traits
-    for key in family.without + task.without:
+    for key in family.lacks + task.without:
         section, _, rest = key.partition(".")
-        others = ", ".join(name for name, other in FAMILIES.items() if key not in other.without)
+        others = ", ".join(name for name, other in FAMILIES.items() if key not in other.lacks)
         remedy = f"must be left out: models of model.family={family.name} do not have it; those of {others} do"
         if key in task.without:
             able = ", ".join(name for name, other in family.tasks.items() if key not in other.without)

@@ -19,6 +19,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+OF_TWO = ("model.boundary_ratio", "defaults.guidance_scale_2")
+"""Keys of a configuration that only models with two transformers have."""
+OF_SOUND = ("defaults.audio_guidance_scale",)
+"""Those that only models of video with sound have."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -44,6 +49,17 @@ class Component:
         if self.config != "config.json":
             return None
         return "diffusion_pytorch_model" if self.library == "diffusers" else "model"
+
+
+def tokenizer(name: str) -> Component:
+    """Return a tokenizer, of whichever class an index names for it."""
+    classes = (name, f"{name}Fast", "PreTrainedTokenizerFast", "TokenizersBackend")
+    return Component("transformers", classes, "tokenizer_config.json")
+
+
+def euler_scheduler(values: type) -> Component:
+    """Return the scheduler of Euler steps of flow matching, whose configuration is of `values`."""
+    return Component("diffusers", ("FlowMatchEulerDiscreteScheduler",), "scheduler_config.json", values)
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,15 @@ class Family:
     shifts_by_size: bool = False
     """Whether its scheduler's shift follows from the size of what is made (`use_dynamic_shifting`)."""
     without: tuple[str, ...] = ()
-    """Keys of a configuration that its models do not have; those of any stage begin with `stages`."""
+    """Keys of a configuration that its models do not have, beside `OF_TWO` and `OF_SOUND`; those of any stage begin
+    with `stages`."""
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """All keys of a configuration that its models do not have."""
+        of_two = () if "transformer_2" in self.components else OF_TWO
+        of_sound = () if any(task.sound_rate for task in self.tasks.values()) else OF_SOUND
+        return self.without + of_two + of_sound
 
     def part(self, name: str) -> Any:
         """Import a module of the family's folder."""

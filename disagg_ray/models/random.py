@@ -6,12 +6,15 @@ import json
 import math
 import shutil
 import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from disagg_ray.models.families import find_shape
 
@@ -61,6 +64,20 @@ def draw(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
     for name, buffer in module.named_buffers():
         if name in saved:
             buffer.normal_(1.0, 0.1, generator=generator)  # statistics of latents
+
+
+def arguments(config: Any) -> dict[str, Any]:
+    """Return a component's keyword arguments; its constructor wants lists for sequences, as JSON gives them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def byte_tokenizer(first: Sequence[str] = ()) -> Tokenizer:
+    """Return a tokenizer of one token a byte, after the `first` ones."""
+    tokens = [*first, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def floating_dtype(name: str) -> torch.dtype:

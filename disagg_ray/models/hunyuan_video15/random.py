@@ -7,11 +7,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers
 
 from disagg_ray.models.hunyuan_video15.component_configs import TextEncoderConfig
 from disagg_ray.models.hunyuan_video15.shapes import Shape
 from disagg_ray.models.hunyuan_video15.text import BEFORE, NUM_DROPPED, SYSTEM
+from disagg_ray.models.random import arguments, byte_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Tokens 256 to 258."""
@@ -28,8 +29,8 @@ def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
         return {
             "text_encoder": transformers.Qwen2_5_VLTextModel(_text_encoder_config(shape.text_encoder)),
             "text_encoder_2": transformers.T5EncoderModel(transformers.T5Config(**asdict(shape.text_encoder_2))),
-            "vae": diffusers.AutoencoderKLHunyuanVideo15(**_arguments(shape.vae)),
-            "transformer": diffusers.HunyuanVideo15Transformer3DModel(**_arguments(shape.transformer)),
+            "vae": diffusers.AutoencoderKLHunyuanVideo15(**arguments(shape.vae)),
+            "transformer": diffusers.HunyuanVideo15Transformer3DModel(**arguments(shape.transformer)),
         }
 
 
@@ -38,18 +39,15 @@ def build_others(shape: Shape) -> dict[str, Any]:
     return {
         "tokenizer": make_tokenizer(),
         "tokenizer_2": transformers.ByT5Tokenizer(),
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**_arguments(shape.scheduler)),
-        "guider": diffusers.ClassifierFreeGuidance(**_arguments(shape.guider)),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**arguments(shape.scheduler)),
+        "guider": diffusers.ClassifierFreeGuidance(**arguments(shape.guider)),
     }
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer as Qwen2's in all but its vocabulary: one token a byte, and as many before a prompt as it makes."""
-    alphabet = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer = byte_tokenizer()
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     rest = len(BEFORE) - len(SYSTEM) - sum(BEFORE.count(mark) * (len(mark) - 1) for mark in SPECIAL)
     length = len(SYSTEM) // (NUM_DROPPED - rest)  # of all but the first piece: none of them begins another
@@ -70,8 +68,3 @@ def _text_encoder_config(config: TextEncoderConfig) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     kind = transformers.Qwen2_5_VLTextModel.config_class
     return kind(**asdict(config), rope_parameters=rope, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None)
-
-
-def _arguments(config: Any) -> dict[str, Any]:
-    """Keyword arguments of the component; its constructor wants lists for sequences, as JSON gives them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

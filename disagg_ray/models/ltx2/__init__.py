@@ -1,6 +1,6 @@
 """LTX-2: video with sound, of a text, and of a first frame where a request gives one."""
 
-from disagg_ray.models.family import Component, Family, Task
+from disagg_ray.models.family import Component, Family, Task, euler_scheduler, tokenizer
 from disagg_ray.models.ltx2.component_configs import (
     AudioVaeConfig,
     ConnectorsConfig,
@@ -9,8 +9,6 @@ from disagg_ray.models.ltx2.component_configs import (
     VaeConfig,
     VocoderConfig,
 )
-
-_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 FAMILY = Family(
     name="ltx2",
@@ -29,7 +27,7 @@ FAMILY = Family(
     },
     pipelines=("LTX2Pipeline", "LTX2ImageToVideoPipeline"),
     components={
-        "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
+        "tokenizer": tokenizer("GemmaTokenizer"),
         "text_encoder": Component("transformers", ("Gemma3ForConditionalGeneration",)),
         "connectors": Component(
             "diffusers", ("LTX2TextConnectors",), values=ConnectorsConfig, module="ltx2", dtype_of="text_encoder"
@@ -37,14 +35,12 @@ FAMILY = Family(
         "vae": Component("diffusers", ("AutoencoderKLLTX2Video",), values=VaeConfig),
         "audio_vae": Component("diffusers", ("AutoencoderKLLTX2Audio",), values=AudioVaeConfig, dtype_of="vae"),
         "vocoder": Component("diffusers", ("LTX2Vocoder",), values=VocoderConfig, module="ltx2", dtype_of="vae"),
-        "scheduler": Component(
-            "diffusers", ("FlowMatchEulerDiscreteScheduler",), "scheduler_config.json", SchedulerConfig
-        ),
+        "scheduler": euler_scheduler(SchedulerConfig),
         "transformer": Component("diffusers", ("LTX2VideoTransformer3DModel",), values=TransformerConfig),
     },
     shifts_by_size=True,
     without=(
-        "model.flow_shift", "model.scheduler", "model.boundary_ratio", "defaults.guidance_scale_2", "stages.parallel",
+        "model.flow_shift", "model.scheduler", "stages.parallel",
         "stages.offload", "stages.denoiser.attention", "stages.denoiser.compile", "stages.denoiser.fuse",
         "stages.denoiser.loras", "stages.denoiser.quantization", "stages.vae.compile", "stages.vae.channels_last",
         "stages.vae.tile_pixels",

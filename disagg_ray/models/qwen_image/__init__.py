@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from disagg_ray.models.family import Component, Family, Task
+from disagg_ray.models.family import Component, Family, Task, euler_scheduler, tokenizer
 from disagg_ray.models.qwen_image.component_configs import (
     ProcessorConfig,
     SchedulerConfig,
@@ -13,7 +13,6 @@ from disagg_ray.models.qwen_image.component_configs import (
 _EDIT = Task(
     images=("image",), frames_step=None, least_steps=2, step_caches=(), rounds_to=32, max_aspect=100, text="edit_text"
 )
-_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 FAMILY = Family(
     name="qwen_image",
@@ -31,21 +30,18 @@ FAMILY = Family(
     },
     pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     components={
-        "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
+        "tokenizer": tokenizer("Qwen2Tokenizer"),
         "text_encoder": Component("transformers", ("Qwen2_5_VLForConditionalGeneration",)),
         "processor": Component(
             "transformers", ("Qwen2VLProcessor",), "preprocessor_config.json", ProcessorConfig, "AutoImageProcessor"
         ),
         "vae": Component("diffusers", ("AutoencoderKLQwenImage",), values=VaeConfig),
-        "scheduler": Component(
-            "diffusers", ("FlowMatchEulerDiscreteScheduler",), "scheduler_config.json", SchedulerConfig
-        ),
+        "scheduler": euler_scheduler(SchedulerConfig),
         "transformer": Component("diffusers", ("QwenImageTransformer2DModel",), values=TransformerConfig),
     },
     shifts_by_size=True,
     without=(
-        "model.flow_shift", "model.scheduler", "model.boundary_ratio", "defaults.guidance_scale_2",
-        "defaults.audio_guidance_scale", "stages.parallel",
-        "stages.denoiser.fuse", "stages.denoiser.loras", "stages.vae.compile",
+        "model.flow_shift", "model.scheduler", "stages.parallel", "stages.denoiser.fuse", "stages.denoiser.loras",
+        "stages.vae.compile",
     ),
 )  # fmt: skip

@@ -6,10 +6,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 
 from disagg_ray.models.qwen_image.edit_text import RESERVED
 from disagg_ray.models.qwen_image.shapes import Shape
+from disagg_ray.models.random import arguments, byte_tokenizer
 
 PIXELS = {"shortest_edge": 3136, "longest_edge": 12544}
 """The least and the most that the text encoder sees of an image, few for a small machine."""
@@ -22,14 +23,14 @@ def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
     with torch.device("meta"):
         return {
             "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(_text_encoder_config(shape)),
-            "vae": diffusers.AutoencoderKLQwenImage(**_arguments(shape.vae)),
-            "transformer": diffusers.QwenImageTransformer2DModel(**_arguments(shape.transformer)),
+            "vae": diffusers.AutoencoderKLQwenImage(**arguments(shape.vae)),
+            "transformer": diffusers.QwenImageTransformer2DModel(**arguments(shape.transformer)),
         }
 
 
 def build_others(shape: Shape) -> dict[str, Any]:
     """Every component without weights, by its name in the pipeline."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**_arguments(shape.scheduler))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**arguments(shape.scheduler))
     others = {"tokenizer": make_tokenizer(), "scheduler": scheduler}
     if shape.processor is not None:
         others["processor"] = transformers.Qwen2VLImageProcessorPil(size=PIXELS, **asdict(shape.processor))
@@ -38,11 +39,8 @@ def build_others(shape: Shape) -> dict[str, Any]:
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer as Qwen2's in all but its vocabulary: one token a byte, and what marks the turns of a chat."""
-    alphabet = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer = byte_tokenizer()
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -53,7 +51,7 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def _text_encoder_config(shape: Shape) -> transformers.Qwen2_5_VLConfig:
-    given = _arguments(shape.text_encoder)
+    given = arguments(shape.text_encoder)
     vision = {key.removeprefix("vision_"): given.pop(key) for key in list(given) if key.startswith("vision_")}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": given.pop("mrope_section")}
     marks = zip(("image", "video", "vision_start", "vision_end"), given.pop("mark_tokens"), strict=True)
@@ -62,8 +60,3 @@ def _text_encoder_config(shape: Shape) -> transformers.Qwen2_5_VLConfig:
         vision_config={**vision, "out_hidden_size": shape.text_encoder.hidden_size},
         **{f"{name}_token_id": token for name, token in marks},
     )
-
-
-def _arguments(config: Any) -> dict[str, Any]:
-    """Keyword arguments of the component; its constructor wants lists for sequences, as JSON gives them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

@@ -3,7 +3,7 @@ frame, or of a text, a control video and reference images."""
 
 from dataclasses import replace
 
-from disagg_ray.models.family import Component, Family, Task
+from disagg_ray.models.family import Component, Family, Task, tokenizer
 from disagg_ray.models.wan.component_configs import (
     ImageEncoderConfig,
     SchedulerConfig,
@@ -15,7 +15,6 @@ from disagg_ray.models.wan.component_configs import (
 _TRANSFORMER = Component(
     "diffusers", ("WanTransformer3DModel", "WanVACETransformer3DModel"), values=VaceTransformerConfig
 )
-_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 _IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 
@@ -41,7 +40,7 @@ FAMILY = Family(
     },
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline"),
     components={
-        "tokenizer": Component("transformers", _TOKENIZERS, "tokenizer_config.json"),
+        "tokenizer": tokenizer("T5Tokenizer"),
         "text_encoder": Component("transformers", ("UMT5EncoderModel",), values=TextEncoderConfig),
         "image_processor": Component("transformers", _IMAGE_PROCESSORS, "preprocessor_config.json"),
         "image_encoder": Component("transformers", _IMAGE_ENCODERS, values=ImageEncoderConfig),
@@ -50,5 +49,4 @@ FAMILY = Family(
         "transformer": _TRANSFORMER,
         "transformer_2": replace(_TRANSFORMER, dtype_of="transformer"),
     },
-    without=("defaults.audio_guidance_scale",),
 )

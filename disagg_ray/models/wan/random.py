@@ -1,6 +1,5 @@
 """Builds the components of Wan's shapes, without weights or of random ones."""
 
-from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -8,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from disagg_ray.models.random import draw, floating_dtype
+from disagg_ray.models.random import arguments, draw, floating_dtype
 from disagg_ray.models.wan.component_configs import (
     ImageEncoderConfig,
     SchedulerConfig,
@@ -96,11 +95,11 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def _transformers_model(model: str, configuration: str, config: ComponentConfig | None) -> Any:
     if config is None:
         return None
-    return getattr(transformers, model)(getattr(transformers, configuration)(**_arguments(config)))
+    return getattr(transformers, model)(getattr(transformers, configuration)(**arguments(config)))
 
 
 def _diffusers_component(component: str, config: ComponentConfig | None) -> Any:
-    return None if config is None else getattr(diffusers, component)(**_arguments(config))
+    return None if config is None else getattr(diffusers, component)(**arguments(config))
 
 
 def _transformer(config: TransformerConfig | None) -> Any:
@@ -111,8 +110,3 @@ def _transformer(config: TransformerConfig | None) -> Any:
 def _image_processor(config: ImageEncoderConfig) -> Any:
     side = config.image_size
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-
-
-def _arguments(config: ComponentConfig) -> dict[str, Any]:
-    """Keyword arguments of the component; its constructor wants lists for sequences, as JSON gives them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
