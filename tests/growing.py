@@ -77,7 +77,7 @@ def growing_cluster(folder: Path, head_cpus: int = 2) -> Iterator[str]:
         finally:
             processes = psutil.Process(head.pid).children(recursive=True)
             head.terminate()
-            head.wait(30)
+            head.wait(90)
             for process in processes:  # the nodes that the autoscaler started
                 if process.is_running():
                     process.kill()

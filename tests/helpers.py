@@ -2,20 +2,24 @@
 
 import json
 import os
+import random
+import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import imageio_ffmpeg
+import psutil
 
 from disagg_ray import Pipeline
 from disagg_ray.config.schema import Config
@@ -58,6 +62,35 @@ def wait_until_empty(pipeline: Pipeline | Connection, timeout_s: float) -> None:
     while used := bytes_in_use(pipeline):
         assert time.monotonic() < deadline, f"slots leaked: {used}"
         time.sleep(0.05)
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Have processes stand still."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it was replaced
+                os.kill(pid, signal.SIGCONT)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Return whether a process has not ended, be it that nobody has asked how."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def shared_memory_left() -> set[Path]:
+    """Return the files of shared memory that no process maps: those of processes that are gone."""
+    used = set[str]()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended
+            used.update(re.findall(r"/dev/shm/\S+", maps.read_text()))
+    return {path for path in Path("/dev/shm").iterdir() if str(path) not in used}
 
 
 def connect_stages(config: Config) -> dict[str, Stage]:
@@ -139,10 +172,13 @@ def refusal(address: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, and that the system gives to nobody before it is used."""
+    return next(port for port in in_any_order(range(30_000, 32_768)) if is_free(port))
+
+
+def in_any_order(ports: range) -> list[int]:
+    """Return ports so that two processes that look for a free one at once find different ones."""
+    return random.SystemRandom().sample(ports, len(ports))
 
 
 def is_free(port: int) -> bool:
@@ -158,7 +194,7 @@ def is_free(port: int) -> bool:
 
 def free_ports(count: int) -> str:
     """Return a range of ports that nobody listens on."""
-    for first in range(21000, 30000, count):
+    for first in in_any_order(range(20_000, 30_000 - count, count)):
         with ExitStack() as stack:
             try:
                 for port in range(first, first + count):

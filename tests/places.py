@@ -32,7 +32,7 @@ SHARED = (
     f"stages.transformer={{num_gpus: 1, device: cpu, groups: {GROUPS}}}",
 )  # fmt: skip
 APART = ("stages.encoder.label_selector={zone: b}", "stages.decoder.resources={disk: 1}")
-DEADLINE_S = 90.0
+DEADLINE_S = 180.0
 
 
 def disagg_ray(*arguments: str, status: int = 0) -> str:
@@ -77,7 +77,7 @@ def drain_while_one_runs(name: str) -> None:
     with connect(name) as connection:
         running = connection.submit(Request(prompt="a cat", num_frames=17, num_inference_steps=20))
         disagg_ray("down", name, "--drain")
-        assert running.result(60).data
+        assert running.result(DEADLINE_S).data
     check_nothing_left(name)
 
 

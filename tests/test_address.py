@@ -90,18 +90,21 @@ def test_a_plain_head_with_a_token_is_found_and_a_token_that_is_missing_is_named
     home = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(tmp_path)}
     with ray_folder() as folder:
         options = ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}", "--num-cpus=1"]
+        options += [f"--dashboard-agent-listen-port={free_port()}"]  # the session's own Ray has the default one
         command = [RAY, "start", "--head", f"--port={address.rpartition(':')[2]}", *options, "--block"]
         with subprocess.Popen(command, env=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
             try:
-                wait_until(lambda: "token" in refusal(address), "the head did not come up", timeout_s=60)
-                joined = partial(subprocess.run, check=False, stderr=subprocess.PIPE, text=True, timeout=60)
-                assert joined([*JOIN, address], env=home).returncode == 0
+                wait_until(lambda: "token" in refusal(address), "the head did not come up", timeout_s=120)
+                joined = partial(subprocess.run, check=False, stderr=subprocess.PIPE, text=True, timeout=120)
+                wait_until(
+                    lambda: joined([*JOIN, address], env=home).returncode == 0, "its own node is not joined", 120
+                )  # a busy machine's node is there long after its head answers
                 for without in ({"HOME": str(folder)}, OTHER):
                     told = joined([*JOIN, address], env=home | without).stderr
                     assert "requires another token, or any; export RAY_AUTH_MODE=token" in told
             finally:
                 head.terminate()
-                head.wait(30)
+                head.wait(90)
 
 
 @pytest.mark.proof

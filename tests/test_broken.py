@@ -19,7 +19,7 @@ from faulty import Faults
 
 from disagg_ray import LocalPipeline, Pipeline, Request, Result, StageError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 T2V = "conf/tiny_t2v.yaml"
 SURE = 200.0

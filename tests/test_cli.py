@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import helpers
 import imageio.v3 as iio
 import numpy as np
 import psutil
@@ -24,6 +24,7 @@ from disagg_ray.config.docs import field_docs, to_markdown
 T2V = "conf/tiny_t2v.yaml"
 COMMAND = [sys.executable, "-m", "disagg_ray.cli"]
 SMALL = ["--num-frames", "9", "--num-inference-steps", "4"]
+SURE_S = 180.0
 NO_CLUSTER = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
@@ -289,7 +290,7 @@ def test_a_cluster_that_is_dead_is_named_before_ray_retries_for_minutes(tmp_path
 def test_a_signal_leaves_no_process_and_no_shared_memory(
     sent: signal.Signals, moments: tuple[str, ...], status: int, tmp_path: Path
 ) -> None:
-    shared_before = set(Path("/dev/shm").iterdir())
+    shared_before = helpers.shared_memory_left()
     output = tmp_path / "out.mp4"
     arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(output)]
     arguments += ["--num-inference-steps", "100", "--height", "256", "--width", "256", "--num-frames", "33"]
@@ -302,16 +303,13 @@ def test_a_signal_leaves_no_process_and_no_shared_memory(
         assert len(started) > 3, log
         child.send_signal(sent)
         with suppress(subprocess.TimeoutExpired):
-            child.wait(60)
+            child.wait(SURE_S)
         child.send_signal(signal.SIGABRT)  # if it hangs, it says where
         assert child.wait(60) == status, (log, child.stderr.read())
     finally:
         child.kill()
-    deadline = time.monotonic() + 60
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in started):
-        assert time.monotonic() < deadline, [process for process in started if process.is_running()]
-        time.sleep(0.1)
-    assert set(Path("/dev/shm").iterdir()) <= shared_before
+    helpers.wait_until(lambda: not any(map(helpers.lives, started)), "processes are left", SURE_S)
+    helpers.wait_until(lambda: helpers.shared_memory_left() <= shared_before, "shared memory is left", SURE_S)
     assert not output.exists()
 
 

@@ -15,7 +15,7 @@ from test_gang_faults import SURE, gang, lives, living_bundles, wait_until
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.proof
 
 T2V = Path(__file__).parent.parent / "conf/tiny_t2v.yaml"
 ROWS = ("stages.decoder.parallel.rows=2", "stages.decoder.num_threads=1")

@@ -19,7 +19,7 @@ from ray.util import placement_group_table
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request
 from disagg_ray.replica.messages import ReplicaInfo
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.proof
 
 T2V = Path(__file__).parent.parent / "conf/tiny_t2v.yaml"
 T = "stages.transformer"

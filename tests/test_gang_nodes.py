@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_standing_places import run
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.proof
 
 
 def test_a_gang_that_loses_a_node_ends_and_its_request_goes_on(tmp_path: Path) -> None:

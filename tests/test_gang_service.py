@@ -20,14 +20,14 @@ from test_lora import TO_Q, factors
 from disagg_ray import LocalPipeline, Request, cli, connect
 from disagg_ray.driver.names import find_replicas, services
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.proof
 
 CONF = Path(__file__).parent.parent / "conf"
 T = "stages.transformer"
 ONE_THREAD = f"{T}.num_threads=1"
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 3, "seed": 5, "format": "npy"}
 
-wait_until = partial(helpers.wait_until, timeout_s=120.0)
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
 
 
 @pytest.mark.parametrize(

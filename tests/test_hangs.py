@@ -27,7 +27,7 @@ from disagg_ray.replica.messages import Spec
 pytestmark = pytest.mark.slow
 
 T2V = "conf/tiny_t2v.yaml"
-SURE = 120.0
+SURE = 180.0
 wait_until = partial(helpers.wait_until, timeout_s=SURE)
 
 

@@ -24,7 +24,7 @@ FILMS, SCENES = "films", "scenes"
 CONFIGS = {FILMS: "conf/tiny_t2v.yaml", SCENES: "conf/tiny_i2v.yaml"}
 SMALL: dict[str, Any] = {"prompt": "a red circle moves left", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
-wait_until = partial(helpers.wait_until, timeout_s=120.0)
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
 
 
 def put_up(name: str) -> None:

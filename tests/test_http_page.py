@@ -19,7 +19,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 pytestmark = pytest.mark.proof
 T2V, FLF = "conf/tiny_t2v.yaml", "conf/tiny_flf2v.yaml"
-SURE_MS = 90_000
+SURE_MS = 180_000
+expect.set_options(timeout=SURE_MS)
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def browsing(place: str) -> Iterator[Page]:
     if chromium is None:
         pytest.skip("no Chromium: apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=SURE_MS)
         opened = browser.new_page(viewport={"width": 1280, "height": 900})
         opened.set_default_timeout(SURE_MS)
         problems: list[str] = []
@@ -83,11 +84,11 @@ def test_a_prompt_becomes_a_video_that_plays_to_its_end(page: Page) -> None:
     generate(page, "a red circle moves left on a white background", 60)
     card = page.locator(".card").first
     bar = card.locator(".stage", has_text="transformer").locator("progress")
-    expect(bar).to_be_visible(timeout=SURE_MS)
+    expect(bar).to_be_visible()
     before = bar.evaluate("bar => bar.value")
     page.wait_for_function("before => document.querySelector('.stage.running progress')?.value > before", arg=before)
     shoot(page, "running")
-    expect(card.locator("video")).to_be_visible(timeout=SURE_MS)
+    expect(card.locator("video")).to_be_visible()
     ended = """video => new Promise(resolve => {
         video.loop = false; video.muted = true; video.onended = () => resolve(video.currentTime); video.play(); })"""
     assert card.locator("video").evaluate(ended) > 1
@@ -114,16 +115,16 @@ def test_of_many_jobs_one_waits_for_the_others_and_is_cancelled_and_deleted(page
     card, before = cards.first, cards.count()
     for number in range(before, before + 8):
         generate(page, "a green square moves up on a black background", 100)
-        expect(cards).to_have_count(number + 1, timeout=SURE_MS)
-    expect(card.locator(".note")).to_contain_text("before it", timeout=SURE_MS)
+        expect(cards).to_have_count(number + 1)
+    expect(card.locator(".note")).to_contain_text("before it")
     card.get_by_role("button", name="Cancel").click()
-    expect(card).to_have_class("card cancelled", timeout=SURE_MS)
+    expect(card).to_have_class("card cancelled")
     card.get_by_role("button", name="Delete").press("Enter")
     expect(cards).to_have_count(before + 7)
     assert page.evaluate("document.activeElement !== document.body")  # the keyboard goes on from there
     assert 0 < most[0] <= 3  # a browser opens six connections to one host
     page.evaluate("document.querySelectorAll('.cancel:not([hidden])').forEach(button => button.click())")
-    expect(page.locator(".card.queued, .card.in_progress, .card.cancelling")).to_have_count(0, timeout=SURE_MS)
+    expect(page.locator(".card.queued, .card.in_progress, .card.cancelling")).to_have_count(0)
 
 
 def test_an_error_is_read_and_the_page_fits_a_phone_in_the_dark(page: Page) -> None:
@@ -181,7 +182,7 @@ def test_the_keyboard_alone_makes_a_video_and_deletes_it(page: Page) -> None:
     page.keyboard.press("Enter")
     card = page.locator(".card").first
     expect(card.locator(".prompt")).to_have_text("a blue triangle")
-    expect(card.locator("video")).to_be_visible(timeout=SURE_MS)
+    expect(card.locator("video")).to_be_visible()
     tab_to(page, "Again with this")
     shoot(page, "keyboard")
     tab_to(page, "Delete")
@@ -224,6 +225,6 @@ def test_an_image_is_chosen_another_dropped_and_a_file_that_is_none_named(
         page.set_viewport_size({"width": 375, "height": 800})
         shoot(page, "images")
         generate(page, "it turns", 2)
-        expect(page.locator(".card").first.locator("video")).to_be_visible(timeout=SURE_MS)
+        expect(page.locator(".card").first.locator("video")).to_be_visible()
         (made,) = page.evaluate("fetch('/v1/videos').then(answer => answer.json()).then(list => list.data)")
         assert (made["images"], made["settings"]["seed"]) == (["image", "last_image"], 7)

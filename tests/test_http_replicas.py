@@ -26,7 +26,7 @@ MODEL, T2V = "pair", "conf/tiny_t2v.yaml"
 SMALL: dict[str, Any] = {"prompt": "a red circle moves left", "num_frames": 5, "num_inference_steps": 4, "seed": 3}
 LONG = SMALL | {"num_frames": 33, "num_inference_steps": 100, "size": "128x128"}
 
-wait_until = partial(helpers.wait_until, timeout_s=120.0)
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

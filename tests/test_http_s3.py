@@ -25,7 +25,7 @@ MODEL, T2V = "stored", "conf/tiny_t2v.yaml"
 PLACE = "s3://films/all"
 SMALL: dict[str, Any] = {"prompt": "a red circle moves left", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
-wait_until = partial(helpers.wait_until, timeout_s=120.0)
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import http_load
 import pytest
 from http_load import DEADLINE_S, SETTINGS, Client, Results
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.proof
 
 NUM_STUCK = 50
 """More than the forty threads that the routes of a process share."""

@@ -32,7 +32,7 @@ OWN = ("model.max_sequence_length=64", "limits.max_pixels=9216", "limits.max_fra
 CONFIG = load_config(VACE, *OWN)
 SMALL: dict[str, Any] = {"prompt": "a boat", "num_inference_steps": 2, "seed": 3, "conditioning_scale": 0.5}
 
-wait_until = partial(helpers.wait_until, timeout_s=120.0)
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
 
 
 def png(image: Image.Image) -> bytes:

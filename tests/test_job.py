@@ -22,7 +22,7 @@ def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
 
 def submit(client: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "jobs/submit.sh", "conf/tiny_t2v.yaml", "a red circle", *arguments]
-    return subprocess.run(command, env=client, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, env=client, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_job_writes_the_video_and_its_log_says_so(job_environment: dict[str, str], tmp_path: Path) -> None:

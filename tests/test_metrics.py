@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import helpers
 import pytest
 import yaml
 
@@ -61,8 +61,7 @@ def bounded(alert: dict[str, str]) -> str:
 
 
 def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return "{}:{}".format(*server.getsockname())
+    return f"{helpers.HOST}:{helpers.free_port()}"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from helpers import ray_folder
 
 from disagg_ray import LocalPipeline, Request
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.proof
 
 SCRIPT = str(Path(__file__).with_name("netns.sh"))
 RAY = str(Path(sys.executable).with_name("ray"))

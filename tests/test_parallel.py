@@ -17,8 +17,6 @@ from disagg_ray.errors import DisaggError
 from disagg_ray.models.parallel.ranks import Ranks, layout_of
 from disagg_ray.models.wan.shapes import get_shape
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def run_ranks() -> Iterator[Run]:

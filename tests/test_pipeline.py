@@ -40,6 +40,8 @@ pytestmark = pytest.mark.slow
 
 T2V = "conf/tiny_t2v.yaml"
 PROMPT = "a red circle moving left"
+SURE = 180.0
+"""Seconds; what takes longer hangs."""
 PROMPTS = [
     ("red", "circle", "left", "white"), ("red", "square", "right", "gray"), ("green", "triangle", "up", "black"),
     ("green", "circle", "down", "white"), ("blue", "square", "left", "black"), ("blue", "triangle", "right", "white"),
@@ -60,12 +62,12 @@ def local() -> LocalPipeline:
     return LocalPipeline.from_config(T2V)
 
 
-wait_until_empty = partial(helpers.wait_until_empty, timeout_s=60.0)
+wait_until_empty = partial(helpers.wait_until_empty, timeout_s=SURE)
 
 
 def wait_for_a_step(handle: Handle) -> None:
     """Wait until a request denoises."""
-    helpers.wait_until(lambda: handle.progress is not None and handle.progress.step > 0, "no step was reported", 60)
+    helpers.wait_until(lambda: handle.progress is not None and handle.progress.step > 0, "no step was reported", SURE)
 
 
 def test_split_frames_equal_local_frames(pipeline: Pipeline, local: LocalPipeline) -> None:
@@ -138,9 +140,9 @@ def test_a_failing_request_does_not_disturb_the_others(
     monkeypatch.setattr("disagg_ray.pipeline.check_prompts", lambda *_: None)  # as where the tokenizer is elsewhere
     handles = [pipeline.submit(good), pipeline.submit(long), pipeline.submit(replace(good, id="again"))]
     with pytest.raises(RequestError, match="tokens are over the model's 32"):
-        handles[1].result(60)
+        handles[1].result(SURE)
     expected = local.generate(good).frames
-    assert all(np.array_equal(handles[i].result(60).frames, expected) for i in (0, 2))
+    assert all(np.array_equal(handles[i].result(SURE).frames, expected) for i in (0, 2))
     wait_until_empty(pipeline)
 
 
@@ -165,18 +167,18 @@ def test_result_times_out_and_the_request_goes_on(pipeline: Pipeline) -> None:
     handle = pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=11))
     with pytest.raises(TimeoutError):
         handle.result(0.001)
-    assert handle.result(60).request.seed == 11
+    assert handle.result(SURE).request.seed == 11
 
 
 def test_cancel_stops_a_running_denoise_and_frees_its_slots(pipeline: Pipeline) -> None:
-    handle = pipeline.submit(LONG)
+    handle = pipeline.submit(replace(LONG, height=256, width=256, num_frames=33))
     wait_for_a_step(handle)
     assert handle.cancel()
     with pytest.raises(Cancelled):
-        handle.result(60)
+        handle.result(SURE)
     started = time.monotonic()
     pipeline.generate(Request(prompt=PROMPT, **SMALL, seed=1))
-    assert time.monotonic() - started < 20, "the cancelled denoise still holds the replica"
+    assert time.monotonic() - started < 60, "the cancelled denoise still holds the replica"
     wait_until_empty(pipeline)
 
 
@@ -184,7 +186,7 @@ def test_a_process_at_work_is_titled_by_replica_and_call_and_never_by_request(pi
     """Ray's metrics make a series of each title, permanently."""
     (pid,) = (replica.pid for replica in pipeline.replicas if replica.stage == "transformer")
     handle = pipeline.submit(LONG)
-    helpers.wait_until(lambda: "transformer-0 run" in psutil.Process(pid).cmdline()[0], "it never ran", 60)
+    helpers.wait_until(lambda: "transformer-0 run" in psutil.Process(pid).cmdline()[0], "it never ran", SURE)
     assert LONG.id not in psutil.Process(pid).cmdline()[0]
     handle.cancel()
     wait_until_empty(pipeline)
@@ -218,7 +220,7 @@ def test_a_signal_at_any_moment_of_a_submit_leaves_the_pipeline_usable(pipeline:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    pipeline.submit(Request(prompt=PROMPT, **SMALL)).result(60)
+    pipeline.submit(Request(prompt=PROMPT, **SMALL)).result(SURE)
     wait_until_empty(pipeline)
 
 
@@ -238,10 +240,10 @@ def test_whoever_waits_while_the_pipeline_closes_is_told(cluster: None) -> None:
         thread.start()
     pipeline.close()
     for thread in asking:
-        thread.join(60)
+        thread.join(SURE)
     assert len(messages) == len(asking)
     with pytest.raises(Cancelled):
-        handle.result(60)
+        handle.result(SURE)
     with pytest.raises(Cancelled, match="is closed"):
         pipeline.submit(LONG)
 
@@ -275,18 +277,18 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
 
     def write(*arguments: Any) -> None:
         began.set()
-        assert go.wait(60)
+        assert go.wait(SURE)
         write_latents(*arguments)
 
     monkeypatch.setattr(outputs, "write_latents", write)
     request = Request(prompt=PROMPT, **SMALL, seed=1, id="written")
     handle = pipeline.submit(request, latents_file=tmp_path / "latents")
-    assert began.wait(60)
+    assert began.wait(SURE)
     for _ in range(2):  # as by a caller that does not wait, and then by the end of the pipeline
         pipeline.loop.call_soon(cancel_task, "written")
         time.sleep(0.2)  # the second finds it leaving
     with pytest.raises(Cancelled):
-        handle.result(60)
+        handle.result(SURE)
     assert pipeline.driver_bytes_in_use > 0
     go.set()
     wait_until_empty(pipeline)
@@ -296,7 +298,7 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
 def test_cancel_of_a_waiting_request_leaves_the_others(pipeline: Pipeline) -> None:
     handles = [pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=i)) for i in range(8)]
     assert handles[-1].cancel()
-    assert [handle.result(60).request.seed for handle in handles[:-1]] == list(range(7))
+    assert [handle.result(SURE).request.seed for handle in handles[:-1]] == list(range(7))
     assert handles[-1].done()
     wait_until_empty(pipeline)
 
@@ -326,14 +328,14 @@ def test_a_dead_replica_is_replaced_and_its_request_replayed(cluster: None, loca
         handle = short.submit(request)
         wait_for_a_step(handle)
         os.kill(short.replicas[0].pid, signal.SIGKILL)
-        result = handle.result(120)
+        result = handle.result(SURE)
         assert result.data == local.generate(request).data
         assert [timing.attempts for timing in result.stages] == [2]
         assert short.num_restarts == {"fused": 1}
         wait_until_empty(short)
         again = short.submit(LONG)
     with pytest.raises(Cancelled):
-        again.result(60)
+        again.result(SURE)
     with pytest.raises(Cancelled, match="closed"):
         short.submit(Request(prompt=PROMPT))
     short.close()

@@ -15,7 +15,7 @@ from disagg_ray import Pipeline, Request
 from disagg_ray.config.schema import TransportConfig
 from disagg_ray.driver.pool import DriverPool
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.proof
 
 REQUEST = Request("a red circle", seed=5, height=32, width=32, num_frames=5, num_inference_steps=2)
 

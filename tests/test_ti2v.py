@@ -188,7 +188,7 @@ def test_a_pipeline_on_ray_takes_requests_with_and_without_an_image(
     with Pipeline(configure()) as pipeline:
         handles = [pipeline.submit(ask(**each)) for each in asked]
         for each, handle in zip(asked, handles, strict=True):
-            assert np.array_equal(handle.result(120).frames, stock.frames(**each))
+            assert np.array_equal(handle.result(240).frames, stock.frames(**each))
         wait_until_empty(pipeline, 30.0)
 
 

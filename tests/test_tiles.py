@@ -216,14 +216,15 @@ def test_a_dead_part_or_join_costs_itself_and_latents_are_enough(
     with faulty_replicas(tmp_path) as faults, Pipeline(config) as pipeline:
         for stage, point in (("decoder_2", "publish"), ("join", "publish"), ("decoder_1", "pull")):
             faults.set(f"{stage}.{point}", "die")
-            result = pipeline.submit(ask(LARGE, id=stage), latents_file=latents if stage == "join" else None).result(90)
+            kept = latents if stage == "join" else None
+            result = pipeline.submit(ask(LARGE, id=stage), latents_file=kept).result(180)
             assert np.array_equal(result.frames, made)
             charged = dict.fromkeys(config.stages, 1) | (
                 {stage: 2} if point == "publish" else {}
             )  # a pull costs nothing
             assert {timing.stage: timing.attempts for timing in result.stages} == charged
             wait_until(lambda name=stage: pipeline.num_restarts[name] == 1, "it was not replaced", 60.0)
-        again = pipeline.submit(ask(LARGE, id="join"), latents_file=latents).result(90)
+        again = pipeline.submit(ask(LARGE, id="join"), latents_file=latents).result(180)
         assert np.array_equal(again.frames, made)
         assert {timing.stage for timing in again.stages} == {"decoder_1", "decoder_2", "join"}
         assert pipeline.driver_bytes_in_use == 0

@@ -195,7 +195,7 @@ def test_pipelines_on_ray_share_guidance_among_ranks(
     with Pipeline(configure("stages.transformer.parallel.cfg=2")) as pipeline:
         handles = {case: pipeline.submit(ask(CASES[case])) for case in CASES}
         for case, handle in handles.items():
-            assert np.array_equal(handle.result(120).frames, stock.frames(CASES[case], **PLAIN))
+            assert np.array_equal(handle.result(240).frames, stock.frames(CASES[case], **PLAIN))
         wait_until_empty(pipeline, 30.0)
 
 
