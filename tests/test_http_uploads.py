@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -205,6 +207,20 @@ def test_a_form_is_refused_by_its_field_and_nothing_stays(
     twice = http.post("/v1/videos", data=SMALL, files=[*form_of(sent), ("mask", ("a", b""))])
     assert (twice.status_code, twice.json()["error"]["message"]) == (400, "'mask': given twice")
     assert {path.name for path in folder.glob("video_*")} == before
+
+
+@pytest.mark.proof
+def test_uploads_of_a_job_that_the_database_refuses_do_not_stay(
+    http: TestClient, sent: dict[str, bytes], folder: Path
+) -> None:
+    before = {path.name for path in folder.glob("video_*")}
+    with closing(sqlite3.connect(folder / "jobs.db")) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON jobs BEGIN SELECT RAISE(FAIL, 'disk is full'); END")
+        answer = http.post("/v1/videos", data=SMALL, files=form_of(sent))
+        database.execute("DROP TRIGGER full")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_failed")
+    wait_until(lambda: {path.name for path in folder.glob("video_*")} == before, "uploads stay")
+    assert finish(http, post(http, sent)["id"])
 
 
 @pytest.mark.proof

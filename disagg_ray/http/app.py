@@ -86,7 +86,8 @@ def _explain(error: Exception) -> ApiError:
         case OutputError():
             answer = ApiError(503, "service.folder: files cannot be reached", code="storage_failed")
         case SQLAlchemyError():
-            answer = ApiError(503, "service.database: it does not answer", code="database_failed")
+            message = "service.database: it failed or is away; try again; the service's log says why"
+            answer = ApiError(503, message, code="database_failed")
         case InputError():
             answer = ApiError(400, printable(str(error), 500))
     if answer.status >= 500:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from disagg_ray.errors import OutputError
 from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
 from disagg_ray.http.files import Folder, name_of, thumbnail_of, video_of
@@ -52,6 +54,8 @@ class Jobs:
             for model, config in configs.items()
         }
         self.queues = Queues(self.store, self.runners)
+        self._doubtful: dict[str, dict[str, str]] = {}
+        """Uploads by job, of jobs that the database failed to accept."""
         self._closing = threading.Event()
         self._resume(self.queues.read())
         keep = partial(repeat, "keeping house", self._tidy, lambda: KEEP_HOUSE_S, self._closing)
@@ -111,6 +115,9 @@ class Jobs:
                 accepting.add(job)
         except (ApiError, OutputError):
             self.folder.remove(*images.values())
+            raise
+        except SQLAlchemyError:  # a connection that broke may have written the row all the same
+            self._doubtful[job_id] = images
             raise
         self.metrics.accepted(key.name)
         runner.run(job)
@@ -243,9 +250,14 @@ class Jobs:
         return runner.subscribe(job.id, receive) if runner is not None else lambda: None
 
     def _tidy(self) -> None:
-        """Write progress, end late and cancelled jobs, take over those of dead processes, remove what has expired."""
+        """Write progress, end late and cancelled jobs, take over those of dead processes, remove files that are not
+        to stay."""
         now = time.time()
         self.metrics.flush()
+        for job_id in list(self._doubtful):
+            row, images = self.store.get(job_id), self._doubtful.pop(job_id)
+            if row is None:
+                self.folder.remove(*images.values())
         self.workers.keep()
         for runner in self.runners.values():
             runner.flush()
