@@ -20,9 +20,9 @@ define beside
 	$(2); one=$$?; wait $$beside; two=$$?; cat .pytest_cache/beside.log; exit $$((one | two))
 endef
 
-HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings hunyuan_video15 kuberay \
-	lora ltx2 memory models_maker options parity plan pool qwen_image qwen_image_edit qwen_image_edit_plus report \
-	schedulers sockets ti2v tiles tiny transfer turns vace vace_inputs video
+HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings hunyuan_video15 \
+	hunyuan_video15_i2v kuberay lora ltx2 memory models_maker options parity plan pool qwen_image qwen_image_edit \
+	qwen_image_edit_plus report schedulers sockets ti2v tiles tiny transfer turns vace vace_inputs video
 
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 45 minutes
 	@.ci/setup test

@@ -231,7 +231,7 @@ def test_what_the_model_has_not_is_refused_by_name(configure: Any, asked: dict[s
     ("override", "says"),
     [
         ("model.scheduler=unipc", "invalid model.scheduler"),
-        ("model.task=i2v", "invalid model.task='i2v': must be one of t2v"),
+        ("model.task=vace", "invalid model.task='vace': must be one of t2v, i2v"),
         ("model.boundary_ratio=0.5", "invalid model.boundary_ratio"),
         ("stages.transformer.parallel.ulysses=2", "invalid stages.transformer.parallel"),
         ("stages.decoder.parallel.rows=2", "invalid stages.decoder.parallel"),
@@ -267,7 +267,7 @@ def test_what_does_not_work_yet_is_refused_by_key(configure: Any, override: str,
         ("guider/guider_config.json", {"stop": 0.5}, "has stop=0.5, which is not supported"),
         ("model_index.json", {"guider": ["diffusers", "SkipLayerGuidance"]}, "must be one of ClassifierFreeGuidance"),
         ("model_index.json", {"tokenizer_2": ["transformers", "T5Tokenizer"]}, "must be one of ByT5Tokenizer"),
-        ("model_index.json", {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "HunyuanVideo15Pipeline"),
+        ("model_index.json", {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "which serves i2v"),
     ],
 )
 def test_other_models_are_refused_by_name(

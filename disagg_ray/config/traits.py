@@ -69,6 +69,8 @@ def fit_size(
     if task.rounds_to is not None:
         own = nearest_sides(area, image_height, image_width, task.rounds_to)
         return (own[0] if height is None else height), (own[1] if width is None else width)
+    if task.crops_to is not None and height is None and width is None:
+        return crop_sides(area, image_height, image_width, task.multiple, task.crops_to)
     if height is None:
         if width is None:
             return _side(task, area, *image), _side(task, area, *image[::-1])
@@ -81,6 +83,23 @@ def nearest_sides(area: int, height: int, width: int, multiple: int) -> tuple[in
     across = math.sqrt(area * (width / height))
     down = across / (width / height)
     return max(1, round(down / multiple)) * multiple, max(1, round(across / multiple)) * multiple
+
+
+def crop_sides(area: int, height: int, width: int, multiple: int, most: int) -> tuple[int, int]:
+    """Return (height, width) in multiples, within an area, of the aspect nearest to an image's, and no farther from 1.
+
+    Neither side is more than `most` times the other. Source: diffusers' `HunyuanVideo15ImageProcessor`.
+    """
+    rows, columns, num = round(area / multiple**2), 1, round(area / multiple**2)
+    sizes = []
+    while rows:
+        if max(rows, columns) <= most * min(rows, columns):
+            sizes.append((round(rows / columns, 5), rows, columns))
+        rows, columns = (rows, columns + 1) if rows * (columns + 1) <= num else (rows - 1, columns)
+    aspect = height / width
+    fits = [size for size in sizes if (size[0] <= aspect if aspect >= 1 else size[0] >= aspect)]
+    _, rows, columns = min(fits, key=lambda size: abs(size[0] - aspect))
+    return rows * multiple, columns * multiple
 
 
 def _side(task: Task, area: int, length: int, across: int) -> int:

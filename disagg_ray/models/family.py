@@ -83,6 +83,9 @@ class Task:
     rounds_to: int | None = None
     """What sides that follow from an image are rounded to; None: they are cut down to `multiple`, and a side that is
     given decides the other."""
+    crops_to: int | None = None
+    """Where no side is given, an image is cropped to the nearest of the sizes of the default area, whose one side is at
+    most this many times the other (`traits.crop_sides`); None: it is not."""
     max_aspect: int | None = None
     """The most that one side of an image is of the other; None: whatever it is."""
     text: str = "text"

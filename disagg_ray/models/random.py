@@ -20,7 +20,11 @@ from disagg_ray.models.families import find_shape
 
 Record = dict[str, str | int]
 
-PUBLISHED_NAMES = {"CLIPImageProcessorPil": "CLIPImageProcessor", "Qwen2VLImageProcessorPil": "Qwen2VLProcessor"}
+PUBLISHED_NAMES = {
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
+    "Qwen2VLImageProcessorPil": "Qwen2VLProcessor",
+    "SiglipImageProcessorPil": "SiglipImageProcessor",
+}
 """Classes in the indexes of published checkpoints, which take torchvision, by those that do without."""
 
 RECORD_FILE = "disagg_ray.json"

@@ -1,8 +1,8 @@
 """Configurations of a HunyuanVideo 1.5 model's components, as plain data, by the names of diffusers and transformers.
 
-Defaults are those of the classes of diffusers, and of `Qwen/Qwen2.5-VL-7B-Instruct` and `google/byt5-small`, which the
-text encoders are. A folder's own files decide: these serve for checkpoints of random weights, and for the types of what
-a file may say.
+Defaults are those of the classes of diffusers, and of `Qwen/Qwen2.5-VL-7B-Instruct`, `google/byt5-small` and
+`google/siglip-so400m-patch14-384`, which the encoders are. A folder's own files decide: these serve for checkpoints of
+random weights, and for the types of what a file may say.
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,24 @@ class QuotedEncoderConfig:
     """Attention heads."""
     feed_forward_proj: str = "gated-gelu"
     """Kind of the feed-forward layers."""
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """SigLIP vision encoder."""
+
+    hidden_size: int = 1152
+    """Width, which is the transformer's `image_embed_dim`."""
+    intermediate_size: int = 4304
+    """Inner width of the feed-forward layers."""
+    num_hidden_layers: int = 27
+    """Layers."""
+    num_attention_heads: int = 16
+    """Attention heads."""
+    image_size: int = 384
+    """Pixels a side of the image it sees."""
+    patch_size: int = 14
+    """Pixels a side of one patch."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.modular_pipelines import ModularPipelineBlocks
+from diffusers.modular_pipelines.hunyuan_video1_5.before_denoise import (
+    HunyuanVideo15Image2VideoPrepareLatentsStep,
+    HunyuanVideo15PrepareLatentsStep,
+)
 from diffusers.modular_pipelines.hunyuan_video1_5.denoise import (
     HunyuanVideo15DenoiseStep,
+    HunyuanVideo15Image2VideoLoopDenoiser,
     HunyuanVideo15LoopAfterDenoiser,
     HunyuanVideo15LoopBeforeDenoiser,
     HunyuanVideo15LoopDenoiser,
@@ -46,6 +51,22 @@ class TextInput(ModularPipelineBlocks):  # type: ignore[misc]
         return components, state
 
 
+class _TakesEmbeds:
+    """A block that makes no embeddings of an image: those of the encoder reach the denoise."""
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [output for output in super().intermediate_outputs if output.name != "image_embeds"]  # type: ignore[misc]
+
+
+class PrepareLatents(_TakesEmbeds, HunyuanVideo15PrepareLatentsStep):  # type: ignore[misc]
+    """Draws the noise; diffusers' block puts zeros in the place of an image's embeddings, also where there is one."""
+
+
+class PrepareImage(_TakesEmbeds, HunyuanVideo15Image2VideoPrepareLatentsStep):  # type: ignore[misc]
+    """Makes the first frame's latents a condition of the video's, with a mask of it."""
+
+
 class Stepper(SchedulerStep, HunyuanVideo15LoopAfterDenoiser):  # type: ignore[misc]
     """Steps the scheduler of HunyuanVideo 1.5."""
 
@@ -60,3 +81,9 @@ class Denoise(HunyuanVideo15DenoiseStep):  # type: ignore[misc]
         components, state = super().__call__(components, state)
         state.set("latents", state.get("latents").float())
         return components, state
+
+
+class DenoiseImage(Denoise):
+    """Denoises a video of a given first frame; distilled models get the timestep that each step leads to."""
+
+    block_classes: ClassVar = [HunyuanVideo15LoopBeforeDenoiser, HunyuanVideo15Image2VideoLoopDenoiser, Stepper]

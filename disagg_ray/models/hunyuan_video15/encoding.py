@@ -1,6 +1,6 @@
-"""The text encoders' block. It computes exactly what diffusers 0.42's `HunyuanVideo15Pipeline` computes.
+"""Blocks before the denoise: texts, and what is seen of a first frame.
 
-Its modular block reads the transformer's precision, which another stage holds, and misses texts in curly quotes.
+They compute exactly what diffusers 0.42's `HunyuanVideo15Pipeline` and `HunyuanVideo15ImageToVideoPipeline` compute.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
+from diffusers.modular_pipelines.hunyuan_video1_5.encoders import (
+    HunyuanVideo15ImageEncoderStep,
+    HunyuanVideo15VaeEncoderStep,
+)
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, Qwen2_5_VLTextModel, T5EncoderModel
@@ -24,7 +28,10 @@ LAYER = -3
 
 
 class TextEncoder(KeepsTexts, ModularPipelineBlocks):  # type: ignore[misc]
-    """Encodes the prompt, under guidance the negative prompt too, and refuses to truncate."""
+    """Encodes the prompt, under guidance the negative prompt too, and refuses to truncate.
+
+    Diffusers' block reads the transformer's precision, which another stage holds, and misses texts in curly quotes.
+    """
 
     model_name = "hunyuan-video-1.5"
 
@@ -78,3 +85,23 @@ def _encode(components: Any, text: str, most: int) -> dict[str, Tensor]:
     tokens = components.tokenizer_2([found], max_length=MOST_QUOTED, **padded).to(device)
     ids, mask = tokens.input_ids, tokens.attention_mask
     return dict(zip(PARTS, (*own, encoder(input_ids=ids, attention_mask=mask.float())[0], mask), strict=True))
+
+
+class ImageEncoder(HunyuanVideo15ImageEncoderStep):  # type: ignore[misc]
+    """Encodes the image as stock does, cropped to the video's size; diffusers' relies on the VAE's block before it."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        crops = [spec for spec in HunyuanVideo15VaeEncoderStep().expected_components if spec.name == "video_processor"]
+        return [*super().expected_components, *crops]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [*super().inputs, InputParam("height", required=True), InputParam("width", required=True)]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        size = {"height": state.get("height"), "width": state.get("width")}
+        state.set("image", components.video_processor.resize(state.get("image"), **size, resize_mode="crop"))
+        made: tuple[Any, Any] = super().__call__(components, state)
+        return made

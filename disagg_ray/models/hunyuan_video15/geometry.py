@@ -26,25 +26,34 @@ class HunyuanVideo15Geometry(Geometry):
 
     quoted_dim: int
     """Width of an embedding of quoted texts."""
+    image_tokens: int
+    """Tokens of the embedding of an image; 0 of a model that takes none."""
+    image_dim: int
+    """Width of each."""
 
     def tensor_shapes(self, height: int, width: int, num_frames: int) -> dict[str, tuple[int, ...]]:
         own, quoted = (1, self.max_sequence_length), (1, MOST_QUOTED)
         shapes = dict(zip(PARTS, ((*own, self.text_dim), own, (*quoted, self.quoted_dim), quoted), strict=True))
         return {f"{text}_{part}": shape for text in TEXTS for part, shape in shapes.items()} | {
-            "latents": self.latents_shape(height, width, num_frames)
+            "image_embeds": (1, self.image_tokens, self.image_dim),
+            "image_latents": self.latents_shape(height, width, 1),
+            "latents": self.latents_shape(height, width, num_frames),
         }
 
     def tensor_bytes(self, pixels: int, num_frames: int, image_pixels: int, num_parts: int = 0) -> dict[str, int]:
         own, quoted = self.max_sequence_length, MOST_QUOTED
         sizes = zip(PARTS, (4 * own * self.text_dim, 8 * own, 4 * quoted * self.quoted_dim, 8 * quoted), strict=True)
         return {f"{text}_{part}": size for part, size in sizes for text in TEXTS} | {
-            "latents": 4 * self.latent_channels * self._num_latents(pixels, num_frames)
+            "image": 3 * image_pixels,
+            "image_embeds": 4 * self.image_tokens * self.image_dim,
+            "image_latents": 4 * self.latent_channels * self._num_latents(pixels, 1),
+            "latents": 4 * self.latent_channels * self._num_latents(pixels, num_frames),
         }
 
 
-def tasks_of(_: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the tasks that a checkpoint serves."""
-    return ("t2v",)
+def tasks_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the tasks that a checkpoint serves, by its index."""
+    return ("i2v",) if index["_class_name"] == "HunyuanVideo15ImageToVideoPipeline" else ("t2v",)
 
 
 def read_geometry(
@@ -58,6 +67,7 @@ def read_geometry(
     """
     read = {name: read_config(FAMILY.components[name], folder, name) for name in ("transformer", "vae")}
     encoders = [read_config(FAMILY.components[name], folder, name) for name in ("text_encoder", "text_encoder_2")]
+    image_tokens, image_dim = _read_image_encoder(model, folder) if model.traits.images else (0, 0)
     geometry = HunyuanVideo15Geometry(
         text_dim=encoders[0]["hidden_size"],
         max_sequence_length=model.max_sequence_length,
@@ -65,6 +75,8 @@ def read_geometry(
         spatial_factor=read["vae"]["spatial_compression_ratio"],
         temporal_factor=read["vae"]["temporal_compression_ratio"],
         quoted_dim=encoders[1]["d_model"],
+        image_tokens=image_tokens,
+        image_dim=image_dim,
     )
     _check_fit(model, geometry, read["transformer"])
     if "guider" in components:
@@ -77,6 +89,19 @@ def read_geometry(
     return geometry
 
 
+def _read_image_encoder(model: ModelConfig, folder: Path) -> tuple[int, int]:
+    """Return how many tokens it makes of an image, and their width; refuse images of other sizes than it sees."""
+    names = ("image_encoder", "feature_extractor")
+    encoder, given = (read_config(FAMILY.components[name], folder, name) for name in names)
+    side = encoder["image_size"]
+    if given.get("size") != {"height": side, "width": side} or given.get("do_center_crop") or given.get("do_pad"):
+        raise CheckpointError(
+            f"model.path: the feature_extractor of {model.path!r} makes images of another size than the {side} x "
+            f"{side} pixels that its image_encoder sees; write those, and neither do_center_crop nor do_pad"
+        )
+    return (side // encoder["patch_size"]) ** 2, encoder["hidden_size"]
+
+
 def _check_fit(model: ModelConfig, geometry: HunyuanVideo15Geometry, transformer: Mapping[str, Any]) -> None:
     """Refuse components whose numbers contradict each other: each stage computes with its own."""
     for name, found, wanted in (
@@ -84,6 +109,7 @@ def _check_fit(model: ModelConfig, geometry: HunyuanVideo15Geometry, transformer
         ("transformer.out_channels", transformer["out_channels"], geometry.latent_channels),
         ("transformer.text_embed_dim", transformer["text_embed_dim"], geometry.text_dim),
         ("transformer.text_embed_2_dim", transformer["text_embed_2_dim"], geometry.quoted_dim),
+        ("transformer.image_embed_dim", seen := transformer["image_embed_dim"], geometry.image_dim or seen),
         ("vae.spatial_compression_ratio", geometry.spatial_factor, model.traits.multiple),
         ("vae.temporal_compression_ratio", geometry.temporal_factor, model.traits.frames_step),
     ):

@@ -10,25 +10,33 @@ from diffusers.modular_pipelines.hunyuan_video1_5.before_denoise import (
     HunyuanVideo15SetTimestepsStep,
 )
 from diffusers.modular_pipelines.hunyuan_video1_5.decoders import HunyuanVideo15VaeDecoderStep
+from diffusers.modular_pipelines.hunyuan_video1_5.encoders import HunyuanVideo15VaeEncoderStep
 
 from disagg_ray.models.blocks import Stepping
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.geometry import Geometry
-from disagg_ray.models.hunyuan_video15.denoising import Denoise, TextInput
-from disagg_ray.models.hunyuan_video15.encoding import TextEncoder
+from disagg_ray.models.hunyuan_video15.denoising import Denoise, DenoiseImage, PrepareImage, PrepareLatents, TextInput
+from disagg_ray.models.hunyuan_video15.encoding import ImageEncoder, TextEncoder
 from disagg_ray.models.model import Model
 
 
 class HunyuanVideo15Model(Model):
-    """HunyuanVideo 1.5, of a text."""
+    """HunyuanVideo 1.5, of a text, and of a text and a first frame."""
 
     def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], Stepping]:
+        encoders: dict[str, Any] = {}
+        prepare: dict[str, Any] = {"denoise.prepare_latents": HunyuanVideo15PrepareLatentsStep()}
         denoise = Denoise()
+        if checkpoint.model.traits.images:
+            encoders = {"image_encoder": ImageEncoder(), "vae_encoder": HunyuanVideo15VaeEncoderStep()}
+            prepare = {"denoise.prepare_latents": PrepareLatents(), "denoise.prepare_image": PrepareImage()}
+            denoise = DenoiseImage()
         return {
             "text_encoder": TextEncoder(),
+            **encoders,
             "denoise.input": TextInput(),
             "denoise.set_timesteps": HunyuanVideo15SetTimestepsStep(),
-            "denoise.prepare_latents": HunyuanVideo15PrepareLatentsStep(),
+            **prepare,
             "denoise.denoise": denoise,
             "decode.decode": HunyuanVideo15VaeDecoderStep(),
         }, denoise.sub_blocks["after_denoiser"]

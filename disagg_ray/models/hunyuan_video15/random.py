@@ -26,22 +26,30 @@ CHAT = (
 def build_meta(shape: Shape) -> dict[str, torch.nn.Module]:
     """Every component that has weights, by its name in the pipeline, on the meta device: sizes without memory."""
     with torch.device("meta"):
-        return {
+        made = {
             "text_encoder": transformers.Qwen2_5_VLTextModel(_text_encoder_config(shape.text_encoder)),
             "text_encoder_2": transformers.T5EncoderModel(transformers.T5Config(**asdict(shape.text_encoder_2))),
             "vae": diffusers.AutoencoderKLHunyuanVideo15(**arguments(shape.vae)),
             "transformer": diffusers.HunyuanVideo15Transformer3DModel(**arguments(shape.transformer)),
         }
+        if shape.image_encoder is not None:
+            sees = transformers.SiglipVisionConfig(**asdict(shape.image_encoder))
+            made["image_encoder"] = transformers.SiglipVisionModel(sees)
+        return made
 
 
 def build_others(shape: Shape) -> dict[str, Any]:
     """Every component without weights, by its name in the pipeline."""
-    return {
+    others = {
         "tokenizer": make_tokenizer(),
         "tokenizer_2": transformers.ByT5Tokenizer(),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**arguments(shape.scheduler)),
         "guider": diffusers.ClassifierFreeGuidance(**arguments(shape.guider)),
     }
+    if shape.image_encoder is not None:
+        sides = dict.fromkeys(("height", "width"), shape.image_encoder.image_size)
+        others["feature_extractor"] = transformers.SiglipImageProcessorPil(size=sides)
+    return others
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

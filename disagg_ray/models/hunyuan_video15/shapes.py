@@ -1,10 +1,11 @@
 """The shapes of HunyuanVideo 1.5, published and tiny."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from disagg_ray.models.hunyuan_video15.component_configs import (
     GuiderConfig,
+    ImageEncoderConfig,
     QuotedEncoderConfig,
     SchedulerConfig,
     TextEncoderConfig,
@@ -24,8 +25,13 @@ class Shape:
     transformer: TransformerConfig
     scheduler: SchedulerConfig
     guider: GuiderConfig
-    pipeline: Literal["HunyuanVideo15Pipeline"] = "HunyuanVideo15Pipeline"
-    """Class of the stock diffusers pipeline."""
+    image_encoder: ImageEncoderConfig | None = None
+    """None where no image can be given."""
+
+    @property
+    def pipeline(self) -> str:
+        """Class of the stock diffusers pipeline."""
+        return "HunyuanVideo15Pipeline" if self.image_encoder is None else "HunyuanVideo15ImageToVideoPipeline"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,6 +62,7 @@ _TINY = Shape(
         text_embed_2_dim=24,
         image_embed_dim=16,
         rope_axes_dim=(4, 6, 6),
+        target_size=64,
     ),
     SchedulerConfig(),
     GuiderConfig(),
@@ -66,5 +73,19 @@ _PUBLISHED = Shape(
     SchedulerConfig(), GuiderConfig(),
 )  # fmt: skip
 
-SHAPES = {shape.name: shape for shape in (_PUBLISHED, _TINY)}
+_TINY_IMAGE = ImageEncoderConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+)
+
+
+def _of_image(shape: Shape, image_encoder: ImageEncoderConfig) -> Shape:
+    """Return the model of a shape that takes an image."""
+    transformer = replace(shape.transformer, task_type="i2v")
+    return replace(shape, name=f"{shape.name}-i2v", transformer=transformer, image_encoder=image_encoder)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (_PUBLISHED, _of_image(_PUBLISHED, ImageEncoderConfig()), _TINY, _of_image(_TINY, _TINY_IMAGE))
+}
 """Every shape by its name."""
