@@ -23,8 +23,9 @@ from rich.console import Console
 
 from disagg_ray.progress import display
 from disagg_ray.progress.board import Board, Totals
-from disagg_ray.progress.display import Display, describe, summary
+from disagg_ray.progress.display import Display
 from disagg_ray.progress.events import Event
+from disagg_ray.progress.wording import describe, summary
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
 DEADLINE_S = 60

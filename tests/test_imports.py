@@ -45,7 +45,7 @@ IMPORTERS = {
     "yaml": {"config"},
     "fsspec": {"media.storage"},
     "safetensors": {"driver.latents", "models", "jobs"},
-    "rich": {"report", "progress.display", "doctor"},
+    "rich": {"report", "progress.bars", "doctor"},
     "zmq": {"progress"},
     "msgpack": {"progress"},
     "packaging": {"doctor"},
