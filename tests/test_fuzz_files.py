@@ -17,7 +17,8 @@ from runs import record, simulate, write_manifest
 
 from disagg_ray import ConfigError, RequestError, cli, load_config
 from disagg_ray.batch.manifest import MANIFEST, Folder
-from disagg_ray.batch.requests_file import RequestsFile, parse
+from disagg_ray.batch.request_line import parse
+from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options, make_plan
 from disagg_ray.config.load import to_yaml
 from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from disagg_ray import Request, RequestError, load_config
-from disagg_ray.batch.requests_file import MAX_LINE_BYTES, RequestsFile, parse
+from disagg_ray.batch.request_line import MAX_LINE_BYTES, parse
+from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.request import check
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -17,7 +17,8 @@ from test_vace import SMALL, write_frames
 
 from disagg_ray import LocalPipeline, Request, RequestError, load_config
 from disagg_ray.batch.records import Picture
-from disagg_ray.batch.requests_file import RequestsFile, files_of
+from disagg_ray.batch.request_line import files_of
+from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import picture_of
 from disagg_ray.cli.command import main
 from disagg_ray.inputs import read_inputs

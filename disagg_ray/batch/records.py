@@ -38,7 +38,7 @@ class Record:
     status: str
     """done or failed."""
     content: str
-    """Digest of the request's line (`requests_file.Line.content`)."""
+    """Digest of the request's line (`request_line.Line.content`)."""
     setup: str
     """Digest of model, options and versions (`identity.identify_setup`)."""
     finished: float

@@ -23,7 +23,8 @@ import numpy as np
 from disagg_ray.batch.lines import InvalidLines
 from disagg_ray.batch.manifest import INVALID, Folder, read_manifest, sha256_of, stat_of
 from disagg_ray.batch.records import Picture, Record
-from disagg_ray.batch.requests_file import RequestsFile, files_of
+from disagg_ray.batch.request_line import files_of
+from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import OutputError, RequestError
 from disagg_ray.inputs import read_inputs

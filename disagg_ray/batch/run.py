@@ -15,7 +15,8 @@ from pathlib import Path
 
 from disagg_ray.batch.manifest import Folder, sha256_of, stat_of
 from disagg_ray.batch.records import Record
-from disagg_ray.batch.requests_file import Line, RequestsFile, files_of
+from disagg_ray.batch.request_line import Line, files_of
+from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
 from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config.schema import Config
@@ -30,7 +31,7 @@ from disagg_ray.errors import (
     RequestInFlight,
     StartError,
 )  # fmt: skip
-from disagg_ray.media.output import try_folder
+from disagg_ray.media.places import try_folder
 from disagg_ray.pipeline import Pipeline
 from disagg_ray.result import Result, rescued
 from disagg_ray.service.client import Connection
