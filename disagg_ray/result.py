@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from disagg_ray.errors import OutputError
-from disagg_ray.media.output import check_output, rescue, write
+from disagg_ray.media.output import rescue, write
+from disagg_ray.media.places import check_output
 from disagg_ray.media.sound import Sound, wav_beside
 from disagg_ray.media.video import Frames
 from disagg_ray.request import ResolvedRequest

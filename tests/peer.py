@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES

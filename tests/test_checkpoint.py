@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from disagg_ray import CheckpointError, ConfigError, load_config
-from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.graph import build_graph
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.preflight import check_model

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from disagg_ray import CheckpointError, LocalPipeline, Pipeline
-from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.models.checkpoint import check_here, open_checkpoint
 from disagg_ray.models.families import FAMILIES
 from disagg_ray.models.files import read_header

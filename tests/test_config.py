@@ -12,7 +12,8 @@ import yaml  # type: ignore[import-untyped]
 
 from disagg_ray import ConfigError, load_config
 from disagg_ray.config.load import to_yaml
-from disagg_ray.config.schema import Config, DefaultsConfig, LimitsConfig, ModelConfig
+from disagg_ray.config.model import ModelConfig
+from disagg_ray.config.schema import Config, DefaultsConfig, LimitsConfig
 from disagg_ray.config.typed import known_keys
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -17,7 +17,7 @@ import pytest
 
 from disagg_ray import LocalPipeline, cli
 from disagg_ray.config.load import load_config
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor import Check, exit_status, print_checks, to_json
 from disagg_ray.doctor.cluster import (
     ALL_PAIRS,

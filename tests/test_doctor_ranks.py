@@ -12,8 +12,8 @@ from ray.util import placement_group_table
 
 from disagg_ray.config.load import load_config
 from disagg_ray.config.parallel import ParallelConfig
-from disagg_ray.config.schema import TransportConfig
 from disagg_ray.config.stages import StageConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor.check import Check
 from disagg_ray.doctor.ranks import Place, RankProbe, check_ranks, judge
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from disagg_ray.driver.latents import write_latents
-from disagg_ray.media.output import TEMPORARY
+from disagg_ray.media.places import TEMPORARY
 from disagg_ray.service.latents_store import LatentsStore
 
 

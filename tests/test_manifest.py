@@ -16,7 +16,7 @@ import pytest
 from disagg_ray import OutputError, Request, load_config
 from disagg_ray.batch.manifest import MANIFEST, TORN, Folder, read_manifest, sha256_of, stat_of
 from disagg_ray.batch.records import Record
-from disagg_ray.media.output import TEMPORARY
+from disagg_ray.media.places import TEMPORARY
 from disagg_ray.request import resolve
 from disagg_ray.result import StageTiming
 

@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from disagg_ray import OutputError, Request, Result, load_config
-from disagg_ray.media.output import (
-    check_file,
-    check_folder,
-    check_output,
-    check_trace,
-    format_of,
-    local_path,
-    write,
-    write_text,
-)
+from disagg_ray.media.output import write, write_text
+from disagg_ray.media.places import check_file, check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.media.video import Frames, quantise
 from disagg_ray.request import resolve
 

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from disagg_ray.config.load import load_config
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import Cancelled
 from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.local import LocalPipeline

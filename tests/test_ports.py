@@ -12,7 +12,7 @@ import pytest
 from helpers import free_ports, wait_until
 
 from disagg_ray import Pipeline, Request
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.driver.pool import DriverPool
 
 pytestmark = pytest.mark.proof

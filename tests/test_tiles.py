@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from test_parity import HOST, Split
 
 from disagg_ray import ConfigError, LocalPipeline, Pipeline, Request, load_config
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.models.checkpoint import open_checkpoint
 from disagg_ray.models.wan.tiles import Blend, DecodePart, _Shares

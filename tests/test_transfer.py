@@ -16,7 +16,7 @@ import torch
 from helpers import free_ports
 from peer import HOST, TRANSPORT, Peer, flip_bit, make_tensors, publish
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import ConfigError, PoolError, TransferError
 from disagg_ray.transfer import routes
 from disagg_ray.transfer.engine import TIMED_OUT

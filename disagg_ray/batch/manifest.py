@@ -24,7 +24,8 @@ from pathlib import Path
 from disagg_ray.batch.lines import InvalidLines, read_lines
 from disagg_ray.batch.records import MAX_LINE_BYTES, Record, parse
 from disagg_ray.errors import OutputError
-from disagg_ray.media.output import SUFFIX_OF, TEMPORARY, open_own
+from disagg_ray.media.output import open_own
+from disagg_ray.media.places import SUFFIX_OF, TEMPORARY
 from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")

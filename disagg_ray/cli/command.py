@@ -21,7 +21,7 @@ from disagg_ray.config.docs import to_markdown
 from disagg_ray.config.load import load_config, to_yaml
 from disagg_ray.driver.signals import exiting_on_sigterm
 from disagg_ray.errors import DisaggError, InputError
-from disagg_ray.media.output import check_folder, local_path
+from disagg_ray.media.places import check_folder, local_path
 from disagg_ray.version import VERSION
 
 

@@ -20,7 +20,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.driver.signals import Interrupts, interruptible
 from disagg_ray.environment import expand_home, in_ray_job
 from disagg_ray.errors import InputError, OutputError, SaveError
-from disagg_ray.media.output import check_folder, check_output, check_trace, format_of, local_path
+from disagg_ray.media.places import check_folder, check_output, check_trace, format_of, local_path
 from disagg_ray.media.sound import wav_beside
 from disagg_ray.media.video import check_writer
 from disagg_ray.models.prompts import check_prompts

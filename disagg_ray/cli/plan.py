@@ -16,7 +16,8 @@ from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import InputError, PlanError, RequestError
 from disagg_ray.inputs import blank_inputs
-from disagg_ray.media.output import check_file, write_text
+from disagg_ray.media.output import write_text
+from disagg_ray.media.places import check_file
 from disagg_ray.request import TYPES, Request, ResolvedRequest, resolve
 
 if TYPE_CHECKING:

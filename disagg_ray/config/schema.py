@@ -5,95 +5,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Annotated, Self
 
 from disagg_ray.config.deployment import ClusterConfig, FailuresConfig, OutputConfig, ServiceConfig
-from disagg_ray.config.options import Dtype, parse_part
-from disagg_ray.config.rules import (
-    Check,
-    Count,
-    Fps,
-    Guidance,
-    Positive,
-    Rule,
-    Section,
-    at_least,
-    between,
-    checks,
-    enforce,
-    one_of,
-)
+from disagg_ray.config.model import ModelConfig
+from disagg_ray.config.options import parse_part
+from disagg_ray.config.rules import Check, Count, Fps, Guidance, Section, checks, enforce, one_of
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.config.stages import StageConfig, cut_rules, sharing_rules
 from disagg_ray.config.traits import family_rules, shape_rules, token_rules
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import ConfigError
-from disagg_ray.models.families import DEFAULT, FAMILIES
-from disagg_ray.models.family import Task
-from disagg_ray.text import MASK, did_you_mean
+from disagg_ray.models.families import FAMILIES
 
 REPLICA_WINDOW = 2
 """A replica takes one request to compute and one to prefetch."""
-
-
-@dataclass(frozen=True)
-class DtypeConfig(Section):
-    """Precision of each component's weights: float32, bfloat16 or float16."""
-
-    text_encoder: Dtype = "bfloat16"
-    """The text encoder."""
-    image_encoder: Dtype = "float32"
-    """The image encoder."""
-    transformer: Dtype = "bfloat16"
-    """The transformer, or both where a model has two."""
-    vae: Dtype = "float32"
-    """The VAE, encoder and decoder."""
-
-
-def _falls(sigmas: list[float]) -> bool:
-    return all(1 >= sigma > after >= 0 for sigma, after in pairwise([*sigmas, 0.0]))
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    """The checkpoint, and how it is sampled."""
-
-    path: str = "???"
-    """A folder in diffusers' format, a hub id (`org/name`), `builtin:NAME` for a tiny trained model of this package,
-    or `random:SHAPE` for seeded random weights."""
-    family: Annotated[str, one_of(*FAMILIES)] = DEFAULT
-    """Kind of the model: the name of its folder in `disagg_ray/models`."""
-    task: str = "t2v"
-    """Input of the model: t2v (text), i2v (text and first frame), flf2v (text, first and last frame), ti2v (text, and
-    a first frame if the request gives one) or vace (text, and a control video, its mask and reference images if the
-    request gives them) make a video, t2i (text), edit (text and image) and edit_plus (text and reference images) make
-    an image."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub id; required with one, so that all nodes load the same weights."""
-    flow_shift: Positive | None = None
-    """Shift of the flow-matching schedule; null: the checkpoint's."""
-    scheduler: Annotated[str, one_of("unipc", "euler")] | None = None
-    """unipc or euler, with the checkpoint's shift; null: the checkpoint's scheduler."""
-    sigmas: Annotated[list[float], Rule(_falls, "must fall from at most 1 to above 0")] = field(default_factory=list)
-    """Noise level of each step, falling from 1, for step-distilled checkpoints; fixes the number of steps of every
-    request. They are shifted, as in diffusers, unless flow_shift is 1. []: spread over the request's steps."""
-    boundary_ratio: Annotated[float, between(0, 1)] | None = None
-    """Of two transformers: share of the timesteps below which the second, low-noise one takes over; null: the
-    checkpoint's."""
-    max_sequence_length: Count = 512
-    """Text tokens that the transformer attends to; shorter prompts are padded to it, longer ones are refused."""
-    dtype: DtypeConfig = field(default_factory=DtypeConfig)
-    """Precision of each component's weights."""
-
-    def rules(self) -> Iterator[Check]:
-        tasks = FAMILIES[self.family].tasks
-        remedy = f"must be one of {', '.join(tasks)}{did_you_mean(self.task, tasks)}"
-        yield "task", self.task, self.task in tasks, remedy
-
-    @property
-    def traits(self) -> Task:
-        """What a request may ask of the model."""
-        return FAMILIES[self.family].tasks[self.task]
 
 
 @dataclass(frozen=True)
@@ -145,58 +71,6 @@ class LimitsConfig(Section):
         yield "num_frames", num_frames, num_frames <= most, f"must be at most limits.max_frames={most}"
         most = self.max_steps
         yield "num_inference_steps", num_steps, num_steps <= most, f"must be at most limits.max_steps={most}"
-
-
-def _is_port_range(text: str) -> bool:
-    first, dash, last = text.partition("-")
-    digits = bool(dash) and all(part.isascii() and part.isdigit() and len(part) <= 5 for part in (first, last))
-    return digits and 1024 <= int(first) <= int(last) <= 65535
-
-
-def _is_pool_size(size: int | str) -> bool:
-    return size == "auto" or (isinstance(size, int) and size > 0)
-
-
-PoolBytes = Annotated[int | str, Rule(_is_pool_size, "must be auto or a number of bytes")]
-SERVER = f"must be P2PHANDSHAKE or an address, with its password for {MASK}"
-
-
-@dataclass(frozen=True)
-class TransportConfig(Section):
-    """Tensor transfer between pools, by Mooncake."""
-
-    protocol: Annotated[str, one_of("auto", "nvlink_intra", "rdma", "tcp")] = "auto"
-    """auto (for each pair of pools the fastest that both support), nvlink_intra, rdma or tcp."""
-    device_name: str = ""
-    """RDMA devices, comma separated; empty: Mooncake's choice. For protocols rdma and auto."""
-    metadata_server: Annotated[str, Rule(lambda server: server and MASK not in server, SERVER)] = "P2PHANDSHAKE"
-    """Mooncake's metadata server: P2PHANDSHAKE needs none; else an etcd, redis or http address."""
-    port_range: Annotated[str, Rule(_is_port_range, "must be FIRST-LAST, as 15000-15999,")] | None = None
-    """Ports for Mooncake and progress, as `FIRST-LAST`, for a firewall: three for each route of each pool, and one for
-    the progress of each driver; null: any free port."""
-    admit: Annotated[str, one_of("auto", "host", "any")] = "auto"
-    """Who may connect to those ports: host (this machine only), any, or auto (host on a local cluster, else any)."""
-    pool_bytes: PoolBytes = "auto"
-    """Registered memory of each replica, in bytes. auto: twice the replica's fair share of in-flight requests, at the
-    largest size that limits allow. Less than requests need not to wait for each other is refused."""
-    driver_pool_bytes: PoolBytes = "auto"
-    """Registered host memory of the driver's pool, in bytes: input images and finished latents."""
-    verify: bool = True
-    """Check a checksum of every pulled tensor."""
-    timeout_s: Annotated[float, at_least(5)] = 30.0
-    """Timeout of a pull, in seconds; Mooncake takes no less than 5."""
-
-    def rules(self) -> Iterator[Check]:
-        remedy = f"must be left out: it is for rdma or auto, and transport.protocol is {self.protocol}"
-        yield "device_name", self.device_name, not self.device_name or self.protocol in ("auto", "rdma"), remedy
-
-    @property
-    def ports(self) -> range | None:
-        """The ports of `port_range`."""
-        if self.port_range is None:
-            return None
-        first, _, last = self.port_range.partition("-")
-        return range(int(first), int(last) + 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from disagg_ray.models.family import Task
 from disagg_ray.text import did_you_mean
 
 if TYPE_CHECKING:
-    from disagg_ray.config.schema import Config, ModelConfig
+    from disagg_ray.config.model import ModelConfig
+    from disagg_ray.config.schema import Config
     from disagg_ray.config.stages import StageConfig
 
 FORMATS = {"video": ("mp4", "gif", "frames", "npy"), "image": ("png", "webp", "jpg", "npy")}

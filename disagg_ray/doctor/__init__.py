@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor.check import Check, at, exit_status, fail
 from disagg_ray.doctor.cluster import check_cluster, check_resources
 from disagg_ray.doctor.machine import Survey, check_place, survey

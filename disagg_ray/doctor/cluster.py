@@ -14,8 +14,9 @@ from ray._private.state import available_resources_per_node
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor.check import Check, at, fail, fail_unless, ok, skipped, warn, warn_unless
 from disagg_ray.doctor.machine import Survey
 from disagg_ray.doctor.probe import Opened, Probe, check_link

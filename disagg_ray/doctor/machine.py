@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor.check import Check, fail, fail_unless, ok, skipped, warn, warn_unless
 from disagg_ray.doctor.security import check_dashboard, check_metrics_ports, check_ports, check_token, listening_ports
 from disagg_ray.doctor.software import (
@@ -25,7 +25,7 @@ from disagg_ray.doctor.software import (
 )
 from disagg_ray.environment import cache_folder, ray_token_path
 from disagg_ray.errors import EncodeError, OutputError
-from disagg_ray.media.output import check_output, try_folder
+from disagg_ray.media.places import check_output, try_folder
 from disagg_ray.media.video import check_writer
 from disagg_ray.replica.software import installed_wheels, versions
 from disagg_ray.text import human_bytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor.check import Check, fail, ok, warn
 from disagg_ray.doctor.machine import Survey, survey
 from disagg_ray.doctor.security import Port, own_ports

@@ -12,8 +12,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.doctor.check import Check, fail, ok, warn
 from disagg_ray.doctor.cluster import answers
 from disagg_ray.driver.placement import reserve_ranks

@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from disagg_ray.config.schema import Config, ModelConfig
+from disagg_ray.config.model import ModelConfig
+from disagg_ray.config.schema import Config
 from disagg_ray.errors import DisaggError, RequestError
 from disagg_ray.http.files import by_field
 from disagg_ray.http.schema import SHOWN, ApiError, CreateVideo

@@ -10,7 +10,8 @@ from typing import Any
 
 from disagg_ray.errors import OutputError
 from disagg_ray.media import storage
-from disagg_ray.media.output import atomic_file, check_output, is_url, local_path
+from disagg_ray.media.output import atomic_file
+from disagg_ray.media.places import check_output, is_url, local_path
 from disagg_ray.media.video import make_thumbnail
 
 

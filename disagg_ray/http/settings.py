@@ -12,7 +12,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.config.typed import MUST
 from disagg_ray.errors import ConfigError
 from disagg_ray.media import storage
-from disagg_ray.media.output import is_url, local_path
+from disagg_ray.media.places import is_url, local_path
 from disagg_ray.text import did_you_mean, shown
 
 KEYS = ("folder", "database", "api_keys", "expires_after_s", "max_bytes", "max_upload_bytes")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.config.builtin import BUILTIN
-from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.environment import cache_folder, expand_home
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import (

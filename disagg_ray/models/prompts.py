@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.errors import CheckpointError, RequestError
 from disagg_ray.models.checkpoint import find_here
 from disagg_ray.models.components import check_component, read_components

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from disagg_ray.config.builtin import BUILTIN
-from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.environment import expand_home
 from disagg_ray.models.checkpoint import RANDOM
 

@@ -20,8 +20,8 @@ from diffusers import (
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.config.options import DenoiserConfig, StepCacheConfig, VaeConfig
-from disagg_ray.config.schema import ModelConfig
 from disagg_ray.errors import ConfigError
 from disagg_ray.models.attention import fastest_attention, set_attention
 from disagg_ray.models.families import model_of

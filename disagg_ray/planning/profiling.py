@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from disagg_ray.config.parallel import ParallelConfig
-from disagg_ray.config.schema import Config, TransportConfig
+from disagg_ray.config.schema import Config
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import PlanError
 from disagg_ray.graph import build_graph
 from disagg_ray.media.video import to_array

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from disagg_ray.environment import cache_folder
-from disagg_ray.media.output import TEMPORARY
+from disagg_ray.media.places import TEMPORARY
 
 logger = logging.getLogger("disagg_ray")
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from disagg_ray import environment
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.process import quiet_stderr
 from disagg_ray.text import mask

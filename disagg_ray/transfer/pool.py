@@ -11,7 +11,7 @@ from itertools import zip_longest
 
 import torch
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import TransferError
 from disagg_ray.transfer.checksum import NAME, checksum
 from disagg_ray.transfer.engine import TIMED_OUT, ReadTimeout, with_mooncake_file

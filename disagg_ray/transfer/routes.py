@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.errors import ConfigError, TransferError
 from disagg_ray.transfer.engine import Engine
 from disagg_ray.transfer.handoff import Session

@@ -18,7 +18,7 @@ import ray
 import torch
 from benchmarks.machine import subplots
 
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES, slot_bytes

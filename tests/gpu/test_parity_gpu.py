@@ -12,7 +12,7 @@ from test_parity import CONF, GUIDED, HOST, UNGUIDED, Model, Split
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.config.load import load_config
-from disagg_ray.config.schema import TransportConfig
+from disagg_ray.config.transport import TransportConfig
 from disagg_ray.models.blocks import OnStep
 from disagg_ray.models.wan.shapes import get_shape
 from disagg_ray.replica.stage import Outputs, Stage

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagg_ray.config.schema import ModelConfig
+from disagg_ray.config.model import ModelConfig
 from disagg_ray.errors import CheckpointError
 from disagg_ray.models.components import read_config
 from disagg_ray.models.geometry import Geometry
