@@ -21,9 +21,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from disagg_ray.progress import display
+from disagg_ray.progress.bars import MAX_ROWS, render
 from disagg_ray.progress.board import Board, Totals
-from disagg_ray.progress.display import Display
+from disagg_ray.progress.display import Display, Mode
 from disagg_ray.progress.events import Event
 from disagg_ray.progress.wording import describe, summary
 
@@ -131,7 +131,7 @@ def test_quiet_writes_nothing_and_starts_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["lines", "bars"])
-def test_a_stream_that_is_closed_meanwhile_ends_the_display_and_nothing_else(mode: display.Mode) -> None:
+def test_a_stream_that_is_closed_meanwhile_ends_the_display_and_nothing_else(mode: Mode) -> None:
     stream = io.StringIO()
     with Display(3, mode, stream) as shown:
         shown.on_event(EVENT)
@@ -158,7 +158,7 @@ def draw_bars(num_requests: int, size: tuple[int, int], total: int | None = 60, 
         event = replace(EVENT, request_id=f"request-{index}", replica=f"transformer-{index}", **change)  # type: ignore[arg-type]
         for step in (0, 12):
             board.on_event(replace(event, step=step, time=1000.0 + step))
-    Console(file=stream, width=size[0], height=size[1]).print(display.render(board, *size))
+    Console(file=stream, width=size[0], height=size[1]).print(render(board, *size))
     return stream.getvalue().splitlines()
 
 
@@ -177,7 +177,7 @@ def test_a_row_says_how_many_ranks_a_replica_has() -> None:
 
 def test_rows_beyond_the_cap_are_counted() -> None:
     lines = draw_bars(60, (80, 24))
-    assert len(lines) == display.MAX_ROWS + 2
+    assert len(lines) == MAX_ROWS + 2
     assert lines[-2].strip() == "and 44 more"
 
 
