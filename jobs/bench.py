@@ -15,6 +15,7 @@ python jobs/bench.py stage CKPT          # each stage's speed and error by optio
 python jobs/bench.py denoiser forward --shape wan2.1-t2v-14b     # attention, compile and fusing beside stock; --help
 python jobs/bench.py parallel --config C --parallel "cfg=2/ulysses=2"    # one video on several GPUs; --help
 python jobs/bench.py decode_rows         # a decode whose rows are shared by 1, 2 and 4 GPUs; --help
+python jobs/bench.py gang_forward        # one forward shared by GPUs: ulysses, sharded weights, compile; --help
 python jobs/bench.py http                # what an HTTP service costs: jobs and polls a second, memory
 python jobs/bench.py service bursts outputs/service.png    # first video after connect; also `deaths` and `answers`
 """
@@ -33,7 +34,7 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks import denoiser, parallel, plan, rows, scheduler, service, soak, stage, tables, tiles, transfer
+from benchmarks import denoiser, forward, parallel, plan, rows, scheduler, service, soak, stage, tables, tiles, transfer
 from benchmarks.machine import machine
 from benchmarks.stock import OFFLOADS, Cell
 from benchmarks.ways import Options
@@ -234,7 +235,7 @@ def measure_http(arguments: Sequence[str]) -> None:
 def main() -> None:
     commands = {
         "stage": stage.main, "service": service.main, "http": measure_http, "denoiser": denoiser.main,
-        "parallel": parallel.main, "decode_rows": rows.main,
+        "parallel": parallel.main, "decode_rows": rows.main, "gang_forward": forward.main,
     }  # fmt: skip
     if sys.argv[1:2] and sys.argv[1] in commands:
         commands[sys.argv[1]](sys.argv[2:])

@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import socket
 import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from benchmarks.machine import machine
+from benchmarks.ranks import ANSWER_S, Row, now, run_ranks
 
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.models.wan.random import build_component
 from disagg_ray.models.wan.shapes import get_shape
-
-Row = dict[str, Any]
-ANSWER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -46,44 +42,9 @@ class Work:
     """Where one GPU leaves its frames."""
 
 
-def decode(work: Work, num_ranks: int) -> list[Row]:
+def decode(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
     """Return rank 0's rows, one a dtype and size."""
-    context = multiprocessing.get_context("spawn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    ours, theirs = context.Pipe(duplex=False)
-    children = [
-        context.Process(target=_serve, args=(theirs, work, rank, num_ranks, address), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for child in children:
-        child.start()
-    try:
-        if not ours.poll(ANSWER_S):
-            raise TimeoutError(f"{num_ranks} ranks gave no answer for {ANSWER_S:g} s")
-        answer: list[Row] = ours.recv()
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
-    return answer
-
-
-def _serve(answers: Any, work: Work, rank: int, num_ranks: int, address: str) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    try:
-        rows = _decode_all(work, rank, num_ranks, address)
-    except Exception as error:  # noqa: BLE001 - a way that fails is a row
-        rows = [{"ranks": num_ranks, "error": " ".join(f"rank {rank}: {type(error).__name__}: {error}".split())[:500]}]
-    if rank == 0 or "error" in rows[0]:
-        answers.send(rows)
-    time.sleep(ANSWER_S)  # ended by the parent, once it has an answer
-
-
-def _decode_all(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)
     ranks = None
     if num_ranks > 1:
         from disagg_ray.models.parallel.ranks import Ranks
@@ -114,9 +75,9 @@ def _decode(work: Work, vae: Any, size: tuple[int, int, int], rank: int) -> Row:
     seconds = []
     for _ in range(work.repeats + 1):
         frames = None
-        began = _now(on_gpu)
+        began = now(on_gpu)
         frames = vae.decode(latents, return_dict=False)[0]
-        seconds.append(_now(on_gpu) - began)
+        seconds.append(now(on_gpu) - began)
     row = {
         "size": "x".join(map(str, size)),
         "seconds": statistics.median(seconds[1:]),
@@ -142,12 +103,6 @@ def _compare(work: Work, name: str, frames: torch.Tensor | None) -> Row:
     }
 
 
-def _now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="wan2.1-t2v-14b", help="whose VAE")
@@ -168,7 +123,7 @@ def main(arguments: list[str]) -> None:
     with TemporaryDirectory() as folder:
         cells = tuple((int(h), int(w), int(n)) for h, w, n in (size.split("x") for size in sizes.split(",")))
         work = Work(shape, cells, tuple(options.dtypes.split(",")), options.repeats, Path(folder))
-        for row in (row for num_ranks in able for row in decode(work, num_ranks)):
+        for row in (row for num_ranks in able for row in run_ranks(partial(decode, work), num_ranks)):
             if "seconds" in row:
                 alone = first.setdefault((row["dtype"], row["size"]), row["seconds"])
                 row["times_as_fast"] = alone / row["seconds"]
