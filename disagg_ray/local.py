@@ -78,6 +78,7 @@ class LocalPipeline:
             wanted = {name: tensors[name] for name in stage.ports.inputs if name in tensors}
             self._report(resolved, stage.name, "running")
             outputs = stage.compute(resolved, wanted, partial(self._report, resolved, stage.name, "running"))
+            outputs = outputs.checked(stage.name)
             self._report(resolved, stage.name, "done")
             tensors |= outputs.tensors
             clip = outputs.clip or clip

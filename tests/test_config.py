@@ -279,6 +279,14 @@ def test_a_place_in_a_list_is_refused_by_name() -> None:
         ("cluster.num_gpus=-1", "-1"),
         ("cluster.start_timeout_s=0", "0"),
         ("cluster.start_timeout_s=.nan", "nan"),
+        ("cluster.start_timeout_s=1e8", "100000000.0"),
+        ("failures.stall_s=1e9", "1000000000.0"),
+        ("failures.shutdown_grace_s=1e7", "10000000.0"),
+        ("transport.timeout_s=1e300", "1e+300"),
+        ("stages.encoder.replicas=1000000000", "1000000000"),
+        ("stages.encoder.num_threads=100000000000", "100000000000"),
+        ("stages.encoder.num_cpus=1e30", "1e+30"),
+        *((f"limits.{f.name}=1{'0' * 20}", "1" + "0" * 20) for f in fields(LimitsConfig)),
     ],
 )
 def test_an_impossible_value_is_refused_with_a_remedy(override: str, shown: str) -> None:

@@ -146,6 +146,13 @@ def test_a_failing_request_does_not_disturb_the_others(
     wait_until_empty(pipeline)
 
 
+def test_no_video_is_made_of_numbers_that_are_not_finite(pipeline: Pipeline, local: LocalPipeline) -> None:
+    said = r"transformer: its latents hold numbers that are not finite; lower the request's scales of guidance"
+    for each in (pipeline, local):
+        with pytest.raises(RequestError, match=said):
+            each.generate(Request(prompt=PROMPT, guidance_scale=1e38, **SMALL))
+
+
 def test_generate_all_raises_a_failure_after_all_others_are_done(pipeline: Pipeline) -> None:
     requests = [Request(prompt=PROMPT, **SMALL, seed=1), Request(prompt=""), Request(prompt=PROMPT, **SMALL, seed=2)]
     finished = []

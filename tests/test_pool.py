@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer import HOST, TRANSPORT, make_tensors
 
-from disagg_ray.errors import Cancelled, PoolError, TransferError
+from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.transfer import pool as module
 from disagg_ray.transfer import reservations
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
+from disagg_ray.transfer.memory import PoolMemory
 from disagg_ray.transfer.pool import Pool
 from disagg_ray.transfer.slots import HEADER_BYTES, slot_bytes
 
@@ -404,3 +405,9 @@ def test_many_threads_share_one_pool(producer, consumer, workers):
     before = threading.active_count()
     assert all(workers.map(trade, range(100)))
     assert threading.active_count() <= before, "a trade leaves a thread behind"
+
+
+@pytest.mark.parametrize("nbytes", [2**62, 2**70])
+def test_a_pool_that_no_memory_holds_is_refused_in_one_line(nbytes: int) -> None:
+    with pytest.raises(ConfigError, match=r"^transport.pool_bytes: a pool of \d+ bytes does not fit this machine"):
+        PoolMemory(nbytes, "cpu")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser, add_overrides, overrides_of
 from disagg_ray.config.deployment import check_joining
 from disagg_ray.config.load import load_config
+from disagg_ray.config.rules import MOST_S
 from disagg_ray.errors import InputError
 from disagg_ray.models.preflight import check_model
 from disagg_ray.text import shown
@@ -66,8 +66,8 @@ def down(argv: Sequence[str]) -> int:
     parser.add_argument("--drain", action="store_true", help="let running requests finish first")
     parser.add_argument("--grace", type=float, default=3600.0, metavar="SECONDS", help="time limit of --drain")
     options = parser.parse_args(argv)
-    if not 0 <= options.grace < math.inf:
-        raise InputError(f"invalid --grace={options.grace:g}: must be at least 0 seconds")
+    if not 0 <= options.grace <= MOST_S:
+        raise InputError(f"invalid --grace={options.grace:g}: must be from 0 to {MOST_S} seconds")
     _join_for(options.name, None)
     from disagg_ray.service import lifecycle
 

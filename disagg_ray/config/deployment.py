@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from disagg_ray.config.rules import Bytes, Check, Count, Positive, Section, at_least, between, enforce
+from disagg_ray.config.rules import MOST_S, Bytes, Check, Count, Positive, Section, at_least, at_most, between, enforce
 from disagg_ray.errors import ConfigError
 from disagg_ray.text import mask, printable
 
@@ -13,18 +13,18 @@ from disagg_ray.text import mask, printable
 class FailuresConfig(Section):
     """When something counts as failed, and how often it is tried again."""
 
-    max_attempts: Count = 3
+    max_attempts: Annotated[Count, at_most(1000)] = 3
     """Attempts at a stage before the request fails. Attempts that end with their node, or before their replica
     computes, do not count."""
-    stall_s: Annotated[float, at_least(1)] = 600.0
+    stall_s: Annotated[float, at_least(1), at_most(MOST_S)] = 600.0
     """Progress timeout, in seconds: a replica that completes no denoising step, encode, decode, pull or file within
     this is replaced. A pull has `transport.timeout_s` first; waiting for memory or for a GPU does not count."""
-    answer_s: Annotated[float, at_least(1)] = 60.0
+    answer_s: Annotated[float, at_least(1), at_most(MOST_S)] = 60.0
     """Health-check timeout, in seconds: a replica that does not answer within this is replaced. A busy one answers
     within a second."""
-    timeout_s: Positive | None = None
+    timeout_s: Annotated[Positive, at_most(MOST_S)] | None = None
     """Request timeout, in seconds, from admission to the last byte of the video; null: none."""
-    shutdown_grace_s: Annotated[float, at_least(0)] = 30.0
+    shutdown_grace_s: Annotated[float, at_least(0), at_most(MOST_S)] = 30.0
     """Seconds that running requests get to finish after SIGTERM or Ctrl-C."""
 
 
@@ -32,7 +32,7 @@ class FailuresConfig(Section):
 class ServiceConfig(Section):
     """Services: pipelines that outlive their clients and are shared by them (`disagg-ray up`)."""
 
-    client_timeout_s: Positive = 60.0
+    client_timeout_s: Annotated[Positive, at_most(MOST_S)] = 60.0
     """Heartbeat timeout, in seconds: the requests of a client that sends no heartbeat within this are cancelled."""
     target_wait_s: Positive = 60.0
     """Scale up a stage with {min, max} replicas while a new request would wait longer than this, in seconds."""
@@ -78,7 +78,7 @@ class ClusterConfig(Section):
     """GPUs of a local cluster; null: those that Ray detects. Not for a cluster that is joined."""
     dashboard: bool = False
     """Start the Ray dashboard of a local cluster. Not for a cluster that is joined."""
-    start_timeout_s: Positive = 1800.0
+    start_timeout_s: Annotated[Positive, at_most(MOST_S)] = 1800.0
     """Seconds within which every replica must be ready, downloads and loading included; also how long requests wait
     for a stage that has lost all its replicas."""
 

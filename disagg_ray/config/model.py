@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Annotated
 
 from disagg_ray.config.options import Dtype
-from disagg_ray.config.rules import Check, Count, Positive, Rule, Section, between, one_of
+from disagg_ray.config.rules import Check, Count, Positive, Rule, Section, at_most, between, one_of
 from disagg_ray.models.families import DEFAULT, FAMILIES
 from disagg_ray.models.family import Task
 from disagg_ray.text import did_you_mean
@@ -56,7 +56,7 @@ class ModelConfig(Section):
     boundary_ratio: Annotated[float, between(0, 1)] | None = None
     """Of two transformers: share of the timesteps below which the second, low-noise one takes over; null: the
     checkpoint's."""
-    max_sequence_length: Count = 512
+    max_sequence_length: Annotated[Count, at_most(2**20)] = 512
     """Text tokens that the transformer attends to; shorter prompts are padded to it, longer ones are refused."""
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     """Precision of each component's weights."""

@@ -38,6 +38,10 @@ def at_least(least: float) -> Rule:
     return Rule(lambda number: least <= number < math.inf, f"must be at least {least}")
 
 
+def at_most(most: int) -> Rule:
+    return Rule(lambda number: number <= most, f"must be at most {most}")
+
+
 def between(least: float, most: float) -> Rule:
     return Rule(lambda number: least <= number <= most, f"must be from {least} to {most}")
 
@@ -54,7 +58,10 @@ def nearest_in(step: int, offset: int) -> Callable[[int], str]:
 
 
 Count = Annotated[int, at_least(1)]
-Bytes = Annotated[int, Rule(lambda number: number > 0, "must be a positive number of bytes")]
+MOST_BYTES = 2**60
+Bytes = Annotated[int, Rule(lambda number: number > 0, "must be a positive number of bytes"), at_most(MOST_BYTES)]
+MOST_S = 1_000_000
+"""The longest timeout; the system's own waits take no more than 24 days."""
 Positive = Annotated[float, Rule(lambda number: 0 < number < math.inf, "must be a positive number")]
 FINITE = "must be a finite number of at least 0"
 Guidance = Annotated[float, Rule(lambda scale: 0 <= scale <= sys.float_info.max, FINITE)]  # an int may be over it

@@ -10,7 +10,7 @@ from typing import Annotated, Self
 from disagg_ray.config.deployment import ClusterConfig, FailuresConfig, OutputConfig, ServiceConfig
 from disagg_ray.config.model import ModelConfig
 from disagg_ray.config.options import parse_part
-from disagg_ray.config.rules import Check, Count, Fps, Guidance, Section, checks, enforce, one_of
+from disagg_ray.config.rules import Check, Count, Fps, Guidance, Section, at_most, checks, enforce, one_of
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.config.stages import StageConfig, cut_rules, sharing_rules
 from disagg_ray.config.traits import family_rules, shape_rules, token_rules
@@ -50,17 +50,17 @@ class DefaultsConfig(Section):
 class LimitsConfig(Section):
     """The largest request that is admitted. Pools are sized for it."""
 
-    max_pixels: Count = 1280 * 720
+    max_pixels: Annotated[Count, at_most(2**32)] = 1280 * 720
     """Height x width of a video, in pixels."""
-    max_frames: Count = 121
+    max_frames: Annotated[Count, at_most(10**6)] = 121
     """Frames of a video."""
-    max_steps: Count = 200
+    max_steps: Annotated[Count, at_most(10**6)] = 200
     """Denoising steps."""
-    max_prompt_chars: Count = 10_000
+    max_prompt_chars: Annotated[Count, at_most(10**7)] = 10_000
     """Characters of the prompt, and of the negative prompt."""
-    max_image_pixels: Count = 4096 * 4096
+    max_image_pixels: Annotated[Count, at_most(2**32)] = 4096 * 4096
     """Height x width of an input image, or of a frame of an input video, in pixels, before it is resized."""
-    max_queued: Count = 256
+    max_queued: Annotated[Count, at_most(10**6)] = 256
     """Requests in the queue; past it, `submit` waits or raises Overloaded."""
 
     def size_rules(self, height: int, width: int, num_frames: int, num_steps: int) -> Iterator[Check]:

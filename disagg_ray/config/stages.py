@@ -16,7 +16,7 @@ from disagg_ray.config.options import (
     parse_part,
 )
 from disagg_ray.config.parallel import ParallelConfig, denoiser_rules
-from disagg_ray.config.rules import Bytes, Check, Count, Rule, Section, at_least, one_of
+from disagg_ray.config.rules import Bytes, Check, Count, Rule, Section, at_least, at_most, one_of
 from disagg_ray.text import did_you_mean, nearest, printable
 
 
@@ -26,11 +26,13 @@ def _replicas_instead(num_gpus: float) -> str:
 
 
 NumGpus = Annotated[float, Rule(lambda number: 0 <= number <= 1, "must be from 0 to 1", _replicas_instead)]
-NumCpus = Annotated[float, at_least(0)]
+MOST_CPUS = 4096
+NumCpus = Annotated[float, at_least(0), at_most(MOST_CPUS)]
+Replicas = Annotated[Count, at_most(4096)]
 RESERVED = {"CPU", "GPU", "memory", "object_store_memory"}
 AMOUNT = Rule(lambda n: 0 < n <= 1 or (n > 1 and float(n).is_integer()), "must be a fraction or a whole number")
 CUSTOM = Rule(lambda given: not RESERVED & set(given), "must be custom resources; write num_cpus, num_gpus or memory")
-Resources = Annotated[dict[str, Annotated[float, AMOUNT]], CUSTOM]
+Resources = Annotated[dict[str, Annotated[float, AMOUNT, at_most(10**9)]], CUSTOM]
 WarmUp = Annotated[
     list[int],
     Rule(lambda size: len(size) == 3 and min(size) > 0, "must be [height, width, num_frames]"),
@@ -41,7 +43,7 @@ WarmUp = Annotated[
 class GroupConfig(Section):
     """Replicas of a stage on one kind of hardware. A key that is null has the stage's value."""
 
-    replicas: Count = 1
+    replicas: Replicas = 1
     """Actors of this group."""
     accelerator_type: str | None = None
     """GPU model, as for the stage."""
@@ -66,11 +68,11 @@ class StageConfig(Section):
     blocks: list[str] = field(default_factory=list)
     """Top-level blocks of the checkpoint's diffusers modular pipeline, in order. Several stages may share the tiles of
     `decode`, as `decode.1of2` and `decode.2of2`; one more, `blend`, makes the video of them."""
-    replicas: Count = 1
+    replicas: Replicas = 1
     """Actors of this stage. A service (`disagg-ray up`) also takes {min: A, max: B} and scales with the load."""
     min_replicas: int | None = None
     """The min of {min, max}; null: `replicas`."""
-    max_replicas: int | None = None
+    max_replicas: Replicas | None = None
     """The max of {min, max}, for which pools are sized; null: `replicas`."""
     num_gpus: NumGpus = 0.0
     """GPUs of each replica, or of each of its ranks, from 0 to 1; a fraction shares one."""
@@ -89,7 +91,7 @@ class StageConfig(Section):
     """pack (fill nodes that are in use first) or spread (use as many nodes as possible; not with share_gpu)."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     """Replicas on mixed hardware, by a name of your choice, in place of `replicas`."""
-    num_threads: Count | None = None
+    num_threads: Annotated[Count, at_most(MOST_CPUS)] | None = None
     """Torch threads of each replica; null: num_cpus, rounded up. Frames are bit-identical only for equal numbers."""
     dtype: Dtype | None = None
     """Precision of all components of this stage; null: model.dtype."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from disagg_ray.config.rules import Check, Rule, Section, at_least, one_of
+from disagg_ray.config.rules import MOST_S, Check, Rule, Section, at_least, at_most, one_of
 from disagg_ray.text import MASK
 
 
@@ -44,7 +44,7 @@ class TransportConfig(Section):
     """Registered host memory of the driver's pool, in bytes: input images and finished latents."""
     verify: bool = True
     """Check a checksum of every pulled tensor."""
-    timeout_s: Annotated[float, at_least(5)] = 30.0
+    timeout_s: Annotated[float, at_least(5), at_most(MOST_S)] = 30.0
     """Timeout of a pull, in seconds; Mooncake takes no less than 5."""
 
     def rules(self) -> Iterator[Check]:

@@ -219,7 +219,7 @@ class Replica:
         began, started = time.time(), time.monotonic()
         self._report(task, "running")
         with self._activities.working("compute", lambda: self.stage.lock_wait_until) as activity:
-            outputs = self._computer.compute(request, pulled.tensors, stop_when_released)
+            outputs = self._computer.compute(request, pulled.tensors, stop_when_released).checked(self.stage.name)
         computed = time.monotonic()
         self._report(task, "publishing")
         handoff = self._publish(task.key, outputs.tensors)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from disagg_ray.config.schema import Config
-from disagg_ray.errors import ConfigError
+from disagg_ray.errors import ConfigError, RequestError
 from disagg_ray.graph import FRAMES, IMAGES, SOUND, Graph, StagePorts
 from disagg_ray.inputs import unpack
 from disagg_ray.media.video import Clip, Frames
@@ -45,6 +46,24 @@ class Outputs:
     @property
     def frames(self) -> Frames | None:
         return None if self.clip is None else self.clip.frames
+
+    def checked(self, stage: str) -> Outputs:
+        """Return these outputs if their numbers are some of which a video can be made.
+
+        Raises:
+            RequestError: names what holds them: the same would come of another attempt.
+        """
+        found = {name: bool(tensor.isfinite().all()) for name, tensor in self.tensors.items()}
+        if self.clip is not None:
+            found["frames"] = all(np.isfinite(frame.sum()) for frame in self.clip.frames)
+            found["sound"] = self.clip.sound is None or bool(np.isfinite(self.clip.sound.samples.sum()))
+        for name, are_finite in found.items():
+            if not are_finite:
+                raise RequestError(
+                    f"{stage}: its {name} hold numbers that are not finite; lower the request's scales of guidance, or "
+                    f"use a larger precision (model.dtype, stages.*.dtype, stages.*.vae.dtype)"
+                )
+        return self
 
 
 class Stage:

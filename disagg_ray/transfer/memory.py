@@ -65,10 +65,16 @@ def _allocate(nbytes: int, device: str) -> torch.Tensor:
     """Return zeroed memory that can be registered; on a GPU, an allocation that nothing else shares.
 
     Raises:
-        ConfigError: the GPU is too full.
+        ConfigError: the GPU, or the machine, has not that much.
     """
     if device == "cpu":
-        return torch.zeros(nbytes, dtype=torch.uint8)
+        try:
+            return torch.zeros(nbytes, dtype=torch.uint8)
+        except (RuntimeError, TypeError) as error:  # TypeError: of more bytes than a number of torch's holds
+            raise ConfigError(
+                f"transport.pool_bytes: a pool of {nbytes} bytes does not fit this machine's memory; lower limits or "
+                f"pool_bytes, or replicas"
+            ) from error
     try:
         with plain_segments():
             return torch.zeros(max(nbytes, _OWN_SEGMENT_BYTES), dtype=torch.uint8, device=device)
