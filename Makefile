@@ -21,8 +21,9 @@ define beside
 endef
 
 HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings hunyuan_video15 \
-	hunyuan_video15_i2v kuberay lora ltx2 memory models_maker options parity plan pool qwen_image qwen_image_edit \
-	qwen_image_edit_plus report schedulers sockets ti2v tiles tiny transfer turns vace vace_inputs video
+	hunyuan_video15_i2v hunyuan_video15_options kuberay lora ltx2 memory models_maker options parity plan pool \
+	qwen_image qwen_image_edit qwen_image_edit_plus report schedulers sockets ti2v tiles tiny transfer turns vace \
+	vace_inputs video
 
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 45 minutes
 	@.ci/setup test

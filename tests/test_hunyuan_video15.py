@@ -235,15 +235,9 @@ def test_what_the_model_has_not_is_refused_by_name(configure: Any, asked: dict[s
         ("model.boundary_ratio=0.5", "invalid model.boundary_ratio"),
         ("stages.transformer.parallel.ulysses=2", "invalid stages.transformer.parallel"),
         ("stages.decoder.parallel.rows=2", "invalid stages.decoder.parallel"),
-        ("stages.encoder.offload=model", "invalid stages.encoder.offload"),
         ("stages.transformer.denoiser.attention=auto", "invalid stages.transformer.denoiser.attention"),
-        ("stages.transformer.denoiser.compile=default", "invalid stages.transformer.denoiser.compile"),
         ("stages.transformer.denoiser.fuse=true", "invalid stages.transformer.denoiser.fuse"),
-        ("stages.transformer.denoiser.loras=[{path: a.safetensors}]", "invalid stages.transformer.denoiser.loras"),
-        ("stages.transformer.denoiser.quantization=fp8_storage", "invalid stages.transformer.denoiser.quantization"),
         ("stages.transformer.denoiser.step_cache.method=first_block", "invalid stages.transformer.denoiser.step_cache"),
-        ("stages.decoder.vae.compile=true", "invalid stages.decoder.vae.compile"),
-        ("stages.decoder.vae.channels_last=true", "invalid stages.decoder.vae.channels_last"),
     ],
 )
 def test_what_does_not_work_yet_is_refused_by_key(configure: Any, override: str, says: str) -> None:

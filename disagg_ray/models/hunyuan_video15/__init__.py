@@ -17,8 +17,8 @@ FAMILY = Family(
     name="hunyuan_video15",
     title="HunyuanVideo 1.5",
     tasks={
-        "t2v": Task(step_caches=()),
-        "i2v": Task(images=("image",), max_aspect=100, crops_to=4, step_caches=()),
+        "t2v": Task(step_caches=("taylorseer",)),
+        "i2v": Task(images=("image",), max_aspect=100, crops_to=4, step_caches=("taylorseer",)),
     },
     pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
     components={
@@ -35,9 +35,5 @@ FAMILY = Family(
         "transformer": Component("diffusers", ("HunyuanVideo15Transformer3DModel",), values=TransformerConfig),
         "guider": Component("diffusers", ("ClassifierFreeGuidance",), "guider_config.json", GuiderConfig),
     },
-    without=(
-        "model.scheduler", "stages.parallel", "stages.offload", "stages.denoiser.attention", "stages.denoiser.compile",
-        "stages.denoiser.fuse", "stages.denoiser.loras", "stages.denoiser.quantization", "stages.vae.compile",
-        "stages.vae.channels_last",
-    ),
-)  # fmt: skip
+    without=("model.scheduler", "stages.parallel", "stages.denoiser.attention", "stages.denoiser.fuse"),
+)

@@ -101,6 +101,7 @@ class ImageEncoder(HunyuanVideo15ImageEncoderStep):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        components.image_encoder.use_head = False  # its output is not used, and offload in groups cannot follow it
         size = {"height": state.get("height"), "width": state.get("width")}
         state.set("image", components.video_processor.resize(state.get("image"), **size, resize_mode="crop"))
         made: tuple[Any, Any] = super().__call__(components, state)

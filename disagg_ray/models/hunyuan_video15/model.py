@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers.loaders import HunyuanVideoLoraLoaderMixin
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15RMS_norm
 from diffusers.modular_pipelines.hunyuan_video1_5.before_denoise import (
     HunyuanVideo15PrepareLatentsStep,
     HunyuanVideo15SetTimestepsStep,
 )
 from diffusers.modular_pipelines.hunyuan_video1_5.decoders import HunyuanVideo15VaeDecoderStep
 from diffusers.modular_pipelines.hunyuan_video1_5.encoders import HunyuanVideo15VaeEncoderStep
+from torch import Tensor
 
 from disagg_ray.models.blocks import Stepping
 from disagg_ray.models.checkpoint import Checkpoint
@@ -22,6 +25,8 @@ from disagg_ray.models.model import Model
 
 class HunyuanVideo15Model(Model):
     """HunyuanVideo 1.5, of a text, and of a text and a first frame."""
+
+    norms = (HunyuanVideo15RMS_norm,)
 
     def blocks(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], Stepping]:
         encoders: dict[str, Any] = {}
@@ -47,6 +52,10 @@ class HunyuanVideo15Model(Model):
             "vae_scale_factor_temporal": geometry.temporal_factor,
             "num_channels_latents": geometry.latent_channels,
         }
+
+    def convert_lora(self, transformer: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = HunyuanVideoLoraLoaderMixin.lora_state_dict(weights)
+        return made
 
 
 MODEL = HunyuanVideo15Model()
