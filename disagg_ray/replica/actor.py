@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 
 import psutil
 import ray
@@ -35,6 +34,7 @@ from disagg_ray.replica.messages import (
     Spec,
     Task,
 )
+from disagg_ray.replica.puller import Pulled, Puller
 from disagg_ray.replica.sizing import frames_in_piece, pool_bytes
 from disagg_ray.replica.software import software
 from disagg_ray.replica.stage import Stage
@@ -43,15 +43,6 @@ from disagg_ray.result import StageTiming
 from disagg_ray.transfer.allocator import grow_segments
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
-
-READS_EACH = 2
-"""Times Mooncake may be given `transport.timeout_s` for one tensor, and to reach its peer."""
-
-
-@dataclass(frozen=True)
-class _Pulled:
-    tensors: dict[str, torch.Tensor]
-    seconds: float
 
 
 class Replica:
@@ -62,7 +53,7 @@ class Replica:
         self._config = config
         with imports_kept():
             self.stage = Stage(stage, config)
-        self._pulled: dict[AttemptKey, _Pulled] = {}
+        self._pulled: dict[AttemptKey, Pulled] = {}
         self._known: set[AttemptKey] = set()
         """Keys of tasks that were begun here and not released."""
         self._lock = threading.Lock()
@@ -76,8 +67,9 @@ class Replica:
         """From the first call of `load` on."""
         self._activities = Activities()
         self.pool: Pool
+        self._puller: Puller
         self._computer: Computer
-        """Both from `load` on."""
+        """All from `load` on."""
 
     def __repr__(self) -> str:  # Ray prefixes log lines and lists actors with it
         return self.name
@@ -109,6 +101,7 @@ class Replica:
         transport, device, cache_bytes = self._config.transport, self.stage.device, self.stage.cache_bytes
         nbytes = pool_bytes(self._config, self.stage)
         self.pool = Pool(self.name, nbytes, host, transport, device, cache_bytes, taken)
+        self._puller = Puller(self.stage, self.pool, self._activities)
         self.stage.use_cache(self.pool.cache)
         blocks = identify_blocks(self._config, self.stage.name, self.stage.folder)  # of files as they are read now
         self._computer, ranks = load(self.name, self.stage, self._config, graph, host)
@@ -177,37 +170,19 @@ class Replica:
         steps_of = (task.attempt, state, step, steps)
         self._sender.send(Event(task.request.id, self.stage.name, self.name, *steps_of, num_ranks=num_ranks))
 
-    def _pull(self, task: Task) -> _Pulled:
-        started = time.monotonic()
+    def _pull(self, task: Task) -> Pulled:
         with self._lock:
             if self._driver_info is not None and self._driver_info.driver_epoch != task.driver_epoch:
                 raise Cancelled(f"request {task.request.id} is of a driver that is gone")
             self._known.add(task.key)
         self._report(task, "pulling")
-        wanted = {h: [t for t in h.tensors if t.name in self.stage.ports.inputs] for h in task.handoffs}
-        sizes = {t.name: t.spec.nbytes for metas in wanted.values() for t in metas}
         try:
-            self._reserve(task.key, sizes | self.stage.output_bytes(task.request))
-            tensors: dict[str, torch.Tensor] = {}
-            for handoff, metas in wanted.items():
-                tensors |= self._read(task.key, handoff, [meta.name for meta in metas])
+            return self._puller.pull(task)
         except BaseException:
             self.release(task.key)
             raise
-        return _Pulled(tensors, time.monotonic() - started)
 
-    def _reserve(self, key: AttemptKey, sizes: dict[str, int]) -> None:
-        """Wait for room until others release some; it is a hang only if their releases could not be enough."""
-        with self._activities.working("reserve", lambda: time.monotonic() if self.pool.can_hold(sizes) else 0.0):
-            self.pool.reserve(key, sizes)
-
-    def _read(self, key: AttemptKey, handoff: Handoff, names: list[str]) -> dict[str, torch.Tensor]:
-        """Pull tensors; it is a hang of this replica only after every deadline of the read."""
-        ends = time.monotonic() + READS_EACH * (1 + len(names)) * self._config.transport.timeout_s
-        with self._activities.working("pull", lambda: ends):
-            return self.pool.pull(key, handoff, names)
-
-    def _compute(self, task: Task, pulled: _Pulled) -> Reply:
+    def _compute(self, task: Task, pulled: Pulled) -> Reply:
         request = task.request
 
         def stop_when_released(step: int, steps: int) -> None:
