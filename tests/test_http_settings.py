@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Request
 
 from disagg_ray import load_config
-from disagg_ray.errors import ConfigError
+from disagg_ray.errors import ConfigError, DisaggError
+from disagg_ray.http.app import HANDLERS
+from disagg_ray.http.keys import Keys
 from disagg_ray.http.pace import Pace
 from disagg_ray.http.settings import override
 from disagg_ray.http.store import Job
@@ -37,6 +42,17 @@ def test_a_setting_of_another_type_is_refused_by_name(key: str, value: Any, must
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     assert override(SPLIT, {"max_bytes": 1e6}).service.max_bytes == 1_000_000
+
+
+def test_keys_that_cannot_be_read_are_no_fault_of_who_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.json"
+    keys = Keys(str(file), None)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"keys\.json") as caught:
+        keys.authenticate("Bearer sk-x")
+    answer = asyncio.run(HANDLERS[DisaggError](Request({"type": "http"}), caught.value))
+    assert (answer.status_code, b"keys.json" in answer.body) == (503, False)
+    assert "keys.json" in caplog.text
 
 
 def test_seconds_of_other_stages_predict_nothing() -> None:

@@ -43,6 +43,10 @@ def test_a_row_is_there_for_the_next_process(store: Store, url: str) -> None:
     other.close()
 
 
+def test_an_id_that_is_no_text_is_nobody_s(store: Store) -> None:
+    assert store.get("video_\0") is None
+
+
 def test_a_job_ends_once(store: Store) -> None:
     job = add(store, "once")
     assert store.change(job.id, UNFINISHED, status="completed", progress=100)

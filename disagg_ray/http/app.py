@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from disagg_ray.config.builtin import find_file
 from disagg_ray.config.load import load_config
-from disagg_ray.errors import DisaggError, InputError, OutputError, StartError
+from disagg_ray.errors import ConfigError, DisaggError, InputError, OutputError, StartError
 from disagg_ray.http.guard import Guard, to_response
 from disagg_ray.http.jobs import Jobs
 from disagg_ray.http.routes import router
@@ -88,6 +88,8 @@ def _explain(error: Exception) -> ApiError:
         case SQLAlchemyError():
             message = "service.database: it failed or is away; try again; the service's log says why"
             answer = ApiError(503, message, code="database_failed")
+        case ConfigError():  # of the service's own, as of its keys
+            answer = ApiError(503, "the service's configuration cannot be used; its log says why", code="misconfigured")
         case InputError():
             answer = ApiError(400, printable(str(error), 500))
     if answer.status >= 500:

@@ -52,7 +52,7 @@ async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str
         given = await _read_form(request, model, uploads)
     elif kind in ("application/json", ""):
         try:
-            given = json.loads(await request.body())
+            given = json.loads(await request.body(), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, "body: it is not JSON; give an object") from error
     else:
@@ -68,6 +68,16 @@ async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str
     return body, uploads
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of these; refuse a name that is there twice, of which one would be left out unseen."""
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = max(names, key=names.count)
+        raise ApiError(400, f"{shown(twice)}: given twice", param=twice[:80])
+    return given
+
+
 async def _read_form(request: Request, model: type[BaseModel], uploads: dict[str, Upload]) -> dict[str, Any]:
     """Return a form's fields; files go into `uploads`."""
     given: dict[str, Any] = {}
@@ -77,7 +87,7 @@ async def _read_form(request: Request, model: type[BaseModel], uploads: dict[str
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     await _take_file(name, value, model, given, uploads)
-                elif name in given or FILES.get(name) in uploads:
+                elif (outer := _outer(name)) in given or FILES.get(outer) in uploads:
                     raise ApiError(400, f"{shown(name)}: given twice", param=name[:80])
                 else:
                     given.update(_form_field(name, value))
@@ -101,9 +111,14 @@ async def _take_file(
     uploads[place] = Upload(file.filename or name, await file.read())
 
 
+def _outer(name: str) -> str:
+    """Return the field of a body that a form's field is, or is one of: `mask` of `mask[image_url]`."""
+    outer = name.partition("[")[0]
+    return outer if outer in FILES else name
+
+
 def _form_field(name: str, value: str) -> dict[str, Any]:
     """Return a form's field; `input_reference[image_url]` is one of an object, and an empty text leaves a field out."""
-    outer, bracket, inner = name.partition("[")
-    if bracket and outer in FILES:
-        return {outer: {inner.rstrip("]"): value}}
+    if (outer := _outer(name)) != name:
+        return {outer: {name.removeprefix(f"{outer}[").rstrip("]"): value}}
     return {name: value} if value or name == "prompt" else {}

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from disagg_ray.http.store import Job
 from disagg_ray.inputs import OTHERS
 from disagg_ray.text import did_you_mean, printable
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Text = Annotated[str, StringConstraints(max_length=100_000)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must hold no NUL character")  # PostgreSQL takes none
+    return text
+
+
+Text = Annotated[str, StringConstraints(max_length=100_000), AfterValidator(_no_nul)]
 
 
 class ApiError(Exception):
@@ -106,7 +122,7 @@ class CreateVideo(BaseModel):
     """The same of sound."""
     negative_prompt: Text | None = None
     """What guidance steers away from."""
-    num_inference_steps: int | None = None
+    num_inference_steps: Whole | None = None
     """Denoising steps."""
     guidance_scale: Number | None = None
     """Classifier-free guidance, of the high-noise transformer where there are two."""
@@ -114,13 +130,13 @@ class CreateVideo(BaseModel):
     """Of the low-noise transformer."""
     audio_guidance_scale: Number | None = None
     """Of the sound, of a model that makes some."""
-    seed: int | None = None
+    seed: Whole | None = None
     """Of the initial noise."""
-    num_frames: int | None = None
+    num_frames: Whole | None = None
     """Frames, 4k + 1, in place of seconds."""
-    fps: int | None = None
+    fps: Whole | None = None
     """Frames a second."""
-    priority: int = 0
+    priority: Whole = 0
     """Higher goes first."""
     deadline_s: Annotated[Number, Field(gt=0, le=1e9)] | None = None
     """Seconds after it was accepted in which a job must finish; later it fails."""

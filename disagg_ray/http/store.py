@@ -146,6 +146,8 @@ class Store:
 
     def get(self, job_id: str, tenant: str | None = None) -> Job | None:
         """Return a job, of a tenant if one is given; deleted ones are not there."""
+        if "\0" in job_id:  # of which PostgreSQL would say that it is no text
+            return None
         with self._engine.connect() as connection:
             row = connection.execute(GET, {"job_id": job_id, "tenant_or_none": tenant}).first()
         return Job(*row) if row is not None else None
