@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from benchmarks.denoiser_model import Model, tune
 from benchmarks.machine import machine
-from benchmarks.ranks import ANSWER_S, Row, now, run_ranks
+from benchmarks.ranks import ANSWER_S, Row, note, now, run_ranks
 
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.models.parallel.ranks import Ranks
@@ -43,7 +43,6 @@ class Work:
     ways: tuple[str, ...]
     repeats: int
     log: Path
-    """Gets each row as it comes, should the run be cut off."""
 
 
 def forward(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
@@ -59,9 +58,7 @@ def forward(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
         row |= {"way": way or "one GPU", "apart": float((made - expected).abs().max() / expected.std())}
         rows.append(row)
         if rank == 0:
-            print(text := json.dumps(row), flush=True)
-            with work.log.open("a") as file:
-                file.write(text + "\n")
+            note(work.log, row)
     return rows
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import socket
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +34,9 @@ def run_ranks(work: Work, num_ranks: int) -> list[Row]:
         environment.replace(VISIBLE, str(rank))
         children[-1].start()
     try:
-        if not ours.poll(ANSWER_S):
-            raise TimeoutError(f"{num_ranks} ranks gave no answer for {ANSWER_S:g} s")
+        wait([ours, *(child.sentinel for child in children)], ANSWER_S)
+        if not ours.poll():
+            raise RuntimeError(f"{num_ranks} ranks gave no answer: one died, or {ANSWER_S:g} s were not enough")
         answer: list[Row] = ours.recv()
     finally:
         for child in children:
@@ -50,6 +54,13 @@ def _serve(answers: Any, work: Work, rank: int, num_ranks: int, address: str) ->
     if rank == 0 or "error" in rows[-1]:
         answers.send(rows)
     time.sleep(ANSWER_S)  # ended by the parent, once it has an answer
+
+
+def note(log: Path, row: Row) -> None:
+    """Print a row and append it to a file, should the run be cut off."""
+    print(text := json.dumps(row), flush=True)
+    with log.open("a") as file:
+        file.write(text + "\n")
 
 
 def now(on_gpu: bool) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from benchmarks.machine import machine
-from benchmarks.ranks import ANSWER_S, Row, now, run_ranks
+from benchmarks.ranks import ANSWER_S, Row, note, now, run_ranks
 
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.models.wan.random import build_component
@@ -40,6 +40,7 @@ class Work:
     repeats: int
     folder: Path
     """Where one GPU leaves its frames."""
+    log: Path
 
 
 def decode(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
@@ -57,7 +58,10 @@ def decode(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
             from disagg_ray.models.parallel.rows import split_rows
 
             split_rows(vae, ranks)
-        rows += [{"ranks": num_ranks, "dtype": dtype} | _decode(work, vae, size, rank) for size in work.sizes]
+        for size in work.sizes:
+            rows.append({"ranks": num_ranks, "dtype": dtype} | _decode(work, vae, size, rank))
+            if rank == 0:
+                note(work.log, rows[-1])
         del vae
     return rows
 
@@ -93,7 +97,7 @@ def _compare(work: Work, name: str, frames: torch.Tensor | None) -> Row:
     path = work.folder / f"{name}.pt"
     if not path.exists():
         torch.save(frames.cpu(), path)
-    first, made = torch.load(path).float(), frames.float().cpu()
+    first, made = torch.load(path, map_location=frames.device).float(), frames.float()
     difference = (made - first).abs()
     return {
         "max_difference": difference.max().item(),
@@ -122,11 +126,11 @@ def main(arguments: list[str]) -> None:
     first: dict[tuple[str, str], float] = {}
     with TemporaryDirectory() as folder:
         cells = tuple((int(h), int(w), int(n)) for h, w, n in (size.split("x") for size in sizes.split(",")))
-        work = Work(shape, cells, tuple(options.dtypes.split(",")), options.repeats, Path(folder))
+        work = Work(shape, cells, tuple(options.dtypes.split(",")), options.repeats, Path(folder), path)
         for row in (row for num_ranks in able for row in run_ranks(partial(decode, work), num_ranks)):
-            if "seconds" in row:
-                alone = first.setdefault((row["dtype"], row["size"]), row["seconds"])
-                row["times_as_fast"] = alone / row["seconds"]
-            print(text := json.dumps(row), flush=True)
-            with path.open("a") as file:
-                file.write(text + "\n")
+            if "error" in row:
+                note(path, row)
+                continue
+            alone = first.setdefault((row["dtype"], row["size"]), row["seconds"])
+            what = f"{row['ranks']} ranks, {row['dtype']}, {row['size']}"
+            print(f"{what}: {row['seconds']:.3f} s, {alone / row['seconds']:.3f} times as fast")

@@ -37,9 +37,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = "model.dtype.transformer=bfloat16"
 ULYSSES, CFG, BOTH = "{ulysses: 2}", "{cfg: 2}", "{cfg: 2, ulysses: 2}"
 SHARDED = "{ulysses: 2, shard_weights: true}"
-ROUNDED = {ULYSSES: 1e-3, SHARDED: 1e-3, BOTH: 1e-3} if DEVICE == "cuda" else {}
+ROUNDED = {ULYSSES: 3e-3, SHARDED: 3e-3, BOTH: 3e-3} if DEVICE == "cuda" else {}
 """How far frames (0 to 1) may be: on a GPU, other kernels suit the fewer tokens of tiny models; with cfg alone, 0."""
-HALF = 50.0
+HALF = 20.0
 """What bfloat16 allows more."""
 FLASH_4 = ["flash_4"] if find_spec("flash_attn") is not None else []
 BACKENDS = ["_native_cudnn", "_native_flash", *FLASH_4] if DEVICE == "cuda" else ["native"]
