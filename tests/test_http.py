@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -217,25 +217,6 @@ def test_images_are_checked_as_everywhere_and_named_as_they_were_sent() -> None:
         check_body(body, {"image": Upload("a.png", b"no image")}, config, 0)
     with pytest.raises(ApiError, match="input_reference: image: none given"):
         check_body(body, {}, config, 0)
-
-
-@pytest.mark.proof
-def test_a_model_of_images_is_listed_and_refused_for_videos(
-    cluster: None, checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    file, path = "conf/tiny_qwen_image.yaml", f"model.path={checkpoint('tiny-qwen-image')}"
-    assert cli.main(["up", "pictures", "--config", file, path, "fused=true"]) == 0
-    app = build_app(make_settings(("pictures",), load_config(file, path, f"service.folder={tmp_path}")))
-    with TestClient(app, base_url="http://localhost:8000", client=("127.0.0.1", 1)) as client:
-        wait_until(lambda: client.get("/ready").status_code == 200, "never ready")
-        assert [model["task"] for model in client.get("/v1/models").json()["data"]] == ["t2i"]
-        answer = client.post("/v1/videos", json={"prompt": "a circle"})
-        jobs = client.get("/v1/videos").json()["data"]
-    assert cli.main(["down", "pictures"]) == 0
-    error = answer.json()["error"]
-    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "model")
-    assert error["message"] == "model: it makes images (model.task t2i), and only videos are served"
-    assert jobs == []
 
 
 def test_an_image_comes_in_a_form_and_an_unknown_file_is_refused(http: TestClient) -> None:

@@ -24,15 +24,17 @@ expect.set_options(timeout=SURE_MS)
 
 
 @contextmanager
-def serving(folder: Path, config: str) -> Iterator[str]:
+def serving(folder: Path, config: str, *overrides: str) -> Iterator[str]:
     """Give the page's address of `disagg-ray serve`."""
     command = [sys.executable, "-m", "disagg_ray.cli", "serve", "--config", config, "--port", str(helpers.free_port()),
-               f"service.folder={folder}"]  # fmt: skip
+               f"service.folder={folder}", *overrides]  # fmt: skip
     with subprocess.Popen(command, env=http_load.environment(), stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         shown = next(line for line in child.stdout if line.startswith("page: "))
-        yield shown.removeprefix("page: ").strip()
-        child.terminate()
+        try:
+            yield shown.removeprefix("page: ").strip()
+        finally:
+            child.terminate()
         assert child.wait(120) == 143
 
 

@@ -54,7 +54,7 @@ IMPORTERS = {
     "tokenizers": {"models", "jobs"},
     "huggingface_hub": {"models"},
     "ray": {"pipeline", "driver", "service", "http", "replica.actor", "replica.gang", "doctor", "jobs"},
-    "fastapi": {"http.app", "http.forms", "http.routes"},
+    "fastapi": {"http.app", "http.follow", "http.forms", "http.images", "http.routes"},
     "sqlalchemy": {"http.store", "http.workers", "http.app", "http.jobs"},
     "starlette": {"http"},
     "accelerate": {"models"},

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse
 from disagg_ray.config.builtin import find_file
 from disagg_ray.config.load import load_config
 from disagg_ray.errors import ConfigError, DisaggError, InputError, OutputError, StartError
+from disagg_ray.http import images
 from disagg_ray.http.guard import Guard, to_response
 from disagg_ray.http.jobs import Jobs
 from disagg_ray.http.routes import router
@@ -58,6 +59,7 @@ def build_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="disagg_ray", version=VERSION, lifespan=lifespan, redoc_url=None)
     app.state.jobs, app.state.max_bytes = jobs, settings.service.max_upload_bytes
     app.include_router(router)
+    app.include_router(images.router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(

@@ -16,21 +16,22 @@ from typing import Any
 
 from disagg_ray.config.model import ModelConfig
 from disagg_ray.config.schema import Config
+from disagg_ray.config.traits import FORMATS, OF_VIDEO
 from disagg_ray.errors import DisaggError, RequestError
-from disagg_ray.http.files import by_field
+from disagg_ray.http.files import MEDIA_TYPES, by_field
 from disagg_ray.http.schema import SHOWN, ApiError, CreateVideo
 from disagg_ray.http.store import Job
 from disagg_ray.inputs import OTHERS, REFERENCES
 from disagg_ray.models.prompts import check_prompts
-from disagg_ray.request import MAX_PRIORITY, Request, resolve
+from disagg_ray.request import MAX_PRIORITY, Request, ResolvedRequest, resolve
 from disagg_ray.text import printable, shown
 
 FILES = {
     "input_reference": "image", "last_image": "last_image", "video": "video", "mask": "mask",
-    "reference_images": "reference_images",
+    "reference_images": "reference_images", "image": "images",
 }  # fmt: skip
-"""Fields of a body that are files, and of the request that they become."""
-LISTS = ("reference_images",)
+"""Fields of a body that are files, and of the request that they become; of `images`, the model decides which."""
+LISTS = ("reference_images", "image")
 """Those of which there may be several."""
 PARAMS = {"height x width": "size", "height": "size", "width": "size", "image": "input_reference"}
 """Fields of a body, by those of the request that they decide."""
@@ -55,6 +56,8 @@ class Asked:
     settings: dict[str, Any]
     size: str
     seconds: str
+    length_s: float
+    """Of the video; 0 of an image."""
 
 
 def files_of(model: ModelConfig) -> list[str]:
@@ -114,13 +117,9 @@ def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config,
     fields: dict[str, Any] = body.model_dump(
         include={
             "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_scale_2", "audio_guidance_scale",
-            "seed", "fps", *OTHERS,
+            "seed", "fps", "format", *OTHERS,
         }
     )  # fmt: skip
-    if config.model.traits.makes != "video":
-        raise ApiError(
-            400, f"model: it makes images (model.task {config.model.task}), and only videos are served", param="model"
-        )
     _check_number(uploads, config)
     num_frames = _num_frames(body, config)
     with ExitStack() as stack:
@@ -138,11 +137,21 @@ def check_body(body: CreateVideo, uploads: Mapping[str, Upload], config: Config,
             check_prompts(resolved, config.model)
         except DisaggError as error:
             raise _answer(error, names, body) from error
-    settings = {name: getattr(resolved, name) for name in (*SHOWN, "height", "width")}
+    if resolved.format not in MEDIA_TYPES:
+        served = ", ".join(name for name in FORMATS[config.model.traits.makes] if name in MEDIA_TYPES)
+        raise ApiError(400, f"format: {resolved.format} is not served; give {served}", param="format")
+    return _ask(body, request, resolved, priority, is_video=config.model.traits.makes == "video")
+
+
+def _ask(body: CreateVideo, request: Request, resolved: ResolvedRequest, priority: int, *, is_video: bool) -> Asked:
+    """Return what a checked request asks for; an image has no length."""
+    names = [name for name in (*SHOWN, "height", "width") if is_video or name not in OF_VIDEO]
+    settings = {name: getattr(resolved, name) for name in names}
     settings |= {name: getattr(request, name) for name in OTHERS}
     settings["priority"] = max(-MAX_PRIORITY, min(MAX_PRIORITY, resolved.priority + priority))
-    seconds = str(body.seconds) if body.seconds is not None else f"{resolved.num_frames / resolved.fps:g}"
-    return Asked(resolved.prompt, settings, f"{resolved.width}x{resolved.height}", seconds.strip())
+    length_s = resolved.num_frames / resolved.fps if is_video else 0.0
+    seconds = str(body.seconds).strip() if body.seconds is not None else f"{length_s:g}"
+    return Asked(resolved.prompt, settings, f"{resolved.width}x{resolved.height}", seconds, length_s)
 
 
 def _check_number(uploads: Mapping[str, Upload], config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Files of an HTTP service: videos, thumbnails and uploads, in a folder or at a URL."""
+"""Files of an HTTP service: videos, images, thumbnails and uploads, in a folder or at a URL."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.errors import OutputError
+from disagg_ray.http.store import Job
 from disagg_ray.media import storage
 from disagg_ray.media.output import atomic_file
 from disagg_ray.media.places import check_output, is_url, local_path
 from disagg_ray.media.video import make_thumbnail
+
+MEDIA_TYPES = {"mp4": "video/mp4", "png": "image/png", "webp": "image/webp", "jpg": "image/jpeg"}
+"""Of the formats that are served."""
 
 
 class Folder:
@@ -47,11 +51,12 @@ class Folder:
         except OSError as error:
             raise OutputError(f"service.folder: {name} cannot be written: {error.strerror}") from error
 
-    def add_thumbnail(self, job_id: str) -> None:
-        """Write a video's first frame beside it, unless it is there."""
-        video, thumbnail = video_of(job_id), thumbnail_of(job_id)
+    def add_thumbnail(self, job: Job) -> None:
+        """Write what a job made beside it as a WebP file, of a video the first frame, unless it is there."""
+        made, thumbnail = file_of(job), thumbnail_of(job)
         if not storage.exists(self._path(thumbnail)):
-            self.write(thumbnail, make_thumbnail(b"".join(self.read(video, 0, self.size(video)))))
+            data = b"".join(self.read(made, 0, self.size(made)))
+            self.write(thumbnail, make_thumbnail(data, job.settings["format"]))
 
     def size(self, name: str) -> int:
         return storage.size(self._path(name))
@@ -77,12 +82,13 @@ class Folder:
             yield {place: folder / name for place, name in names.items()}
 
 
-def video_of(job_id: str) -> str:
-    return f"{job_id}.mp4"
+def file_of(job: Job) -> str:
+    """Return the name of what a job makes."""
+    return f"{job.id}.{job.settings['format']}"
 
 
-def thumbnail_of(job_id: str) -> str:
-    return f"{job_id}.webp"
+def thumbnail_of(job: Job) -> str:
+    return f"{job.id}.thumbnail.webp"
 
 
 def name_of(job_id: str, place: str) -> str:

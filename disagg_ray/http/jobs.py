@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from disagg_ray.errors import OutputError
 from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
-from disagg_ray.http.files import Folder, name_of, thumbnail_of, video_of
+from disagg_ray.http.files import Folder, file_of, name_of, thumbnail_of
 from disagg_ray.http.keys import Key, Keys
 from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.queues import Queues
@@ -54,6 +55,8 @@ class Jobs:
             for model, config in configs.items()
         }
         self.queues = Queues(self.store, self.runners)
+        self._abandoned = deque[str]()
+        """Jobs to cancel."""
         self._doubtful: dict[str, dict[str, str]] = {}
         """Uploads by job, of jobs that the database failed to accept."""
         self._closing = threading.Event()
@@ -95,12 +98,12 @@ class Jobs:
         if idempotency_key is not None and (job := self.store.by_idempotency_key(key.name, idempotency_key)):
             return repeated(job, made_of)
         asked = check_body(body, uploads, runner.config, key.priority)
-        now, job_id = time.time(), f"video_{uuid.uuid4().hex}"
+        now, job_id = time.time(), f"{runner.config.model.traits.makes}_{uuid.uuid4().hex}"
         images = {place: name_of(job_id, place) for place in uploads}
         job = Job(
             job_id, key.name, runner.model, self.workers.own, asked.prompt, asked.settings, images, asked.size,
             asked.seconds, now, remixed_from=remixed_from, idempotency_key=idempotency_key, fingerprint=made_of,
-            length_s=asked.settings["num_frames"] / asked.settings["fps"],
+            length_s=asked.length_s,
             num_bytes=sum(len(upload.data) for upload in uploads.values()),
             deadline_at=now + body.deadline_s if body.deadline_s is not None else None,
         )  # fmt: skip
@@ -162,7 +165,7 @@ class Jobs:
         """
         job = self.store.get(job_id, key.name)
         if job is None:
-            raise ApiError(404, f"video_id: there is no video {shown(job_id)}", param="video_id", code="not_found")
+            raise ApiError(404, f"video_id: there is no job {shown(job_id)}", param="video_id", code="not_found")
         return job
 
     def show(self, job: Job) -> Video:
@@ -192,7 +195,7 @@ class Jobs:
         if not self.store.change(job_id, UNFINISHED, status="cancelling"):
             job = self.find(key, job_id)
             if job.status != "cancelled":
-                raise ApiError(409, f"video_id: the video is {job.status}, no longer to cancel", param="video_id")
+                raise ApiError(409, f"video_id: the {job.makes} is {job.status}, no longer to cancel", param="video_id")
             return job
         self._cancel_here(job)
         return self.find(key, job_id)
@@ -201,13 +204,14 @@ class Jobs:
         if (runner := self.runners.get(job.model)) is not None:
             runner.cancel(job.id)
 
-    def delete(self, key: Key, job_id: str) -> None:
-        """Delete a job and its files; one that runs is cancelled."""
+    def delete(self, key: Key, job_id: str) -> Job:
+        """Delete a job and its files; one that runs is cancelled. Return it."""
         job = self.find(key, job_id)
         gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
         self.store.change(job_id, (*UNFINISHED, *ENDED), status="deleted", **gone)
         self._cancel_here(job)
-        self.folder.remove(video_of(job_id), thumbnail_of(job_id), *job.images.values())
+        self.folder.remove(file_of(job), thumbnail_of(job), *job.images.values())
+        return job
 
     def remix(self, key: Key, job_id: str, prompt: str, idempotency_key: str | None) -> Job:
         """Accept a new prompt with the settings and files of another job.
@@ -230,17 +234,17 @@ class Jobs:
         """Return the name and bytes of a file of a finished job.
 
         Raises:
-            ApiError: the job is not completed, or its video has expired.
+            ApiError: the job is not completed, or its file has expired.
         """
         if job.status != "completed":
-            message = f"video_id: the video is {job.status}, and has no content"
+            message = f"video_id: the {job.makes} is {job.status}, and has no content"
             raise ApiError(404 if job.is_finished else 409, message, param="video_id", code="not_ready")
         if job.num_bytes == 0:
-            raise ApiError(404, "video_id: the video has expired", param="video_id", code="expired")
-        name = video_of(job.id)
+            raise ApiError(404, f"video_id: the {job.makes} has expired", param="video_id", code="expired")
+        name = file_of(job)
         if variant == "thumbnail":
-            name = thumbnail_of(job.id)
-            self.folder.add_thumbnail(job.id)
+            name = thumbnail_of(job)
+            self.folder.add_thumbnail(job)
             if (row := self.store.get(job.id)) is None or row.num_bytes == 0:  # deleted or expired meanwhile
                 self.folder.remove(name)
         return name, self.folder.size(name)
@@ -249,15 +253,16 @@ class Jobs:
         runner = self.runners.get(job.model)
         return runner.subscribe(job.id, receive) if runner is not None else lambda: None
 
+    def abandon(self, job: Job) -> None:
+        """Cancel a job soon that nobody waits for any more; returns at once, and may be called on an event loop."""
+        self._abandoned.append(job.id)
+
     def _tidy(self) -> None:
         """Write progress, end late and cancelled jobs, take over those of dead processes, remove files that are not
         to stay."""
         now = time.time()
         self.metrics.flush()
-        for job_id in list(self._doubtful):
-            row, images = self.store.get(job_id), self._doubtful.pop(job_id)
-            if row is None:
-                self.folder.remove(*images.values())
+        self._settle()
         self.workers.keep()
         for runner in self.runners.values():
             runner.flush()
@@ -276,6 +281,16 @@ class Jobs:
         self._resume(unfinished)
         for job in self.store.expired(now, self.settings.service.max_bytes):
             self.store.change(job.id, ENDED, num_bytes=0, expires_at=min(job.expires_at or now, now))
-            self.folder.remove(video_of(job.id), thumbnail_of(job.id), *job.images.values())
+            self.folder.remove(file_of(job), thumbnail_of(job), *job.images.values())
         self.store.forget_deleted(now)
         self.metrics.queue({model: sum(job.model == model for job in unfinished) for model in self.runners})
+
+    def _settle(self) -> None:
+        """Cancel what was abandoned, and remove the uploads of jobs that are in no row."""
+        while self._abandoned:
+            self.store.change(self._abandoned[0], UNFINISHED, status="cancelling")
+            self._abandoned.popleft()
+        for job_id in list(self._doubtful):
+            if self.store.get(job_id) is None:
+                self.folder.remove(*self._doubtful[job_id].values())
+            del self._doubtful[job_id]

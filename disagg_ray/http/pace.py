@@ -81,7 +81,7 @@ class Pace:
             yield max(left.values(), default=self.nothing_s)
 
     def _work(self, stage: str, settings: Mapping[str, Any]) -> float:
-        work: float = settings["height"] * settings["width"] * settings["num_frames"]
+        work: float = settings["height"] * settings["width"] * settings.get("num_frames", 1)
         return work * settings["num_inference_steps"] if self._has_steps.get(stage) else work
 
 

@@ -1,11 +1,11 @@
-"""The routes: OpenAI's videos API, our own beside it, and what a cluster asks a service."""
+"""The routes: OpenAI's videos API for jobs of either kind, our own beside it, and what a cluster asks a service."""
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -13,9 +13,10 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from disagg_ray.errors import OutputError
 from disagg_ray.http import schema
 from disagg_ray.http.bodies import files_of
+from disagg_ray.http.files import MEDIA_TYPES
+from disagg_ray.http.follow import follow
 from disagg_ray.http.forms import describe_body, read_body
 from disagg_ray.http.jobs import Jobs
 from disagg_ray.http.keys import Key
@@ -26,17 +27,12 @@ from disagg_ray.text import shown
 
 PAGE = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 MAX_IDEMPOTENCY_CHARS = 255
-POLL_S = 0.5
-"""How soon a stream sees what another process did."""
 LEAST_POLL_S, MOST_POLL_S = 0.5, 5.0
 """Bounds of the delay that OpenAI's client is told to poll after."""
 POLLS = 20
 """Of a job in its predicted seconds."""
 BEAT_S = 15.0
 """Between two signs of life on a stream where nothing happens."""
-BACKLOG = 256
-"""Events that wait for a slow reader; older ones are dropped."""
-TYPES = {"video": "video/mp4", "thumbnail": "image/webp"}
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 router = APIRouter()
@@ -65,7 +61,7 @@ Idempotency = Annotated[str | None, Header(max_length=MAX_IDEMPOTENCY_CHARS, min
 async def create_video(
     request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
 ) -> schema.Video:
-    """Accept a video job; it is kept once this answers."""
+    """Accept a job, for a video or an image; it is kept once this answers."""
     body, uploads = await read_body(request, CreateVideo)
     return await run_in_threadpool(lambda: jobs.show(jobs.accept(key, body, uploads, idempotency_key)))
 
@@ -75,10 +71,10 @@ def list_videos(
     jobs: WithJobs, key: WithKey, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:  # fmt: skip
-    """List one's videos, a page after a video's id."""
+    """List one's jobs, a page after a job's id."""
     last = jobs.store.get(after, key.name) if after is not None else None
     if after is not None and last is None:
-        raise ApiError(400, f"after: there is no video {shown(after)}", param="after")
+        raise ApiError(400, f"after: there is no job {shown(after)}", param="after")
     found = jobs.store.page(key.name, last, limit + 1, ascending=order == "asc")
     data = [jobs.show(job) for job in found[:limit]]
     first, end = (data[0].id, data[-1].id) if data else (None, None)
@@ -100,9 +96,9 @@ async def get_video(video_id: str, jobs: WithJobs, key: WithKey) -> Response:
 
 @router.delete("/v1/videos/{video_id}", response_model=Deleted, responses=ERRORS)
 def delete_video(video_id: str, jobs: WithJobs, key: WithKey) -> Deleted:
-    """Delete a job and its video; one that runs is cancelled."""
-    jobs.delete(key, video_id)
-    return Deleted(id=video_id)
+    """Delete a job and its files; one that runs is cancelled."""
+    makes = jobs.delete(key, video_id).makes
+    return Deleted(id=video_id, object="image.deleted" if makes == "image" else "video.deleted")
 
 
 @router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=ERRORS)
@@ -117,7 +113,7 @@ def cancel_video(video_id: str, jobs: WithJobs, key: WithKey) -> Video:
 async def remix_video(
     video_id: str, request: Request, jobs: WithJobs, key: WithKey, idempotency_key: Idempotency = None
 ) -> Video:
-    """Accept a new prompt with the settings, files and seed of another video."""
+    """Accept a new prompt with the settings, files and seed of another job."""
     body, _ = await read_body(request, RemixVideo)
     return await run_in_threadpool(lambda: jobs.show(jobs.remix(key, video_id, body.prompt, idempotency_key)))
 
@@ -127,7 +123,7 @@ def get_content(
     video_id: str, jobs: WithJobs, key: WithKey, variant: Literal["video", "thumbnail"] = "video",
     range: Annotated[str | None, Header()] = None,
 ) -> Response:  # fmt: skip
-    """Return the video, or its first frame; part of it with a Range header."""
+    """Return the video or image, or as thumbnail its first frame as WebP; part of it with a Range header."""
     name, size = jobs.content(jobs.find(key, video_id), variant)
     start, stop = _part(range, size)
     headers = {
@@ -138,7 +134,7 @@ def get_content(
     if (start, stop) != (0, size):
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     status = 206 if "Content-Range" in headers else 200
-    return StreamingResponse(jobs.folder.read(name, start, stop), status, headers, TYPES[variant])
+    return StreamingResponse(jobs.folder.read(name, start, stop), status, headers, MEDIA_TYPES[name.rpartition(".")[2]])
 
 
 def _part(header: str | None, size: int) -> tuple[int, int]:
@@ -166,43 +162,17 @@ def get_events(video_id: str, jobs: WithJobs, key: WithKey) -> Response:
 EVENTS = "text/event-stream"
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, put: Callable[[Job], None], job: Job) -> None:
-    loop.call_soon_threadsafe(put, job)
-
-
 async def _stream(jobs: Jobs, key: Key, job: Job) -> AsyncIterator[str]:
-    queue: asyncio.Queue[Job] = asyncio.Queue(BACKLOG)
-    loop = asyncio.get_running_loop()
-
-    def put(job: Job) -> None:
-        if queue.full():
-            queue.get_nowait()
-        queue.put_nowait(job)
-
-    unsubscribe = jobs.subscribe(job, partial(_call_soon, loop, put))
-    try:
-        sent, waited = "", 0.0
-        while True:
-            video = (await run_in_threadpool(jobs.show, job)).model_dump_json()
+    sent, told = "", time.monotonic()
+    async with aclosing(follow(jobs, key, job)) as states:
+        async for now in states:
+            video = (await run_in_threadpool(jobs.show, now)).model_dump_json()
             if video != sent:
-                sent, waited = video, 0.0
-                yield f"event: {job.status}\ndata: {video}\n\n"
-            if job.is_finished:
-                return
-            try:
-                async with asyncio.timeout(POLL_S):
-                    job = await queue.get()
-            except TimeoutError:
-                row = await run_in_threadpool(jobs.store.get, job.id, key.name)
-                if row is None:  # deleted
-                    return
-                job = row
-                waited += POLL_S
-                if waited >= BEAT_S:
-                    waited = 0.0
-                    yield ": waiting\n\n"
-    finally:
-        unsubscribe()
+                sent, told = video, time.monotonic()
+                yield f"event: {now.status}\ndata: {video}\n\n"
+            elif time.monotonic() > told + BEAT_S:
+                told = time.monotonic()
+                yield ": waiting\n\n"
 
 
 @router.get("/v1/models", response_model=schema.ModelList, responses=ERRORS)
@@ -217,6 +187,7 @@ def list_models(jobs: WithJobs, key: WithKey) -> schema.ModelList:  # noqa: ARG0
                 id=name,
                 created=created,
                 task=model.task,
+                makes=model.traits.makes,
                 multiple=model.traits.multiple,
                 files=files_of(model),
                 defaults=defaults,
@@ -270,7 +241,3 @@ def asset(name: str) -> Response:
         raise ApiError(404, f"there is no page {shown(name)}")
     content = files("disagg_ray.http").joinpath("page", name).read_bytes()
     return Response(content, media_type=PAGE[name], headers={"Cache-Control": "no-cache"})
-
-
-def storage_error(error: OutputError) -> ApiError:
-    return ApiError(503, f"service.folder: {error}", code="storage_failed")

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, Overloaded, ReplicaLost
-from disagg_ray.http.files import Folder, by_field, thumbnail_of, video_of
+from disagg_ray.http.files import Folder, by_field, file_of, thumbnail_of
 from disagg_ray.http.link import Link
 from disagg_ray.http.live import Live
 from disagg_ray.http.pace import Pace
@@ -39,7 +39,7 @@ END_S = 2.0
 MAX_TRIES = 3
 """Of a job whose service was lost."""
 NUM_WRITERS = 2
-"""Threads that write videos."""
+"""Threads that write files."""
 
 
 class Runner:
@@ -217,14 +217,14 @@ class Runner:
 
     def _complete(self, job: Job, result: Result) -> None:
         assert result.data is not None
-        self._folder.write(video_of(job.id), result.data)
+        self._folder.write(file_of(job), result.data)
         seconds = {timing.stage: timing.compute_s + timing.encode_s for timing in result.stages}
         num_bytes = job.num_bytes + len(result.data)
         if self._end(job, "completed", progress=100, num_bytes=num_bytes, stage_seconds=seconds):
             self.pace.learn(replace(job, stage_seconds=seconds))
         elif (row := self._store.get(job.id)) is None or row.status != "completed" or row.num_bytes == 0:
             # deleted, late or expired meanwhile
-            self._folder.remove(video_of(job.id), thumbnail_of(job.id))
+            self._folder.remove(file_of(job), thumbnail_of(job))
 
     def _lose(self, job: Job, error: DisaggError) -> None:
         """Run a job again that was cancelled with its service; one that somebody cancelled is over."""

@@ -89,19 +89,21 @@ class VideoReference(BaseModel):
 
 
 class CreateVideo(BaseModel):
-    """A video to generate. What is left out is the model's default."""
+    """A video or an image to generate. What is left out is the model's default."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: Text
-    """What the video shows."""
+    """What to show."""
     model: str | None = None
     """Name of the service; may be left out where there is one."""
     seconds: Annotated[str, StringConstraints(max_length=20)] | Number | None = None
-    """Length of the video; the nearest number of frames that the model makes."""
+    """Length of the video; the nearest number of frames that the model makes. Not of an image."""
     size: Annotated[str, StringConstraints(max_length=20)] | None = None
     """Width x height, as 832x480."""
+    format: Annotated[str, StringConstraints(max_length=20)] | None = None
+    """mp4; of an image png, webp or jpg."""
     input_reference: ImageReference | None = None
-    """First frame, of a model that takes one."""
+    """First frame, or what is edited, of a model that takes one."""
     last_image: ImageReference | None = None
     """Last frame, of a model that takes one."""
     video: VideoReference | None = None
@@ -109,7 +111,7 @@ class CreateVideo(BaseModel):
     mask: ImageReference | VideoReference | None = None
     """Of the video, black where it stays: one image, or a video of as many frames."""
     reference_images: Annotated[list[ImageReference], Field(min_length=1, max_length=64)] | None = None
-    """What is to appear in the video, of a model that takes images of it; in a form, one part for each."""
+    """What is to appear or is edited, of a model that takes such images; in a form, one part for each."""
     conditioning_scale: Number | None = None
     """How much video and reference images count."""
     modality_scale: Number | None = None
@@ -133,9 +135,9 @@ class CreateVideo(BaseModel):
     seed: Whole | None = None
     """Of the initial noise."""
     num_frames: Whole | None = None
-    """Frames, 4k + 1, in place of seconds."""
+    """Frames, 4k + 1, in place of seconds; not of an image."""
     fps: Whole | None = None
-    """Frames a second."""
+    """Frames a second; not of an image."""
     priority: Whole = 0
     """Higher goes first."""
     deadline_s: Annotated[Number, Field(gt=0, le=1e9)] | None = None
@@ -143,7 +145,7 @@ class CreateVideo(BaseModel):
 
 
 class RemixVideo(BaseModel):
-    """A new prompt for the settings of another video."""
+    """A new prompt for the settings of another job."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: Text
@@ -167,10 +169,11 @@ class VideoError(BaseModel):
 
 
 class Video(BaseModel):
-    """A video job, as OpenAI's, with our settings and stages."""
+    """A job, as OpenAI's of a video, with our settings and stages."""
 
     id: str
-    object: Literal["video"] = "video"
+    object: Literal["video", "image"]
+    """What it makes."""
     model: str
     status: Literal["queued", "in_progress", "completed", "failed", "cancelling", "cancelled"]
     progress: int
@@ -181,10 +184,11 @@ class Video(BaseModel):
     prompt: str
     size: str
     seconds: str
+    """Of the video; 0 of an image."""
     remixed_from_video_id: str | None = None
     error: VideoError | None = None
     settings: dict[str, Any] = {}
-    """Seed and all else that the video was made with."""
+    """Seed, format and all else that it was made with."""
     images: list[str] = []
     """Fields in which a file was given."""
     stages: list[StageProgress] = []
@@ -192,7 +196,7 @@ class Video(BaseModel):
     queue_position: int | None = None
     """Jobs of the model before this one, while it waits."""
     wait_s: float | None = None
-    """Predicted seconds until it is finished, once other videos have shown how long one takes."""
+    """Predicted seconds until it is finished, once other jobs have shown how long one takes."""
 
 
 class VideoList(BaseModel):
@@ -205,7 +209,7 @@ class VideoList(BaseModel):
 
 class Deleted(BaseModel):
     id: str
-    object: Literal["video.deleted"] = "video.deleted"
+    object: Literal["video.deleted", "image.deleted"]
     deleted: bool = True
 
 
@@ -215,6 +219,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "disagg_ray"
     task: str
+    makes: Literal["video", "image"]
     defaults: dict[str, Any]
     limits: dict[str, Any]
     multiple: int
@@ -228,7 +233,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-SHOWN = ("seed", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2",
+SHOWN = ("format", "seed", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2",
          "audio_guidance_scale", "negative_prompt", "priority")  # fmt: skip
 
 
@@ -237,11 +242,11 @@ def to_video(job: Job, **more: Any) -> Video:
     if job.error_code is not None:
         error = VideoError(code=job.error_code, message=job.error_message or "")
     return Video(
-        id=job.id, model=job.model, status=job.status,  # type: ignore[arg-type] # deleted ones are never shown
+        id=job.id, object=job.makes, model=job.model, status=job.status,  # type: ignore[arg-type] # deleted ones are never shown
         progress=job.progress, created_at=int(job.created_at),
         completed_at=_whole(job.completed_at), expires_at=_whole(job.expires_at),
         prompt=job.prompt, size=job.size, seconds=job.seconds, remixed_from_video_id=job.remixed_from, error=error,
-        settings={name: job.settings[name] for name in (*SHOWN, *OTHERS)},
+        settings={name: job.settings[name] for name in (*SHOWN, *OTHERS) if name in job.settings},
         images=sorted({place.partition("[")[0] for place in job.images}), **more,
     )  # fmt: skip
 

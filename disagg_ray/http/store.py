@@ -13,6 +13,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from disagg_ray.config.traits import FORMATS
 from disagg_ray.errors import ConfigError
 from disagg_ray.http.workers import LOCKS, Workers
 from disagg_ray.text import mask, printable
@@ -27,7 +28,7 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True)
 class Job:
-    """One accepted video, as the database has it; times are seconds since the epoch."""
+    """One accepted video or image, as the database has it; times are seconds since the epoch."""
 
     id: str
     tenant: str
@@ -46,7 +47,7 @@ class Job:
     """Of the video, as it was asked for."""
     created_at: float
     length_s: float = 0.0
-    """Of the video, as it is made."""
+    """Of the video, as it is made; an image has none."""
     status: Status = "queued"
     progress: int = 0
     started_at: float | None = None
@@ -69,6 +70,10 @@ class Job:
     @property
     def is_finished(self) -> bool:
         return self.status not in UNFINISHED
+
+    @property
+    def makes(self) -> Literal["video", "image"]:
+        return "image" if self.settings["format"] in FORMATS["image"] else "video"
 
 
 COLUMN_TYPES: dict[str, Any] = {

@@ -243,10 +243,13 @@ def load_video(path: str | Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(iio.imread(path, plugin="FFMPEG"), dtype=np.uint8)
 
 
-def make_thumbnail(video: bytes) -> bytes:
-    """Return the first frame of an mp4 file as a WebP file."""
-    frame = iio.imread(video, index=0, plugin="FFMPEG", extension=".mp4")
+def make_thumbnail(made: bytes, format: str) -> bytes:
+    """Return an image, or the first frame of an mp4 file, as a WebP file."""
     buffer = io.BytesIO()
+    if format in IMAGES:
+        Image.open(io.BytesIO(made), formats=[IMAGES[format][0]]).save(buffer, format="WEBP")
+        return buffer.getvalue()
+    frame = iio.imread(made, index=0, plugin="FFMPEG", extension=".mp4")
     Image.fromarray(np.asarray(frame, dtype=np.uint8)).save(buffer, format="WEBP")
     return buffer.getvalue()
 

@@ -51,22 +51,20 @@ function showModel() {
   for (const name of ["width", "height", "num_frames", "num_inference_steps", "guidance_scale"]) {
     form.elements[name].placeholder = model.files.length && ["width", "height"].includes(name) ? "auto" : model.defaults[name];
   }
-  form.elements.width.min = form.elements.width.step = model.multiple;
-  form.elements.height.min = form.elements.height.step = model.multiple;
+  for (const name of ["width", "height"]) form.elements[name].min = form.elements[name].step = model.multiple;
   form.elements.num_frames.max = model.limits.max_frames;
   form.elements.num_inference_steps.max = model.limits.max_steps;
+  $("frames").hidden = model.makes === "image";
+  $("first-name").textContent = model.makes === "image" ? "Image" : "First frame";
   $("images").hidden = !model.files.length;
-  for (const drop of document.querySelectorAll(".drop")) {
-    drop.hidden = !model.files.includes(drop.querySelector("input").name);
-  }
+  for (const drop of document.querySelectorAll(".drop")) drop.hidden = !model.files.includes(drop.querySelector("input").name);
 }
 
 function showError(message, param = null) {
   $("error").textContent = message;
   $("error").hidden = !message;
   for (const field of form.querySelectorAll("[aria-invalid]")) {
-    field.removeAttribute("aria-invalid");
-    field.removeAttribute("aria-describedby");
+    for (const name of ["aria-invalid", "aria-describedby"]) field.removeAttribute(name);
   }
   const field = param && form.elements[param === "size" ? "width" : param];
   if (!field) return;
@@ -81,13 +79,11 @@ async function submit() {
   data.set("model", $("model").value);
   data.set("prompt", get("prompt"));
   for (const name of ["negative_prompt", "num_frames", "num_inference_steps", "guidance_scale", "seed"]) {
-    if (get(name) !== "") data.set(name, get(name));
+    if (get(name) !== "" && !(name === "num_frames" && $("frames").hidden)) data.set(name, get(name));
   }
   const defaults = models.get($("model").value).defaults;
   if (get("width") || get("height")) data.set("size", `${get("width") || defaults.width}x${get("height") || defaults.height}`);
-  for (const name of models.get($("model").value).files) {
-    for (const file of form.elements[name].files) data.append(name, file);
-  }
+  for (const name of models.get($("model").value).files) for (const file of form.elements[name].files) data.append(name, file);
   showError("");
   $("submit").disabled = true;
   try {
@@ -105,7 +101,7 @@ function show(video, first = false) {
     card = $("card").content.firstElementChild.cloneNode(true);
     card.dataset.id = video.id;
     card.querySelector(".prompt").id = `prompt-${video.id}`; // tells one card's buttons from another's
-    for (const each of card.querySelectorAll("video, .actions > *")) each.setAttribute("aria-describedby", `prompt-${video.id}`);
+    for (const each of card.querySelectorAll("video, .made, .actions > *")) each.setAttribute("aria-describedby", `prompt-${video.id}`);
     card.querySelector(".cancel").addEventListener("click", () => act(video.id, "cancel"));
     card.querySelector(".delete").addEventListener("click", () => act(video.id, "delete"));
     card.querySelector(".again").addEventListener("click", () => again(card.video));
@@ -119,9 +115,10 @@ function show(video, first = false) {
   card.style.setProperty("--aspect", `${width} / ${height}`);
   card.querySelector(".prompt").textContent = video.prompt;
   const s = video.settings;
+  const frames = video.object === "image" ? "" : ` · ${s.num_frames} frames`;
   const guidance = s.guidance_scale_2 === null ? s.guidance_scale : `${s.guidance_scale} / ${s.guidance_scale_2}`;
   card.querySelector(".settings").textContent =
-    `${video.model} · ${video.size} · ${s.num_frames} frames · ${s.num_inference_steps} steps · guidance ${guidance} · seed ${s.seed}`;
+    `${video.model} · ${video.size}${frames} · ${s.num_inference_steps} steps · guidance ${guidance} · seed ${s.seed}`;
   const running = ["queued", "in_progress", "cancelling"].includes(video.status);
   card.querySelector(".cancel").hidden = !running;
   card.querySelector(".cancel").disabled = video.status === "cancelling";
@@ -134,7 +131,7 @@ function show(video, first = false) {
 
 function announce(video) {
   const words = { in_progress: "is being made", completed: "is ready", failed: "failed", cancelled: "was cancelled" };
-  if (words[video.status]) $("news").textContent = `${video.prompt}: the video ${words[video.status]}.`;
+  if (words[video.status]) $("news").textContent = `${video.prompt}: the ${video.object} ${words[video.status]}.`;
 }
 
 function showNote(card, video) {
@@ -205,7 +202,7 @@ async function stream(card) {
   }
 }
 
-const nearby = new IntersectionObserver((entries) => { // videos far down are not fetched
+const nearby = new IntersectionObserver((entries) => { // what is far down is not fetched
   for (const { isIntersecting, target } of entries) {
     if (isIntersecting && !target.loaded) load(target);
   }
@@ -214,18 +211,18 @@ const nearby = new IntersectionObserver((entries) => { // videos far down are no
 async function load(card) {
   card.loaded = true;
   nearby.unobserve(card);
-  const video = card.querySelector("video");
+  const shown = card.querySelector(card.video.object === "image" ? ".made" : "video");
   try {
     const content = await (await api(`/v1/videos/${card.dataset.id}/content`)).blob();
     const url = URL.createObjectURL(content);
-    video.src = url;
-    video.hidden = false;
+    shown.src = url;
+    shown.hidden = false;
     card.querySelector(".waiting").hidden = true;
     const link = card.querySelector(".download");
     link.href = url;
-    link.download = `${card.dataset.id}.mp4`;
+    link.download = `${card.dataset.id}.${card.video.settings.format}`;
     link.hidden = false;
-    if (card.following) video.play().catch(() => {});
+    if (card.following && card.video.object === "video") shown.play().catch(() => {});
   } catch (error) {
     card.querySelector(".status").textContent = error.message.replace("video_id: ", "");
   }
@@ -238,18 +235,16 @@ async function act(id, what) {
       show(await (await api(`/v1/videos/${id}/cancel`, { method: "POST" })).json());
     } else {
       await api(`/v1/videos/${id}`, { method: "DELETE" });
-      URL.revokeObjectURL(card.querySelector("video").src);
+      URL.revokeObjectURL(card.querySelector(".download").href);
       cards.delete(id);
       const next = (card.nextElementSibling ?? card.previousElementSibling)?.querySelector(".delete");
       card.remove();
       (next ?? form.elements.prompt).focus();
-      $("news").textContent = "The video was deleted.";
+      $("news").textContent = `The ${card.video.object} was deleted.`;
       $("empty").hidden = cards.size > 0;
     }
   } catch (error) {
-    const note = card.querySelector(".note");
-    note.textContent = error.message;
-    note.hidden = false;
+    Object.assign(card.querySelector(".note"), { textContent: error.message, hidden: false });
   }
 }
 
