@@ -16,6 +16,9 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from faulty import Faults
+    from splits import Split
+
+    from disagg_ray.config.schema import Config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, its children too
 
@@ -58,6 +61,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def splits(configure: Callable[..., Config]) -> Iterator[Callable[[str], Split]]:
+    """Give what starts replicas of the module's configuration, once a cut, that hand tensors over with Mooncake."""
+    from splits import recut, start_splits
+
+    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """HunyuanVideo 1.5: frames equal stock's bit for bit, split and fused; what it has not is refused by name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import torch
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
+from splits import ONE, THREE, Load, Split
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.schema import Config
@@ -83,12 +83,6 @@ def expect(make_stock: Callable[..., Callable[..., np.ndarray]]) -> Callable[[st
     """Give the stock pipeline's frames of a case."""
     make = make_stock()
     return cache(lambda case: make(**CASES[case]))
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 @pytest.mark.parametrize("cut", [THREE, ONE])

@@ -1,6 +1,6 @@
 """HunyuanVideo 1.5 from a first frame: frames equal stock's bit for bit, split and fused, whatever the image's size."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
-from test_parity import FOUR, ONE, THREE, Load, Split, recut, start_splits
+from splits import FOUR, ONE, THREE, Load, Split
 
 from disagg_ray import CheckpointError, LocalPipeline, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.schema import Config
@@ -89,12 +89,6 @@ def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Ca
     """Give the stock pipeline's frames of a case."""
     stock = load_stock(checkpoint(SHAPE))
     return cache(lambda case: stock(ask(case)))
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 PROOF = pytest.mark.proof

@@ -1,6 +1,6 @@
 """LTX-2: frames and sound equal stock's bit for bit, split and fused; the sound reaches files; the rest is refused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import copy_changed, heard, wait_until_empty
 from PIL import Image
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
+from splits import ONE, THREE, Load, Split
 
 from disagg_ray import (
     CheckpointError,
@@ -111,12 +111,6 @@ def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Ca
     """Give the stock pipeline's frames and samples of a case."""
     stock = Stock(checkpoint("tiny-ltx2"))
     return cache(lambda case: stock.make(ask(case)))
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
+from splits import ONE, THREE, Load, Split
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
 from disagg_ray.cli.command import main
@@ -64,12 +64,6 @@ def expect(checkpoint: Callable[[str], Path]) -> Callable[[str], np.ndarray]:
         return made
 
     return make
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 def ask(case: str = "guided", **asked: Any) -> Request:

@@ -1,6 +1,6 @@
 """Qwen-Image-Edit: images equal stock's bit for bit, split and fused, whatever the size of the given image."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dime
 from edit_stock import load_stock
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
+from splits import ONE, THREE, Load, Split
 from transformers import AutoImageProcessor
 
 from disagg_ray import CheckpointError, LocalPipeline, Pipeline, Request, RequestError, load_config
@@ -62,12 +62,6 @@ def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Ca
     """Give the stock pipeline's image of a case."""
     load = cache(partial(load_stock, "QwenImageEditPipeline", checkpoint("tiny-qwen-image-edit")))
     return cache(lambda case, dtype=torch.float32: load(dtype)(ask(case)))
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 SLOW, PROOF = pytest.mark.slow, pytest.mark.proof

@@ -1,6 +1,6 @@
 """Qwen-Image-Edit-Plus: images of one image and of several equal stock's bit for bit, split and fused."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from edit_stock import load_stock
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
+from splits import ONE, THREE, Load, Split
 from transformers import AutoImageProcessor
 
 from disagg_ray import CheckpointError, LocalPipeline, Pipeline, Request, RequestError, load_config
@@ -74,12 +74,6 @@ def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Ca
     """Give the stock pipeline's image of a case."""
     stock = load_stock(STOCK, checkpoint(TINY))
     return cache(lambda case: stock(ask(case)))
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 SLOW, PROOF = pytest.mark.slow, pytest.mark.proof

@@ -1,7 +1,7 @@
 """Wan 2.2 TI2V: one checkpoint makes stock's frames of text alone and of a first frame."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from helpers import wait_until_empty
 from PIL import Image
 from safetensors.torch import save_file
+from splits import ONE, THREE, Load, Split
 from test_lora import TO_Q, factors
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
 from disagg_ray import ConfigError, LocalPipeline, Pipeline, Request, RequestError, load_config
 from disagg_ray.config.schema import Config
@@ -87,12 +87,6 @@ class Stock:
 def stock(checkpoint: Callable[[str], Path]) -> Stock:
     """Give the stock pipelines in float32."""
     return Stock(checkpoint("tiny-ti2v"), {"default": torch.float32})
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 def ask(**asked: Any) -> Request:

@@ -18,7 +18,7 @@ from faulty import faulty_replicas
 from helpers import offload, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import HOST, Split
+from splits import HOST, Split
 
 from disagg_ray import ConfigError, LocalPipeline, Pipeline, Request, load_config
 from disagg_ray.config.schema import Config

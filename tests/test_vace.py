@@ -1,7 +1,7 @@
 """Wan 2.1 VACE makes stock's frames of a text, a control video, its mask and reference images, of any of them."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from helpers import copy_changed, wait_until_empty
 from PIL import Image
 from safetensors.torch import save_file
+from splits import ONE, THREE, Load, Split
 from test_lora import TO_Q, factors
-from test_parity import ONE, THREE, Load, Split, recut, start_splits
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, Pipeline, Request, load_config
 from disagg_ray.config.schema import Config
@@ -99,12 +99,6 @@ class Stock:
 @pytest.fixture(scope="module")
 def stock(checkpoint: Callable[[str], Path], images: dict[str, list[Image.Image]]) -> Stock:
     return Stock(checkpoint("tiny-vace"), images)
-
-
-@pytest.fixture(scope="module")
-def splits(configure: Callable[..., Config]) -> Iterator[Load[Split]]:
-    """Give replicas that hand their tensors over with Mooncake, started once a cut."""
-    yield from start_splits(lambda cut: recut(configure(), cut))
 
 
 @pytest.fixture(scope="module")

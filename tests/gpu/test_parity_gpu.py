@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_parity import CONF, GUIDED, HOST, UNGUIDED, Model, Split
+from splits import HOST, Split
+from test_parity import CONF, GUIDED, UNGUIDED, Model
 
 from disagg_ray import LocalPipeline, Pipeline, Request
 from disagg_ray.config.load import load_config
