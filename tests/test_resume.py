@@ -37,7 +37,13 @@ def plan(
 
 
 def pretend(
-    folder: Path, name: str, status: str = "done", setup: str | None = None, config: Config = CONFIG, **more: Any
+    folder: Path,
+    name: str,
+    status: str = "done",
+    setup: str | None = None,
+    config: Config = CONFIG,
+    format: str = "mp4",
+    **more: Any,
 ) -> Path:
     """Record one of LINES as finished, with a file when it is done; return the file."""
     with RequestsFile(folder / "requests.jsonl", config) as source, Folder(folder / "out") as out:
@@ -45,7 +51,7 @@ def pretend(
         index = source.find(name)
         assert index is not None
         record = Record(name, status, source.content(index), setup or identify_setup(config), 0.0, **more)
-        path = out.video_of(name, "mp4")
+        path = out.video_of(name, format)
         if status == "done":
             path.write_bytes(name.encode())
             found = stat_of(path)
@@ -64,6 +70,17 @@ def test_the_next_run_makes_what_is_missing(tmp_path: Path) -> None:
     pretend(tmp_path, "dog")
     pending, made = plan(tmp_path, [*LINES, {"id": "new", "prompt": "new"}])
     assert (pending, made.num_done) == (["cat", "cow", "ant", "new"], 1)
+
+
+def test_frames_whose_sound_vanished_are_made_again(tmp_path: Path) -> None:
+    config = load_config("builtin:tiny_ltx2")
+    lines = [{"id": "cat", "prompt": "a cat", "format": "npy"}]
+    plan(tmp_path, lines, config)
+    sound = pretend(tmp_path, "cat", config=config, format="npy").with_suffix(".wav")
+    sound.touch()
+    assert plan(tmp_path, lines, config)[0] == []
+    sound.unlink()
+    assert plan(tmp_path, lines, config)[0] == ["cat"]
 
 
 def test_a_file_that_vanished_or_changed_is_made_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import helpers
 import pytest
@@ -17,7 +18,10 @@ import ray
 
 from disagg_ray import Connection, Request, StartError, cli, connect, load_config
 from disagg_ray.driver.names import find_replicas, find_supervisor
+from disagg_ray.errors import ConfigError
 from disagg_ray.service import lifecycle
+from disagg_ray.service.changes import check_change
+from disagg_ray.service.latents_store import LatentsStore
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +63,26 @@ def test_a_rollout_that_cannot_start_leaves_the_service_as_it_was(
         after = connection.snapshot()
         assert (after.state, after.config, pids(connection)) == ("ready", before.config, serving)
         assert connection.generate(SMALL).data
+
+
+def test_a_timeout_that_replicas_have_from_their_start_cannot_change() -> None:
+    before, after = load_config(T2V), load_config(T2V, "failures.stall_s=5")
+    with pytest.raises(ConfigError, match=r"failures\.stall_s: it cannot change while the service runs"):
+        check_change(before, after)
+    check_change(before, load_config(T2V, "failures.answer_s=5", "service.latents_bytes=50"))
+
+
+@pytest.mark.proof
+def test_a_rollout_changes_how_many_latents_are_kept(cluster: None, tmp_path: Path) -> None:
+    with service("keeping", "fused=true") as (up, connection):
+        kept = LatentsStore("keeping", 0, 0).file("another run", "video")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(bytes(100))
+        connection.submit(SMALL, latents_file=tmp_path / "unused").result()
+        assert kept.exists()
+        assert cli.main([*up, "service.latents_bytes=50"]) == 0
+        connection.submit(SMALL, latents_file=tmp_path / "unused").result()
+        assert not kept.exists()
 
 
 @pytest.mark.proof

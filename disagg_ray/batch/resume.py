@@ -28,6 +28,8 @@ from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import OutputError, RequestError
 from disagg_ray.inputs import read_inputs
+from disagg_ray.media.places import SUFFIX_OF
+from disagg_ray.media.sound import wav_beside
 from disagg_ray.models.identity import identify_setup
 from disagg_ray.request import Request
 
@@ -107,7 +109,7 @@ def _states(
     states = np.full(len(source), NEW, np.uint8)
     others = np.zeros(len(source), np.bool_)
     for record in read_manifest(folder, brief=True):
-        intact = record.status == "done" and _is_intact(folder, record, verify=verify)
+        intact = record.status == "done" and _is_intact(folder, record, config, verify=verify)
         index = source.find(record.id)
         if index is None:
             alike = source.find_alike(record.id)  # some file systems give both one file
@@ -126,12 +128,15 @@ def _states(
     return states
 
 
-def _is_intact(folder: Path, record: Record, *, verify: bool) -> bool:
+def _is_intact(folder: Path, record: Record, config: Config, *, verify: bool) -> bool:
     assert record.file is not None, "`parse` requires it of done records"
     path = folder / record.file
     found = stat_of(path)
     if found is None or found.size != record.size:
         return False
+    if config.model.traits.sound_rate is not None and path.suffix == SUFFIX_OF["npy"]:
+        if not Path(wav_beside(str(path))).is_file():
+            return False
     return sha256_of(path) == record.sha256 if verify else found.mtime_ns == record.mtime_ns
 
 

@@ -26,6 +26,8 @@ def check_change(before: Config, after: Config) -> None:
     for key in ("model", "limits", "transport", "share_gpu", "gpu_turns", "progress", "output"):
         if getattr(before, key) != (limits if key == "limits" else getattr(after, key)):
             raise ConfigError(f"{key}: {remedy}")
+    if before.failures.stall_s != after.failures.stall_s:  # replicas have it from their start
+        raise ConfigError(f"failures.stall_s: {remedy}")
     if before.stages.keys() != after.stages.keys():
         raise ConfigError(f"stages: {remedy}")
     for name, stage in before.stages.items():

@@ -17,6 +17,7 @@ from functools import partial
 import ray
 import torch
 
+from disagg_ray.config.deployment import ServiceConfig
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.tasks import BackgroundTasks
@@ -41,7 +42,6 @@ class Supervisor:
     def __init__(self, name: str, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self._name, self._config, self._began = name, config, time.time()
-        self._latents = LatentsStore(name, config.service.latents_bytes, config.service.latents_expire_s)
         self._clients: dict[str, ClientState] = {}
         self._background = BackgroundTasks(self._count_restart)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -138,7 +138,7 @@ class Supervisor:
         if done:
             await asyncio.to_thread(self._latents.drop, run_id, done)
         try:
-            async with asyncio.timeout(self._client_timeout_s / 4):
+            async with asyncio.timeout(self._settings.client_timeout_s / 4):
                 await client.has_events.wait()
         except TimeoutError:
             return []
@@ -172,9 +172,14 @@ class Supervisor:
         return self._clients[run_id]
 
     @property
-    def _client_timeout_s(self) -> float:
+    def _settings(self) -> ServiceConfig:
+        """What is in force now: `up` may change it."""
         config = self._pipeline.engine.config if self._pipeline is not None else self._config
-        return config.service.client_timeout_s
+        return config.service
+
+    @property
+    def _latents(self) -> LatentsStore:
+        return LatentsStore(self._name, self._settings.latents_bytes, self._settings.latents_expire_s)
 
     @property
     def _pipeline(self) -> ServicePipeline | None:
@@ -187,12 +192,12 @@ class Supervisor:
 
     async def _watch(self, client: ClientState) -> None:
         """Cancel a client's requests once its heartbeat has stopped for `service.client_timeout_s`."""
-        while (left := client.heartbeat + self._client_timeout_s - time.monotonic()) > 0:
+        while (left := client.heartbeat + self._settings.client_timeout_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
         if self._clients.get(client.run_id) is client:
             logger.warning(
                 "no heartbeat from client %s for %g s; cancelling its %d requests",
-                client.run_id, self._client_timeout_s, client.num_unfinished,
+                client.run_id, self._settings.client_timeout_s, client.num_unfinished,
             )  # fmt: skip
             await self.leave(client.run_id)
 
