@@ -42,7 +42,8 @@ IMAGES = ("image", "last_image")
 FIELDS = (*IMAGES, VIDEO, MASK, REFERENCES)
 """Fields of a request that are files."""
 OTHERS = (
-    "conditioning_scale", "modality_scale", "audio_modality_scale", "guidance_rescale", "audio_guidance_rescale",
+    "conditioning_scale", "modality_scale", "audio_modality_scale", "stg_scale", "audio_stg_scale", "stg_block",
+    "guidance_rescale", "audio_guidance_rescale",
 )  # fmt: skip
 """Other fields that only some tasks have."""
 

@@ -99,6 +99,12 @@ class Request(Section):
     """Of a model with sound: steers video away from what it were without its sound; left out: 1, which is off."""
     audio_modality_scale: Guidance | None = None
     """The same of sound and its video; left out: modality_scale."""
+    stg_scale: Guidance | None = None
+    """Of a model with sound: steers video away from what it were if one block did not attend; left out: 0, off."""
+    audio_stg_scale: Guidance | None = None
+    """The same of sound; left out: stg_scale."""
+    stg_block: Annotated[int, between(0, 47)] | None = None
+    """Number of that block of the transformer, from 0; left out: 29."""
     guidance_rescale: Annotated[float, between(0, 1)] | None = None
     """Of a model with sound: share of the guided prediction that gets the unguided one's deviation; left out: 0."""
     audio_guidance_rescale: Annotated[float, between(0, 1)] | None = None
@@ -144,6 +150,9 @@ class ResolvedRequest:
     audio_guidance_scale: float | None = None
     modality_scale: float = 1.0
     audio_modality_scale: float | None = None
+    stg_scale: float = 0.0
+    audio_stg_scale: float | None = None
+    stg_block: int = 29
     guidance_rescale: float = 0.0
     audio_guidance_rescale: float | None = None
 

@@ -54,11 +54,23 @@ CASES: dict[str, dict[str, Any]] = {
         "audio_guidance_rescale": 0.4,
     },
     "from a first frame, isolated and rescaled": {"image": (190, 130), "modality_scale": 3.0, "guidance_rescale": 0.7},
+    "perturbed": {"stg_scale": 1.5, "stg_block": 1},
+    "perturbed, isolated and rescaled": {
+        "stg_scale": 0.0,
+        "audio_stg_scale": 2.0,
+        "stg_block": 0,
+        "modality_scale": 3.0,
+        "guidance_rescale": 0.7,
+    },
+    "from a first frame, perturbed": UNGUIDED | {"image": (96, 64), "stg_scale": 1.0, "stg_block": 0},
     "unguided, isolated": UNGUIDED | {"audio_modality_scale": 2.0, "audio_guidance_rescale": 0.5},
 }
 """What differs from `PLAIN`; images are (width, height)."""
 OFF = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
-OWN = ("modality_scale", "guidance_rescale", "audio_modality_scale", "audio_guidance_rescale")
+OWN = (
+    "modality_scale", "guidance_rescale", "audio_modality_scale", "audio_guidance_rescale", "stg_scale",
+    "audio_stg_scale",
+)  # fmt: skip
 """Fields that only this model has."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +108,7 @@ class Stock:
         names = [name for name in PLAIN if name not in ("seed", "fps")]
         own = {name: value for name in OWN if (value := getattr(request, name)) is not None}
         others = dict.fromkeys(("audio_modality_scale", "audio_guidance_rescale")) | OFF | own  # None: the video's
+        others["spatio_temporal_guidance_blocks"] = [request.stg_block]
         asked = {name: getattr(request, name) for name in names} | others | {"frame_rate": float(request.fps)}
         pipeline = self.text if request.image is None else self.image
         asked |= {} if request.image is None else {"image": request.image, "image_crf": 0}
@@ -223,6 +236,8 @@ def test_a_format_without_sound_says_so(
         ({"width": 32}, "invalid width=32: must be at least 64"),
         ({"num_inference_steps": 1}, "invalid num_inference_steps=1: must be at least 2"),
         ({"num_frames": 1, "fps": 60}, "invalid fps=60: must be at most 49: 1 frames would be over before"),
+        ({"stg_scale": -1.0}, "invalid stg_scale=-1.0: must be a finite number of at least 0"),
+        ({"stg_scale": 1.0, "stg_block": 48}, "invalid stg_block=48: must be from 0 to 47"),
         ({"guidance_scale_2": 2.0}, "invalid guidance_scale_2=2.0: must be left out"),
         ({"last_image": Image.new("RGB", (8, 8))}, "last_image: given, but a model of task ti2v takes none"),
         ({"format": "wav"}, "invalid format='wav': must be one of mp4, gif, frames, npy"),
@@ -232,6 +247,14 @@ def test_what_the_model_has_not_is_refused_by_name(configure: Any, ask: Any, ask
     with pytest.raises(RequestError) as caught:
         resolve(ask(**asked), configure())
     assert str(caught.value).startswith(says)
+
+
+def test_a_block_that_the_model_has_not_is_refused_by_name(configure: Any, ask: Any) -> None:
+    with (
+        LocalPipeline(configure()) as local,
+        pytest.raises(RequestError, match=r"^invalid stg_block=29: must be"),
+    ):
+        local.generate(ask(stg_scale=1.0))
 
 
 @pytest.mark.parametrize("name", ["tiny_t2v", "tiny_qwen_image"])

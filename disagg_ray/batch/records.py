@@ -173,6 +173,7 @@ REQUEST: dict[str, Check] = {
     "id": _word, "prompt": _text, "negative_prompt": _text, "height": COUNT, "width": COUNT, "num_frames": COUNT,
     "num_inference_steps": COUNT, "guidance_scale": FACTOR, "guidance_scale_2": FACTOR, "seed": BYTES, "fps": COUNT,
     "format": _word, "priority": PRIORITY, "conditioning_scale": FACTOR,
+    "stg_scale": FACTOR, "audio_stg_scale": FACTOR, "stg_block": BYTES,
     "audio_guidance_scale": FACTOR, "modality_scale": FACTOR, "audio_modality_scale": FACTOR,
     "guidance_rescale": FACTOR, "audio_guidance_rescale": FACTOR, "images": _by_name(_image),
 }  # fmt: skip

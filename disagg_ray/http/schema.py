@@ -118,6 +118,12 @@ class CreateVideo(BaseModel):
     """Of a model with sound: how far video is steered away from what it were without its sound; 1 is not at all."""
     audio_modality_scale: Number | None = None
     """The same of sound and its video."""
+    stg_scale: Number | None = None
+    """Of a model with sound: how far video is steered away from what it were if one block did not attend."""
+    audio_stg_scale: Number | None = None
+    """The same of sound."""
+    stg_block: Whole | None = None
+    """Number of that block, from 0."""
     guidance_rescale: Number | None = None
     """Of a model with sound: share of the guided prediction that gets the unguided one's deviation."""
     audio_guidance_rescale: Number | None = None

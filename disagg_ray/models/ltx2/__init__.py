@@ -16,7 +16,10 @@ FAMILY = Family(
     tasks={
         "ti2v": Task(
             optional_images=("image",),
-            others=("modality_scale", "audio_modality_scale", "guidance_rescale", "audio_guidance_rescale"),
+            others=(
+                "modality_scale", "audio_modality_scale", "stg_scale", "audio_stg_scale", "stg_block",
+                "guidance_rescale", "audio_guidance_rescale",
+            ),
             multiple=32,
             least_side=64,  # its VAE mirrors the latents at the sides, and mirrors none of one
             frames_step=8,

@@ -20,6 +20,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2 import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from disagg_ray.errors import RequestError
 from disagg_ray.models.blocks import OnStep
 from disagg_ray.models.first_frame import IMAGE_LATENTS
 from disagg_ray.models.ltx2.encoding import EMBEDS
@@ -27,6 +28,8 @@ from disagg_ray.models.ltx2.geometry import LTX2Geometry
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 """Of schedulers that do not say, as in stock."""
+NOTHING = None, None
+"""In place of a pass that is not made."""
 
 
 @dataclass
@@ -37,21 +40,26 @@ class _Stream:
     scheduler: Any
     scale: float
     """Of guidance."""
+    stg_scale: float
+    """Of guidance away from what is made while one block does not attend."""
     modality_scale: float
     """Of guidance away from what is made without the other stream."""
     rescale: float
     """Share of the guided prediction that gets the deviation of the one with the prompt."""
 
-    def guide(self, predicted: Tensor, isolated: Tensor | None, step: int) -> Tensor:
+    def guide(self, predicted: Tensor, perturbed: Tensor | None, isolated: Tensor | None, step: int) -> Tensor:
         """Return the velocity that a prediction comes to, (texts, tokens, channels), under guidance of two texts.
 
-        `isolated`: that of the prompt without the other stream, (1, tokens, channels).
+        `perturbed` and `isolated`: those of the prompt (1, tokens, channels) while one block does not attend, and
+        without the other stream.
         """
         sigma = self.scheduler.sigmas[step]
         *without, positive = (self.tokens - part * sigma for part in predicted.float().chunk(len(predicted)))
         guided = positive
         for negative in without:
             guided = guided + (self.scale - 1) * (positive - negative)
+        if perturbed is not None:
+            guided = guided + self.stg_scale * (positive - (self.tokens - perturbed.float() * sigma))
         if isolated is not None:
             guided = guided + (self.modality_scale - 1) * (positive - (self.tokens - isolated.float() * sigma))
         if self.rescale > 0:
@@ -95,13 +103,14 @@ class Denoise(ModularPipelineBlocks):  # type: ignore[misc]
         timesteps = video.scheduler.timesteps
         texts = dict(zip(("text", "audio_text", "mask"), (state.get(name) for name in EMBEDS), strict=True))
         predict = _Predictor(components.transformer, texts, shape, sound.tokens.shape[1], request.fps, first)
+        passes = _more_passes(video, sound, request.stg_block, len(components.transformer.transformer_blocks))
         for step, t in enumerate(timesteps):
             predicted, predicted_sound = predict(video.tokens, sound.tokens, t)
-            isolated, isolated_sound = (
-                predict.isolated(video.tokens, sound.tokens, t) if _isolates(video, sound) else (None, None)
+            perturbed, isolated = (
+                predict.alone(video.tokens, sound.tokens, t, **changed) if changed else NOTHING for changed in passes
             )
-            velocity = video.guide(predicted, isolated, step)
-            sound_velocity = sound.guide(predicted_sound, isolated_sound, step)
+            velocity = video.guide(predicted, perturbed[0], isolated[0], step)
+            sound_velocity = sound.guide(predicted_sound, perturbed[1], isolated[1], step)
             video.tokens = _step(video, velocity, t, shape, first is not None)
             sound.tokens = sound.scheduler.step(sound_velocity, t, sound.tokens, return_dict=False)[0]
             if self.on_step is not None:
@@ -127,14 +136,14 @@ class Denoise(ModularPipelineBlocks):  # type: ignore[misc]
         sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
         mu = calculate_shift(tokens.shape[1], *(scheduler.config.get(name, number) for name, number in SHIFT.items()))
         scheduler.set_timesteps(sigmas=sigmas, device=device, mu=mu)
-        modality, rescale = request.modality_scale, request.guidance_rescale
+        stg, modality, rescale = request.stg_scale, request.modality_scale, request.guidance_rescale
         sound_modality, sound_rescale = request.audio_modality_scale, request.audio_guidance_rescale
         audio_tokens, audio_scheduler = audio.transpose(1, 2).flatten(2, 3), copy.deepcopy(scheduler)
         streams = (
-            _Stream(tokens, scheduler, request.guidance_scale, modality, rescale),
+            _Stream(tokens, scheduler, request.guidance_scale, stg, modality, rescale),
             _Stream(  # 0 is the video's too, as in stock
-                audio_tokens, audio_scheduler, request.sound_guidance_scale, sound_modality or modality,
-                sound_rescale or rescale,
+                audio_tokens, audio_scheduler, request.sound_guidance_scale, request.audio_stg_scale or stg,
+                sound_modality or modality, sound_rescale or rescale,
             ),
         )  # fmt: skip
         for stream in streams:
@@ -185,10 +194,10 @@ class _Predictor:
         """Return predictions (texts, tokens, channels) of video and of sound."""
         return self._predict(video, sound, t, self._num_texts, self._given)
 
-    def isolated(self, video: Tensor, sound: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those of the prompt alone (1, tokens, channels), neither stream seeing the other."""
+    def alone(self, video: Tensor, sound: Tensor, t: Tensor, **changed: Any) -> tuple[Tensor, Tensor]:
+        """Return those of the prompt alone (1, tokens, channels), with other arguments of the transformer."""
         given = {name: value[-1:] if isinstance(value, Tensor) else value for name, value in self._given.items()}
-        return self._predict(video, sound, t, 1, given | {"isolate_modalities": True})
+        return self._predict(video, sound, t, 1, given | changed)
 
     def _predict(
         self, video: Tensor, sound: Tensor, t: Tensor, num_texts: int, given: dict[str, Any]
@@ -206,8 +215,21 @@ class _Predictor:
         return made
 
 
-def _isolates(video: _Stream, sound: _Stream) -> bool:
-    return max(video.modality_scale, sound.modality_scale) > 1
+def _more_passes(video: _Stream, sound: _Stream, block: int, num_blocks: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the transformer is given in a step's further passes, of a block that does not attend, then of streams
+    that do not see each other; empty: there is none.
+
+    Raises:
+        RequestError: there is no such block.
+    """
+    perturbs = max(video.stg_scale, sound.stg_scale) > 0
+    if perturbs and block >= num_blocks:
+        raise RequestError(f"invalid stg_block={block}: must be at most {num_blocks - 1}, the model's last block")
+    isolates = max(video.modality_scale, sound.modality_scale) > 1
+    return (
+        {"spatio_temporal_guidance_blocks": [block]} if perturbs else {},
+        {"isolate_modalities": True} if isolates else {},
+    )
 
 
 def _step(video: _Stream, velocity: Tensor, t: Tensor, shape: tuple[int, ...], keep_first: bool) -> Tensor:
