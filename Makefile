@@ -25,9 +25,9 @@ HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor 
 	qwen_image qwen_image_edit qwen_image_edit_plus report schedulers sockets ti2v tiles tiny transfer turns vace \
 	vace_inputs video
 
-proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: some 45 minutes
+proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: half an hour
 	@.ci/setup test
-	.venv/bin/python -m pytest -m proof
+	$(call beside,$(PYTEST) -m 'proof and not cluster',$(PYTEST) -m 'proof and cluster')
 
 storm: # by hand: a thousand requests of a batch and of a service while everything is struck; some twenty minutes, as root
 	@.ci/setup test

@@ -84,7 +84,8 @@ def test_readers_of_events_that_stop_hold_up_neither_their_job_nor_others(port: 
 
 def test_of_clients_that_go_away_from_a_stream_nothing_is_left_and_their_job_goes_on(port: int) -> None:
     client = Client(port)
-    ahead, last = (json.loads(client.ask("/v1/videos", LONG | {"size": "128x128"}))["id"] for _ in range(2))
+    minutes = LONG | {"size": "256x256", "num_frames": 33}
+    ahead, last = (json.loads(client.ask("/v1/videos", minutes))["id"] for _ in range(2))
     for asking in [ask(port, f"/v1/videos/{last}/events") for _ in range(NUM_STUCK)]:
         asking.close()
     helpers.wait_until(lambda: num_open(client) <= 1, "streams of clients that went are still answered", DEADLINE_S)
