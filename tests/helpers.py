@@ -64,11 +64,22 @@ def wait_until_empty(pipeline: Pipeline | Connection, timeout_s: float) -> None:
         time.sleep(0.05)
 
 
+def stop(pid: int) -> None:
+    """Have a process stand still: wait until each of its threads, which stop one by one, has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stands() -> bool:
+        stats = Path(f"/proc/{pid}/task").glob("*/stat")
+        return all(stat.read_text().rpartition(") ")[2][0] == "T" for stat in stats)
+
+    wait_until(stands, f"{pid} does not stop", 60)
+
+
 @contextmanager
 def stopped(*pids: int) -> Iterator[None]:
     """Have processes stand still."""
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     try:
         yield
     finally:

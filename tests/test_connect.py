@@ -274,7 +274,7 @@ def test_the_doctor_asks_every_replica_and_a_silent_one_is_replaced(
     assert "fail" not in found.values()
     with Connection(pipeline) as client:
         (silent,) = (replica.pid for replica in client.replicas if replica.stage == "decoder")
-        os.kill(silent, signal.SIGSTOP)
+        helpers.stop(silent)
         found = diagnose(capsys)
         assert (found["decoder-0"], found["video"]) == ("fail", "ok")
         assert client.num_restarts["decoder"] == 1

@@ -92,7 +92,7 @@ def test_a_rank_that_stops_is_noticed_and_ended(pipeline: Pipeline, faults: Faul
     faults.set("transformer.step", "wait")
     handle = pipeline.submit(ask("stopped"))
     faults.await_arrival("transformer.step")
-    os.kill(ranks[1].pid, signal.SIGSTOP)
+    helpers.stop(ranks[1].pid)
     faults.clear("transformer.step")
     assert handle.result(SURE).data == video(4)
     wait_until(lambda: not lives(ranks[1].pid), "the stopped rank lives on")

@@ -69,10 +69,9 @@ def pid_of(pipeline: Pipeline, name: str) -> int:
     return next(replica.pid for replica in pipeline.replicas if replica.name == name)
 
 
-def kill(pid: int, how: int = signal.SIGKILL) -> None:
-    os.kill(pid, how)
-    if how == signal.SIGKILL:
-        wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", f"{pid} lives")
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", f"{pid} lives")
 
 
 def at_copy(monkeypatch: pytest.MonkeyPatch, strike: Callable[[str], None], *, after: bool) -> None:
@@ -188,7 +187,7 @@ def test_a_stopped_decoder_is_replaced(pipeline: Pipeline, faults: Faults, video
     faults.set("decoder.pull", "wait")
     handle, pid = pipeline.submit(ask("stopped")), pid_of(pipeline, "decoder-0")
     faults.await_arrival("decoder.pull")
-    kill(pid, signal.SIGSTOP)
+    helpers.stop(pid)
     faults.clear("decoder.pull")
     result = handle.result(SURE)
     assert result.data == video(6)
@@ -200,7 +199,7 @@ def test_a_transformer_that_stops_between_denoise_and_copy_costs_a_denoise(
     pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's copy runs out of time: its slot is set aside until that replica is dead."""
-    at_copy(monkeypatch, lambda producer: kill(pid_of(pipeline, producer), signal.SIGSTOP), after=False)
+    at_copy(monkeypatch, lambda producer: helpers.stop(pid_of(pipeline, producer)), after=False)
     assert pipeline.submit(ask("silent")).result(SURE).data == video(6)
     assert faults.times_computed("silent") == ONCE | {"transformer": 2}
 
