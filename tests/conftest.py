@@ -79,14 +79,21 @@ def cluster() -> Iterator[None]:
     """
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=16,
-        resources={"disk": 2},
-        labels={"zone": "a"},
-        include_dashboard=False,
-        logging_level="ERROR",
-    )
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=16,
+                resources={"disk": 2},
+                labels={"zone": "a"},
+                include_dashboard=False,
+                logging_level="ERROR",
+            )
+            break
+        except Exception:  # Ray ends a start of which a process took over 15 s, as on a busy machine
+            ray.shutdown()
+            if last:
+                raise
     yield
     ray.shutdown()
 
