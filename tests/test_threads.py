@@ -35,3 +35,19 @@ def test_the_loop_goes_on_while_a_call_blocks() -> None:
 def test_a_process_ends_while_calls_hang() -> None:
     code = "import threading; from disagg_ray.driver.threads import begin; begin(threading.Event().wait, 'x')"
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_forked_process_is_told_that_it_has_no_loop() -> None:
+    code = (
+        "import os, signal; from disagg_ray.driver.loop import LoopThread\n"
+        "loop = LoopThread('pipeline')\n"
+        "async def answer(): return 1\n"
+        "assert loop.call(answer) == 1\n"
+        "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(60)\n"
+        "    try: loop.call(answer)\n"
+        "    except RuntimeError as error: os._exit(7 if 'make a pipeline in this process' in str(error) else 1)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+        "loop.close()"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=180, check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
@@ -25,6 +26,10 @@ OWN_THREAD = (
     "this would wait for the pipeline's own thread, on which it is called, and never return: a done callback may run "
     "there; call submit, result, health, drain and close from another thread"
 )
+FORKED = (
+    "this process was forked from the one whose pipeline this is, and would wait for ever; make a pipeline in this "
+    "process, or start it by spawn"
+)
 
 
 class LoopThread:
@@ -38,17 +43,20 @@ class LoopThread:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._answers: set[Future[Any]] = set()
         """Of the tasks, and of those that the loop has not started yet."""
+        self._process = os.getpid()
         self.thread = threading.Thread(target=self._run, name=f"disagg_ray-{name}", daemon=True)
         self.thread.start()
 
     def check_thread(self) -> None:
-        """Refuse to wait for the loop on its own thread, where a done callback may run.
+        """Refuse to wait for the loop on its own thread, where a done callback may run, or without its thread.
 
         Raises:
-            RuntimeError: this is that thread.
+            RuntimeError: this is that thread, or a forked process, which has none of the other threads.
         """
         if threading.current_thread() is self.thread:
             raise RuntimeError(OWN_THREAD)
+        if os.getpid() != self._process:
+            raise RuntimeError(FORKED)
 
     def call(self, work: Callable[..., Coroutine[Any, Any, T]], *args: Any, timeout_s: float | None = None) -> T:
         """Run `work(*args)` on the loop and wait for it here.
@@ -56,7 +64,7 @@ class LoopThread:
         Raises:
             TimeoutError: it was not done in time; it is cancelled.
             Cancelled: the loop was closed.
-            RuntimeError: called on the loop's own thread.
+            RuntimeError: called on the loop's own thread, or in a process that was forked.
         """
         self.check_thread()
         answer: Answer[T] = Answer()
