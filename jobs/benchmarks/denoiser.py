@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from benchmarks.denoiser_model import FEW, OPTIONS, TEXT_TOKENS, Model, tune
-from benchmarks.machine import machine
+from benchmarks.machine import machine, note, now
 from benchmarks.stage_report import psnr
 
 from disagg_ray import LocalPipeline, Request
@@ -62,15 +61,10 @@ class Bench:
         if self.device == "cuda":
             peaks = {"peak_gb": torch.cuda.max_memory_allocated(), "held_gb": torch.cuda.max_memory_reserved()}
             memory = {name: number / 1e9 for name, number in peaks.items()}
-        text = json.dumps({"what": self.options.what, "shape": self.shape.name, "size": self.size} | row | memory)
-        print(text, flush=True)
-        with self.path.open("a") as file:
-            file.write(text + "\n")
+        note(self.path, {"what": self.options.what, "shape": self.shape.name, "size": self.size} | row | memory)
 
     def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.device == "cuda")
 
     def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
         began = self.now()

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from benchmarks.denoiser_model import Model, tune
-from benchmarks.machine import machine
-from benchmarks.ranks import ANSWER_S, Row, note, now, run_ranks
+from benchmarks.machine import machine, note, now
+from benchmarks.ranks import ANSWER_S, Row, run_ranks
 
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.models.parallel.ranks import Ranks

@@ -1,8 +1,11 @@
-"""What benchmarks share: the machine they ran on, and figures."""
+"""What benchmarks share: the machine they ran on, its clock, rows and figures."""
 
 from __future__ import annotations
 
+import json
 import platform
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,20 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(), "cores": psutil.cpu_count(), "gpus": gpus,
         "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def now(on_gpu: bool) -> float:
+    """Return the seconds of a clock, once the GPU has done what it was given."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def note(log: Path, row: Mapping[str, Any]) -> None:
+    """Print a row as JSON and append it to a file, should the run be cut off."""
+    print(text := json.dumps(row), flush=True)
+    with log.open("a") as file:
+        file.write(text + "\n")
 
 
 def subplots(*shape: int, **options: Any) -> tuple[Any, Any]:

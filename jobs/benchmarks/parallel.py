@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.machine import machine
+from benchmarks.machine import machine, note, now
 from benchmarks.pipelines import load_stock_pipeline
 
 from disagg_ray import Pipeline, Request, environment
@@ -144,16 +144,16 @@ def _stock(way: Way, task: Task, rank: int, port: int) -> Iterator[Row]:
     on_gpu = torch.cuda.is_available()
     began, ended = [0.0], [0.0]
 
-    def note(*_: Any) -> None:
-        began[0] = began[0] or _now(on_gpu)
+    def note_begin(*_: Any) -> None:
+        began[0] = began[0] or now(on_gpu)
 
     for name in ("transformer", "transformer_2"):
         if (model := getattr(pipeline, name, None)) is not None:
-            model.register_forward_pre_hook(note)
+            model.register_forward_pre_hook(note_begin)
     decode = pipeline.vae.decode
 
     def note_end(*args: Any, **kwargs: Any) -> Any:
-        ended[0] = _now(on_gpu)
+        ended[0] = now(on_gpu)
         return decode(*args, **kwargs)
 
     pipeline.vae.decode = note_end
@@ -161,9 +161,9 @@ def _stock(way: Way, task: Task, rank: int, port: int) -> Iterator[Row]:
         _generate(pipeline, config, size, 1)
         seconds, denoise, frames = [], [], None
         for _ in range(task.repeats):
-            began[0], start = 0.0, _now(on_gpu)
+            began[0], start = 0.0, now(on_gpu)
             frames = _generate(pipeline, config, size, size.steps)
-            seconds.append(_now(on_gpu) - start)
+            seconds.append(now(on_gpu) - start)
             denoise.append(ended[0] - began[0])
         held = torch.cuda.max_memory_reserved() / 1e9 if on_gpu else 0.0
         yield _timed(seconds, denoise) | {"held_gb": held, "frames": frames}
@@ -192,12 +192,6 @@ def _load_stock(config: Config, way: Way, rank: int, port: int) -> Any:
 
 def _timed(seconds: list[float], denoise: list[float]) -> Row:
     return {"seconds": statistics.median(seconds), "denoise_s": statistics.median(denoise)}
-
-
-def _now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _generate(pipeline: Any, config: Config, size: Size, steps: int) -> Any:
@@ -237,7 +231,7 @@ class Report:
             if is_first:
                 self._first[size] = row
             self._later.append((way, size, row))
-            self._write({"way": way.name, "gpus": way.num_gpus, "size": str(size)} | without_frames(row))
+            note(self._path, {"way": way.name, "gpus": way.num_gpus, "size": str(size)} | without_frames(row))
 
     def compare(self) -> None:
         """Print each way's share of the first one's seconds, and the difference of frames."""
@@ -248,12 +242,7 @@ class Report:
                 share = row["denoise_s"] / first["denoise_s"]
                 equal = row["sha256"] == first["sha256"]
                 found = {"of_first": share, "equal": equal, "max_difference": apart}
-                self._write({"way": way.name, "size": str(size)} | found)
-
-    def _write(self, row: Row) -> None:
-        print(text := json.dumps(row), flush=True)
-        with self._path.open("a") as file:
-            file.write(text + "\n")
+                note(self._path, {"way": way.name, "size": str(size)} | found)
 
 
 def without_frames(row: Row) -> Row:

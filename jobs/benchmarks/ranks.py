@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,16 +52,3 @@ def _serve(answers: Any, work: Work, rank: int, num_ranks: int, address: str) ->
     if rank == 0 or "error" in rows[-1]:
         answers.send(rows)
     time.sleep(ANSWER_S)  # ended by the parent, once it has an answer
-
-
-def note(log: Path, row: Row) -> None:
-    """Print a row and append it to a file, should the run be cut off."""
-    print(text := json.dumps(row), flush=True)
-    with log.open("a") as file:
-        file.write(text + "\n")
-
-
-def now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarks.machine import machine
-from benchmarks.ranks import ANSWER_S, Row, note, now, run_ranks
+from benchmarks.machine import machine, note, now
+from benchmarks.ranks import ANSWER_S, Row, run_ranks
 
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.models.wan.random import build_component

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.machine import machine
+from benchmarks.machine import machine, now
 from benchmarks.pipelines import load_stock_pipeline
 from benchmarks.stage_options import DECODES, MAIN, OTHERS, WHOLE
 from benchmarks.stage_report import Row, line, psnr, relative, table
@@ -55,9 +55,7 @@ class Bench:
     answers: dict[tuple[int, bool], tuple[torch.Tensor, float]] = field(default_factory=dict)
 
     def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.device == "cuda")
 
     def stage(self, name: str, *overrides: str) -> tuple[Stage, float]:
         """Start one stage; return it with the seconds from nothing to ready."""
