@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -34,13 +35,19 @@ def human_seconds(seconds: float) -> str:
 
 
 def medium(num_frames: int) -> Literal["video", "image"]:
-    """Return what so many frames are called; a family's own word is `Task.makes`."""
+    """Return what a result of this many frames is; where there is a configuration, `Task.makes` says it."""
     return "image" if num_frames == 1 else "video"
 
 
 def human_size(width: int, height: int, num_frames: int) -> str:
     """Return the size of a video, as 832x480, 81 frames, or of an image, as 1328x1328."""
     return f"{width}x{height}" if num_frames == 1 else f"{width}x{height}, {num_frames} frames"
+
+
+def find_repeated(names: Iterable[str]) -> str | None:
+    """Return the name that is there most often, if one is there more than once."""
+    name, count = next(iter(Counter(names).most_common(1)), (None, 0))
+    return name if count > 1 else None
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -17,7 +17,7 @@ from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 from disagg_ray.inputs import FIELDS, REFERENCES
 from disagg_ray.request import TYPES, Request
-from disagg_ray.text import did_you_mean, printable, shown
+from disagg_ray.text import did_you_mean, find_repeated, printable, shown
 
 MAX_LINE_BYTES = 2**20
 """A longer line is refused unread; the longest prompts take far less."""
@@ -101,11 +101,9 @@ def _load(raw: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    given = dict(pairs)
-    if len(given) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{printable(max(names, key=names.count), 80)} is given twice")
-    return given
+    if (twice := find_repeated(name for name, _ in pairs)) is not None:
+        raise ValueError(f"{printable(twice, 80)} is given twice")
+    return dict(pairs)
 
 
 def _canonical(given: dict[str, Any]) -> bytes:

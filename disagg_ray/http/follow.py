@@ -1,4 +1,4 @@
-"""Follows one job until it has ended, for whoever waits for it."""
+"""The states of one job, as they change, until it has ended."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from disagg_ray.http.bodies import FILES, LISTS, Upload, place_of, upload_of
 from disagg_ray.http.schema import ApiError, explain
-from disagg_ray.text import shown
+from disagg_ray.text import find_repeated, shown
 
 MAX_FILES = 64
 """Of one form; how many a model takes, it says."""
@@ -70,12 +70,9 @@ async def read_body(request: Request, model: type[Body]) -> tuple[Body, dict[str
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object of these; refuse a name that is there twice, of which one would be left out unseen."""
-    given = dict(pairs)
-    if len(given) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = max(names, key=names.count)
+    if (twice := find_repeated(name for name, _ in pairs)) is not None:
         raise ApiError(400, f"{shown(twice)}: given twice", param=twice[:80])
-    return given
+    return dict(pairs)
 
 
 async def _read_form(request: Request, model: type[BaseModel], uploads: dict[str, Upload]) -> dict[str, Any]:

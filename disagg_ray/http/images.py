@@ -6,7 +6,7 @@ import base64
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -28,6 +28,8 @@ SAME = (
     "prompt", "model", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "priority", "deadline_s",
 )  # fmt: skip
 """Fields that a job has too."""
+DEFAULT: Literal["png"] = "png"
+"""Format of an image whose request names none."""
 FORMATS = {"jpeg": "jpg"}
 """Ours, by OpenAI's name where that is another."""
 STATUS = {
@@ -83,8 +85,8 @@ def _accept(jobs: Jobs, key: Key, body: CreateImage, uploads: Mapping[str, Uploa
     if model.traits.makes != "image":
         raise ApiError(400, f"model: it makes videos (model.task {model.task}); POST /v1/videos", param="model")
     size = None if body.size == "auto" else body.size
-    file_format = FORMATS.get(body.output_format or "png", body.output_format or "png")
-    asked = CreateVideo(size=size, format=file_format, **{name: getattr(body, name) for name in SAME})
+    made = body.output_format or DEFAULT
+    asked = CreateVideo(size=size, format=FORMATS.get(made, made), **{name: getattr(body, name) for name in SAME})
     try:
         return jobs.accept(key, asked, _place(uploads, model.traits), idempotency_key)
     except ApiError as error:
@@ -102,7 +104,7 @@ def _place(uploads: Mapping[str, Upload], task: Task) -> dict[str, Upload]:
         return others | {f"{REFERENCES}[{number}]": image for number, image in enumerate(images)}
     if len(images) > 1:
         raise ApiError(400, f"image: {len(images)} were sent, and the model takes one; send one", param="image")
-    return others | dict(zip(("image",), images, strict=False))
+    return others | ({"image": images[0]} if images else {})
 
 
 async def _finish(request: Request, jobs: Jobs, key: Key, job: Job) -> Job:
@@ -120,6 +122,5 @@ def _answer(request: Request, jobs: Jobs, job: Job, body: CreateImage) -> Images
     if body.response_format != "url":
         data = b"".join(jobs.folder.read(name, 0, size))
         image = {"b64_json": base64.b64encode(data).decode()}
-    made = body.output_format or "png"
     return Images(id=job.id, created=int(job.completed_at or time.time()), data=[Image(**image)], size=job.size,
-                  output_format=made)  # fmt: skip
+                  output_format=body.output_format or DEFAULT)  # fmt: skip
