@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import postgres as postgresql
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from faulty import Faults
     from splits import Split
 
+    from disagg_ray import Request
     from disagg_ray.config.schema import Config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, its children too
@@ -69,6 +70,20 @@ def splits(configure: Callable[..., Config]) -> Iterator[Callable[[str], Split]]
     from splits import recut, start_splits
 
     yield from start_splits(lambda cut: recut(configure(), cut))
+
+
+@pytest.fixture(scope="module")
+def ask(request: pytest.FixtureRequest, image: Callable[..., Image.Image]) -> Callable[..., Request]:
+    """Give a request of one of the module's CASES, each of which has the sides of an image, with some changes."""
+    from disagg_ray import Request
+
+    plain, cases = request.module.PLAIN, request.module.CASES
+
+    def make(case: str = "guided", **asked: Any) -> Request:
+        fields = plain | cases[case] | {"format": "npy"}
+        return Request(**(fields | {"image": image(*fields["image"], seed=len(case))} | asked))
+
+    return make
 
 
 @pytest.fixture(scope="session")

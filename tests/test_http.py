@@ -14,12 +14,12 @@ from typing import Any
 
 import helpers
 import pytest
+from http_client import client_of, ready
 from openai import OpenAI
 from PIL import Image
 from starlette.testclient import TestClient
 
 from disagg_ray import Request, cli, connect, load_config
-from disagg_ray.http.app import build_app
 from disagg_ray.http.bodies import Upload, check_body
 from disagg_ray.http.guard import FORM_BYTES
 from disagg_ray.http.keys import Key, add_key
@@ -46,14 +46,12 @@ def model(cluster: None) -> Iterator[str]:
 def serve(folder: Path, *overrides: str, grace_s: float = 30.0) -> TestClient:
     """Give a client of the model's HTTP service, which runs while the client is entered."""
     config = load_config(T2V, f"service.folder={folder}", *overrides)
-    app = build_app(replace(make_settings((MODEL,), config), grace_s=grace_s))
-    return TestClient(app, base_url="http://localhost:8000", client=("127.0.0.1", 1))
+    return client_of(replace(make_settings((MODEL,), config), grace_s=grace_s))
 
 
 @pytest.fixture(scope="module")
 def http(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    with serve(tmp_path_factory.mktemp("videos")) as client:
-        wait_until(lambda: client.get("/ready").status_code == 200, "never ready")
+    with ready(serve(tmp_path_factory.mktemp("videos")), 240.0) as client:
         yield client
 
 

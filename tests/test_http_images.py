@@ -11,12 +11,12 @@ from typing import Any
 
 import helpers
 import pytest
+from http_client import client_of, ready
 from openai import APIStatusError, OpenAI
 from PIL import Image
 from starlette.testclient import TestClient
 
 from disagg_ray import Request, cli, connect, load_config
-from disagg_ray.http.app import build_app
 from disagg_ray.http.bodies import check_body
 from disagg_ray.http.image_schema import OTHERS, CreateImage, EditImage, refuse_others
 from disagg_ray.http.schema import ApiError, CreateVideo
@@ -88,9 +88,7 @@ def http(cluster: None, folder: Path) -> Iterator[TestClient]:
     for name, kind in TASKS.items():
         assert cli.main(["up", name, "--config", f"conf/tiny_{kind}.yaml", "fused=true"]) == 0
     config = load_config(f"conf/tiny_{TASKS[PICTURES]}.yaml", f"service.folder={folder}")
-    app = build_app(make_settings(tuple(TASKS), config))
-    with TestClient(app, base_url="http://localhost:8000", client=("127.0.0.1", 1)) as client:
-        wait_until(lambda: client.get("/ready").status_code == 200, "never ready")
+    with ready(client_of(make_settings(tuple(TASKS), config)), 120.0) as client:
         yield client
     for name in TASKS:
         assert cli.main(["down", name]) == 0

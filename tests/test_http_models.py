@@ -10,6 +10,7 @@ from typing import Any
 
 import helpers
 import pytest
+from http_client import client_of, ready
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -36,9 +37,7 @@ def http(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Te
     for name in CONFIGS:
         put_up(name)
     config = load_config(CONFIGS[FILMS], f"service.folder={tmp_path_factory.mktemp('videos')}")
-    app = build_app(make_settings(tuple(CONFIGS), config))
-    with TestClient(app, base_url="http://localhost:8000", client=("127.0.0.1", 1)) as client:
-        wait_until(lambda: client.get("/ready").status_code == 200, "never ready")
+    with ready(client_of(make_settings(tuple(CONFIGS), config)), 240.0) as client:
         yield client
     for name in CONFIGS:
         assert cli.main(["down", name]) == 0

@@ -13,11 +13,11 @@ from typing import Any
 
 import helpers
 import pytest
+from http_client import client_of
 from postgres import Postgres
 from starlette.testclient import TestClient
 
 from disagg_ray import cli, load_config
-from disagg_ray.http.app import build_app
 from disagg_ray.http.settings import make_settings
 
 pytestmark = pytest.mark.proof
@@ -39,9 +39,7 @@ def model(cluster: None) -> Iterator[None]:
 def replica(folder: Path, url: str) -> TestClient:
     """Give a client of one replica, which runs while the client is entered."""
     config = load_config(T2V, f"service.folder={folder}", f"service.database={url}", "failures.shutdown_grace_s=0")
-    return TestClient(
-        build_app(make_settings((MODEL,), config)), base_url="http://localhost:8000", client=("127.0.0.1", 1)
-    )
+    return client_of(make_settings((MODEL,), config))
 
 
 @pytest.fixture

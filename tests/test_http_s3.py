@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import helpers
 import pytest
+from http_client import client_of
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -55,8 +56,7 @@ def model(cluster: None) -> Iterator[str]:
 
 def serve(database: Path, *overrides: str) -> TestClient:
     config = load_config(T2V, f"service.folder={PLACE}", f"service.database=sqlite:///{database}/jobs.db", *overrides)
-    app = build_app(make_settings((MODEL,), config))
-    return TestClient(app, base_url="http://localhost:8000", client=("127.0.0.1", 1))
+    return client_of(make_settings((MODEL,), config))
 
 
 def make(http: TestClient) -> str:

@@ -16,11 +16,11 @@ from typing import Any
 import helpers
 import numpy as np
 import pytest
+from http_client import client_of, ready
 from PIL import Image
 from starlette.testclient import TestClient
 
 from disagg_ray import Request, cli, connect, load_config
-from disagg_ray.http.app import build_app
 from disagg_ray.http.bodies import Upload, check_body
 from disagg_ray.http.files import by_field
 from disagg_ray.http.keys import Key, add_key
@@ -115,8 +115,7 @@ def model(cluster: None, checkpoint: Callable[[str], Path]) -> Iterator[str]:
 
 def serve(folder: Path, *overrides: str, grace_s: float = 30.0) -> TestClient:
     config = load_config(VACE, *OWN, f"service.folder={folder}", *overrides)
-    app = build_app(replace(make_settings((MODEL,), config), grace_s=grace_s))
-    return TestClient(app, base_url="http://localhost:8000", client=("127.0.0.1", 1))
+    return client_of(replace(make_settings((MODEL,), config), grace_s=grace_s))
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def http(model: str, folder: Path) -> Iterator[TestClient]:
-    with serve(folder) as client:
-        wait_until(lambda: client.get("/ready").status_code == 200, "never ready")
+    with ready(serve(folder), 240.0) as client:
         yield client
 
 

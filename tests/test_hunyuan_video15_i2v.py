@@ -50,17 +50,6 @@ def configure(checkpoint: Callable[[str], Path]) -> Callable[..., Config]:
     return lambda *overrides: load_config(CONF / "tiny_hunyuan_video15_i2v.yaml", model, *SMALL, *overrides)
 
 
-@pytest.fixture(scope="module")
-def ask(image: Callable[..., Image.Image]) -> Callable[..., Request]:
-    """Give a case's request with some changes."""
-
-    def make(case: str = "guided", **asked: Any) -> Request:
-        fields = PLAIN | CASES[case] | {"format": "npy"}
-        return Request(**(fields | {"image": image(*fields["image"], seed=len(case))} | asked))
-
-    return make
-
-
 def load_stock(folder: Path, dtype: Any = torch.float32, tiles: bool = False) -> Callable[[Request], np.ndarray]:
     """Return what makes a request's frames with the stock pipeline."""
     stock = diffusers.HunyuanVideo15ImageToVideoPipeline.from_pretrained(folder, dtype=dtype)

@@ -47,17 +47,6 @@ def configure(checkpoint: Callable[[str], Path]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def ask(image: Callable[..., Image.Image]) -> Callable[..., Request]:
-    """Give a case's request with some changes."""
-
-    def make(case: str = "guided", **asked: Any) -> Request:
-        fields = PLAIN | CASES[case] | {"format": "npy"}
-        return Request(**(fields | {"image": image(*fields["image"], seed=len(case))} | asked))
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def expect(checkpoint: Callable[[str], Path], ask: Callable[..., Request]) -> Callable[..., np.ndarray]:
     """Give the stock pipeline's image of a case."""
     load = cache(partial(load_stock, "QwenImageEditPipeline", checkpoint("tiny-qwen-image-edit")))

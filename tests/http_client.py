@@ -1,0 +1,25 @@
+"""A client of an HTTP service that runs in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from helpers import wait_until
+from starlette.testclient import TestClient
+
+from disagg_ray.http.app import build_app
+from disagg_ray.http.settings import Settings
+
+
+def client_of(settings: Settings) -> TestClient:
+    """Return a client of this machine; the service runs while the client is entered."""
+    return TestClient(build_app(settings), base_url="http://localhost:8000", client=("127.0.0.1", 1))
+
+
+@contextmanager
+def ready(client: TestClient, timeout_s: float) -> Iterator[TestClient]:
+    """Enter a client, wait until its service's replicas are ready, and give it."""
+    with client:
+        wait_until(lambda: client.get("/ready").status_code == 200, "never ready", timeout_s)
+        yield client
