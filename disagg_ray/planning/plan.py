@@ -203,7 +203,7 @@ def footnotes(plan: Plan) -> list[str]:
             f"ulysses, as on two H100 of one host; `disagg-ray profile --parallel` measures it"
         )
     if any(estimated and ranks.rows > 1 for estimated, ranks in found):
-        notes.append(f"* rows: {ROWS_SPEEDUP:g} x for each doubling is assumed, and was not measured on GPUs")
+        notes.append(f"* rows: {ROWS_SPEEDUP:g} x for each doubling of rows, as on two H200")
     if any(estimated and ranks.shard_weights for estimated, ranks in found):
         notes.append("* shard_weights: its exchange of weights is not counted (2.5 % of 14B on two H200 with NVLink)")
     if any(ranks.cfg > 1 for _, ranks in found):

@@ -6,7 +6,8 @@ python jobs/bench.py gang_forward --quick                         # CPUs and glo
 
 A way is whether all ranks share the tokens (`ulysses`) and the weights (`shard`), and the options `flash_4`, `compile`
 and `fuse`; `fast` is all three. The first way, without words, is one GPU. `seconds` are the median at rank 0, the first
-forward not counted; `apart` is the largest difference to one GPU's, over its deviation.
+forward not counted; `apart` is the largest difference to one GPU's, over its deviation. Last, what rank 0 pulled is
+given to all, as before a video: seconds by bytes.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from benchmarks.machine import machine, note, now
 from benchmarks.ranks import ANSWER_S, Row, run_ranks
 
 from disagg_ray.config.parallel import ParallelConfig
-from disagg_ray.models.parallel.ranks import Ranks
+from disagg_ray.models.parallel.ranks import Ranks, layout_of
 from disagg_ray.models.parallel.spread import spread
 from disagg_ray.models.wan.shapes import get_shape
 
 WAYS = "/ulysses/ulysses shard/ulysses flash_4/ulysses fast/ulysses fast shard"
 QUICK = "/ulysses/ulysses shard"
+SHARED = (2**20, 16 * 2**20, 256 * 2**20)
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,21 @@ def forward(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
         rows.append(row)
         if rank == 0:
             note(work.log, row)
+    rows += [{"bytes": size, "seconds": _share(ranks, size)} for size in SHARED]
     return rows
+
+
+def _share(ranks: Ranks, size: int) -> float:
+    """Return the seconds until rank 0's tensor of so many bytes is there on every rank, the median of ten."""
+    tensors = {"latents": torch.zeros(size, dtype=torch.uint8, device=ranks.device)}
+    seconds = []
+    for _ in range(11):
+        ranks.agree(True)
+        began = now(ranks.device == "cuda")
+        ranks.share(layout_of(tensors), tensors if ranks.rank == 0 else None)
+        ranks.agree(True)
+        seconds.append(now(ranks.device == "cuda") - began)
+    return statistics.median(seconds[1:])
 
 
 def _measure(work: Work, words: list[str], ranks: Ranks) -> tuple[Row, torch.Tensor]:
@@ -112,5 +129,7 @@ def main(arguments: list[str]) -> None:
     for row in rows:
         if "error" in row:
             print(json.dumps(row))
+        elif "bytes" in row:
+            note(log, row)
         elif one is not None:
             print(f"{row['way']}: {row['seconds']:.3f} s, {one / row['seconds']:.3f} times as fast as one GPU")

@@ -168,6 +168,8 @@ def _load(stock: Stock, index: int) -> tuple[Any, str]:
     pipeline = load_stock_pipeline(folder, dtypes, "cpu" if stock.offload else device)
     if stock.is_tuned:
         _tune(pipeline, config)
+    if config.stages["decoder"].vae.tile_pixels is not None:
+        pipeline.vae.enable_tiling()
     if stock.offload == "model":
         pipeline.enable_model_cpu_offload(gpu_id=index)
     elif stock.offload == "sequential":
