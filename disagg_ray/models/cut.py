@@ -13,27 +13,17 @@ import torch
 import transformers
 from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
 
-from disagg_ray.config.options import TRANSFORMERS, DenoiserConfig, VaeConfig
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.stages import StageConfig
-from disagg_ray.errors import ConfigError, GraphError
+from disagg_ray.errors import GraphError
 from disagg_ray.graph import StagePorts
 from disagg_ray.models.absent import stand_in
-from disagg_ray.models.attention import FLASH_4, check_flash_4
 from disagg_ray.models.blocks import EmbeddingCache, Guidance, KeepsTexts, OnStep
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.gpu_lock import GpuLock
-from disagg_ray.models.load import check_scheduler, check_tensors, load_component, reserve, weight_bytes
 from disagg_ray.models.model import Model
-from disagg_ray.models.tuning import (
-    choose_scheduler,
-    offload_groups,
-    offload_models,
-    renew_step_cache,
-    tune_transformer,
-    tune_vae,
-)
-from disagg_ray.models.warm_up import example_tensors
+from disagg_ray.models.stage_components import StageComponents
+from disagg_ray.models.tuning import renew_step_cache
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.text import did_you_mean
 
@@ -57,7 +47,6 @@ class Cut:
         transformers.utils.logging.disable_progress_bar()
         self._checkpoint = checkpoint
         self._stage = stage
-        self._offloaded: list[Any] = []
         self._ranks: Ranks | None = None
         self._told_idle = False
         self._model: Model = checkpoint.family.part("model").MODEL
@@ -76,6 +65,7 @@ class Cut:
         if checkpoint.geometry.boundary_ratio is not None:
             self._pipeline.register_to_config(boundary_ratio=checkpoint.geometry.boundary_ratio)
         stand_in(self._pipeline, checkpoint, self._model.constants(checkpoint.geometry))
+        self._held = StageComponents(checkpoint, stage, self._model, self.components)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -100,35 +90,15 @@ class Cut:
         sizes: Sequence[Sequence[int]],
         ranks: Ranks | None = None,
     ) -> dict[str, int]:
-        """Load the components as the stage's options say, and return the bytes of their weights by name.
-
-        `sizes` (height, width, num_frames) are those at which `attention: auto` is timed. With `ranks`, every one of
-        them loads and runs the same.
-
-        Raises:
-            CheckpointError: a component is missing, unsafe or unreadable.
-            ConfigError: an option cannot be had here.
-        """
+        """Load the components (`StageComponents.load`), and return the bytes of their weights by name."""
         self._options, self._ranks = options, ranks
-        self._check_options()
-        self._check_attention(dtypes, device)
-        self._checkpoint.fetch(self.components)
-        loaded, weights = {}, {}
-        for name in self.components:
-            on_host = options.offload != "none" or (options.parallel.shard_weights and name in TRANSFORMERS)
-            home = "cpu" if on_host else device
-            loaded[name] = model = self._load_component(name, dtypes[name], home)
-            if isinstance(model, torch.nn.Module):
-                weights[name] = weight_bytes(model)
-                self._tune(name, model, device, sizes)
-            if ranks is not None and name in TRANSFORMERS:
-                from disagg_ray.models.parallel.spread import spread  # torch.distributed is for gangs alone
-
-                weights[name] = spread(f"stages.{self._stage}", model, ranks)
-        if options.offload == "model":
-            self._offloaded = offload_models((loaded[name] for name in weights), device)
+        loaded, weights = self._held.load(dtypes, device, options, sizes, ranks)
         self._pipeline.register_components(**loaded)
         return weights
+
+    def weight_bytes(self, dtypes: Mapping[str, str], parallel: ParallelConfig) -> int | None:
+        """Return about what `load` would, in all, without loading; None: the weights are not on this machine yet."""
+        return self._held.weight_bytes(dtypes, parallel)
 
     def take_turns(self, turns: GpuLock) -> None:
         """Have every call of a model take a turn on the GPU, which ends when its stream is done."""
@@ -139,76 +109,6 @@ class Cut:
     def component(self, name: str) -> Any:
         """Return a loaded component."""
         return getattr(self._pipeline, name)
-
-    def _check_options(self) -> None:
-        """Refuse options of models that the stage does not hold."""
-        options, key = self._options, f"stages.{self._stage}"
-        for name, asked, plain in (
-            ("transformer", options.denoiser, DenoiserConfig()),
-            ("vae", options.vae, VaeConfig()),
-        ):
-            if asked != plain and name not in self.components:
-                section = "vae" if name == "vae" else "denoiser"
-                raise ConfigError(f"{key}.{section}: given, but the stage's blocks hold no {name}; leave it out")
-        for lora in options.denoiser.loras:
-            if lora.transformer not in self.components:
-                raise ConfigError(f"{key}.denoiser.loras: this model has no {lora.transformer}; write transformer")
-
-    def _check_attention(self, dtypes: Mapping[str, str], device: str) -> None:
-        """Refuse FlashAttention 4 where it cannot run, before any weights are loaded."""
-        if self._options.denoiser.attention == FLASH_4:
-            dims = {n: self._checkpoint.read_config(n)["attention_head_dim"] for n in self._transformers}
-            for name, dim in dims.items():
-                check_flash_4(f"stages.{self._stage}.denoiser.attention", device, dtypes[name], dim)
-
-    @property
-    def _transformers(self) -> list[str]:
-        return [name for name in TRANSFORMERS if name in self.components]
-
-    def _tune(self, name: str, model: Any, device: str, sizes: Sequence[Sequence[int]]) -> None:
-        options = self._options
-        if name in TRANSFORMERS:
-            latents = [example_tensors(self._checkpoint, ["latents"], size)["latents"].to(device) for size in sizes]
-            text_tokens = self._checkpoint.geometry.max_sequence_length
-            key = f"stages.{self._stage}.denoiser"
-            tune_transformer(key, name, model, options.denoiser, latents, text_tokens, self._ranks)
-            self._model.adapt(model)
-        if name == "vae":
-            tune_vae(model, options.vae)
-            if self._ranks is not None and self._ranks.parallel.rows > 1:
-                from disagg_ray.models.parallel.rows import split_rows  # as above
-
-                split_rows(model, self._ranks)
-        if options.offload == "group":
-            offload_groups(model, device)
-
-    def weight_bytes(self, dtypes: Mapping[str, str], parallel: ParallelConfig) -> int | None:
-        """Return about what `load` would, in all, without loading; None: the weights are not on this machine yet.
-
-        The few modules that diffusers keeps in float32 count in the precision that was asked for. Raises
-        CheckpointError: a component is missing or unsafe.
-        """
-        sizes = [self._component_bytes(name, dtypes[name], parallel) for name in self.components]
-        known = [size for size in sizes if size is not None]
-        return sum(known) if len(known) == len(sizes) else None
-
-    def _component_bytes(self, name: str, dtype: str, parallel: ParallelConfig) -> int | None:
-        count = self._checkpoint.count_parameters(name)
-        if count is not None and name in TRANSFORMERS:
-            count = parallel.held(count, self._checkpoint.read_config(name)["num_layers"])
-        return None if count is None else count * int(getattr(torch, dtype).itemsize)
-
-    def _load_component(self, name: str, dtype: str, device: str) -> Any:
-        kind, class_name = self._checkpoint.family.components[name], self._checkpoint.components[name]
-        check_tensors(kind, self._checkpoint.folder, name, class_name)
-        reserved = (self._component_bytes(name, dtype, self._options.parallel) or 0) if device != "cpu" else 0
-        if reserved:
-            reserve(reserved, device)
-        component = load_component(kind, self._checkpoint.folder, name, class_name, dtype, device)
-        if name == "scheduler":
-            component = choose_scheduler(component, self._checkpoint.model)
-            check_scheduler(component, self._checkpoint.model.sigmas)
-        return component
 
     def run(
         self, request: ResolvedRequest, tensors: Mapping[str, Any], on_step: OnStep | None = None
@@ -223,7 +123,7 @@ class Cut:
             state.set(name, value, self._kinds.get(name))
         self._stepper.on_step = on_step
         _, state = self._blocks(self._pipeline, state)
-        for hook in self._offloaded:
+        for hook in self._held.offloaded:
             hook.offload()
         return {name: value for name in self.ports.outputs if (value := state.get(name)) is not None}
 
@@ -247,7 +147,7 @@ class Cut:
             logger.log(logging.DEBUG if self._told_idle else logging.INFO, IDLE, self._stage)
             self._told_idle = True
         cache, tile = self._options.denoiser.step_cache, self._options.vae.tile_pixels
-        for name in self._transformers if cache.method != "none" else ():
+        for name in self._held.transformers if cache.method != "none" else ():
             renew_step_cache(self.component(name), cache, request.num_inference_steps)
         if "vae" in self.components:
             self._pipeline.vae.use_tiling = tile is not None and request.height * request.width >= tile
