@@ -81,10 +81,8 @@ class Result:
         Raises:
             OutputError: there is no space for it.
         """
-        path = rescue(self._content, self.request.format)
-        if self.sound is not None:
-            write(self.sound.to_wav(), "wav", wav_beside(str(path)), overwrite=False)
-        return path
+        sound: dict[str, bytes | Frames] = {} if self.sound is None else {"wav": self.sound.to_wav()}
+        return rescue({self.request.format: self._content, **sound})
 
     @property
     def _content(self) -> bytes | Frames:

@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from PIL import Image
 from disagg_ray import OutputError, Request, Result, load_config
 from disagg_ray.media.output import write, write_text
 from disagg_ray.media.places import check_file, check_folder, check_output, check_trace, format_of, local_path
+from disagg_ray.media.sound import Sound, read_wav
 from disagg_ray.media.video import Frames, quantise
 from disagg_ray.request import resolve
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 FRAMES: Frames = np.random.default_rng(0).random((3, 16, 32, 3), np.float32)
+SOUND = Sound(np.zeros((2, 12_000), np.float32), 24_000)
+"""Half a second, which takes 96 kB."""
 NAMES = {"mp4": "out.mp4", "gif": "out.gif", "npy": "out.npy", "frames": "out"}
 
 
@@ -80,6 +84,18 @@ def test_npy_keeps_every_bit(tmp_path: Path) -> None:
     np.save(tmp_path / "numpy.npy", FRAMES)
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
     assert (loaded == FRAMES).all()
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.NPY", "out.npy/"])
+def test_sound_lies_beside_raw_frames(name: str, tmp_path: Path) -> None:
+    made = replace(result("npy"), sound=SOUND)
+    written = Path(made.save(f"{tmp_path}/{name}"))
+    assert {path.name for path in tmp_path.iterdir()} == {written.name, "out.wav"}
+    assert np.array_equal(read_wav((tmp_path / "out.wav").read_bytes()).samples, SOUND.samples)
+    written.unlink()
+    with pytest.raises(OutputError, match=r"out\.wav' exists"):
+        made.save(f"{tmp_path}/{name}", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.wav"]
 
 
 def test_png_is_a_folder_of_numbered_frames(tmp_path: Path) -> None:
@@ -243,6 +259,17 @@ def test_a_full_temporary_folder_is_passed_over(
     (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     assert tmp_path in result("npy").rescue().parents
     assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
+def test_frames_are_rescued_where_their_sound_has_room_too(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = replace(result("npy"), sound=SOUND).rescue()
+    assert path.parent.parent == tmp_path
+    assert {path.name for path in path.parent.iterdir()} == {"video.npy", "video.wav"}
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

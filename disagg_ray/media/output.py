@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -66,8 +66,8 @@ def write_text(path: Path, text: str) -> None:
         raise OutputError(f"output: {str(path)!r} could not be written: {error.strerror}") from error
 
 
-def rescue(content: bytes | Frames, made: str) -> Path:
-    """Write a result that could not be written to its place into a new private folder; return its path.
+def rescue(contents: Mapping[str, bytes | Frames]) -> Path:
+    """Write files, by format, that could not be written to their place into a new private folder; return the first.
 
     Raises:
         OutputError: no place took it.
@@ -80,7 +80,11 @@ def rescue(content: bytes | Frames, made: str) -> Path:
             failures.append(str(error))
             continue
         try:
-            return Path(write(content, made, folder / f"video{SUFFIX_OF[made]}", overwrite=False))
+            paths = [
+                Path(write(content, made, folder / f"video{SUFFIX_OF[made]}", overwrite=False))
+                for made, content in contents.items()
+            ]
+            return paths[0]
         except OutputError as error:
             failures.append(str(error))
             shutil.rmtree(folder, ignore_errors=True)

@@ -55,7 +55,8 @@ def read_wav(file: bytes) -> Sound:
 
 def wav_beside(output: str) -> str:
     """Return the path or URL of the sound of raw frames at a path or URL: the same name with another suffix."""
-    return output.removesuffix(PurePosixPath(output).suffix) + ".wav"
+    name = output.rstrip("/")
+    return name.removesuffix(PurePosixPath(name).suffix) + ".wav"
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
