@@ -157,6 +157,14 @@ def test_a_block_has_one_digest_in_every_cut() -> None:
     assert blocks(CONFIG) == blocks(load_config(I2V, *TWO)) == blocks(load_config(I2V, "fused=true"))
 
 
+def test_a_component_s_precision_counts_where_it_is_not_that_of_the_block_s_main_one() -> None:
+    own = "stages.decoder.vae.dtype=float32"
+    before, after = (
+        blocks(load_config("builtin:tiny_ltx2", own, f"model.dtype.vae={dtype}")) for dtype in ("float32", "bfloat16")
+    )
+    assert {block for block in before if before[block] != after[block]} == {"vae_encoder", "decode"}
+
+
 def test_defaults_and_output_belong_to_the_setup_but_not_to_the_blocks() -> None:
     other = load_config(I2V, "defaults.fps=8", "output.scale=2")
     assert blocks(other) == blocks(CONFIG)
@@ -179,6 +187,20 @@ def test_weights_that_changed_on_disk_and_other_versions_change_every_block(
     monkeypatch.setattr(identity, "_versions", lambda: {"torch": "3"})
     digests.append(blocks(config, folder))
     assert all(len({digest[block] for digest in digests}) == len(digests) for block in digests[0])
+
+
+@pytest.mark.parametrize("library", ["flash-attn", "sageattention", "xformers"])
+def test_another_version_of_an_attention_backend_changes_every_block(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = blocks(CONFIG)
+    about = tmp_path / f"{library.replace('-', '_')}-9.9.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: {library}\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(identity, "_versions", identity._versions.__wrapped__)
+    after = blocks(CONFIG)
+    assert all(before[block] != after[block] for block in before)
 
 
 def test_a_lora_is_known_by_its_content(tmp_path: Path) -> None:

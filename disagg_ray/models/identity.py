@@ -17,18 +17,23 @@ from typing import Any
 
 from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
+from disagg_ray.models.families import FAMILIES
 from disagg_ray.models.provenance import digest_file, digest_model, local_folder
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.version import NUMERICS
 
 NOT_LATENTS = ("id", "priority", "fps", "format")
-"""Fields of a request that change nothing before the decode."""
+"""Fields of a request that change nothing before the decode; fps does where there is sound, whose latents are kept in
+no file."""
 COMPONENT_OF = {
     "text_encoder": "text_encoder", "image_encoder": "image_encoder", "vae_encoder": "vae", "denoise": "transformer",
     "decode": "vae", "blend": "vae",
 }  # fmt: skip
-"""Whose precision counts, by block."""
-LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow", "peft", "torchao", "flash-attn-4")
+"""Whose precision counts, by block, with that of components that share its key."""
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow", "peft", "torchao", "flash-attn",
+    "flash-attn-3", "flash-attn-4", "sageattention", "xformers",
+)  # fmt: skip
 """Those that have a part in the numbers; some are optional."""
 
 
@@ -61,7 +66,7 @@ def _options(config: Config, stage: str, block: str) -> dict[str, Any]:
     """Return what in a stage's settings changes a block's numbers; offload does not."""
     settings, kind = config.stages[stage], block.split(".", maxsplit=1)[0]
     component = COMPONENT_OF.get(kind)
-    names = [component] if component else sorted(set(COMPONENT_OF.values()))
+    names = _sharing(config, component) if component else sorted(set(COMPONENT_OF.values()))
     options = {
         "block": block,
         "dtypes": [config.dtype_of(stage, name) for name in names],
@@ -73,6 +78,12 @@ def _options(config: Config, stage: str, block: str) -> dict[str, Any]:
     if component in (None, "vae"):
         options["vae"] = asdict(settings.vae)
     return options
+
+
+def _sharing(config: Config, component: str) -> list[str]:
+    """Return the components whose precision has a component's key; a stage's `vae.dtype` is of the VAE alone."""
+    components = FAMILIES[config.model.family].components
+    return [component, *(name for name, kind in components.items() if kind.dtype_of == component)]
 
 
 def _denoiser(settings: StageConfig) -> dict[str, Any]:
