@@ -11,11 +11,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import helpers
 import imageio.v3 as iio
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -26,6 +28,7 @@ from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options
 from disagg_ray.batch.run import generate, save
 from disagg_ray.batch.summary import Summary
+from disagg_ray.media.sound import Sound
 from disagg_ray.request import resolve
 
 pytestmark = pytest.mark.slow
@@ -211,6 +214,19 @@ def test_a_link_in_the_way_of_a_batch_s_video_is_replaced(tmp_path: Path) -> Non
         path.symlink_to(tmp_path / "mine")
         save(make_result(), path, folder)
     assert (path.is_symlink(), path.stat().st_size, (tmp_path / "mine").read_bytes()) == (False, 1000, b"mine")
+
+
+def test_a_link_in_the_way_of_a_batch_s_sound_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    frames, sound = np.zeros((1, 16, 16, 3), np.float32), Sound(np.zeros((2, 10), np.float32), 24_000)
+    made = make_result()
+    made = replace(made, request=replace(made.request, format="npy"), data=None, frames=frames, sound=sound)
+    with Folder(tmp_path / "out") as folder:
+        path = folder.video_of("a", "npy")
+        path.with_suffix(".wav").symlink_to(tmp_path / "mine")
+        save(made, path, folder)
+    assert path.with_suffix(".wav").read_bytes() == sound.to_wav()
+    assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 @pytest.mark.usefixtures("rescue_place")

@@ -1,6 +1,8 @@
 """LTX-2: frames and sound equal stock's bit for bit, split and fused; the sound reaches files; the rest is refused."""
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,11 @@ from disagg_ray import (
     cli,
     load_config,
 )
+from disagg_ray.batch.manifest import read_manifest, state_of
+from disagg_ray.batch.resume import Options
+from disagg_ray.batch.run import generate
 from disagg_ray.config.schema import Config
+from disagg_ray.graph import LATENTS
 from disagg_ray.http.bodies import check_body
 from disagg_ray.http.schema import ApiError, CreateVideo
 from disagg_ray.media.sound import read_wav
@@ -184,12 +190,19 @@ def test_every_stage_warms_up_and_a_text_is_encoded_once(configure: Any, expect:
     assert np.array_equal(made[1].frames, expect("guided")[0])
 
 
+def test_latents_go_with_those_of_sound_and_so_into_no_file(splits: Load[Split]) -> None:
+    graph = splits(THREE).graph
+    assert graph.kept is not None
+    assert graph.outputs(graph.kept) != (LATENTS,), "then fps, which decides them too, belongs to a request's digest"
+
+
 @pytest.mark.slow
 def test_a_pipeline_on_ray_writes_video_with_sound(
     cluster: None, configure: Any, expect: Any, ask: Any, tmp_path: Path
 ) -> None:
     frames, samples = expect("guided")
     with Pipeline(configure()) as pipeline:
+        batch(pipeline, tmp_path)
         raw = pipeline.generate(ask())
         assert raw.save(tmp_path / "a.npy") == tmp_path / "a.npy"
         file = pipeline.generate(ask(format="mp4")).save(tmp_path / "a.mp4")
@@ -217,6 +230,18 @@ def test_raw_frames_are_not_written_where_their_sound_cannot_be(configure: Any, 
     with pytest.raises(OutputError, match=r"a\.wav' exists"):
         LocalPipeline(configure()).generate(ask(format="npy")).save(tmp_path / "a.npy", overwrite=False)
     assert not (tmp_path / "a.npy").exists()
+
+
+def batch(pipeline: Pipeline, folder: Path) -> None:
+    """Make raw frames in a batch, damage their sound, and have them made again."""
+    line = {name: value for name, value in PLAIN.items() if name != "id"} | {"id": "a", "format": "npy"}
+    (folder / "requests.jsonl").write_text(json.dumps(line))
+    options, sound = Options(folder / "requests.jsonl", folder / "out", verify=True), folder / "out" / "a.wav"
+    for _ in range(2):
+        assert generate(options, pipeline.config, lambda _: nullcontext(pipeline)).done == 1
+        *_, record = read_manifest(folder / "out")
+        assert record.sound == state_of(sound)
+        sound.write_bytes(sound.read_bytes()[:-1] + b"x")
 
 
 @pytest.mark.parametrize("format", ["gif", "frames"])

@@ -73,6 +73,7 @@ BAD = {
     "huge width": with_value("request.width", 10**30),
     "images": with_value("request.images", {"image": {"height": -1, "width": 1}}),
     "pictures": with_value("pictures", {"image": {}}),
+    "sound without a size": with_value("sound", {"mtime_ns": 1, "sha256": ""}),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from disagg_ray import OutputError, RequestError, load_config
 from disagg_ray.batch.lines import MAX_SHOWN
-from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, sha256_of, stat_of
+from disagg_ray.batch.manifest import INVALID, MANIFEST, Folder, state_of
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options, Plan, make_plan, picture_of
@@ -22,6 +22,8 @@ from disagg_ray.models.identity import identify_setup
 
 CONFIG = load_config(Path(__file__).parent.parent / "conf" / "tiny_t2v.yaml")
 LINES: list[dict[str, Any]] = [{"id": name, "prompt": f"a {name}"} for name in ("cat", "dog", "cow", "ant")]
+WITH_SOUND = load_config("builtin:tiny_ltx2")
+SPOKEN: list[dict[str, Any]] = [{"id": "cat", "prompt": "a cat", "format": "npy"}]
 
 
 def plan(
@@ -54,9 +56,7 @@ def pretend(
         path = out.video_of(name, format)
         if status == "done":
             path.write_bytes(name.encode())
-            found = stat_of(path)
-            assert found is not None
-            record = replace(record, file=path.name, size=found.size, mtime_ns=found.mtime_ns, sha256=sha256_of(path))
+            record = replace(record, file=path.name, **asdict(state_of(path)))
         out.append(record)
     return path
 
@@ -72,15 +72,41 @@ def test_the_next_run_makes_what_is_missing(tmp_path: Path) -> None:
     assert (pending, made.num_done) == (["cat", "cow", "ant", "new"], 1)
 
 
-def test_frames_whose_sound_vanished_are_made_again(tmp_path: Path) -> None:
-    config = load_config("builtin:tiny_ltx2")
-    lines = [{"id": "cat", "prompt": "a cat", "format": "npy"}]
-    plan(tmp_path, lines, config)
-    sound = pretend(tmp_path, "cat", config=config, format="npy").with_suffix(".wav")
-    sound.touch()
-    assert plan(tmp_path, lines, config)[0] == []
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    """Give a wav file on which frames of SPOKEN are to be recorded."""
+    plan(tmp_path, SPOKEN, WITH_SOUND)
+    path = tmp_path / "out" / "cat.wav"
+    path.write_bytes(b"meow")
+    return path
+
+
+def test_frames_whose_sound_vanished_are_made_again(tmp_path: Path, sound: Path) -> None:
+    pretend(tmp_path, "cat", config=WITH_SOUND, format="npy", sound=state_of(sound))
+    assert plan(tmp_path, SPOKEN, WITH_SOUND)[0] == []
     sound.unlink()
-    assert plan(tmp_path, lines, config)[0] == ["cat"]
+    assert plan(tmp_path, SPOKEN, WITH_SOUND)[0] == ["cat"]
+
+
+def test_frames_whose_sound_changed_are_made_again(tmp_path: Path, sound: Path) -> None:
+    pretend(tmp_path, "cat", config=WITH_SOUND, format="npy", sound=state_of(sound))
+    times = sound.stat()
+    os.utime(sound, ns=(1, 1))
+    assert plan(tmp_path, SPOKEN, WITH_SOUND)[0] == ["cat"]
+    assert plan(tmp_path, SPOKEN, WITH_SOUND, verify=True)[0] == []
+    sound.write_bytes(b"woof")
+    os.utime(sound, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert plan(tmp_path, SPOKEN, WITH_SOUND)[0] == [], "size and time are as they were"
+    assert plan(tmp_path, SPOKEN, WITH_SOUND, verify=True)[0] == ["cat"]
+    sound.write_bytes(b"cut")
+    assert plan(tmp_path, SPOKEN, WITH_SOUND, verify=True)[0] == ["cat"]
+
+
+def test_of_a_manifest_that_does_not_know_sound_its_file_has_to_be_there(tmp_path: Path, sound: Path) -> None:
+    pretend(tmp_path, "cat", config=WITH_SOUND, format="npy")
+    assert plan(tmp_path, SPOKEN, WITH_SOUND)[0] == []
+    sound.unlink()
+    assert plan(tmp_path, SPOKEN, WITH_SOUND)[0] == ["cat"]
 
 
 def test_a_file_that_vanished_or_changed_is_made_again(tmp_path: Path) -> None:

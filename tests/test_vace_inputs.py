@@ -16,7 +16,7 @@ from test_resume import plan, pretend
 from test_vace import SMALL, write_frames
 
 from disagg_ray import LocalPipeline, Request, RequestError, load_config
-from disagg_ray.batch.records import Picture
+from disagg_ray.batch.records import FileState
 from disagg_ray.batch.request_line import files_of
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import picture_of
@@ -216,7 +216,7 @@ def test_a_second_run_notices_another_video(clips: dict[str, Path], image: Any, 
     image(96, 64, 99).save(clips["folder"] / "002.png")
     with pytest.raises(RequestError, match="1 lines of"):
         plan(tmp_path, lines, CONFIG)
-    assert all(isinstance(state, Picture) for state in states.values())
+    assert all(isinstance(state, FileState) for state in states.values())
 
 
 def test_flags_make_a_video(

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from disagg_ray.batch.lines import InvalidLines, read_lines
-from disagg_ray.batch.records import MAX_LINE_BYTES, Record, parse
+from disagg_ray.batch.records import MAX_LINE_BYTES, FileState, Record, parse
 from disagg_ray.errors import OutputError
 from disagg_ray.media.output import open_own
 from disagg_ray.media.places import SUFFIX_OF, TEMPORARY
+from disagg_ray.media.sound import wav_beside
 from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")
@@ -201,6 +202,22 @@ def stat_of(path: Path) -> Stat | None:
     except OSError:
         return None
     return Stat(sum(s.st_size for s in inside), max(s.st_mtime_ns for s in (own, *inside)))
+
+
+def sound_beside(path: Path) -> Path:
+    """Return the file of the sound of raw frames."""
+    return Path(wav_beside(str(path)))
+
+
+def state_of(path: Path) -> FileState:
+    """Return the state of a file or folder that was just written.
+
+    Raises:
+        OSError: it is gone.
+    """
+    if (found := stat_of(path)) is None:
+        raise FileNotFoundError(f"No such file: {str(path)!r} is gone")
+    return FileState(found.size, found.mtime_ns, sha256_of(path))
 
 
 def sha256_of(path: Path) -> str:

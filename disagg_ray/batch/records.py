@@ -20,14 +20,16 @@ MAX_STAGES = 1000
 
 
 @dataclass(frozen=True)
-class Picture:
-    """State of a request's image file when it was read."""
+class FileState:
+    """What a file or folder was when it was read or written."""
 
     size: int
-    """Bytes."""
+    """Bytes; of a folder: the sum of its files."""
     mtime_ns: int
+    """Time of change; of a folder: the latest in it."""
     sha256: str
-    """Of its pixels."""
+    """Of an image file that was read: of its pixels; of a folder: over names, sizes and bytes of its files, sorted by
+    name."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,9 @@ class Record:
     file: str | None = None
     """Name in the folder."""
     size: int | None = None
-    """Bytes; of a folder: the sum of its files."""
+    """As of `FileState`; the next two too."""
     sha256: str | None = None
-    """Of the file; of a folder: over names, sizes and bytes of its files, sorted by name."""
     mtime_ns: int | None = None
-    """Of the file; of a folder: the latest in it."""
     request: ResolvedRequest | None = None
     """None if it failed before it was resolved."""
     seconds: float | None = None
@@ -58,8 +58,10 @@ class Record:
     stages: tuple[StageTiming, ...] = ()
     """In the order of the graph."""
     error: str | None = None
-    pictures: dict[str, Picture] = field(default_factory=dict)
+    pictures: dict[str, FileState] = field(default_factory=dict)
     """Its image files, by the request's field."""
+    sound: FileState | None = None
+    """The wav file beside `file`, if there is one; records of older versions leave it out."""
 
 
 def parse(line: bytes, *, brief: bool = False) -> Record:
@@ -163,7 +165,7 @@ SECONDS, EPOCH, FACTOR = _number(0, 1e8), _number(0, 1e11), _number(0, 1e308)
 BYTES, NANOSECONDS = _number(0, 2**63 - 1, int), _number(-(2**63), 2**63 - 1, int)
 COUNT, PRIORITY = _number(1, 2**31, int), _number(-(2**31), 2**31, int)
 IMAGE: dict[str, Check] = {"height": COUNT, "width": COUNT, "sha256": _word}
-PICTURE: dict[str, Check] = {"size": BYTES, "mtime_ns": NANOSECONDS, "sha256": _word}
+STATE: dict[str, Check] = {"size": BYTES, "mtime_ns": NANOSECONDS, "sha256": _word}
 TIMING: dict[str, Check] = {
     "stage": _word, "replica": _word, "queue_s": SECONDS, "pull_s": SECONDS, "started": EPOCH, "compute_s": SECONDS,
     "publish_s": SECONDS, "pulled_bytes": BYTES, "route": _word, "peak_bytes": BYTES, "encode_s": SECONDS,
@@ -180,8 +182,9 @@ REQUEST: dict[str, Check] = {
 RECORD: dict[str, Check] = {
     "id": _file_name, "status": _status, "content": _word, "setup": _word, "finished": EPOCH, "file": _file_name,
     "size": BYTES, "sha256": _word, "mtime_ns": NANOSECONDS, "seconds": SECONDS, "stages": _stages, "error": _text,
-    "request": partial(_fill, ResolvedRequest, REQUEST), "pictures": _by_name(partial(_fill, Picture, PICTURE)),
+    "request": partial(_fill, ResolvedRequest, REQUEST), "pictures": _by_name(partial(_fill, FileState, STATE)),
+    "sound": partial(_fill, FileState, STATE),
 }  # fmt: skip
 REQUIRED: dict[type, tuple[str, ...]] = {
-    Record: ("id", "status", "finished"), Picture: tuple(PICTURE), StageTiming: ("stage", "replica"),
+    Record: ("id", "status", "finished"), FileState: tuple(STATE), StageTiming: ("stage", "replica"),
 }  # fmt: skip

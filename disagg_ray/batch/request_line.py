@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg_ray.batch.lines import load_json
-from disagg_ray.batch.records import Picture
+from disagg_ray.batch.records import FileState
 from disagg_ray.config.rules import whole
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
@@ -36,7 +36,7 @@ class Line:
     request: Request
     content: str
     """Digest, 16 hex digits, of every field but id and priority; equal for lines that ask for the same video."""
-    pictures: dict[str, Picture] = field(default_factory=dict)
+    pictures: dict[str, FileState] = field(default_factory=dict)
     """Its image files, once they are read."""
 
 

@@ -2,8 +2,9 @@
 
 Of a request in the manifest:
 
-- done, and its file has the recorded size and modification time (with `verify`: size and digest): left alone
-- done, and its file is missing or changed: made again
+- done, and its file, and that of its sound, have the recorded size and modification time (with `verify`: size and
+  digest): left alone
+- done, and one of them is missing or changed: made again
 - done, its file is intact, and its line or the picture in its image file changed: an invalid line, because no video is
   overwritten unasked
 - failed: left alone, unless `retry_failed` is set or its line changed
@@ -21,15 +22,14 @@ from typing import IO, Any
 import numpy as np
 
 from disagg_ray.batch.lines import InvalidLines
-from disagg_ray.batch.manifest import INVALID, Folder, read_manifest, sha256_of, stat_of
-from disagg_ray.batch.records import Picture, Record
+from disagg_ray.batch.manifest import INVALID, Folder, read_manifest, sha256_of, sound_beside, stat_of
+from disagg_ray.batch.records import FileState, Record
 from disagg_ray.batch.request_line import files_of
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.config.schema import Config
 from disagg_ray.errors import OutputError, RequestError
 from disagg_ray.inputs import read_inputs
 from disagg_ray.media.places import SUFFIX_OF
-from disagg_ray.media.sound import wav_beside
 from disagg_ray.models.identity import identify_setup
 from disagg_ray.request import Request
 
@@ -131,13 +131,19 @@ def _states(
 def _is_intact(folder: Path, record: Record, config: Config, *, verify: bool) -> bool:
     assert record.file is not None, "`parse` requires it of done records"
     path = folder / record.file
+    beside = sound_beside(path)
+    if record.sound is not None:
+        has_sound = _is_as_recorded(beside, record.sound, verify=verify)
+    else:  # there is none, or an older version recorded none
+        has_sound = config.model.traits.sound_rate is None or path.suffix != SUFFIX_OF["npy"] or beside.is_file()
+    return has_sound and _is_as_recorded(path, record, verify=verify)
+
+
+def _is_as_recorded(path: Path, recorded: Record | FileState, *, verify: bool) -> bool:
     found = stat_of(path)
-    if found is None or found.size != record.size:
+    if found is None or found.size != recorded.size:
         return False
-    if config.model.traits.sound_rate is not None and path.suffix == SUFFIX_OF["npy"]:
-        if not Path(wav_beside(str(path))).is_file():
-            return False
-    return sha256_of(path) == record.sha256 if verify else found.mtime_ns == record.mtime_ns
+    return sha256_of(path) == recorded.sha256 if verify else found.mtime_ns == recorded.mtime_ns
 
 
 def _shows_another(request: Request, record: Record, config: Config) -> bool:
@@ -154,10 +160,10 @@ def _shows_another(request: Request, record: Record, config: Config) -> bool:
     return any(read[name].sha256 != record.pictures[name].sha256 for name in files)
 
 
-def picture_of(path: Path, sha256: str) -> Picture | None:
+def picture_of(path: Path, sha256: str) -> FileState | None:
     """Return the state of an image file with the digest of its pixels; None: it is not there."""
     found = stat_of(path)
-    return None if found is None else Picture(found.size, found.mtime_ns, sha256)
+    return None if found is None else FileState(found.size, found.mtime_ns, sha256)
 
 
 class InvalidFile(InvalidLines):

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from disagg_ray.batch.manifest import Folder, sha256_of, stat_of
+from disagg_ray.batch.manifest import Folder, sound_beside, state_of
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.request_line import Line, files_of
 from disagg_ray.batch.requests_file import RequestsFile
@@ -211,12 +211,10 @@ class Batch:
             if disk or isinstance(error, UNAVAILABLE):  # not this request's fault
                 raise
             return record("failed", error=str(error))
-        written = stat_of(path)
-        if written is None:
-            raise FileNotFoundError(f"No such file: {str(path)!r} is gone")
+        sound = result.sound and state_of(sound_beside(path))
         return record(
-            "done", file=path.name, size=written.size, mtime_ns=written.mtime_ns, sha256=sha256_of(path),
-            seconds=result.seconds, stages=result.stages, pictures=line.pictures,
+            "done", file=path.name, **asdict(state_of(path)), sound=sound, seconds=result.seconds, stages=result.stages,
+            pictures=line.pictures,
         )  # fmt: skip
 
     def _count(self, record: Record) -> None:
@@ -257,8 +255,9 @@ def save(result: Result, path: Path, folder: Folder) -> None:
     """
     try:
         folder.check()
-        if path.is_symlink():
-            path.unlink()  # the folder is the batch's, the link's target is not
+        for file in (path, *([sound_beside(path)] if result.sound else [])):
+            if file.is_symlink():
+                file.unlink()  # the folder is the batch's, the link's target is not
         result.save(path)
     except (OSError, OutputError) as error:
         if folder.latents_of(result.request.id).exists():
