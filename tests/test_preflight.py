@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from disagg_ray import CheckpointError, ConfigError, LocalPipeline, environment, load_config
 from disagg_ray.doctor.memory import check_model as examine_model
-from disagg_ray.driver.cluster import Cluster
+from disagg_ray.driver.cluster import Cluster, _make_token
 from disagg_ray.models.preflight import check_temporary_folder
 
 T2V, A14B = "conf/tiny_t2v.yaml", "conf/tiny_a14b_t2v.yaml"
@@ -108,3 +110,22 @@ def test_what_only_a_cluster_of_our_own_has_is_refused_where_one_is_joined(
     key, _, value = override.partition("=")
     with pytest.raises(ConfigError, match=rf"^invalid {key}={value}: must be left out: .* is joined$"):
         Cluster(load_config(T2V, *addressed, override))
+
+
+def test_all_who_start_a_cluster_at_once_for_the_first_time_see_one_whole_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num, start = 8, Barrier(8)
+
+    def make(path: Path) -> str:
+        start.wait(60)
+        _make_token()
+        return path.read_text()
+
+    with ThreadPoolExecutor(num) as threads:
+        for number in range(50):
+            path = tmp_path / f"token{number}"
+            monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+            assert {*threads.map(make, [path] * num)} == {path.read_text()}
+            assert len(path.read_text()) == 64
+    assert len(list(tmp_path.iterdir())) == 50

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -156,9 +159,7 @@ def _make_token() -> None:
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
+            _write_token(path)
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
     except OSError as error:
@@ -166,3 +167,15 @@ def _make_token() -> None:
             f"HOME: Ray's token {shown(str(path))} cannot be written: {error.strerror}; set HOME to a writable "
             f"folder, or RAY_AUTH_TOKEN_PATH to a file of your own"
         ) from error
+
+
+def _write_token(path: Path) -> None:
+    """Write a token that has its name once it is whole; where another process was quicker, its token stays."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
