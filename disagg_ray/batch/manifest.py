@@ -6,14 +6,12 @@ holds between hosts if the mount supports locks (not with `nolock`).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import mmap
 import os
 import shutil
-import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -24,10 +22,10 @@ from pathlib import Path
 from disagg_ray.batch.lines import InvalidLines, read_lines
 from disagg_ray.batch.records import MAX_LINE_BYTES, FileState, Record, parse
 from disagg_ray.errors import OutputError
+from disagg_ray.media.locks import locked
 from disagg_ray.media.output import open_own
 from disagg_ray.media.places import SUFFIX_OF, TEMPORARY
 from disagg_ray.media.sound import wav_beside
-from disagg_ray.text import printable
 
 logger = logging.getLogger("disagg_ray")
 
@@ -54,7 +52,7 @@ class Folder:
         try:
             with ExitStack() as opened:
                 path.mkdir(parents=True, exist_ok=True)
-                opened.callback(os.close, _lock(path / ".lock"))
+                opened.enter_context(locked(path / ".lock"))
                 self._folder = os.open(path, os.O_RDONLY)
                 opened.callback(os.close, self._folder)
                 self._manifest = open_own(path / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -65,6 +63,10 @@ class Folder:
                 _clean(path)
                 self._heal()
                 self._opened = opened.pop_all()
+        except BlockingIOError as error:
+            raise OutputError(
+                f"output-dir: {str(path)!r} is being written by {error.strerror}; wait for it, or give another folder"
+            ) from error
         except OSError as error:
             raise OutputError(f"output-dir: {str(path)!r} cannot be written: {error}") from error
 
@@ -158,21 +160,6 @@ def read_manifest(folder: Path, *, brief: bool = False) -> Iterator[Record]:
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error}") from error
     invalid.log_rest()
-
-
-def _lock(path: Path) -> int:
-    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = printable(os.read(descriptor, 200).decode(errors="replace").strip()) or "another process"
-        os.close(descriptor)
-        raise OutputError(
-            f"output-dir: {str(path.parent)!r} is being written by {holder}; wait for it, or give another folder"
-        ) from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor
 
 
 def _clean(path: Path) -> None:
