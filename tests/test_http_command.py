@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from threading import Event
 
-import helpers
 import pytest
 
 from disagg_ray import load_config
@@ -47,6 +46,19 @@ def test_a_thread_that_repeats_outlives_an_error_and_reports_it(caplog: pytest.L
         (["--config", T2V, "--host", "0.0.0.0"], r"invalid --host='0\.0\.0\.0': without keys"),
         (["--connect", "x", "--speed", "fast"], "--speed: it goes with --config"),
         (["--config", T2V, "--speed", "slow"], "argument --speed: invalid choice: 'slow'"),
+        (["--config", T2V, "--port", "-1"], "^invalid --port=-1: must be from 0 to 65535$"),
+        (
+            ["--config", T2V, "--host", "none.invalid"],
+            r"^invalid --host='none\.invalid': .*; must be an address of this",
+        ),
+        (
+            ["--config", T2V, "--host", "192.0.2.1"],
+            r"^invalid --host='192\.0\.2\.1': must be an address of this machine$",
+        ),
+        (
+            ["--config", T2V, "service.api_keys=/dev/null"],
+            "^invalid service.api_keys='/dev/null': it is no regular file",
+        ),
     ],
 )
 def test_what_serve_cannot_do_is_refused_before_ray_starts(
@@ -54,4 +66,4 @@ def test_what_serve_cannot_do_is_refused_before_ray_starts(
 ) -> None:
     monkeypatch.setattr("disagg_ray.driver.cluster.Cluster.__init__", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(InputError, match=message):
-        serve([*arguments, "--port", str(helpers.free_port())])
+        serve(["--port", "0", *arguments])

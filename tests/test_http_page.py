@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import helpers
 import http_load
 import pytest
 from PIL import Image
@@ -26,7 +25,7 @@ expect.set_options(timeout=SURE_MS)
 @contextmanager
 def serving(folder: Path, config: str, *overrides: str) -> Iterator[str]:
     """Give the page's address of `disagg-ray serve`."""
-    command = [sys.executable, "-m", "disagg_ray.cli", "serve", "--config", config, "--port", str(helpers.free_port()),
+    command = [sys.executable, "-m", "disagg_ray.cli", "serve", "--config", config, "--port", "0",
                f"service.folder={folder}", *overrides]  # fmt: skip
     with subprocess.Popen(command, env=http_load.environment(), stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None

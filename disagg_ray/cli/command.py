@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from disagg_ray.cli import console, logs
 from disagg_ray.cli.arguments import Parser, config_parser, overrides_of
@@ -20,6 +19,7 @@ from disagg_ray.config.builtin import BUILTIN, list_builtin
 from disagg_ray.config.docs import to_markdown
 from disagg_ray.config.load import load_config, to_yaml
 from disagg_ray.driver.signals import exiting_on_sigterm
+from disagg_ray.environment import expand_home
 from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.media.places import check_folder, local_path
 from disagg_ray.version import VERSION
@@ -85,7 +85,7 @@ def make_checkpoint(argv: Sequence[str]) -> int:
     """Write a checkpoint of a known shape with seeded random weights."""
     parser = Parser(prog="disagg-ray make-checkpoint", description=make_checkpoint.__doc__)
     parser.add_argument("shape", help="name of the shape, such as tiny-t2v")
-    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("folder", type=expand_home, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", help="device that draws the weights")

@@ -14,6 +14,7 @@ from disagg_ray.config.load import load_config
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
+from disagg_ray.environment import expand_home
 from disagg_ray.errors import InputError, PlanError, RequestError
 from disagg_ray.inputs import blank_inputs
 from disagg_ray.media.output import write_text
@@ -33,7 +34,7 @@ SHAPE = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale
 def profile(argv: Sequence[str]) -> int:
     """Measure the stages on this machine and write a profile for `plan`."""
     parser = config_parser("profile", profile, required=True)
-    parser.add_argument("--output", type=Path, default=Path("profile.json"), help="file to write")
+    parser.add_argument("--output", type=expand_home, default=Path("profile.json"), help="file to write")
     parser.add_argument(
         "--sizes",
         help="HEIGHTxWIDTHxFRAMES,... of images HEIGHTxWIDTH; default: as configured, and half its frames",
@@ -123,7 +124,7 @@ def plan(argv: Sequence[str]) -> int:
         help="throughput (videos or images a minute, the default) or latency (seconds of one)",
     )
     parser.add_argument("--requests", type=int, help="batch size whose makespan to minimise; default: throughput")
-    parser.add_argument("--output", type=Path, help="file to also write the YAML to, based on --config")
+    parser.add_argument("--output", type=expand_home, help="file to also write the YAML to, based on --config")
     for name in SHAPE:
         kind = TYPES[name]
         flag = f"--{name.replace('_', '-')}"
@@ -208,7 +209,7 @@ def _read_profiles(text: str, speed: str) -> dict[str, Profile]:
     found = {}
     for part in text.split(","):
         kind, equals, path = part.partition("=")
-        profile = read_profile(Path(path if equals else part))
+        profile = read_profile(expand_home(path if equals else part))
         check_profile(profile, kind if equals else profile.kind, speed)
         found[profile.kind] = profile
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import socket
 import threading
@@ -17,6 +18,7 @@ from disagg_ray.cli.arguments import CONFIG, EPILOG, Parser, add_overrides, over
 from disagg_ray.config.builtin import find_file
 from disagg_ray.config.load import load_config
 from disagg_ray.config.schema import Config
+from disagg_ray.environment import expand_home
 from disagg_ray.errors import InputError, StartError
 from disagg_ray.models.preflight import check_model
 from disagg_ray.text import shown
@@ -35,7 +37,7 @@ def serve(argv: Sequence[str]) -> int:
     parser.add_argument("--name", help="with --config: the model's id; the file's name if left out")
     parser.add_argument("--connect", nargs="+", metavar="NAME", help="serve pipelines that `disagg-ray up` put up")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; others than this machine need keys")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="0: one that is free, which is printed")
     options = parser.parse_intermixed_args(argv)
     names = [name for name in options.connect or () if "=" not in name]
     options.overrides += [name for name in options.connect or () if "=" in name]
@@ -45,10 +47,10 @@ def serve(argv: Sequence[str]) -> int:
         raise InputError("--name: it goes with --config; a service has its name")
     if options.speed is not None and names:
         raise InputError("--speed: it goes with --config; a service that runs has its own")
-    _check_port(options.host, options.port)
+    _find_port(options.host, options.port)
     try:
         import disagg_ray.http.app  # noqa: F401 - whether what it needs is installed
-        from disagg_ray.http.keys import digest_of, new_key
+        from disagg_ray.http.keys import digest_of, new_key, read_keys
         from disagg_ray.http.settings import make_settings
     except ImportError as error:
         raise StartError(f"`disagg-ray serve` {EXTRA} ({error})") from error
@@ -61,6 +63,8 @@ def serve(argv: Sequence[str]) -> int:
         _check_host(options.host, config)
         key = new_key() if config.service.api_keys is not None else None
         settings = make_settings(tuple(names), config, session_key=digest_of(key) if key is not None else None)
+        if settings.service.api_keys is not None and not read_keys(Path(settings.service.api_keys)):
+            print(f"{settings.service.api_keys} has no key yet: only the one printed below is valid", flush=True)
         if options.config is not None:
             stack.enter_context(_put_up(names[0], config))
         _serve(settings, key, options)
@@ -72,9 +76,10 @@ def _serve(settings: Settings, key: str | None, options: argparse.Namespace) -> 
     from disagg_ray.http.app import serving
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with serving(settings, options.host, options.port):
+    port = _find_port(options.host, options.port)  # Ray Serve tells nobody what it takes for 0
+    with serving(settings, options.host, port):
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"page: http://{host}:{options.port}/\nAPI:  http://{host}:{options.port}/v1", flush=True)
+        print(f"page: http://{host}:{port}/\nAPI:  http://{host}:{port}/v1", flush=True)
         if key is not None:
             print(f"key: {key}", flush=True)
         threading.Event().wait()
@@ -91,12 +96,25 @@ def _check_host(host: str, config: Config) -> None:
         )
 
 
-def _check_port(host: str, port: int) -> None:
+def _find_port(host: str, port: int) -> int:
+    """Return a port of `host` on which one can listen now: `port`, or for 0 any.
+
+    Raises:
+        InputError: there is none; names the argument that is wrong.
+    """
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return
-    except (OSError, OverflowError) as error:
-        raise InputError(f"invalid --port={port}: cannot listen on {host}: {error}; give another") from error
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            return int(listener.getsockname()[1])
+    except (socket.gaierror, UnicodeError) as error:  # no address of it is known
+        raise InputError(f"invalid --host={shown(host)}: {error}; must be an address of this machine") from error
+    except OverflowError as error:
+        raise InputError(f"invalid --port={port}: must be from 0 to 65535") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(f"invalid --host={shown(host)}: must be an address of this machine") from error
+        raise InputError(f"invalid --port={port}: cannot listen on {host}: {error.strerror}; give another") from error
 
 
 def _connect(names: list[str], overrides: list[str]) -> Config:
@@ -148,24 +166,27 @@ def keys(argv: Sequence[str]) -> int:
     parser = Parser(prog="disagg-ray keys", description=keys.__doc__)
     parser.add_argument("action", choices=("add", "list", "remove"))
     parser.add_argument("name", nargs="?", metavar="NAME", help="of a tenant: what is asked for with a key is its own")
-    parser.add_argument("--file", required=True, type=Path, help="the file that service.api_keys names")
-    parser.add_argument("--in-flight", type=int, metavar="N", help="most unfinished jobs at once")
+    parser.add_argument("--file", required=True, type=expand_home, help="the file that service.api_keys names")
+    parser.add_argument("--in-flight", dest="max_in_flight", type=int, metavar="N", help="most unfinished jobs at once")
     parser.add_argument("--seconds-a-day", type=float, metavar="SECONDS", help="most seconds of video within a day")
-    parser.add_argument("--priority", type=int, default=0, help="added to that of its requests")
+    parser.add_argument("--priority", type=int, help="added to that of its requests")
     options = parser.parse_args(argv)
-    from disagg_ray.http.keys import Key, add_key, read_keys, remove_key
+    from disagg_ray.http.keys import LIMITS, Key, add_key, read_keys, remove_key
 
     if (options.name is None) != (options.action == "list"):
         raise InputError("NAME: give one to add or remove, and none to list")
+    limits = {name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None}
+    if limits and options.action != "add":
+        raise InputError(f"{LIMITS[next(iter(limits))]}: it goes with `add`; leave it out")
     if options.action == "add":
-        limits = {"max_in_flight": options.in_flight, "seconds_a_day": options.seconds_a_day}
-        made = add_key(options.file, Key(options.name, priority=options.priority, **limits))
-        print(f"key: {made}")
+        print(f"key: {add_key(options.file, Key(options.name, **limits))}")
     elif options.action == "remove":
         remove_key(options.file, options.name)
         print(f"{options.name} is removed")
     else:
-        for key in read_keys(options.file):
+        for key in (found := read_keys(options.file, "--file")):
             print(f"{key.name}: in flight {key.max_in_flight or 'any'}, seconds a day {key.seconds_a_day or 'any'}, "
                   f"priority {key.priority}")  # fmt: skip
+        if not found:
+            print(f"{options.file} {'has no key' if options.file.exists() else 'is not there'}")
     return 0
