@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -13,6 +16,26 @@ from disagg_ray.http.repeat import repeat
 from disagg_ray.http.settings import make_settings
 
 T2V = "conf/tiny_t2v.yaml"
+TWICE = """
+import sys
+import ray
+from ray import serve
+from disagg_ray import StartError, load_config
+from disagg_ray.http.app import serving
+from disagg_ray.http.settings import make_settings
+
+ray.init(address="local", num_cpus=1, include_dashboard=False)
+serve.start(proxy_location="Disabled")
+settings = make_settings(("films",), load_config("conf/tiny_t2v.yaml", f"service.folder={sys.argv[1]}"))
+try:
+    with serving(settings, "127.0.0.1", 0):
+        pass
+except StartError as error:
+    serve.status()  # it still runs
+    print(str(error).partition(",")[0], end="", flush=True)
+finally:
+    ray.shutdown()
+"""
 
 
 @pytest.mark.parametrize(("folder", "key"), [("memory://films", "folder"), ("s3://bucket/films", "database")])
@@ -67,3 +90,9 @@ def test_what_serve_cannot_do_is_refused_before_ray_starts(
     monkeypatch.setattr("disagg_ray.driver.cluster.Cluster.__init__", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(InputError, match=message):
         serve(["--port", "0", *arguments])
+
+
+@pytest.mark.slow
+def test_a_cluster_where_ray_serve_runs_already_is_refused_and_left_alone(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", TWICE, str(tmp_path)], check=False, capture_output=True, text=True)
+    assert result.stdout.endswith("HTTP service: Ray Serve runs already on this cluster"), result.stderr

@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -124,6 +126,7 @@ def serving(settings: Settings, host: str, port: int) -> Iterator[None]:
     Raises:
         StartError: it did not start; says why.
     """
+    _check_alone()
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
         serve.run(deploy(settings), name=NAME, route_prefix="/")
@@ -132,6 +135,18 @@ def serving(settings: Settings, host: str, port: int) -> Iterator[None]:
         raise StartError(f"HTTP service: {printable(str(error).strip(), 1000)}") from error
     finally:
         serve.shutdown()
+
+
+def _check_alone() -> None:
+    """Refuse a cluster where Ray Serve runs: it would keep its address, and be shut down with what others serve."""
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return
+    raise StartError(
+        "HTTP service: Ray Serve runs already on this cluster, with an address of its own; end it with "
+        "`serve shutdown`; one `disagg-ray serve` serves several pipelines, with --connect NAME NAME"
+    )
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
