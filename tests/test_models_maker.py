@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from disagg_ray.errors import OutputError
 from disagg_ray.models import random
 from disagg_ray.models.random import make_checkpoint
 from disagg_ray.models.wan.random import build_meta, make_tokenizer
@@ -185,9 +186,15 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("disk full")
 
     monkeypatch.setattr(random, "_write_index", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match=r"'.*/made' could not be written: disk full; make room"):
         make_checkpoint("tiny-t2v", tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_left_empty(small_disk: Path) -> None:
+    with pytest.raises(OutputError, match=r"'.*/made' could not be written: .*No space left.*; make room"):
+        make_checkpoint("tiny-t2v", small_disk / "made")
+    assert list(small_disk.iterdir()) == []
 
 
 def test_slower_of_two_makers_keeps_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from disagg_ray.errors import OutputError
 from disagg_ray.models.families import find_shape
 
 Record = dict[str, str | int]
@@ -36,7 +38,8 @@ def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, dtype: str = "fl
 
     The folder appears whole or not at all. The same arguments give the same bytes; another kind of device draws other
     numbers. Needs memory on the device for the largest component.
-    Raises ValueError for an unknown shape or dtype, FileExistsError where the folder holds something else.
+    Raises ValueError for an unknown shape or dtype, FileExistsError where the folder holds something else, OutputError
+    where it cannot be written.
     """
     family, components = find_shape(shape)
     weights_dtype = floating_dtype(dtype)
@@ -50,6 +53,11 @@ def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, dtype: str = "fl
         _write_components(family.part("random"), components, partial, seed, weights_dtype, torch.device(device))
         (partial / RECORD_FILE).write_text(json.dumps(record) + "\n")
         _publish(partial, folder, record)
+    except FileExistsError:
+        raise
+    except (OSError, SafetensorError) as error:  # as of a full disk
+        said = f"folder: {str(folder)!r} could not be written: {error}"
+        raise OutputError(f"{said}; make room, or give another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
