@@ -120,5 +120,5 @@ def test_a_link_to_latents_is_not_followed(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="latents could not be written"):
+    with pytest.raises(OutputError, match="latents could not be kept"):
         write_latents(tmp_path / "file" / "latents", LATENTS, ABOUT)

@@ -302,6 +302,17 @@ def test_latents_stay_as_they_are_while_they_are_written_for_a_cancelled_request
     assert (tmp_path / "latents").exists()
 
 
+def test_latents_that_cannot_be_kept_fail_no_request(
+    pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    request = Request(prompt=PROMPT, **SMALL, seed=1)
+    made = pipeline.submit(request, latents_file=tmp_path / "file" / "latents").result(SURE)
+    assert made.data == pipeline.generate(request).data
+    assert "latents could not be kept in" in caplog.text
+    wait_until_empty(pipeline)
+
+
 def test_cancel_of_a_waiting_request_leaves_the_others(pipeline: Pipeline) -> None:
     handles = [pipeline.submit(Request(prompt=PROMPT, **SMALL, seed=i)) for i in range(8)]
     assert handles[-1].cancel()

@@ -63,7 +63,8 @@ def write_latents(path: Path, latents: torch.Tensor, about: Mapping[str, str]) -
         with atomic_file(path) as sink:
             sink.write(save({LATENTS: latents.contiguous()}, metadata))
     except OSError as error:
-        raise OutputError(f"output: latents could not be written to {str(path)!r}: {error}") from error
+        said = f"latents could not be kept in {str(path)!r}: {error.strerror or error}"
+        raise OutputError(f"{said}; free space there, or make it writable") from error
 
 
 def read_latents(path: Path, wanted: Wanted) -> torch.Tensor | None:

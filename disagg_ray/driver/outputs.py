@@ -17,7 +17,7 @@ from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.context import RunContext
 from disagg_ray.driver.latents import Wanted, describe, read_latents, write_latents
 from disagg_ray.driver.threads import off_loop
-from disagg_ray.errors import Cancelled, PoolError, ReplicaLost, TransferError
+from disagg_ray.errors import Cancelled, OutputError, PoolError, ReplicaLost, TransferError
 from disagg_ray.graph import LATENTS
 from disagg_ray.media.sound import Sound, read_wav
 from disagg_ray.media.video import Frames
@@ -138,7 +138,10 @@ class Outputs:
             self._saving = asyncio.ensure_future(saving)
         self._copied.set()
         if self._saving is not None:
-            await asyncio.shield(self._saving)
+            try:
+                await asyncio.shield(self._saving)
+            except OutputError as error:  # as of a full disk; the request goes on without its file
+                logger.warning("request %s: %s", self._request.id, error, extra={"request_id": self._request.id})
 
     async def fetch_video(self, output: Output) -> Video:
         """Have the last stage's replica encode the file and return it, or pull the raw frames piece by piece.

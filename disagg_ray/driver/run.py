@@ -60,7 +60,6 @@ class RequestRun:
             InputError: a stage found that it cannot serve the request.
             StageError: a stage failed `failures.max_attempts` times.
             TransferError: tensors did not arrive, however often they were pulled.
-            OutputError: the latents file could not be written.
         """
         started = time.monotonic()
         try:
