@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,17 @@ def test_what_serve_cannot_do_is_refused_before_ray_starts(
 def test_a_cluster_where_ray_serve_runs_already_is_refused_and_left_alone(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", TWICE, str(tmp_path)], check=False, capture_output=True, text=True)
     assert result.stdout.endswith("HTTP service: Ray Serve runs already on this cluster"), result.stderr
+
+
+@pytest.mark.parametrize("key", ["folder", "database"])
+def test_a_full_disk_is_refused_before_ray_starts(
+    key: str, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("disagg_ray.driver.cluster.Cluster.__init__", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    places = {"folder": str(tmp_path / "files"), "database": f"sqlite:///{tmp_path}/jobs.db"}
+    places |= {key: {"folder": str(small_disk), "database": f"sqlite:///{small_disk}/jobs.db"}[key]}
+    given = [f"service.{name}={place}" for name, place in places.items()]
+    with pytest.raises(InputError, match=f"{small_disk}.*(No space left|disk is full)"):
+        serve(["--config", T2V, "--port", "0", *given])

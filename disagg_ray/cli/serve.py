@@ -66,7 +66,7 @@ def serve(argv: Sequence[str]) -> int:
         if settings.service.api_keys is not None and not read_keys(Path(settings.service.api_keys)):
             print(f"{settings.service.api_keys} has no key yet: only the one printed below is valid", flush=True)
         if options.config is not None:
-            stack.enter_context(_put_up(names[0], config))
+            stack.enter_context(_put_up(names[0], config, settings))
         _serve(settings, key, options)
     return 0
 
@@ -139,14 +139,17 @@ def _connect(names: list[str], overrides: list[str]) -> Config:
 
 
 @contextmanager
-def _put_up(name: str, config: Config) -> Iterator[None]:
+def _put_up(name: str, config: Config, settings: Settings) -> Iterator[None]:
     """Put a pipeline up in the cluster that is given, or in one of our own; take it down at the end."""
+    from disagg_ray.driver.address import LOCAL
     from disagg_ray.driver.cluster import Cluster
     from disagg_ray.driver.names import check_name
     from disagg_ray.service import lifecycle
 
     check_name(name)
     check_model(config, whole=False)
+    if (config.cluster.address or environment.ray_address() or LOCAL) == LOCAL:
+        _check_storage(settings)
     environment.default("GRPC_VERBOSITY", "ERROR")  # it logs every process that starts, as ffmpeg for a thumbnail
     cluster = Cluster(config)
     try:
@@ -159,6 +162,15 @@ def _put_up(name: str, config: Config) -> Iterator[None]:
             lifecycle.down(name, 0.0)
     finally:
         cluster.close()
+
+
+def _check_storage(settings: Settings) -> None:
+    """Refuse a folder or a database that takes nothing, which Ray Serve would say in tracebacks only."""
+    from disagg_ray.http.files import Folder
+    from disagg_ray.http.store import Store
+
+    Folder(settings.service.folder)
+    Store(settings.database).close()
 
 
 def keys(argv: Sequence[str]) -> int:

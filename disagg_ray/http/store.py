@@ -123,7 +123,7 @@ class Store:
         except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
             raise ConfigError(
                 f"invalid service.database={mask(url)!r}: {printable(str(error).partition(chr(10))[0])}; must be a "
-                f"URL such as sqlite:////path/jobs.db or postgresql://user@host/name"
+                f"URL such as sqlite:////path/jobs.db or postgresql://user@host/name, which can be reached and written"
             ) from error
         self.workers = Workers(self._engine)
 
