@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import helpers
@@ -66,8 +68,10 @@ wait_until = partial(helpers.wait_until, timeout_s=SURE)
 
 
 def test_a_batch_is_that_of_a_pipeline_of_ones_own_and_its_second_run_makes_nothing(
-    pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    set_back = SimpleNamespace(time=lambda: 0.0, monotonic=time.monotonic)  # which loses no request for the trace
+    monkeypatch.setattr("disagg_ray.batch.run.time", set_back)
     requests, out, own = write_requests(tmp_path, 4), tmp_path / "out", tmp_path / "own"
     assert cli.main(generate(pipeline, requests, "--trace", str(tmp_path / "trace.json"))) == 0
     arguments = ["--config", T2V, "--requests", str(requests), "--output-dir", str(own), "fused=true"]

@@ -21,7 +21,8 @@ def snapshot() -> Snapshot:
     config = load_config("conf/tiny_t2v.yaml", "stages.transformer.parallel.cfg=2")
     info = ReplicaInfo("transformer-0", "transformer", "10.0.0.1", 11, "cuda", 1, {}, (), 1.0, 0.0, {}, RANKS)
     stages = tuple(StageState(name, 1, 1, 0, 0, 0) for name in config.stages)
-    return Snapshot("wan", "ready", config, time.time(), "10.0.0.1", 1, stages=stages, replicas=(info,))
+    began = time.time() + 86400  # by a clock that is a day ahead
+    return Snapshot("wan", "ready", config, began, 60.0, "10.0.0.1", 1, stages=stages, replicas=(info,))
 
 
 def test_ls_says_where_the_ranks_of_a_gang_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +30,7 @@ def test_ls_says_where_the_ranks_of_a_gang_are(capsys: pytest.CaptureFixture[str
     shown = " ".join(capsys.readouterr().out.split())
     assert "2 ranks each" in shown
     assert "wan transformer-0: rank 0 on 10.0.0.1 GPU 3, pid 11; rank 1 on 10.0.0.1 GPU 4, pid 12" in shown
+    assert " 1 min " in shown
     assert '"gpu": "4"' in standing_to_json({"wan": snapshot()})
 
 

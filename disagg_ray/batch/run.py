@@ -99,7 +99,7 @@ class Batch:
             tally.done, plan.num_done, tally.failed + plan.num_failed, plan.num_invalid,
             len(plan.pending) - tally.finished, tally.retried, self._seconds,
             tally.shares(self._replicas, self._seconds), str(self._fatal) if self._fatal else None,
-            self._makes,
+            self._makes, tally.finished,
         )  # fmt: skip
 
     def run(self, pipeline: Pipeline | Connection) -> None:

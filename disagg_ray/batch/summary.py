@@ -42,6 +42,8 @@ class Summary:
     """Why the run was stopped, if it was."""
     makes: str
     """What the model makes: video or image."""
+    recorded: int = 0
+    """Lines that this run added to the manifest."""
 
     @property
     def complete(self) -> bool:

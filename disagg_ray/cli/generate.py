@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -118,10 +118,9 @@ def _generate_many(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in ("verify", "retry_failed", "skip_invalid")}
     asked = Options(expand_home(options.requests), local_path(options.output_dir), **given)
-    began = time.time()
     summary = batch.generate(asked, config, partial(_start_on_ray, config, options))
     if options.trace is not None:
-        records = [record for record in read_manifest(asked.output_dir) if record.finished >= began]
+        records = deque(read_manifest(asked.output_dir), maxlen=summary.recorded)  # the last ones are this run's
         _write_trace(options.trace, [(record.id, record.stages) for record in records])
     return 0 if summary.complete else 1
 

@@ -52,7 +52,7 @@ def examine_service(name: str, address: str | None) -> list[Check]:
 
 
 def _check_state(snapshot: Snapshot) -> Check:
-    age_min = (time.time() - snapshot.began) / 60
+    age_min = snapshot.age_s / 60
     if snapshot.state == "ready":
         clients = f"clients: {len(snapshot.clients)}, their unfinished requests: {sum(snapshot.clients.values())}"
         return ok("supervisor", f"{snapshot.config.model.path}, up for {age_min:.0f} min; {clients}")

@@ -122,7 +122,7 @@ def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
         stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}{_sizes(shown, s.stage)}" for s in shown.stages)
         waiting = shown.queued + sum(s.waiting for s in shown.stages)
         max_vram_bytes = sum(s.max_vram_bytes for s in shown.stages)
-        age = f"{(time.time() - shown.began) / 60:.0f} min"
+        age = f"{shown.age_s / 60:.0f} min"
         held = human_bytes(max_vram_bytes) if max_vram_bytes else "-"
         table.add_row(name, shown.config.model.path, shown.state, stages, str(waiting), age, held, shown.address)
         gangs += [f"{name} {info.name}: {'; '.join(map(str, info.ranks))}" for info in shown.replicas if info.ranks]
@@ -143,7 +143,7 @@ def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
         if isinstance(shown, str):
             return {"name": name, "state": shown}
         fields = {key: value for key, value in asdict(shown).items() if key != "config"}
-        return fields | {"model": shown.config.model.path, "age_s": time.time() - shown.began}
+        return fields | {"model": shown.config.model.path}
 
     return json.dumps([describe(name, shown) for name, shown in snapshots.items()], indent=2)
 

@@ -74,6 +74,8 @@ class Snapshot:
     config: Config
     began: float
     """When its supervisor started, in seconds since the epoch."""
+    age_s: float
+    """Seconds since then, whatever became of the wall clocks."""
     address: str
     """Of the supervisor's node."""
     pid: int

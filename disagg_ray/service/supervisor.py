@@ -41,7 +41,8 @@ class Supervisor:
 
     def __init__(self, name: str, config: Config) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        self._name, self._config, self._began = name, config, time.time()
+        self._name, self._config = name, config
+        self._began, self._began_at = time.monotonic(), time.time()
         self._clients: dict[str, ClientState] = {}
         self._background = BackgroundTasks(self._count_restart)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -218,7 +219,8 @@ class Supervisor:
         """Return the service's state, while it starts too."""
         node, pid = ray.util.get_node_ip_address(), os.getpid()
         clients = {client.run_id: client.num_unfinished for client in self._clients.values()}
-        snapshot = Snapshot(self._name, "starting", self._config, self._began, node, pid, clients)
+        age_s = time.monotonic() - self._began
+        snapshot = Snapshot(self._name, "starting", self._config, self._began_at, age_s, node, pid, clients)
         if not self._starting.done():
             return snapshot
         if (error := self._starting.exception()) is not None:
