@@ -6,6 +6,7 @@ args: {connect: video, folder: /data/videos, api_keys: /data/keys.json}
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -41,6 +42,8 @@ NAME = "disagg_ray"
 MAX_ONGOING = 10_000
 """Requests at once in one replica: each open stream is one."""
 QUIET: dict[str, Any] = {"log_level": "WARNING"}
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk says that is full, read-only or broken."""
 SPARE_S = 30.0
 """What ending takes beyond `grace_s`."""
 
@@ -92,6 +95,11 @@ def _explain(error: Exception) -> ApiError:
         case SQLAlchemyError():
             message = "service.database: it failed or is away; try again; the service's log says why"
             answer = ApiError(503, message, code="database_failed")
+        case OSError() if error.errno in DISK:  # as of the temporary folder, which takes uploads first
+            message = f"the service's disk takes no file: {error.strerror}; try again later"
+            answer = ApiError(503, message, code="storage_failed")
+        case OSError():
+            raise error
         case ConfigError():  # of the service's own, as of its keys
             answer = ApiError(503, "the service's configuration cannot be used; its log says why", code="misconfigured")
         case InputError():
@@ -101,7 +109,9 @@ def _explain(error: Exception) -> ApiError:
     return answer
 
 
-HANDLERS = dict.fromkeys((ApiError, RequestValidationError, HTTPException, SQLAlchemyError, DisaggError), _answer)
+HANDLERS = dict.fromkeys(
+    (ApiError, RequestValidationError, HTTPException, SQLAlchemyError, DisaggError, OSError), _answer
+)
 
 
 def deploy(settings: Settings) -> serve.Application:

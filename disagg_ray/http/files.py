@@ -49,7 +49,8 @@ class Folder:
             with atomic_file(Path(self._path(name))) as sink:
                 sink.write(data)
         except OSError as error:
-            raise OutputError(f"service.folder: {name} cannot be written: {error.strerror}") from error
+            said = f"service.folder: {name} cannot be written: {error.strerror}"
+            raise OutputError(f"{said}; make room, or have service.max_bytes bound it") from error
 
     def add_thumbnail(self, job: Job) -> None:
         """Write what a job made beside it as a WebP file, of a video the first frame, unless it is there."""
@@ -68,6 +69,10 @@ class Folder:
         """Remove files, those that there are."""
         for name in names:
             storage.remove(self._path(name))
+
+    def remove_all_of(self, job: Job) -> None:
+        """Remove what a job made and what was sent for it."""
+        self.remove(file_of(job), thumbnail_of(job), *job.images.values())
 
     @contextmanager
     def local(self, names: Mapping[str, str]) -> Iterator[dict[str, Path]]:

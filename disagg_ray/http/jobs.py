@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from disagg_ray.errors import OutputError
 from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
+from disagg_ray.http.clock import steady_now
 from disagg_ray.http.files import Folder, file_of, name_of, thumbnail_of
 from disagg_ray.http.keys import Key, Keys
 from disagg_ray.http.metrics import Metrics
@@ -75,9 +76,8 @@ class Jobs:
         """Give running jobs `grace_s`, then leave the others to the next process."""
         self._closing.set()
         self._housekeeper.join()
-        closing = [
-            threading.Thread(target=runner.close, args=(self.settings.grace_s,)) for runner in self.runners.values()
-        ]
+        grace = [self.settings.grace_s]
+        closing = [threading.Thread(target=runner.close, args=grace) for runner in self.runners.values()]
         for thread in closing:
             thread.start()
         for thread in closing:
@@ -103,9 +103,8 @@ class Jobs:
         job = Job(
             job_id, key.name, runner.model, self.workers.own, asked.prompt, asked.settings, images, asked.size,
             asked.seconds, now, remixed_from=remixed_from, idempotency_key=idempotency_key, fingerprint=made_of,
-            length_s=asked.length_s,
-            num_bytes=sum(len(upload.data) for upload in uploads.values()),
-            deadline_at=now + body.deadline_s if body.deadline_s is not None else None,
+            length_s=asked.length_s, num_bytes=sum(len(upload.data) for upload in uploads.values()),
+            deadline_at=steady_now() + body.deadline_s if body.deadline_s is not None else None,
         )  # fmt: skip
         try:
             for place, upload in uploads.items():
@@ -181,9 +180,9 @@ class Jobs:
             for name, share in shares.items() if name in job.stages
         ]  # fmt: skip
         place = self.queues.place(job)
-        position = place.ahead if job.status == "queued" else None
+        ahead = place.ahead if job.status == "queued" else None
         wait_s = round(place.wait_s, 1) if place.wait_s is not None else None
-        return to_video(job, stages=stages, queue_position=position, wait_s=wait_s)
+        return to_video(job, stages=stages, queue_position=ahead, wait_s=wait_s)
 
     def cancel(self, key: Key, job_id: str) -> Job:
         """Cancel a job; what runs of it ends within a step.
@@ -208,9 +207,11 @@ class Jobs:
         """Delete a job and its files; one that runs is cancelled. Return it."""
         job = self.find(key, job_id)
         gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
+        if job.is_finished:
+            self.folder.remove_all_of(job)  # first, for a full disk has no room for the row's change
         self.store.change(job_id, (*UNFINISHED, *ENDED), status="deleted", **gone)
         self._cancel_here(job)
-        self.folder.remove(file_of(job), thumbnail_of(job), *job.images.values())
+        self.folder.remove_all_of(job)
         return job
 
     def remix(self, key: Key, job_id: str, prompt: str, idempotency_key: str | None) -> Job:
@@ -258,10 +259,9 @@ class Jobs:
         self._abandoned.append(job.id)
 
     def _tidy(self) -> None:
-        """Write progress, end late and cancelled jobs, take over those of dead processes, remove files that are not
-        to stay."""
-        now = time.time()
+        """Remove files that are not to stay, write progress, end late jobs, take over those of dead processes."""
         self.metrics.flush()
+        self._expire(steady_now())
         self._settle()
         self.workers.keep()
         for runner in self.runners.values():
@@ -272,18 +272,23 @@ class Jobs:
                 continue
             runner = self.runners[job.model]
             limit_s = runner.config.cluster.start_timeout_s
-            if job.deadline_at is not None and now > job.deadline_at:
+            if job.deadline_at is not None and steady_now() > job.deadline_at:
                 runner.fail_late(job, "deadline_exceeded", "not finished within deadline_s")
             elif runner.link.lost_s > limit_s:
                 runner.fail_late(job, "service_lost", f"the service has been away for {limit_s:g} s")
             elif job.status == "cancelling":
                 runner.cancel(job.id)
         self._resume(unfinished)
-        for job in self.store.expired(now, self.settings.service.max_bytes):
-            self.store.change(job.id, ENDED, num_bytes=0, expires_at=min(job.expires_at or now, now))
-            self.folder.remove(file_of(job), thumbnail_of(job), *job.images.values())
-        self.store.forget_deleted(now)
+        self.store.forget_deleted(time.time())
         self.metrics.queue({model: sum(job.model == model for job in unfinished) for model in self.runners})
+
+    def _expire(self, now: float) -> None:
+        """Remove files that are not to stay, even if the change fails: they make room for the next try's."""
+        for job in self.store.expired(now, self.settings.service.max_bytes):
+            try:
+                self.store.change(job.id, ENDED, num_bytes=0, expires_at=min(job.expires_at or now, now))
+            finally:
+                self.folder.remove_all_of(job)
 
     def _settle(self) -> None:
         """Cancel what was abandoned, and remove the uploads of jobs that are in no row."""

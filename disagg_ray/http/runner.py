@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import Cancelled, DisaggError, InputError, OutputError, Overloaded, ReplicaLost
+from disagg_ray.http.clock import steady_now
 from disagg_ray.http.files import Folder, by_field, file_of, thumbnail_of
 from disagg_ray.http.link import Link
 from disagg_ray.http.live import Live
@@ -138,7 +139,7 @@ class Runner:
                 self._submit(job)
             except Exception as error:  # the thread must outlive a fault of one job, which says what it was
                 logger.exception("job %s", job.id)
-                self._fail(job, "internal_error", f"{type(error).__name__}")
+                self._until_written(job, partial(self._fail, job, "internal_error", type(error).__name__))
 
     def _submit(self, job: Job) -> None:
         """Submit a job, however often it takes to find the service, and room there."""
@@ -157,7 +158,8 @@ class Runner:
                 logger.info("job %s is submitted again: %s", job.id, error)
                 self._closing.wait(RETRY_S)
             except DisaggError as error:
-                self._fail(job, "invalid_request" if isinstance(error, InputError) else "generation_failed", error)
+                code = "invalid_request" if isinstance(error, InputError) else "generation_failed"
+                self._until_written(job, partial(self._fail, job, code, error))
                 return
             else:
                 live.handle = handle
@@ -179,7 +181,7 @@ class Runner:
             if live is None:
                 return
             if not live.stages:
-                self._on_first_event(time.time() - live.job.created_at)
+                self._on_first_event(max(0.0, time.time() - live.job.created_at))
             live.stages[event.stage] = event
             live.changed = True
             job, receivers = live.view(live.job, self.pace), list(live.subscribers)
@@ -191,16 +193,20 @@ class Runner:
             self._writers.submit(self._finish, job, connection, handle)
 
     def _finish(self, job: Job, connection: Connection, handle: Handle) -> None:
-        """Write what became of a job, as soon as the database answers; only then the service may forget it."""
+        """Write what became of a job; only then the service may forget it."""
+        if self._until_written(job, partial(self._conclude, job, handle)):
+            connection.acknowledge(job.id)
+
+    def _until_written(self, job: Job, write: Callable[[], None]) -> bool:
+        """Call `write` until the database answers; return False if this closes first: the next process runs the job."""
         while True:
             try:
-                self._conclude(job, handle)
-                connection.acknowledge(job.id)
-                return
+                write()
+                return True
             except UNAVAILABLE as error:
                 logger.warning("job %s: service.database: %s", job.id, error)
             if self._closing.wait(RETRY_S):
-                return  # the next process runs it
+                return False
 
     def _conclude(self, job: Job, handle: Handle) -> None:
         try:
@@ -250,7 +256,7 @@ class Runner:
         before = ("cancelling",) if status == "cancelled" else UNFINISHED
         ended: dict[str, object] = {"status": status, "completed_at": time.time()}
         if self._expires_after_s is not None and (job.images or status == "completed"):
-            ended["expires_at"] = time.time() + self._expires_after_s
+            ended["expires_at"] = steady_now() + self._expires_after_s
         done = self._store.change(job.id, before, **ended, **values)
         with self._lock:
             live = self._lives.pop(job.id, None)
