@@ -55,7 +55,8 @@ def test_the_list_names_each_with_what_it_is(capsys: pytest.CaptureFixture[str])
     assert cli.main(["config", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [f"builtin:{name}" for name in list_builtin()]
-    assert any(line.startswith("builtin:wan21_t2v_1_3b ") and "Wan 2.1" in line for line in lines)
+    assert any(line.startswith("builtin:ltx2 ") and line.endswith(" or without, LTX-2.") for line in lines)
+    assert {line[33:35].partition(" ")[0] for line in lines} == {""}, "the texts are not in one column"
 
 
 @pytest.mark.slow

@@ -55,7 +55,11 @@ BAD = [
     (["--seed", "-1"], "invalid seed=-1: must be from 0 to "),
     (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
     (["--image", "README.md"], "image: given, but a model of task t2v takes none"),
-    (["--imag", "README.md"], "unrecognized arguments"),
+    (["--imag", "README.md"], "unrecognized arguments: --imag; did you mean --image?"),
+    (["--promt=x"], "unrecognized arguments: --promt=x; did you mean --prompt?"),
+    (["--steps", "3"], "; did you mean --num-inference-steps?"),
+    (["--colour", "red"], "; `disagg-ray generate --help` lists the flags"),
+    (["red", "circle"], "override: 'red' is not KEY=VALUE, as stages.transformer.replicas=2; a text with spaces "),
     (["model.path=/no/such/folder"], "model.path: '/no/such/folder' is no folder on this node"),
     (["stages.transformer.replica=2"], "did you mean stages.transformer.replicas?"),
     (["stages.transformer.replicas=0"], "invalid stages.transformer.replicas=0: must be at least 1"),
@@ -87,6 +91,45 @@ def test_existing_output_is_kept_without_overwrite(tmp_path: Path, capsys: pytes
 def test_missing_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "generate", "--config", "conf/none.yaml", "--output", "x.mp4", "--prompt", "x")
     assert (status, "conf/none.yaml" in err) == (2, True)
+
+
+def test_a_config_of_the_package_is_named_where_the_file_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for config in ("tiny_t2v", T2V):
+        status, _, err = run(capsys, "config", "--config", config)
+        assert (status, "did you mean builtin:tiny_t2v, which comes with the package?" in err) == (2, True)
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "disagg-ray: error: COMMAND: no command 'genrate'; did you mean generate?\n"
+    assert run(capsys, "genrate") == (2, "", message)
+    assert "`disagg-ray --help` lists the commands" in run(capsys, "--frobnicate")[2]
+
+
+def test_a_home_is_expanded_where_the_shell_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run(capsys, "keys", "add", "alice", "--file=~/keys.json")[0] == 0
+    assert run(capsys, "make-checkpoint", "tiny-t2v", "~/tiny")[0] == 0
+    assert {path.name for path in (tmp_path / "home").iterdir()} >= {"keys.json", "tiny"}
+
+
+def test_a_report_of_no_run_names_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "report", str(tmp_path / "none"))
+    assert status == 2
+    assert err.endswith("none' has no manifest.jsonl; give the --output-dir of a run\n")
+
+
+def test_files_of_the_package_are_read_as_utf8_in_any_locale() -> None:
+    ascii_only = NO_CLUSTER | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["--list"], ["--config", "builtin:tiny_t2v"]):
+        done = subprocess.run([*COMMAND, "config", *arguments], check=False, env=ascii_only, capture_output=True,
+                              text=True, timeout=300)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_local_run_writes_a_video_that_decodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

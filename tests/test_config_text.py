@@ -167,6 +167,12 @@ def test_odd_text_is_refused_in_one_harmless_line(text: str, tmp_path: Path) -> 
     assert refusal(tmp_path, text)
 
 
+def test_what_yaml_expects_is_said_and_not_what_the_file_holds(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "", "stages.transformer.parallel={cfg: 2")
+    assert message.endswith("is not YAML: line 1, column 8: expected ',' or '}', but got '<stream end>'")
+    assert refusal(tmp_path, 'a: "\\xyz"').endswith(": expected escape sequence of 2 hexadecimal numbers")
+
+
 def test_aliases_that_stand_for_billions_are_refused_at_once(tmp_path: Path) -> None:
     bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)

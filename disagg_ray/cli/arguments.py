@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from disagg_ray.config.speed import SPEEDS
 from disagg_ray.errors import InputError
+from disagg_ray.text import did_you_mean
 
 CONFIG = "YAML file of the model and its deployment, or builtin:NAME (`disagg-ray config --list`)"
 EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
@@ -20,7 +21,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        unknown = message.removeprefix("unrecognized arguments: ")
+        raise InputError(message if unknown == message else message + self._nearest(unknown))
+
+    def _nearest(self, unknown: str) -> str:
+        """Return the end of a message about unknown flags: the flag that ends as the first, or is most similar."""
+        word, known = unknown.split(maxsplit=1)[0].partition("=")[0], self._option_string_actions
+        ends = next((flag for flag in known if flag.endswith(word[1:])), None)
+        near = f"; did you mean {ends}?" if ends else did_you_mean(word, known, 0.7)
+        return near or f"; `{self.prog} --help` lists the flags"
 
 
 def config_parser(name: str, command: Callable[..., int], *, required: bool = False) -> Parser:

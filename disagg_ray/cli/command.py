@@ -22,6 +22,7 @@ from disagg_ray.driver.signals import exiting_on_sigterm
 from disagg_ray.environment import expand_home
 from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.media.places import check_folder, local_path
+from disagg_ray.text import did_you_mean, shown
 from disagg_ray.version import VERSION
 
 
@@ -32,12 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
         status = _run(name, arguments[1:])
+    elif name in ("-h", "--help"):
+        print(_usage())
+        status = 0
     elif name == "--version":
         print(f"disagg-ray {VERSION}")
         status = 0
     else:
-        status = 0 if name in ("-h", "--help") else 2
-        print(_usage(), file=sys.stderr if status else sys.stdout)
+        near = did_you_mean(name, COMMANDS) or "; `disagg-ray --help` lists the commands"
+        console.fail("error", f"COMMAND: no command {shown(name)}{near}")
+        status = 2
     return status if console.flush() else max(status, 1)
 
 
@@ -70,7 +75,7 @@ def show_config(argv: Sequence[str]) -> int:
         raise InputError("--config: give either a YAML file to resolve, --docs for all keys, or --list")
     if options.list:
         for name, about in list_builtin().items():
-            print(f"{BUILTIN}{name:<22} {about}")
+            print(f"{BUILTIN}{name:<26} {about}")
         return 0
     if options.docs:
         print(to_markdown(), end="")

@@ -77,8 +77,8 @@ def crash(error: Exception) -> None:
     trace = "".join(traceback.format_exception(error))
     message = f"{type(error).__name__}: {error}"
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="disagg_ray-error-", suffix=".txt", delete=False) as file:
-            file.write(trace.encode(errors="backslashreplace").decode())
+        with tempfile.NamedTemporaryFile(prefix="disagg_ray-error-", suffix=".txt", delete=False) as file:
+            file.write(trace.encode(errors="backslashreplace"))
     except OSError:
         print(trace, file=sys.stderr)
         fail("failed", message)

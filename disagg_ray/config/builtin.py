@@ -14,8 +14,9 @@ CONF = Path(__file__).parent.parent / "conf"
 
 
 def list_builtin() -> dict[str, str]:
-    """Return the names of the package's configurations, each with the comment that its file begins with."""
-    return {path.stem: path.read_text().partition("\n")[0].lstrip("# ") for path in sorted(CONF.glob("*.yaml"))}
+    """Return the names of the package's configurations, each with the sentence that its file begins with."""
+    lines = {path.stem: path.read_text("utf-8").partition("\n")[0] for path in sorted(CONF.glob("*.yaml"))}
+    return {name: line.partition(". ")[0].strip("# .") + "." for name, line in lines.items()}
 
 
 def find_file(path: str | Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from disagg_ray.config.builtin import BUILTIN, find_file
+from disagg_ray.config.builtin import BUILTIN, find_file, list_builtin
 from disagg_ray.config.fusing import fuse
 from disagg_ray.config.rules import Kind
 from disagg_ray.config.schema import Config
@@ -154,7 +154,7 @@ def _read_yaml(path: Path) -> Tree:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the path, or no UTF-8
         if isinstance(error, UnicodeDecodeError):
             raise ConfigError(f"{name} is not YAML: byte {error.start + 1} is not UTF-8") from None
-        raise ConfigError(f"{name} is not a file; give the path of a YAML file or builtin:NAME") from error
+        raise ConfigError(f"{name} is not a file; {_remedy(path)}") from error
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
     if len(text) > MOST_BYTES:
@@ -165,11 +165,18 @@ def _read_yaml(path: Path) -> Tree:
     return layer
 
 
+def _remedy(path: Path) -> str:
+    if path.stem in list_builtin():
+        return f"did you mean {BUILTIN}{path.stem}, which comes with the package?"
+    return "give the path of a YAML file or builtin:NAME"
+
+
 def _parse_override(override: str) -> Tree:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"override: {shown(override)} is not KEY=VALUE, as stages.transformer.replicas=2")
+        example = "stages.transformer.replicas=2; a text with spaces goes in quotes"
+        raise ConfigError(f"override: {shown(override)} is not KEY=VALUE, as {example}")
     if "[" in key:
         raise ConfigError(f"override: {shown(override)}: an item of a list cannot be set alone; write the whole list")
     path, kind = _split_key(key)

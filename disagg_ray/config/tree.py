@@ -5,6 +5,7 @@ The type of its field decides what a scalar means (`typed`): `no`, `0123` and `1
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -82,7 +83,10 @@ def parse(text: str, source: str, file: str = "") -> Tree:
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
     """Return what is wrong, without the words of the file that some messages end with."""
-    return str(error.problem or error.context or "it cannot be parsed").split("'")[0].split('"')[0].strip(" ,;")
+    problem = str(error.problem or error.context or "it cannot be parsed")
+    if problem.startswith("expected"):  # names of tokens; a character of the file follows "but found" alone
+        return problem.partition(", but found")[0]
+    return re.split("['\"]", problem, maxsplit=1)[0].strip(" ,;")
 
 
 def _place(file: str, line: int) -> str:

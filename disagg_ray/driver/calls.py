@@ -194,8 +194,8 @@ def _reason(error: ray.exceptions.RayError) -> str:
 def _describe_wait(config: Config, missing: Sequence[str]) -> str:
     free = ray.available_resources()
     shares = ", ".join(
-        f"{kind} {number:g} (free now {free.get(kind, 0):g})"
+        f"{kind} {number:g} ({free.get(kind, 0):g} more free)"
         for kind, number in total_resources(config.stages).items()
         if number
     )
-    return f"waiting for {', '.join(missing)}; the pipeline needs {shares}"
+    return f"waiting for {', '.join(missing)}; the pipeline takes {shares}"

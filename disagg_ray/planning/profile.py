@@ -160,7 +160,7 @@ def read_profile(path: Path) -> Profile:
         PlanError: the file cannot be read, is not a profile, or has another version.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise PlanError(
             f"profile: {str(path)!r} cannot be read: {error.strerror}; `disagg-ray profile` makes one"

@@ -186,6 +186,8 @@ def write_report(folder: Path, output: Path) -> tuple[Path, ...]:
 
 def _read(folder: Path) -> list[Record]:
     """Return the last record of each request, without incomplete timings."""
+    if not (folder / MANIFEST).exists():
+        raise OutputError(f"OUT: {str(folder)!r} has no {MANIFEST}; give the --output-dir of a run")
     last = {record.id: record for record in read_manifest(folder)}
     if not last:
         raise OutputError(f"{str(folder / MANIFEST)!r} records no request; give the --output-dir of a finished run")
