@@ -31,7 +31,7 @@ from disagg_ray.config.traits import FORMATS, OF_SOUND, OF_VIDEO, medium_rules, 
 from disagg_ray.errors import RequestError
 from disagg_ray.inputs import OTHERS, GivenImage, check_inputs, read_inputs, references
 from disagg_ray.media.video import MAX_GIF_FPS, MAX_SIDES, ImageSource, Picture
-from disagg_ray.text import shown
+from disagg_ray.text import name_type, shown
 
 SILENT = ("gif", "frames")
 """Formats of a video that hold no sound."""
@@ -222,7 +222,7 @@ def _take(name: str, value: Any, kind: type) -> Any:
     if kind is str and isinstance(value, str):
         taken = str(value)
     if taken is None:
-        remedy = f"must be {NAMES_OF_TYPES[kind]}, not a {type(value).__name__}"
+        remedy = f"must be {NAMES_OF_TYPES[kind]}, not {name_type(value)}"
         raise RequestError(f"invalid {name}={shown(value)}: {remedy}")
     if isinstance(taken, int) and taken.bit_length() > MAX_BITS:  # it could not even be printed
         raise RequestError(f"invalid {name}: must be a number of at most {MAX_BITS} bits")

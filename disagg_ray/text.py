@@ -60,6 +60,12 @@ def printable(text: str, limit: int = 200) -> str:
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
+def name_type(value: object) -> str:
+    """Return a value's type with its article, as an int."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def shown(value: object, limit: int = 80) -> str:
     """Return a value for a message, as the configuration would have it: null, true, 'text', 5."""
     word = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

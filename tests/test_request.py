@@ -159,7 +159,7 @@ def test_the_second_guidance_is_checked_as_the_first(value: float) -> None:
 def test_a_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
     message = refusal(replace(CAT, **{field: value}))
     assert message.startswith(f"invalid {field}={shown(value)}: must be ")
-    assert message.endswith(f", not a {type(value).__name__}")
+    assert message.endswith(f" {type(value).__name__}")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ BAD = [
     (b"{}", "invalid prompt='': must say what to show"),
     (b'{"prompt": null}', "invalid prompt='': must say what to show"),
     (b'{"prompt": ["a"]}', "invalid prompt=['a']: must be text, not a list"),
+    (b'{"prompt": 5}', "invalid prompt=5: must be text, not an int"),
     (b'{"prompt": "a", "seed": true}', "invalid seed=true: must be a whole number, not a bool"),
     (b'{"prompt": "a", "num_frames": 8}', "invalid num_frames=8: must be 4k + 1; the nearest is 9"),
     (b'{"prompt": "a", "guidance_scale": NaN}', "invalid guidance_scale=nan: must be a finite number of at least 0"),

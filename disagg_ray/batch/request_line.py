@@ -17,7 +17,7 @@ from disagg_ray.environment import expand_home
 from disagg_ray.errors import RequestError
 from disagg_ray.inputs import FIELDS, REFERENCES
 from disagg_ray.request import TYPES, Request
-from disagg_ray.text import did_you_mean, find_repeated, printable, shown
+from disagg_ray.text import did_you_mean, find_repeated, name_type, printable, shown
 
 MAX_LINE_BYTES = 2**20
 """A longer line is refused unread; the longest prompts take far less."""
@@ -96,7 +96,7 @@ def _load(raw: bytes) -> dict[str, Any]:
     except ValueError as error:  # a field twice, a number of too many digits, a thousand brackets
         raise RequestError(f"not JSON that can be used: {error}") from error
     if not isinstance(given, dict):
-        raise RequestError(f'not an object: write {{"prompt": "..."}}, not a {type(given).__name__}')
+        raise RequestError(f'not an object: write {{"prompt": "..."}}, not {name_type(given)}')
     return {name: value for name, value in given.items() if value is not None}
 
 
