@@ -27,7 +27,9 @@ HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor 
 
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: half an hour
 	@.ci/setup test
-	$(call beside,$(PYTEST) -m 'proof and not cluster',$(PYTEST) -m 'proof and cluster')
+	$(call beside,$(PYTEST) $(LIMIT) -m 'proof and not cluster',$(PYTEST) $(LIMIT) -m 'proof and cluster')
+
+LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
 
 storm: # by hand: a thousand requests of a batch and of a service while everything is struck; some twenty minutes, as root
 	@.ci/setup test

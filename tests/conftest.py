@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
     from disagg_ray.config.schema import Config
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, its children too
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "after which no test begins: the rest is skipped, and said so"
+    parser.addoption("--minutes", type=float, default=math.inf, help=words)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("minutes")
+    if time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"its {minutes:g} minutes are over: this machine is slow or busy")
 
 
 @pytest.hookimpl(tryfirst=True)
