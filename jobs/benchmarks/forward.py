@@ -67,7 +67,7 @@ def forward(work: Work, rank: int, num_ranks: int, address: str) -> list[Row]:
 
 
 def _share(ranks: Ranks, size: int) -> float:
-    """Return the seconds until rank 0's tensor of so many bytes is there on every rank, the median of ten."""
+    """Time the broadcast of a tensor of `size` bytes from rank 0; return the median seconds of ten."""
     tensors = {"latents": torch.zeros(size, dtype=torch.uint8, device=ranks.device)}
     seconds = []
     for _ in range(11):
