@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from helpers import wait_until
 from starlette.testclient import TestClient
 
+from disagg_ray import load_config
 from disagg_ray.http.app import build_app
-from disagg_ray.http.settings import Settings
+from disagg_ray.http.settings import Settings, make_settings
 
 
 def client_of(settings: Settings) -> TestClient:
@@ -23,3 +26,9 @@ def ready(client: TestClient, timeout_s: float) -> Iterator[TestClient]:
     with client:
         wait_until(lambda: client.get("/ready").status_code == 200, "never ready", timeout_s)
         yield client
+
+
+def serve(model: str, config: str, folder: Path, *overrides: str, grace_s: float = 30.0) -> TestClient:
+    """Give a client of a model's HTTP service, which runs while the client is entered."""
+    settings = make_settings((model,), load_config(config, f"service.folder={folder}", *overrides))
+    return client_of(replace(settings, grace_s=grace_s))

@@ -7,14 +7,14 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import helpers
+import http_client
 import pytest
-from http_client import client_of, ready
+from http_client import ready
 from openai import OpenAI
 from PIL import Image
 from starlette.testclient import TestClient
@@ -24,7 +24,6 @@ from disagg_ray.http.bodies import Upload, check_body
 from disagg_ray.http.guard import FORM_BYTES
 from disagg_ray.http.keys import Key, add_key
 from disagg_ray.http.schema import ApiError, CreateVideo
-from disagg_ray.http.settings import make_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
 
@@ -34,6 +33,7 @@ SMALL = {"prompt": "a red circle moves left", "num_frames": 5, "num_inference_st
 LONG = SMALL | {"num_frames": 33, "num_inference_steps": 100, "size": "128x128"}
 
 wait_until = partial(helpers.wait_until, timeout_s=240.0)
+serve = partial(http_client.serve, MODEL, T2V)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,6 @@ def model(cluster: None) -> Iterator[str]:
     assert cli.main(["up", MODEL, "--config", T2V, "fused=true"]) == 0
     yield MODEL
     assert cli.main(["down", MODEL]) == 0
-
-
-def serve(folder: Path, *overrides: str, grace_s: float = 30.0) -> TestClient:
-    """Give a client of the model's HTTP service, which runs while the client is entered."""
-    config = load_config(T2V, f"service.folder={folder}", *overrides)
-    return client_of(replace(make_settings((MODEL,), config), grace_s=grace_s))
 
 
 @pytest.fixture(scope="module")

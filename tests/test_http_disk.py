@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import http_client
 import pytest
-from http_client import client_of, ready
+from http_client import ready
 from starlette.testclient import TestClient
 
-from disagg_ray import cli, load_config
+from disagg_ray import cli
 from disagg_ray.http.files import file_of
-from disagg_ray.http.settings import make_settings
 from disagg_ray.http.store import Job, Store
 
 pytestmark = pytest.mark.slow
@@ -29,6 +29,7 @@ MODEL = "disk"
 SMALL = {"prompt": "a red circle moves left", "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
 wait_until = partial(helpers.wait_until, timeout_s=240.0)
+serve = partial(http_client.serve, MODEL, T2V)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,6 @@ def model(cluster: None) -> Iterator[str]:
 def disk(small_disk: Path) -> Path:
     subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
     return small_disk
-
-
-def serve(folder: Path, *overrides: str) -> TestClient:
-    config = load_config(T2V, f"service.folder={folder}", *overrides)
-    return client_of(replace(make_settings((MODEL,), config), grace_s=30.0))
 
 
 def fill(disk: Path) -> Path:

@@ -8,15 +8,15 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import helpers
+import http_client
 import numpy as np
 import pytest
-from http_client import client_of, ready
+from http_client import ready
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -25,7 +25,6 @@ from disagg_ray.http.bodies import Upload, check_body
 from disagg_ray.http.files import by_field
 from disagg_ray.http.keys import Key, add_key
 from disagg_ray.http.schema import ApiError, CreateVideo
-from disagg_ray.http.settings import make_settings
 from disagg_ray.media.video import encode
 
 MODEL, VACE = "controlled", "conf/tiny_vace.yaml"
@@ -114,8 +113,7 @@ def model(cluster: None, checkpoint: Callable[[str], Path]) -> Iterator[str]:
 
 
 def serve(folder: Path, *overrides: str, grace_s: float = 30.0) -> TestClient:
-    config = load_config(VACE, *OWN, f"service.folder={folder}", *overrides)
-    return client_of(replace(make_settings((MODEL,), config), grace_s=grace_s))
+    return http_client.serve(MODEL, VACE, folder, *OWN, *overrides, grace_s=grace_s)
 
 
 @pytest.fixture(scope="module")
