@@ -274,7 +274,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "service.cluster_grows": Shown(SCALER),
     "service.latents_bytes": Seen("service.latents_bytes=1500", kept),
     "service.latents_expire_s": Seen("service.latents_expire_s=1e-9", kept),
-    "service.folder": Shown("test_http.py::serve"),
+    "service.folder": Shown("test_http.py::test_videos_go_to_a_url_too_and_are_freed_there"),
     "service.database": Shown("test_http_store.py::test_a_database_that_cannot_be_is_named"),
     "service.api_keys": Shown("test_http.py::test_keys_keep_tenants_apart_and_within_their_limits_and_are_not_logged"),
     "service.expires_after_s": Shown("test_http.py::test_expired_and_excess_videos_are_removed"),
