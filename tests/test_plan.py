@@ -133,10 +133,26 @@ def test_a_slow_kind_with_little_memory_takes_the_helpers() -> None:
     assert made.best.per_minute == pytest.approx(40)  # all that four transformers do
 
 
-def test_many_requests_count_filling_and_emptying() -> None:
-    made = make_plan([Hardware("H200", 2, 100 * GB, make_profile())], LOAD, num_requests=1)
-    assert made.best.latency_s == pytest.approx(10, abs=0.1)
-    assert made.best.makespan_s(1) == made.best.latency_s
+@pytest.mark.parametrize(
+    ("gpus", "name", "num_requests", "seconds"),
+    [
+        ({"H200": 1}, "fused", 1, 10),
+        ({"H200": 1}, "fused", 3, 30),
+        ({"H200": 2}, "fused", 2, 10),  # one each
+        ({"H200": 2}, "fused", 3, 20),
+        ({"H200": 2}, "encoder and decoder on 1, transformer on the others", 3, 10 + 2 * 6),
+        ({"H200": 4}, "encoder and decoder on 1, transformer on the others", 4, 10 + 3 * 4),
+        ({"H200": 1, "L40S": 1}, "fused", 3, 20),  # two on the fast one, one on that of half its speed
+    ],
+)
+def test_requests_that_arrive_at_once_take_the_rounds_of_the_slowest_part(
+    gpus: dict[str, int], name: str, num_requests: int, seconds: float
+) -> None:
+    hardware = [Hardware(k, count, 100 * GB, make_profile(), 1 if k == "H200" else 0.5) for k, count in gpus.items()]
+    made = make_plan(hardware, LOAD, num_requests)
+    (found,) = [prediction for prediction in made.predictions if prediction.layout.name == name]
+    assert found.makespan_s(num_requests) == pytest.approx(seconds, abs=0.1)
+    assert found.makespan_s(1) == found.latency_s
 
 
 @pytest.mark.parametrize("counts", [{"H200": 3, "L40S": 2}, {"H200": 4}], ids=str)

@@ -76,10 +76,17 @@ class Prediction:
     """Utilisation of the transformer's GPUs in steady state, 0 to 1."""
     estimated: bool = False
     """Of a gang that no profile has measured: from one GPU (`parallel`)."""
+    paces: tuple[tuple[float, float], ...] = ()
+    """Of each part: videos a second, and seconds from one to the next of its fastest replica."""
 
     def makespan_s(self, num_requests: int) -> float:
-        """Return the seconds until the last of `num_requests` that arrive at once is done."""
-        return self.latency_s + 60 * (num_requests - 1) / self.per_minute
+        """Return the seconds until the last of `num_requests` that arrive at once is done.
+
+        A part takes as many at once as it has replicas, slower ones counted as fractions of its fastest: the last
+        request is delayed by the rounds before its own at the part where they take longest.
+        """
+        rounds = ((math.ceil(round(num_requests / (rate * each_s), 6)), each_s) for rate, each_s in self.paces)
+        return self.latency_s + max((number - 1) * each_s for number, each_s in rounds)
 
 
 @dataclass(frozen=True)
@@ -108,26 +115,31 @@ class Predictor:
 
     def predict(self, layout: Layout) -> Prediction:
         """Predict a layout that fits."""
-        rates = self._rates(layout)
+        paces = {
+            part: (sum(count / seconds for count, seconds in found), min(seconds for _, seconds in found))
+            for part, found in self._paces(layout).items()
+        }
+        rates = {part: rate for part, (rate, _) in paces.items()}
         bottleneck = min(rates, key=rates.__getitem__)
         rate = rates[bottleneck]
         memory = tuple(self.seat_bytes(seat, layout) for seat in layout.seats)
         busy = min(1.0, rate / rates.get(self.stages.denoiser, rate))
         gangs = [(self.kinds[kind], stage, ranks) for stage, ranks in layout.gangs for kind in layout.gpus(stage)]
         estimated = any(gpus.measured(stage, ranks) is None for gpus, stage, ranks in gangs)
-        return Prediction(layout, 60 * rate, self._latency_s(layout), memory, bottleneck, busy, estimated)
+        latency_s = self._latency_s(layout)
+        return Prediction(layout, 60 * rate, latency_s, memory, bottleneck, busy, estimated, tuple(paces.values()))
 
-    def _rates(self, layout: Layout) -> dict[str, float]:
-        """Return the videos a second that each part of a layout could make if no other part limited it.
+    def _paces(self, layout: Layout) -> dict[str, list[tuple[float, float]]]:
+        """Return the replicas of each part of a layout, as counts with the seconds that each takes for a video.
 
         Helpers beside a transformer take turns with it (`models.gpu_lock`): they wait for one forward each time, and
         the transformers have what is left. With the rates of all transformers, of those beside some helpers, and of
         these helpers, rate = denoise - sum of rate / helpers x beside.
         """
         if layout.fused:
-            return {"fused": sum(s.count / self._pace_s(self.kinds[s.kind], s.stages, layout) for s in layout.seats)}
-        rates, beside, undisturbed = (defaultdict[str, float](float) for _ in range(3))
-        denoise = 0.0
+            return {"fused": [(s.count, self._pace_s(self.kinds[s.kind], s.stages, layout)) for s in layout.seats]}
+        beside, undisturbed = defaultdict[str, float](float), defaultdict[str, float](float)
+        paces, denoise = defaultdict[str, list[tuple[float, float]]](list), list[tuple[float, float]]()
         for seat in layout.seats:
             gpus, helpers = self.kinds[seat.kind], tuple(s for s in seat.stages if s != self.stages.denoiser)
             name, forward_s = " and ".join(helpers), 0.0
@@ -135,18 +147,19 @@ class Predictor:
                 parallel = layout.parallel_of(self.stages.denoiser)
                 denoise_s = gpus.compute_s(self.stages.denoiser, self.load, parallel)
                 forward_s = denoise_s * parallel.cfg / self.load.passes
-                denoise += seat.count / parallel.size / denoise_s
+                denoise.append((seat.count / parallel.size, denoise_s))
                 beside[name] += seat.count / denoise_s  # a gang waits for what computes beside one of its ranks
             if any(layout.parallel_of(helper).is_gang for helper in helpers):
                 decoder = self.stages.decoder  # its gangs wait for what computes beside one of their ranks
                 helpers, ranks = layout.beside(decoder), layout.parallel_of(decoder)
-                rates[" and ".join(helpers)] += seat.count / ranks.size / self._pace_s(gpus, helpers, layout)
+                pace_s = self._pace_s(gpus, helpers, layout)
+                paces[" and ".join(helpers)].append((seat.count / ranks.size, pace_s))
             elif helpers:
-                rates[name] += seat.count / self._pace_s(gpus, helpers, layout, waiting_s=forward_s)
+                paces[name].append((seat.count, self._pace_s(gpus, helpers, layout, waiting_s=forward_s)))
                 turns = self._turns_s(gpus, helpers, layout)
                 undisturbed[name] += seat.count / turns if turns else math.inf
         taken = sum(rate / undisturbed[name] for name, rate in beside.items() if name in undisturbed)
-        return {**rates, self.stages.denoiser: denoise / (1 + taken)}
+        return {**paces, self.stages.denoiser: [(count, seconds * (1 + taken)) for count, seconds in denoise]}
 
     def _pace_s(self, gpus: Hardware, stages: Sequence[str], layout: Layout, waiting_s: float = 0.0) -> float:
         """Return the seconds from one video to the next of processes that compute these stages in turn.
