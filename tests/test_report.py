@@ -216,15 +216,18 @@ def test_images_are_called_and_shown_as_images(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_last_record_of_a_request_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = simulate(1, REPLICAS)[0]
+    (name, timings), other = simulate(2, REPLICAS)
+    work = name, tuple(replace(timing, attempts=2) for timing in timings)
     failed = record(work, "x", status="failed", error="out of memory", stages=())
-    assert "out of memory" not in report(tmp_path, [failed, record(work, "x")]).text
-    assert "1 done, 0 failed" in capsys.readouterr().out
+    lost = record(other, "x", status="failed", error="lost", stages=())
+    assert "out of memory" not in report(tmp_path, [failed, lost, record(work, "x"), lost]).text
+    assert "1 done, 1 failed, 1 retried; began" in capsys.readouterr().out
 
 
-def test_a_run_without_a_video_still_has_a_report(tmp_path: Path) -> None:
+def test_a_run_without_a_video_still_has_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failed = Record("a", "failed", "", "", BEGAN, error="no replica of the encoder is left")
     assert "no replica of the encoder is left" in report(tmp_path, [failed]).text
+    assert capsys.readouterr().out.startswith("0 done, 1 failed, 0 retried\n")  # and no time at which it began
 
 
 def test_lines_that_lack_numbers_are_left_out(tmp_path: Path) -> None:

@@ -199,13 +199,14 @@ def _notes(records: Sequence[Record], timeline: Timeline) -> list[str]:
     tally, made = Tally(), made_by(records)
     for record in records:
         tally.add(record)
-    pace = 60 * tally.done / timeline.seconds if timeline.seconds else 0.0
+    counts = f"{tally.done} done, {tally.failed} failed, {tally.retried} retried"
+    if not timeline.lanes:
+        return [counts]
+    pace = 60 * tally.done / timeline.seconds
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(timeline.began))
-    notes = [
-        f"{tally.done} done, {tally.failed} failed, {tally.retried} retried; began {began}, "
-        f"{timeline.seconds:.1f} s{' without pauses' if timeline.pauses else ''}, {pace:.2f} {made}s a minute"
-    ]
-    return notes + name_bottleneck(tally.shares(timeline.num_replicas, timeline.seconds), made)
+    pauses = " without pauses" if timeline.pauses else ""
+    note = f"{counts}; began {began}, {timeline.seconds:.1f} s{pauses}, {pace:.2f} {made}s a minute"
+    return [note, *name_bottleneck(tally.shares(timeline.num_replicas, timeline.seconds), made)]
 
 
 def _busy(timeline: Timeline) -> Sheet:
