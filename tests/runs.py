@@ -35,7 +35,7 @@ def simulate(num_requests: int, replicas: Mapping[str, int], *, began: float = B
             started = max(free[stage][which], ready + pull_s)
             timing = StageTiming(
                 stage, f"{stage}-{which}", started - pull_s - ready, pull_s, started, compute_s * factor,
-                publish_s, 4_000_000, "tcp", 0, 1 + (random_.random() < 0.02),
+                publish_s, 4_000_000, "tcp", 0, attempts=1 + (random_.random() < 0.02),
             )  # fmt: skip
             timings[index].append(timing)
             done[index] = free[stage][which] = started + timing.compute_s + publish_s
