@@ -25,7 +25,7 @@ TIMING = StageTiming(
 
 
 HEALTH = Health(
-    bytes_in_use=25, bytes_quarantined=0, pool_bytes=100, rss_bytes=0, stalled={}, bytes_kept=0, cache_hits=0,
+    bytes_in_use=25, bytes_quarantined=0, pool_bytes=100, stalled={}, bytes_kept=0, cache_hits=0,
     cache_misses=0, memory=(RankMemory(1 << 30, 1 << 31),) * 2, num_videos=0,
 )  # fmt: skip
 

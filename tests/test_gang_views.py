@@ -9,7 +9,7 @@ from runs import REQUEST, simulate
 
 from disagg_ray.config.load import load_config
 from disagg_ray.replica.messages import RankInfo, ReplicaInfo
-from disagg_ray.report.tables import print_result, print_standing, standing_to_json
+from disagg_ray.report.tables import print_result, print_services, services_to_json
 from disagg_ray.result import Result
 from disagg_ray.service.protocol import Snapshot, StageState
 
@@ -26,12 +26,12 @@ def snapshot() -> Snapshot:
 
 
 def test_ls_says_where_the_ranks_of_a_gang_are(capsys: pytest.CaptureFixture[str]) -> None:
-    print_standing({"wan": snapshot()})
+    print_services({"wan": snapshot()})
     shown = " ".join(capsys.readouterr().out.split())
     assert "2 ranks each" in shown
     assert "wan transformer-0: rank 0 on 10.0.0.1 GPU 3, pid 11; rank 1 on 10.0.0.1 GPU 4, pid 12" in shown
     assert " 1 min " in shown
-    assert '"gpu": "4"' in standing_to_json({"wan": snapshot()})
+    assert '"gpu": "4"' in services_to_json({"wan": snapshot()})
 
 
 def test_a_result_says_how_many_gpus_a_stage_took(capsys: pytest.CaptureFixture[str]) -> None:

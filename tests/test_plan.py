@@ -312,7 +312,7 @@ def test_weights_are_shared_only_where_whole_ones_do_not_fit() -> None:
     assert {ranks_of(p.layout) for p in large.predictions} == {SHARDED}
     held = SHARDED.held(150 * GB, 40)
     assert held == 75 * GB + 3 * 150 * GB // 40  # an equal part, and three blocks whole
-    assert 0 < max(large.best.max_vram_bytes) - held - 2 * GB < GB
+    assert 0 < max(large.best.gpu_bytes) - held - 2 * GB < GB
     assert "* shard_weights" in footnotes(large)[1]
 
 

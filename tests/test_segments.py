@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from disagg_ray.transfer.allocator import grow_segments, plain_segments
+from disagg_ray.transfer.segments import grow_segments, plain_segments
 
 read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # torch 2.11 has none
 

@@ -48,14 +48,14 @@ def ls(argv: Sequence[str]) -> int:
     from disagg_ray.driver.cluster import join
 
     join(None)
-    from disagg_ray.report.tables import print_standing, standing_to_json
+    from disagg_ray.report.tables import print_services, services_to_json
     from disagg_ray.service import lifecycle
 
     snapshots = lifecycle.list_all()
     if options.json:
-        print(standing_to_json(snapshots))
+        print(services_to_json(snapshots))
     else:
-        print_standing(snapshots)
+        print_services(snapshots)
     return 0
 
 

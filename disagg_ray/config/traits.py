@@ -23,7 +23,7 @@ OF_VIDEO = ("num_frames", "fps")
 """Fields that only a request for a video has."""
 OF_SOUND = ("audio_guidance_scale",)
 """Fields that only a request for a video with sound has."""
-LATENTS = 2
+LATENT_ROWS = 2
 """Rows of latents a row of tokens, in every family that decodes rows on several ranks."""
 
 
@@ -154,10 +154,10 @@ def token_rules(
             )
             yield "height x width x num_frames", f"{height}x{width}x{num_frames}", ok, remedy
             remedy = (
-                f"makes {LATENTS * rows} rows of latents, fewer than the {group.parallel.rows} ranks that share them "
-                f"(stages.{name}.parallel.rows); choose another height"
+                f"makes {LATENT_ROWS * rows} rows of latents, fewer than the {group.parallel.rows} ranks that share "
+                f"them (stages.{name}.parallel.rows); choose another height"
             )
-            yield "height", height, group.parallel.rows <= LATENTS * rows, remedy
+            yield "height", height, group.parallel.rows <= LATENT_ROWS * rows, remedy
 
 
 def family_rules(config: Config) -> Iterator[Check]:

@@ -150,9 +150,9 @@ def explain(plan: Plan) -> str:
     if fused and best is not fused:
         pace += f", {best.per_minute / fused.per_minute:.2f} of fused"
         latency += f" ({fused.latency_s:.2f} fused)"
-    most, seat = max(zip(best.max_vram_bytes, best.layout.seats, strict=True), key=lambda pair: pair[0])
+    most, seat = max(zip(best.gpu_bytes, best.layout.seats, strict=True), key=lambda pair: pair[0])
     if fused:
-        fused_memory = f"fused takes {max(fused.max_vram_bytes) / 1e9:.1f}"
+        fused_memory = f"fused takes {max(fused.gpu_bytes) / 1e9:.1f}"
     else:
         reasons = (reason for layout, reason in plan.misfits if layout.fused)
         fused_memory = f"fused does not fit: {next(reasons, 'no room')}"

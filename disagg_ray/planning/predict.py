@@ -69,7 +69,7 @@ class Prediction:
     """Videos, in steady state."""
     latency_s: float
     """Of a single request."""
-    max_vram_bytes: tuple[int, ...]
+    gpu_bytes: tuple[int, ...]
     """Memory used on one GPU, by seat."""
     bottleneck: str
     busy: float

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 class Activity:
     """One piece of work of one thread."""
 
-    def __init__(self, name: str, lock_wait_until: Callable[[], float], clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, excused_until: Callable[[], float], clock: Callable[[], float]) -> None:
         self.name = name
         self._clock = clock
         self._progressed = clock()
-        self._excused_until = lock_wait_until
+        self._excused_until = excused_until
 
     def progress(self) -> None:
         self._progressed = self._clock()
@@ -36,12 +36,12 @@ class Activities:
         self._running: set[Activity] = set()
 
     @contextmanager
-    def working(self, name: str, lock_wait_until: Callable[[], float] = lambda: 0.0) -> Iterator[Activity]:
+    def working(self, name: str, excused_until: Callable[[], float] = lambda: 0.0) -> Iterator[Activity]:
         """Count what is done inside as work that has to make progress.
 
-        `lock_wait_until` returns the time of the clock until which none could be made.
+        `excused_until` returns the time of the clock until which none could be made.
         """
-        activity = Activity(name, lock_wait_until, self._clock)
+        activity = Activity(name, excused_until, self._clock)
         with self._lock:
             self._running.add(activity)
         try:

@@ -40,9 +40,9 @@ from disagg_ray.replica.software import software
 from disagg_ray.replica.stage import Stage
 from disagg_ray.replica.videos import Videos
 from disagg_ray.result import StageTiming
-from disagg_ray.transfer.allocator import grow_segments
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 from disagg_ray.transfer.pool import Pool
+from disagg_ray.transfer.segments import grow_segments
 
 
 class Replica:
@@ -251,7 +251,6 @@ class Replica:
             bytes_in_use=pool.bytes_in_use,
             bytes_quarantined=pool.bytes_quarantined,
             pool_bytes=pool.capacity,
-            rss_bytes=psutil.Process().memory_info().rss,
             stalled=self._activities.stalled(),
             bytes_kept=pool.cache.bytes_kept,
             cache_hits=pool.cache.hits,

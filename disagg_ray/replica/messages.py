@@ -147,7 +147,6 @@ class Health:
     bytes_in_use: int
     bytes_quarantined: int
     pool_bytes: int
-    rss_bytes: int
     stalled: dict[str, float]
     """Seconds without progress of each kind of work that is being done: reserve, pull, compute, publish, encode.
     Waiting for room that others will make, or for a turn on the GPU, does not count."""

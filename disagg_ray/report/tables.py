@@ -31,6 +31,8 @@ from disagg_ray.service.protocol import Snapshot
 from disagg_ray.text import human_bytes, human_size, medium
 
 PERCENTILES = (50, 90, 99, 100)
+MOST_LAYOUTS = 12
+"""Of a plan, the best to print whatever they are."""
 
 
 def print_result(result: Result, weights: Mapping[str, Mapping[str, int]], pools: Mapping[str, int]) -> None:
@@ -83,7 +85,7 @@ def print_profile(profile: Profile) -> None:
     _print(table)
 
 
-def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
+def print_plan(plan: Plan, num_requests: int | None) -> None:
     """Print the best layouts, fused and the best with each kind of gang at any place, and some that do not fit."""
     load = plan.load
     title = f"{human_size(load.width, load.height, load.num_frames)}, {load.passes} passes"
@@ -96,12 +98,12 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
     shown: set[object] = set()
     for place, prediction in enumerate(plan.predictions):
         layout = prediction.layout
-        if place < most or layout.fused or layout.gangs not in shown:
+        if place < MOST_LAYOUTS or layout.fused or layout.gangs not in shown:
             shown.add(layout.gangs)
             table.add_row(
                 f"{layout.name}{' *' if prediction.estimated else ''}", f"{prediction.per_minute:.2f}",
                 f"{prediction.per_minute / plan.fused.per_minute:.2f}" if plan.fused else "-",
-                f"{prediction.latency_s:.2f}", f"{max(prediction.max_vram_bytes) / 1e9:.1f}", f"{prediction.busy:.0%}",
+                f"{prediction.latency_s:.2f}", f"{max(prediction.gpu_bytes) / 1e9:.1f}", f"{prediction.busy:.0%}",
                 prediction.bottleneck, *([f"{prediction.makespan_s(num_requests):.1f}"] if num_requests else []),
             )  # fmt: skip
     for layout, reason in plan.misfits[:3]:
@@ -109,7 +111,7 @@ def print_plan(plan: Plan, num_requests: int | None, most: int = 12) -> None:
     _print(table)
 
 
-def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
+def print_services(snapshots: Mapping[str, Snapshot | str]) -> None:
     """Print the state of services; a text replaces a service whose supervisor does not answer."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "model", "state", "stages: ready/busy of wanted", "queue", "age", "GPU memory", "address"):
@@ -121,9 +123,9 @@ def print_standing(snapshots: Mapping[str, Snapshot | str]) -> None:
             continue
         stages = ", ".join(f"{s.stage} {s.ready}/{s.busy} of {s.wanted}{_sizes(shown, s.stage)}" for s in shown.stages)
         waiting = shown.queued + sum(s.waiting for s in shown.stages)
-        max_vram_bytes = sum(s.max_vram_bytes for s in shown.stages)
+        gpu_bytes = sum(s.gpu_bytes for s in shown.stages)
         age = f"{shown.age_s / 60:.0f} min"
-        held = human_bytes(max_vram_bytes) if max_vram_bytes else "-"
+        held = human_bytes(gpu_bytes) if gpu_bytes else "-"
         table.add_row(name, shown.config.model.path, shown.state, stages, str(waiting), age, held, shown.address)
         gangs += [f"{name} {info.name}: {'; '.join(map(str, info.ranks))}" for info in shown.replicas if info.ranks]
     _print(table, *gangs)
@@ -136,7 +138,7 @@ def _sizes(snapshot: Snapshot, stage: str) -> str:
     return f" ({' or '.join(map(str, sizes))} ranks each)" if sizes[-1] > 1 else ""
 
 
-def standing_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
+def services_to_json(snapshots: Mapping[str, Snapshot | str]) -> str:
     """Return the state of services as a JSON list."""
 
     def describe(name: str, shown: Snapshot | str) -> dict[str, object]:

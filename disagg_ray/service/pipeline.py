@@ -151,9 +151,9 @@ class ServicePipeline:
     def _state(self, stage: str) -> StageState:
         settings, scheduler = self.engine.config.stages[stage], self.fleet.schedulers[stage]
         names = {info.name for info in self.fleet.replicas if info.stage == stage}
-        max_vram_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
+        gpu_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
         numbers = settings.num_replicas, len(scheduler.replicas), scheduler.num_running, scheduler.num_waiting
-        return StageState(stage, *numbers, max_vram_bytes)
+        return StageState(stage, *numbers, gpu_bytes)
 
 
 def _room(config: Config) -> int:

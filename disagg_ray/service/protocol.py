@@ -60,7 +60,7 @@ class StageState:
     busy: int
     waiting: int
     """Requests that wait for a replica."""
-    max_vram_bytes: int
+    gpu_bytes: int
     """GPU memory that its replicas have taken."""
 
 

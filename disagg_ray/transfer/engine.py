@@ -27,7 +27,7 @@ from disagg_ray.transfer.sockets import admit, filter_of, listeners, listening_p
 logger = logging.getLogger("disagg_ray")
 
 TIMED_OUT = -1000
-"""Code of a peer that gave no sign of driver_epoch; Mooncake's own codes are small."""
+"""Code of a peer that gave no sign of life; Mooncake's own codes are small."""
 
 SILENT = "no answer within transport.timeout_s"
 GONE = "the peer is gone or refused the read"

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from disagg_ray.errors import ConfigError
-from disagg_ray.transfer.allocator import plain_segments
+from disagg_ray.transfer.segments import plain_segments
 
 _OWN_SEGMENT_BYTES = 32 * 2**20
 """Torch gives an allocation of this size a segment of its own, and only whole segments can be shared."""

@@ -10,10 +10,8 @@ import torch
 
 from disagg_ray import environment
 
-_GROWING = re.compile(r"(expandable_segments\s*:\s*)True")
-
-
 GROWING = "expandable_segments:True"
+IS_GROWING = re.compile(r"(expandable_segments\s*:\s*)True")
 
 
 def grow_segments() -> None:
@@ -30,7 +28,7 @@ def plain_segments() -> Iterator[None]:
     Segments that grow are no such memory. The user's other settings stay: torch would forget what is not named again.
     """
     settings = environment.cuda_allocator()
-    plain, found = _GROWING.subn(r"\1False", settings)
+    plain, found = IS_GROWING.subn(r"\1False", settings)
     if not found:
         yield
         return
