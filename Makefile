@@ -20,10 +20,10 @@ define beside
 	$(2); one=$$?; wait $$beside; two=$$?; cat .pytest_cache/beside.log; exit $$((one | two))
 endef
 
-HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor guard holdings hunyuan_video15 \
-	hunyuan_video15_i2v hunyuan_video15_options kuberay lora ltx2 memory models_maker options parity plan pool \
-	qwen_image qwen_image_edit qwen_image_edit_plus report schedulers sockets ti2v tiles tiny transfer turns vace \
-	vace_inputs video
+HEAVY = attention bench_denoiser bench_scheduler bench_tables checkpoint doctor driver_pool gpu_lock guard \
+	hunyuan_video15 hunyuan_video15_i2v hunyuan_video15_options kuberay lora ltx2 memory models_maker options \
+	parity plan pool qwen_image qwen_image_edit qwen_image_edit_plus report schedulers sockets ti2v tiles tiny \
+	transfer vace vace_inputs video
 
 proof: # replicas, drivers and nodes that die, stages that stay up, two hosts, Prometheus: half an hour
 	@.ci/setup test

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_standing_places import run
+from test_service_nodes import run
 
 pytestmark = pytest.mark.proof
 

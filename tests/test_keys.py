@@ -266,7 +266,7 @@ KEYS: dict[str, Seen | Refused | Shown] = {
     "failures.timeout_s": Shown(REPLAY + "test_a_request_over_its_time_fails_and_frees_its_slots"),
     "failures.shutdown_grace_s": Shown("test_connect.py::test_sigterm_ends_a_batch_and_the_next_run_resumes"),
     "service.client_timeout_s": Shown(
-        "test_standing.py::test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept"
+        "test_service.py::test_a_dead_drivers_requests_are_cancelled_and_its_latents_are_kept"
     ),
     "service.target_wait_s": Shown(SCALER),
     "service.patience_s": Shown(SCALER),

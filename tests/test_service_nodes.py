@@ -1,4 +1,4 @@
-"""Where services stand: scripts with clusters of their own, in processes of their own."""
+"""Services on several nodes: scripts with clusters of their own, in processes of their own."""
 
 from __future__ import annotations
 

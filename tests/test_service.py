@@ -1,4 +1,4 @@
-"""A pipeline that stands, shared by many drivers, on a real local Ray: one serves every test here."""
+"""A service shared by many clients, on a real local Ray: one serves every test here."""
 
 from __future__ import annotations
 
