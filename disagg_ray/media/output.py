@@ -95,9 +95,7 @@ def _write_file(content: bytes | Frames, sink: IO[bytes]) -> None:
     if isinstance(content, bytes):
         sink.write(content)
     else:
-        content = np.ascontiguousarray(
-            content
-        )  # and written as any bytes: numpy says of a full disk only how much it took
+        content = np.ascontiguousarray(content)  # written as bytes: of a full disk numpy says only how much it took
         np.lib.format.write_array_header_1_0(sink, np.lib.format.header_data_from_array_1_0(content))
         sink.write(content.data)
 

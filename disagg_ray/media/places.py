@@ -60,7 +60,8 @@ def check_place(output: str | Path, *, overwrite: bool, in_job: bool = False) ->
         if is_url(output):
             _check_url(str(output), overwrite=overwrite)
         else:
-            _check_path(local_path(output), repr(str(output)), overwrite=overwrite, in_job=in_job)
+            _check_kept(output, "output", in_job=in_job, more=" or a URL such as s3://bucket/video.mp4")
+            _check_path(local_path(output), repr(str(output)), overwrite=overwrite)
     except OSError as error:
         raise OutputError(f"output: {str(output)!r} cannot be reached: {error}") from error
 
@@ -72,6 +73,14 @@ def _check_name(path: str | Path, field: str) -> None:
         raise OutputError(f"{field}: {str(path)!r} holds a NUL, which no name can; leave it out")
 
 
+def _check_kept(path: str | Path, field: str, *, in_job: bool, more: str = "") -> None:
+    if in_job and not local_path(path).is_absolute():
+        raise OutputError(
+            f"{field}: {str(path)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
+            f"write an absolute path{more}"
+        )
+
+
 def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
     """Check that a batch can make its folder there.
 
@@ -81,11 +90,7 @@ def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
     _check_name(folder, "output-dir")
     if is_url(folder):
         raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
-    if in_job and not local_path(folder).is_absolute():
-        raise OutputError(
-            f"output-dir: {str(folder)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
-            f"write an absolute path"
-        )
+    _check_kept(folder, "output-dir", in_job=in_job)
 
 
 def check_trace(path: str | Path, *, in_job: bool = False) -> None:
@@ -96,11 +101,7 @@ def check_trace(path: str | Path, *, in_job: bool = False) -> None:
     """
     if is_url(path) or local_path(path).suffix.lower() != ".json" or local_path(path).is_dir():
         raise OutputError(f"trace: {str(path)!r} is no name of a JSON file on this machine; write one like trace.json")
-    if in_job and not local_path(path).is_absolute():
-        raise OutputError(
-            f"trace: {str(path)!r} is relative, and a Ray job runs in a folder that Ray throws away; "
-            f"write an absolute path"
-        )
+    _check_kept(path, "trace", in_job=in_job)
     try_folder(local_path(path).parent, f"trace: {str(path)!r}")
 
 
@@ -134,12 +135,7 @@ def try_folder(folder: Path, shown: str) -> None:
         raise OutputError(f"{shown} cannot be written: {str(folder)!r} takes no file: {error.strerror}") from error
 
 
-def _check_path(path: Path, shown: str, *, overwrite: bool, in_job: bool) -> None:
-    if in_job and not path.is_absolute():
-        raise OutputError(
-            f"output: {shown} is relative, and a Ray job runs in a folder that Ray throws away; "
-            f"write an absolute path or a URL such as s3://bucket/video.mp4"
-        )
+def _check_path(path: Path, shown: str, *, overwrite: bool) -> None:
     if not path.name:
         raise OutputError(f"output: {shown} names no file; write one such as video.mp4")
     if path.is_symlink():
