@@ -365,6 +365,20 @@ def test_gangs_that_cannot_be_measured_are_refused_first(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--sizes", "64x64"], "invalid --sizes=64x64: write 480x832x81,480x832x41\n"),
+        (["--steps", "two"], "invalid --steps=two: write 2,4\n"),
+    ],
+)
+def test_a_wrong_flag_of_a_profile_is_named_alone(
+    wrong: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", "--config", str(CONF / "tiny_t2v.yaml"), "--output", str(tmp_path / "p.json"), *wrong]) == 2
+    assert capsys.readouterr().err.endswith(says)
+
+
 @pytest.mark.slow
 def test_a_profile_of_the_tiny_model_and_its_gang_is_measured_and_planned_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -79,12 +79,14 @@ def _requests_to_profile(config: Config, sizes: str | None, steps: str, file_for
         names, example = list(SHAPE[:3]), "480x832x81,480x832x41"
         half = step * (defaults.num_frames // (2 * step)) + 1
         own = ",".join(f"{own}x{number}" for number in sorted({half, defaults.num_frames}))
-    chosen = sizes or own
+    try:
+        shapes = [dict(zip(names, map(int, size.split("x")), strict=True)) for size in (sizes or own).split(",")]
+    except ValueError as error:
+        raise PlanError(f"invalid --sizes={sizes}: write {example}") from error
     try:
         counts = [int(number) for number in steps.split(",")]
-        shapes = [dict(zip(names, map(int, size.split("x")), strict=True)) for size in chosen.split(",")]
     except ValueError as error:
-        raise PlanError(f"invalid --sizes={chosen} or --steps={steps}: write {example} and 2,4") from error
+        raise PlanError(f"invalid --steps={steps}: write 2,4") from error
     return [
         _example(config, **shape, num_inference_steps=count, seed=0, format=file_format)
         for shape in shapes for count in counts
