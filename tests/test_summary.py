@@ -41,3 +41,12 @@ def test_only_a_batch_with_every_request_done_is_complete(changed: dict[str, obj
     summary = Summary(**(given | changed), seconds=90.0, shares=(), makes="image")  # type: ignore[arg-type]
     assert summary.complete is complete
     assert "2.00 images a minute" in summary.lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("failed", "says"),
+    [(0, "everything is there already"), (1, "nothing was made; --retry-failed tries again what failed")],
+)
+def test_a_run_with_nothing_to_do_says_so(failed: int, says: str) -> None:
+    (line,) = Summary(0, 2, failed, 0, 0, 0, 0.0, (), None, "video").lines()
+    assert line.endswith(f"0 retried; {says}")

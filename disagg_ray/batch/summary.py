@@ -52,10 +52,9 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Return it as lines of text."""
-        pace = 60 * self.done / self.seconds if self.seconds else 0.0
         text = [
             f"{self.done} done, {self.already_done} done before, {self.failed} failed, {self.invalid} invalid, "
-            f"{self.missing} missing, {self.retried} retried; {self.seconds:.1f} s, {pace:.2f} {self.makes}s a minute"
+            f"{self.missing} missing, {self.retried} retried; {self._pace()}"
         ]
         text += [
             f"{share.stage}: {share.num_replicas} x {100 * share.busy:.0f} % busy, {share.mean_s:.3f} s a request"
@@ -64,6 +63,13 @@ class Summary:
         if self.stopped:
             text.append(f"stopped: {self.stopped}; run it again to resume")
         return text + name_bottleneck(self.shares, self.makes)
+
+    def _pace(self) -> str:
+        if self.seconds:
+            return f"{self.seconds:.1f} s, {60 * self.done / self.seconds:.2f} {self.makes}s a minute"
+        if self.complete:
+            return "everything is there already"
+        return "nothing was made" + "; --retry-failed tries again what failed" * bool(self.failed)
 
 
 class Tally:
