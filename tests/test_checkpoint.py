@@ -1,6 +1,8 @@
 """Model folders are found, checked and measured before a weight is loaded."""
 
+import io
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -146,6 +148,16 @@ def test_an_offline_hub_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "could not be fetched" in refusal(ModelConfig(path="org/name", revision="main"))
+
+
+def test_what_the_hub_s_library_logs_comes_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said, hub = io.StringIO(), logging.getLogger("huggingface_hub")
+    handler = logging.StreamHandler(said)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    monkeypatch.setattr(hub, "handlers", [handler])
+    test_an_offline_hub_fails_at_once(monkeypatch, tmp_path)
+    hub.warning("Retrying in 1s")
+    assert said.getvalue() == "Retrying in 1s\n"
 
 
 def test_the_hub_gives_configurations_first_and_then_safe_weights_of_the_components(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,8 +212,13 @@ def _download(model: ModelConfig, patterns: list[str]) -> Path:
         raise CheckpointError(
             f"model.revision: null, but {model.path!r} is no folder on this node, and a hub id needs a commit or a tag"
         )
+    if logging.root.handlers:
+        logging.getLogger("huggingface_hub").handlers.clear()  # the root's print its lines, which would come twice
     try:
         return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"model.path: {model.path!r} could not be fetched from the hub: {reason}") from error
+        raise CheckpointError(
+            f"model.path: {model.path!r} could not be fetched from the hub: {reason}; give a folder in its place, or "
+            f"run again once the hub can be reached"
+        ) from error
