@@ -62,7 +62,7 @@ class Result:
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path | str:
         """Write the video: a file, a folder of images for frames, or any fsspec URL. Never leaves a partial file.
 
-        Sound lies beside raw frames, in a file of the same name that ends in `.wav`.
+        Sound lies beside raw frames, in a file of the same name that ends in `.wav`; the frames' path is returned.
 
         Raises:
             OutputError: the suffix is not the request's format, or the place cannot be written.
@@ -94,6 +94,8 @@ class Result:
 def rescued(result: Result) -> str:
     """Write a result that could not be saved as asked to another place; return the message that names it."""
     try:
-        return f"the file is {str(result.rescue())!r} on {platform.node()} instead"
+        path = str(result.rescue())
     except OutputError as error:
         return str(error)
+    sound = f", and its sound {wav_beside(path)!r}," if result.sound else ""
+    return f"the file is {path!r}{sound} on {platform.node()} instead"

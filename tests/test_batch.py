@@ -30,6 +30,7 @@ from disagg_ray.batch.run import generate, save
 from disagg_ray.batch.summary import Summary
 from disagg_ray.media.sound import Sound
 from disagg_ray.request import resolve
+from disagg_ray.result import rescued
 
 pytestmark = pytest.mark.slow
 
@@ -194,6 +195,12 @@ def make_result() -> Result:
     return Result(request, 1.0, (), bytes(1000), None)
 
 
+def make_raw_result() -> Result:
+    frames, sound = np.zeros((1, 16, 16, 3), np.float32), Sound(np.zeros((2, 10), np.float32), 24_000)
+    made = make_result()
+    return replace(made, request=replace(made.request, format="npy"), data=None, frames=frames, sound=sound)
+
+
 def test_a_video_is_saved_elsewhere_unless_its_latents_are_kept(small_disk: Path, rescue_place: Path) -> None:
     with Folder(small_disk) as folder:
         folder.latents_of("a").touch()
@@ -218,15 +225,20 @@ def test_a_link_in_the_way_of_a_batch_s_video_is_replaced(tmp_path: Path) -> Non
 
 def test_a_link_in_the_way_of_a_batch_s_sound_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"mine")
-    frames, sound = np.zeros((1, 16, 16, 3), np.float32), Sound(np.zeros((2, 10), np.float32), 24_000)
-    made = make_result()
-    made = replace(made, request=replace(made.request, format="npy"), data=None, frames=frames, sound=sound)
+    made = make_raw_result()
     with Folder(tmp_path / "out") as folder:
         path = folder.video_of("a", "npy")
         path.with_suffix(".wav").symlink_to(tmp_path / "mine")
         save(made, path, folder)
-    assert path.with_suffix(".wav").read_bytes() == sound.to_wav()
+    assert made.sound is not None
+    assert path.with_suffix(".wav").read_bytes() == made.sound.to_wav()
     assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+def test_raw_frames_that_their_place_does_not_take_are_elsewhere_with_their_sound(rescue_place: Path) -> None:
+    said = rescued(make_raw_result())
+    (frames,), (sound,) = rescue_place.glob("*/video.npy"), rescue_place.glob("*/video.wav")
+    assert f"{str(frames)!r}, and its sound {str(sound)!r}, on " in said
 
 
 @pytest.mark.usefixtures("rescue_place")

@@ -232,6 +232,13 @@ def test_raw_frames_are_not_written_where_their_sound_cannot_be(configure: Any, 
     assert not (tmp_path / "a.npy").exists()
 
 
+def test_the_command_names_raw_frames_and_their_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config", "conf/tiny_ltx2.yaml", "--prompt", "a", "--output", str(tmp_path / "a.npy"), "--local"]
+    assert cli.main(["generate", *argv, *SMALL, "--num-frames=9", "--num-inference-steps=2"]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'a.npy'}\nwrote {tmp_path / 'a.wav'}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "a.wav"}
+
+
 def batch(pipeline: Pipeline, folder: Path) -> None:
     """Make raw frames in a batch, damage their sound, and have them made again."""
     line = {name: value for name, value in PLAIN.items() if name != "id"} | {"id": "a", "format": "npy"}
@@ -240,7 +247,7 @@ def batch(pipeline: Pipeline, folder: Path) -> None:
     for _ in range(2):
         assert generate(options, pipeline.config, lambda _: nullcontext(pipeline)).done == 1
         *_, record = read_manifest(folder / "out")
-        assert record.sound == state_of(sound)
+        assert (record.file, record.sound_file, record.sound) == ("a.npy", "a.wav", state_of(sound))
         sound.write_bytes(sound.read_bytes()[:-1] + b"x")
 
 

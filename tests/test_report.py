@@ -207,6 +207,11 @@ def test_each_format_is_shown_as_it_can_be(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_sound_is_heard_beside_raw_frames(tmp_path: Path) -> None:
+    page = report(tmp_path, [record(simulate(1, REPLICAS)[0], "x", file="a.npy", sound_file="a.wav")])
+    assert [attributes["src"] for tag, attributes in page.tags if tag == "audio"] == ["./a.wav"]
+
+
 def test_images_are_called_and_shown_as_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = record(simulate(1, REPLICAS)[0], "x", file="a.png")
     assert made.request is not None

@@ -62,6 +62,8 @@ class Record:
     """Its image files, by the request's field."""
     sound: FileState | None = None
     """The wav file beside `file`, if there is one; records of older versions leave it out."""
+    sound_file: str | None = None
+    """Its name in the folder; records of older versions leave it out."""
 
 
 def parse(line: bytes, *, brief: bool = False) -> Record:
@@ -183,7 +185,7 @@ RECORD: dict[str, Check] = {
     "id": _file_name, "status": _status, "content": _word, "setup": _word, "finished": EPOCH, "file": _file_name,
     "size": BYTES, "sha256": _word, "mtime_ns": NANOSECONDS, "seconds": SECONDS, "stages": _stages, "error": _text,
     "request": partial(_fill, ResolvedRequest, REQUEST), "pictures": _by_name(partial(_fill, FileState, STATE)),
-    "sound": partial(_fill, FileState, STATE),
+    "sound": partial(_fill, FileState, STATE), "sound_file": _file_name,
 }  # fmt: skip
 REQUIRED: dict[type, tuple[str, ...]] = {
     Record: ("id", "status", "finished"), FileState: tuple(STATE), StageTiming: ("stage", "replica"),

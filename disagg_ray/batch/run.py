@@ -211,9 +211,11 @@ class Batch:
             if disk or isinstance(error, UNAVAILABLE):  # not this request's fault
                 raise
             return record("failed", error=str(error))
-        sound = result.sound and state_of(sound_beside(path))
+        if result.sound:
+            beside = sound_beside(path)
+            record = partial(record, sound_file=beside.name, sound=state_of(beside))
         return record(
-            "done", file=path.name, **asdict(state_of(path)), sound=sound, seconds=result.seconds, stages=result.stages,
+            "done", file=path.name, **asdict(state_of(path)), seconds=result.seconds, stages=result.stages,
             pictures=line.pictures,
         )  # fmt: skip
 

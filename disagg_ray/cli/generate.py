@@ -88,7 +88,8 @@ def _generate_one(options: argparse.Namespace) -> int:
         with interruptible():
             path = _save(result, options)
         print_result(result, pipeline.weights, pipeline.pools)
-        print(f"wrote {path}")
+        for written in (path, *([wav_beside(str(path))] if result.sound else [])):
+            print(f"wrote {written}")
     if options.trace is not None:
         _write_trace(options.trace, [(result.request.id, result.stages)])
     return 0

@@ -38,6 +38,7 @@ summary { font-size: 1.1rem; font-weight: bold; margin: 1.6rem 0 .5rem; cursor: 
 article { content-visibility: auto; contain-intrinsic-size: auto 320px; min-width: 0 }
 article .show { display: block; width: 100%; aspect-ratio: var(--shape, 16 / 9); background: #8883; border-radius: 6px }
 article img.show, article video.show { object-fit: contain; max-height: 300px }
+article audio { width: 100% }
 a.show { box-sizing: border-box; padding: 1rem; overflow-wrap: anywhere }
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 7.3em; overflow-y: auto; margin: .4rem 0 0 }
 .about { font-size: .8rem; opacity: .7; overflow-wrap: anywhere }
@@ -144,4 +145,9 @@ def _video(record: Record, videos: str, *, preview: bool) -> str:
         return f'<video class="show" controls loop playsinline loading="lazy" preload="{load}" src="{link}"></video>'
     if suffix in PICTURES:
         return f'<img class="show" loading="lazy" alt="" src="{link}">'
-    return f'<a class="show" href="{link}">{escape(name)}</a>'
+    heard = ""
+    if record.sound_file:
+        heard = (
+            f'<audio controls preload="none" src="{quote(f"{videos}/{record.sound_file}", errors="replace")}"></audio>'
+        )
+    return f'<a class="show" href="{link}">{escape(name)}</a>{heard}'
