@@ -1,6 +1,7 @@
 """Predictions from made-up profiles, and a profile of the tiny model."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +227,8 @@ def test_a_kind_needs_a_profile_or_a_speed() -> None:
         equip(gpus, profiles, {})
     with pytest.raises(PlanError, match=r"invalid --factors 'L4'=0\.5"):
         equip(gpus, profiles, {"L4": 0.5})
+    with pytest.raises(PlanError, match="invalid --factors 'L40S'=nan: must be a positive number"):
+        equip(gpus, profiles, {"L40S": math.nan})
     with pytest.raises(PlanError, match="memory of RTX9 is not known"):
         equip(parse_gpus("1xRTX9"), profiles, {"RTX9": 1.0})
     h200, l40s = equip(gpus, profiles, {"L40S": 0.5})

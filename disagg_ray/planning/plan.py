@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,7 +75,7 @@ def equip(
     if len({(profile.model, tuple(s.name for s in profile.stages)) for profile in profiles.values()}) != 1:
         raise PlanError("profile: give one, or several of the same model and stages")
     for kind, speed in speeds.items():
-        if kind not in gpus or speed <= 0:
+        if kind not in gpus or not 0 < speed < math.inf:
             raise PlanError(
                 f"invalid --factors {shown(kind)}={speed:g}: must be a positive number for a kind in --gpus"
             )
