@@ -237,6 +237,13 @@ def test_standard_output_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_place_of_a_folder_is_refused_by_the_flag_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for field in ("output-dir", "output"):
+        with pytest.raises(OutputError, match=rf"^{field}: '.*/file' is no folder; give the name of one"):
+            check_folder(tmp_path / "file", field)
+
+
 def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out.mp4")
     assert "is no regular file" in refusal(tmp_path / "out.mp4", overwrite=True)

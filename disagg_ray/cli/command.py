@@ -141,7 +141,7 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FOLDER", help="folder to write to; default: OUT")
     options = parser.parse_args(argv)
     if options.output is not None:
-        check_folder(options.output)
+        check_folder(options.output, "output")
     from disagg_ray.report.tables import write_report
 
     for path in write_report(local_path(options.folder), local_path(options.output or options.folder)):

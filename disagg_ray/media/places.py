@@ -81,16 +81,18 @@ def _check_kept(path: str | Path, field: str, *, in_job: bool, more: str = "") -
         )
 
 
-def check_folder(folder: str | Path, *, in_job: bool = False) -> None:
-    """Check that a batch can make its folder there.
+def check_folder(folder: str | Path, field: str = "output-dir", *, in_job: bool = False) -> None:
+    """Check that a batch or a report can make its folder there.
 
     Raises:
-        OutputError: it is a URL, standard output, or relative inside a Ray job.
+        OutputError: it is a URL, a file, standard output, or relative inside a Ray job.
     """
-    _check_name(folder, "output-dir")
+    _check_name(folder, field)
     if is_url(folder):
-        raise OutputError(f"output-dir: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
-    _check_kept(folder, "output-dir", in_job=in_job)
+        raise OutputError(f"{field}: {str(folder)!r} is a URL; write the path of a folder that the driver sees")
+    _check_kept(folder, field, in_job=in_job)
+    if (path := local_path(folder)).exists() and not path.is_dir():
+        raise OutputError(f"{field}: {str(folder)!r} is no folder; give the name of one, or of a new one")
 
 
 def check_trace(path: str | Path, *, in_job: bool = False) -> None:
