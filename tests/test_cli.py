@@ -217,6 +217,20 @@ def test_make_checkpoint_names_the_nearest_shape(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
+    ("folder", "device", "says"),
+    [("file", "cpu", "folder: 'file' is no folder; give the name of one"), ("new", "tpu", "invalid device='tpu': ")],
+)
+def test_make_checkpoint_names_what_cannot_be(
+    folder: str, device: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    status, _, err = run(capsys, "make-checkpoint", "tiny-t2v", folder, "--device", device)
+    assert (status, err.startswith(f"disagg-ray: error: {says}")) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["config", "--config", "none.yaml"],

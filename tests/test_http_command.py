@@ -12,7 +12,8 @@ import pytest
 
 from disagg_ray import load_config
 from disagg_ray.cli.serve import serve
-from disagg_ray.errors import ConfigError, InputError
+from disagg_ray.errors import ConfigError, InputError, OutputError
+from disagg_ray.http.files import Folder
 from disagg_ray.http.repeat import repeat
 from disagg_ray.http.settings import make_settings
 
@@ -43,6 +44,14 @@ finally:
 def test_a_folder_that_keeps_no_files_or_no_database_is_refused(folder: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^invalid service\.{key}="):
         make_settings(("films",), load_config(T2V, f"service.folder={folder}"))
+
+
+def test_a_folder_that_takes_no_file_is_named_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OutputError, match=r"^service\.folder: '.*/file/probe\.mp4' cannot be written: '.*/file' is not a"
+    ):
+        Folder(f"{tmp_path}/file")
 
 
 def test_a_folder_whose_package_is_missing_is_refused_with_its_name() -> None:

@@ -102,5 +102,5 @@ def test_expired_and_excess_videos_are_removed(
 
 def test_a_bucket_that_is_not_there_is_refused(bucket: Callable[[], list[str]], tmp_path: Path, model: str) -> None:
     config = load_config(T2V, "service.folder=s3://none/x", f"service.database=sqlite:///{tmp_path}/jobs.db")
-    with pytest.raises(OutputError, match=r"^output: 's3://none/x/probe\.mp4' cannot be written"):
+    with pytest.raises(OutputError, match=r"^service\.folder: 's3://none/x/probe\.mp4' cannot be written"):
         build_app(make_settings((MODEL,), config))

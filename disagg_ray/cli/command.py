@@ -95,6 +95,7 @@ def make_checkpoint(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", help="device that draws the weights")
     options = parser.parse_args(argv)
+    check_folder(options.folder, "folder")
     from disagg_ray.models import random
 
     try:

@@ -29,7 +29,10 @@ class Folder:
             OutputError: they cannot.
         """
         self._place = place.rstrip("/") if is_url(place) else str(local_path(place))
-        check_output(self._path("probe.mp4"), overwrite=True)
+        try:
+            check_output(self._path("probe.mp4"), overwrite=True)
+        except OutputError as error:
+            raise OutputError(f"service.folder: {str(error).removeprefix('output: ')}") from error
         if not is_url(self._place):
             Path(self._place).mkdir(parents=True, exist_ok=True)
 

@@ -38,14 +38,20 @@ def make_checkpoint(shape: str, folder: Path, *, seed: int = 0, dtype: str = "fl
 
     The folder appears whole or not at all. The same arguments give the same bytes; another kind of device draws other
     numbers. Needs memory on the device for the largest component.
-    Raises ValueError for an unknown shape or dtype, FileExistsError where the folder holds something else, OutputError
-    where it cannot be written.
+    Raises ValueError for an unknown shape, dtype or device, FileExistsError where the folder holds something else,
+    OutputError where it cannot be written.
     """
     family, components = find_shape(shape)
     weights_dtype = floating_dtype(dtype)
     record: Record = {"shape": shape, "seed": seed, "dtype": dtype}
     if _is_made(folder, record):
         return folder
+    try:
+        torch.Generator(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"invalid device={device!r}: torch has none such here; give cpu, or cuda with a GPU"
+        ) from error
     transformers.utils.logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
