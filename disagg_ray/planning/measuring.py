@@ -16,6 +16,7 @@ from disagg_ray.media.video import encode
 from disagg_ray.planning.profile import Load, Point, StageProfile
 from disagg_ray.replica.stage import RAW, Stage
 from disagg_ray.request import ResolvedRequest
+from disagg_ray.text import human_size
 
 if TYPE_CHECKING:
     from disagg_ray.models.parallel.ranks import Ranks
@@ -61,7 +62,9 @@ def measure_stage(
         outputs = stage.compute(own.request, own.tensors, None)  # not measured: chooses kernels, and allocates
         points += [_measure_point(stage, own) for _ in range(repeats)]
         case.tensors.update({name: tensor.cpu() for name, tensor in outputs.tensors.items()})
-        logger.info("profile: %s computed %s in %.3f s", stage.name, case.load, points[-1].compute_s)
+        size = human_size(case.load.width, case.load.height, case.load.num_frames)
+        about = stage.name, size, case.load.passes, points[-1].compute_s
+        logger.info("profile: %s computed %s, %d passes, in %.3f s", *about)
     needs, settings = stage.needs(), stage.config.stages[stage.name]
     denoises = "denoise" in settings.blocks
     model = stage.component("transformer").config if denoises else None
