@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from threading import Event
 
+import helpers
 import pytest
 
 from disagg_ray import load_config
 from disagg_ray.cli.serve import serve
 from disagg_ray.errors import ConfigError, InputError, OutputError
 from disagg_ray.http.files import Folder
+from disagg_ray.http.link import Link
 from disagg_ray.http.repeat import repeat
 from disagg_ray.http.settings import make_settings
 
@@ -58,6 +60,21 @@ def test_a_folder_whose_package_is_missing_is_refused_with_its_name() -> None:
     config = load_config(T2V, "service.folder=gs://bucket/films", "service.database=sqlite:////tmp/jobs.db")
     with pytest.raises(ConfigError, match=r"^invalid service\.folder='gs://bucket/films': .*: pip install gcsfs$"):
         make_settings(("films",), config)
+
+
+def test_a_service_that_cannot_be_reached_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("disagg_ray.http.link.RETRY_S", 0.01)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    closing = Event()
+    link = Link("films", load_config(T2V), 0, lambda _: None, closing)
+    helpers.wait_until(lambda: bool(caplog.messages), "nothing is logged", 60)
+    closing.wait(0.5)
+    closing.set()
+    link.close()
+    (message,) = caplog.messages
+    assert message.startswith("model films: ")
 
 
 def test_a_thread_that_repeats_outlives_an_error_and_reports_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -60,6 +60,7 @@ class Link:
 
     def connection(self, worker: int) -> Connection | None:
         """Return the connection of a worker's number, as soon as there is one; None: this closes."""
+        said = ""
         while not self._closing.is_set():
             with self._lock:
                 if worker in self._connections:
@@ -67,7 +68,8 @@ class Link:
                 try:
                     made = connect(self._model, run_id=f"http-{worker}", on_event=self._on_event)
                 except DisaggError as error:
-                    logger.warning("model %s: %s", self._model, error)
+                    if said != (said := str(error)):
+                        logger.warning("model %s: %s", self._model, error)
                 else:
                     self.config = made.config
                     self._connections[worker] = made
