@@ -382,6 +382,14 @@ def test_a_wrong_flag_of_a_profile_is_named_alone(
     assert capsys.readouterr().err.endswith(says)
 
 
+def test_a_profile_of_another_model_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_profile(make_profile(), tmp_path / "profile.json")
+    given = ["--profile", f"{tmp_path / 'profile.json'},", "--gpus", "2xH200"]
+    assert main(["plan", "--config", str(CONF / "tiny_qwen_image.yaml"), *given]) == 0
+    words = f"the profile is of {make_profile().model}, and model.path is random:tiny-qwen-image: trust it if"
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_profile_of_the_tiny_model_and_its_gang_is_measured_and_planned_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

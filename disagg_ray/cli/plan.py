@@ -163,6 +163,11 @@ def _plan(config: Config, request: ResolvedRequest, options: Namespace) -> None:
             f"profile: its stages are {', '.join(made.stages.order)}, those of the configuration "
             f"{', '.join(config.stages)}; run `disagg-ray profile` with this configuration"
         )
+    for measured in profiles.values():
+        if measured.model != (model := config.model.path):
+            notes.append(
+                f"the profile is of {measured.model}, and model.path is {model}: trust it if that is one model"
+            )
     print_plan(made, options.requests)
     print("\n".join([planning.explain(made), *planning.footnotes(made), *notes]))
     base = {name: stage.parallel for name, stage in config.stages.items()}
@@ -209,7 +214,7 @@ def _read_profiles(text: str, speed: str) -> dict[str, Profile]:
     from disagg_ray.planning.profile import check_profile, read_profile
 
     found = {}
-    for part in text.split(","):
+    for part in filter(None, text.split(",")):
         kind, equals, path = part.partition("=")
         profile = read_profile(expand_home(path if equals else part))
         check_profile(profile, kind if equals else profile.kind, speed)
