@@ -74,3 +74,24 @@ def test_noise_of_each_step_follows_from_the_seed(one_thread: None, folder: Call
     stock.set_progress_bar_config(disable=True)
     torch.manual_seed(7)  # stock gives its generator to the first noise alone; this way both come from one stream
     assert np.array_equal(stock(**ASKED, max_sequence_length=64).frames[0], first)
+
+
+ROUNDED = 1000.0
+"""A shift with which UniPC's first two timesteps are the same whole number; 16, FLF2V's, does it from 64 steps on."""
+
+
+def test_first_timesteps_that_are_the_same_number_are_two_steps(
+    one_thread: None, checkpoint: Callable[[str], Path]
+) -> None:
+    path = checkpoint("tiny-t2v")
+    with LocalPipeline.from_config(
+        CONF / "tiny_t2v.yaml", f"model.path={path}", *SMALL, f"model.flow_shift={ROUNDED}"
+    ) as pipeline:
+        made = frames(pipeline)
+    stock = diffusers.WanPipeline.from_pretrained(path)
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config, flow_shift=ROUNDED)
+    generator = torch.Generator("cpu").manual_seed(7)
+    assert np.array_equal(stock(**ASKED, generator=generator, max_sequence_length=64).frames[0], made)
+    first, second, *_ = stock.scheduler.timesteps
+    assert first == second

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
-from diffusers.modular_pipelines.wan.before_denoise import WanTextInputStep
+from diffusers.modular_pipelines.wan.before_denoise import WanSetTimestepsStep, WanTextInputStep
 from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from diffusers.modular_pipelines.wan.denoise import Wan22LoopDenoiser, WanLoopAfterDenoiser, WanLoopDenoiser
 from diffusers.modular_pipelines.wan.encoders import (
@@ -155,6 +155,21 @@ class TextInput(WanTextInputStep):  # type: ignore[misc]
         return components, state
 
 
+class SetTimesteps(WanSetTimestepsStep):  # type: ignore[misc]
+    """Has the scheduler begin with its first step, as `WanPipeline` does.
+
+    Left to find it by its timestep, UniPC takes the second one where a large shift and many steps round the first two
+    to the same number, and runs out of steps.
+    """
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        components, state = super().__call__(components, state)
+        if hasattr(components.scheduler, "set_begin_index"):
+            components.scheduler.set_begin_index(0)
+        return components, state
+
+
 class Denoiser(WanLoopDenoiser):  # type: ignore[misc]
     """Does without negative embeddings when guidance is off; diffusers' demands them always."""
 
@@ -189,6 +204,8 @@ def replace_blocks(blocks: Mapping[str, Any]) -> tuple[dict[str, Any], Scheduler
                 replaced[name] = TextEncoder()
             case WanTextInputStep():
                 replaced[name] = TextInput()
+            case WanSetTimestepsStep():
+                replaced[name] = SetTimesteps()
             case WanVaeEncoderStep() | WanFirstLastFrameVaeEncoderStep():
                 replaced[name] = EncodeFrames(block)
             case WanVaeDecoderStep():
