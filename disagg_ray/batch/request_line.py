@@ -69,9 +69,9 @@ def parse(raw: bytes, folder: Path) -> Line:
 
 def _paths(name: str, value: Any, folder: Path) -> Path | list[Path]:
     """Return a field's path, or paths, as seen from a folder."""
-    if name == REFERENCES and isinstance(value, list) and all(isinstance(each, str) for each in value):
+    if name == REFERENCES and isinstance(value, list) and all(isinstance(each, str) and each for each in value):
         return [folder / expand_home(each) for each in value]
-    if name == REFERENCES or not isinstance(value, str):
+    if name == REFERENCES or not isinstance(value, str) or not value:  # nothing, which would be the folder itself
         what = "list of paths; give paths of image files" if name == REFERENCES else "path; give the path of a file"
         raise RequestError(f"{name}: {shown(value)} is no {what}")
     return folder / expand_home(value)

@@ -76,7 +76,7 @@ def check_clip(source: ImageSource, field: str) -> None:
         return
     shown = repr(str(source))
     try:
-        if not (path := expand_home(source)).is_dir():
+        if source == "" or not (path := expand_home(source)).is_dir():  # a Path of nothing is this folder
             check_image_file(source, field)
         elif not os.access(path, os.R_OK | os.X_OK):
             raise RequestError(f"{field}: {shown} may not be read by this user")
