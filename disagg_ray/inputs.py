@@ -17,7 +17,7 @@ import numpy as np
 
 from disagg_ray.config.rules import enforce
 from disagg_ray.config.schema import Config
-from disagg_ray.config.traits import aspect_rules, fit_size, reference_rules
+from disagg_ray.config.traits import aspect_rules, fit_size, reference_count_rules, reference_rules
 from disagg_ray.errors import RequestError
 from disagg_ray.media.clips import check_clip, read_frames, resize
 from disagg_ray.media.video import (
@@ -112,6 +112,7 @@ def read_inputs(request: Request, config: Config) -> Inputs:
         about |= {
             name: GivenImage(size[0], size[1], digest_pixels(pictures[name])) for name in (VIDEO, MASK) if name in given
         }
+        enforce(reference_count_rules(config.model.traits, len(images), len(video)), RequestError)
     for name in images:
         enforce(reference_rules(config.model.traits, name, about[name].height, about[name].width, size), RequestError)
     if images:
@@ -175,6 +176,9 @@ def _given(request: Request, config: Config) -> dict[str, Any]:
             raise RequestError(
                 f"invalid {REFERENCES}={shown(images)}: must be a list of 1 to {traits.max_references} images"
             )
+        if VIDEO not in given:  # whose frames are counted when it is read
+            num_frames = config.defaults.num_frames if request.num_frames is None else request.num_frames
+            enforce(reference_count_rules(traits, len(images), num_frames), RequestError)
     return given
 
 

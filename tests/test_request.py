@@ -217,6 +217,7 @@ def test_a_gif_faster_than_browsers_show_is_refused() -> None:
         (I2V, {"image": GREY, "last_image": GREY}, ("last_image: given", "i2v takes none")),
         (FLF2V, {"image": GREY}, ("last_image: none given", "flf2v needs one")),
         (FLF2V, {"last_image": GREY}, ("image: none given", "flf2v needs one")),
+        (FLF2V, {"image": GREY, "last_image": GREY, "num_frames": 1}, ("num_frames=1", "must be at least 5")),
     ],
 )
 def test_images_must_be_those_of_the_task(config: Config, given: dict[str, Any], words: Sequence[str]) -> None:

@@ -94,6 +94,7 @@ def test_an_mp4_opens_no_other_file(clips: dict[str, Path], tmp_path: Path) -> N
     ("asked", "says"),
     [
         ({"video": "none.mp4"}, "video: 'none.mp4' is not a file"),
+        ({"video": ""}, "video: '' is not a file"),
         ({"video": 3}, "video: it is a int; give the path of a video or of a folder"),
         ({"video": "."}, "video: '.' holds no images; give a folder of frames"),
         ({"video": "x.txt"}, "video: 'x.txt' cannot be read as a video; give a whole mp4"),
@@ -105,6 +106,8 @@ def test_an_mp4_opens_no_other_file(clips: dict[str, Path], tmp_path: Path) -> N
         ({"reference_images": "one.png"}, "invalid reference_images='one.png': must be a list of 1 to 4 images"),
         ({"reference_images": ["one.png"] * 5}, "must be a list of 1 to 4 images"),
         ({"reference_images": ["one.png", "no.png"]}, "reference_images[1]: 'no.png' is not a file"),
+        ({"reference_images": ["one.png"] * 3, "num_frames": 5}, "reference_images=3: must be at most 2 images, one a"),
+        ({"reference_images": ["one.png"] * 2, "video": "one.png"}, "images, one a latent frame; 1 frames of control"),
         (
             {"reference_images": ["one.png", "thin.png"]},
             "invalid reference_images[1]='900x8': must have 8 pixels a side",
@@ -191,6 +194,7 @@ def test_an_input_that_changed_is_another_request(clips: dict[str, Path], image:
 def test_lines_name_files_from_their_own_folder(clips: dict[str, Path], tmp_path: Path) -> None:
     line = {"prompt": "a", "video": "folder", "mask": "one.png", "reference_images": ["one.png", "a.gif"]}
     bad = [{"prompt": "b", "video": "gone"}, {"prompt": "c", "reference_images": "one.png"}]
+    bad += [{"prompt": "d", "video": ""}]
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join(map(json.dumps, [line, *bad])))
     faults: list[str] = []
@@ -201,7 +205,7 @@ def test_lines_name_files_from_their_own_folder(clips: dict[str, Path], tmp_path
         "video": "folder", "mask": "one.png", "reference_images[0]": "one.png", "reference_images[1]": "a.gif",
     }  # fmt: skip
     assert resolve(request, CONFIG)[0].num_frames == 5
-    assert "is not a file" in faults[0] and "is no list of paths" in faults[1]
+    assert "is not a file" in faults[0] and "is no list of paths" in faults[1] and "video: '' is no path" in faults[2]
 
 
 def test_a_second_run_notices_another_video(clips: dict[str, Path], image: Any, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def shape_rules(
             yield key, side, side >= task.least_side, f"must be at least {task.least_side}"
     if num_frames is not None:
         yield frames_check("num_frames", num_frames, task.frames_step)
+        yield "num_frames", num_frames, num_frames >= task.least_frames, f"must be at least {task.least_frames}"
     if num_steps is not None:
         ok, remedy = num_steps >= task.least_steps, f"must be at least {task.least_steps}"
         yield "num_inference_steps", num_steps, ok, remedy
@@ -57,6 +58,14 @@ def reference_rules(task: Task, name: str, height: int, width: int, size: tuple[
         ok = all(int(side * scale) >= 1 for side in given)
         remedy = f"must have {factor} pixels a side, and one of each when fitted into {size[1]}x{size[0]}; crop it"
         yield name, f"{width}x{height}", ok, remedy
+
+
+def reference_count_rules(task: Task, num_images: int, num_frames: int) -> Iterator[Check]:
+    """Yield that a control of so many frames has a latent frame for each reference image; images have no control."""
+    if task.makes == "video":
+        most = task.num_latent_frames(num_frames)
+        remedy = f"must be at most {most} images, one a latent frame; {num_frames} frames of control make {most}"
+        yield "reference_images", num_images, num_images <= most, remedy
 
 
 def fit_size(

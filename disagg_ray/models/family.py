@@ -95,6 +95,8 @@ class Task:
     frames_step: int | None = 4
     """Frames are a multiple of it and one more: a latent frame makes as many, the first one alone makes one. None: what
     is made is one image."""
+    least_frames: int = 1
+    """Frames of a video at least."""
     least_steps: int = 1
     """Denoising steps with which its schedule is a number."""
     step_caches: tuple[str, ...] = ("first_block", "mag", "taylorseer")

@@ -27,7 +27,7 @@ FAMILY = Family(
     tasks={
         "t2v": Task(step_caches=("first_block", "mag", "sea", "taylorseer")),
         "i2v": Task(images=("image",), max_aspect=MAX_ASPECT),
-        "flf2v": Task(images=("image", "last_image"), max_aspect=MAX_ASPECT),
+        "flf2v": Task(images=("image", "last_image"), least_frames=5, max_aspect=MAX_ASPECT),
         "ti2v": Task(optional_images=("image",), multiple=32),
         "vace": Task(
             optional_images=("video", "mask", "reference_images"),
