@@ -76,6 +76,7 @@ def load_image(source: ImageSource, field: str, max_pixels: int) -> Image.Image:
     """Return an image upright (EXIF rotation applied) and RGB of 8 bits; its alpha, if any, is dropped.
 
     Equal to diffusers' `load_image`, except that grey of 16 bits keeps its upper 8: there all above 255 becomes white.
+    Which colour of a palette is transparent is lost too: stock's image encoders, not its VAEs, see that one as white.
 
     Raises:
         RequestError: missing, unreadable, truncated, or larger than `max_pixels` by its header, before it is decoded.
