@@ -30,12 +30,10 @@ class Pipeline(PipelineApi):
     Joins the Ray that is there, or starts one and shuts only that down again. Installs no signal handler.
     """
 
-    def __init__(
-        self, config: Config, on_event: Callable[[Event], None] | None = None, pipeline_id: str | None = None
-    ) -> None:
+    def __init__(self, config: Config, on_event: Callable[[Event], None] | None = None) -> None:
         """Start the pipeline; `on_event` is called with every request's progress, on a thread of its own."""
         self.check(config)
-        super().__init__(pipeline_id or uuid.uuid4().hex[:8], on_event)
+        super().__init__(uuid.uuid4().hex[:8], on_event)
         admission = Admission(config.limits.max_queued, config.max_in_flight)
         self._host = EngineHost(config, self.id, admission, self.loop, self.listener)
 

@@ -33,7 +33,6 @@ MANIFEST = "manifest.jsonl"
 INVALID = "invalid.jsonl"
 """The invalid lines of the requests file, if any."""
 WORK = ".work"
-LATENTS = ".safetensors"
 
 TORN = "manifest.torn"
 """Half-written lines that crashes left."""
@@ -88,7 +87,7 @@ class Folder:
 
     def latents_of(self, name: str) -> Path:
         """Return the file that keeps a request's latents until its video is written."""
-        return self.path / WORK / f"{name}{LATENTS}"
+        return self.path / WORK / f"{name}.safetensors"
 
     def check(self) -> None:
         """Check that folder and manifest are the ones that were opened.

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from disagg_ray.driver.calls import Actor
 from disagg_ray.driver.fleet import Fleet
@@ -17,8 +16,6 @@ from disagg_ray.result import StageTiming
 from disagg_ray.scheduling.job import Assignment, Job
 from disagg_ray.scheduling.work import measure
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
-
-AttemptState = Literal["waiting", "prefetching", "running", "done", "failed", "cancelled"]
 
 
 class Attempt:
@@ -33,7 +30,7 @@ class Attempt:
     ) -> None:
         """Prepare attempt `number` (0 is the first); it goes to replicas in `avoid` only if there are no others."""
         self.number = number
-        self.state: AttemptState = "waiting"
+        self.is_over = False
         self.actor: Actor | None = None
         """The replica that it was last assigned to."""
         self.num_steps = 0
@@ -52,10 +49,6 @@ class Attempt:
         self._prefetch: asyncio.Task[None] | None = None
 
     @property
-    def is_over(self) -> bool:
-        return self.state in ("done", "failed", "cancelled")
-
-    @property
     def seconds(self) -> float:
         """Seconds since it was created."""
         return time.monotonic() - self._created
@@ -71,19 +64,14 @@ class Attempt:
         self._scheduler.push(self._job, self._created)
         try:
             actor, task = await self._wait_for_replica(make_task)
-            self.state, self.has_run = "running", True
+            self.has_run = True
             reply: Reply = await self._fleet.ask(actor, "run", task)
             self._scheduler.finish(self._job, time.monotonic(), reply.timing.compute_s + reply.timing.publish_s)
             self._fleet.note_success(actor)
-            self.state, self._task = "done", None
+            self._task = None
             return task, reply
-        except asyncio.CancelledError:
-            self.state = "cancelled"
-            raise
-        except BaseException:
-            self.state = "failed"
-            raise
         finally:
+            self.is_over = True
             self._scheduler.withdraw(self._job, time.monotonic())
             self._leave_replica()
 
@@ -100,10 +88,9 @@ class Attempt:
             if self.actor is not None and (assignment is None or assignment.replica != self.actor.id):
                 self._leave_replica()
             if assignment is None:
-                self.state = "waiting"
                 continue
             if self._task is None:
-                self.state, self.actor = "prefetching", self._fleet.actor(assignment.replica)
+                self.actor = self._fleet.actor(assignment.replica)
                 self._task = make_task()
             assert self.actor is not None
             if self._prefetch is None:  # even if it runs at once: a replica lost before `run` has computed nothing

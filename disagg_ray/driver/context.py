@@ -24,5 +24,5 @@ class RunContext:
     metrics: Metrics
     publish: Callable[[Event], None]
     """Takes what the driver itself reports of a request's progress."""
-    driver_epoch: str = ""
+    driver_epoch: str
     """Tells apart the drivers that use the same replicas one after the other."""

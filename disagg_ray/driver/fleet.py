@@ -49,7 +49,7 @@ class Fleet:
         on_outage: Callable[[StartError | None], None],
         metrics: Metrics,
         *,
-        detached: bool = False,
+        detached: bool,
     ) -> None:
         self._metrics, self._on_lost = metrics, on_lost
         self.max_starts = None if detached else MAX_STARTS

@@ -42,7 +42,7 @@ class RequestRun:
         images: Mapping[str, torch.Tensor],
         run_id: str,
         sequence: int,
-        latents_file: Path | None = None,
+        latents_file: Path | None,
     ) -> None:
         """Prepare a run; `run_id` tells it from other runs of the request, `sequence` is its place in every queue."""
         self.request = request

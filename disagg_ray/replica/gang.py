@@ -39,7 +39,7 @@ STALLS = 2
 class Gang:
     """Owns the peers of a replica; used by the thread that computes."""
 
-    def __init__(self, name: str, stage: Stage, config: Config, host: str, peer_class: type[Peer] = Peer) -> None:
+    def __init__(self, name: str, stage: Stage, config: Config, host: str) -> None:
         """Launch the peers; `host` is this node's address, at which they meet.
 
         Raises:
@@ -52,7 +52,7 @@ class Gang:
         self._alive = listen(host, self._ports, filter_of(config.transport.admit))
         """Peers are connected to it for as long as this process lives."""
         remote: Any = ray.remote
-        actor = remote(type(f"{stage.name.capitalize()}Rank", (peer_class,), {}))
+        actor = remote(type(f"{stage.name.capitalize()}Rank", (Peer,), {}))
         settings, bundles = config.stages[stage.name], ray.util.get_current_placement_group()
         assert bundles is not None, "the driver launches rank 0 in its gang's bundles"
         self._peers = [
