@@ -281,6 +281,12 @@ def test_every_rank_of_a_gang_on_the_cpu_holds_the_weights() -> None:
     assert measure(load_config(T2V, "stages.transformer.parallel.cfg=2")).stages[1].num_ranks == 2
 
 
+def test_replicas_of_every_group_count() -> None:
+    groups = ("fast.num_gpus=1", "fast.replicas=2", "slow.num_gpus=0.5")
+    transformer = measure(load_config(T2V, *(f"stages.transformer.groups.{key}" for key in groups))).stages[1]
+    assert (transformer.replicas, transformer.num_gpus, transformer.on_gpu) == (3, 0.5, True)
+
+
 def test_stages_on_the_cpu_and_copies_of_gpu_pools_take_host_memory() -> None:
     assert check_host_memory(need(weights=GB, num_gpus=0), 4 * GB).status == "fail"  # 2 x (1 + 1) + 1 of the driver
     assert check_host_memory(need(weights=GB), 4 * GB).status == "ok"  # 2 x 1 + 1

@@ -23,6 +23,7 @@ class Need:
     stage: str
     replicas: int
     num_gpus: float
+    """Of groups, the least that one on GPUs has."""
     on_gpu: bool
     weight_bytes: int | None
     """None: the weights are not on this machine yet."""
@@ -80,11 +81,12 @@ def _need(config: Config, stage: Stage) -> Need:
     settings, limits = config.stages[stage.name], config.limits
     pool, video = pool_bytes(config, stage), limits.max_frames * frame_bytes(limits.max_pixels)
     num_videos = MAX_VIDEOS + 1 if FRAMES in stage.ports.outputs else 0  # those that wait, and one that is copied
-    on_gpu = settings.torch_device == "cuda"
-    num_ranks = max(group.parallel.size for group in settings.replica_groups.values())
-    weights = stage.weight_bytes()
+    groups = settings.replica_groups.values()
+    num_gpus = [group.num_gpus for group in groups if group.torch_device == "cuda"]
+    num_ranks, weights = max(group.parallel.size for group in groups), stage.weight_bytes()
     return Need(
-        stage.name, settings.replicas, settings.num_gpus, on_gpu, weights, pool, num_videos * video, num_ranks
+        stage.name, settings.num_replicas, min(num_gpus, default=0.0), bool(num_gpus), weights, pool,
+        num_videos * video, num_ranks,
     )  # fmt: skip
 
 
