@@ -199,14 +199,14 @@ class Fleet:
         """Note that a replica computed something."""
         if (runner := self._serving.get(actor.id)) is not None:
             runner.backoff.num_failures = 0
-        self._replace_broken(actor.stage, self._ledgers[actor.stage].succeed(actor.id))
+        self._replace_broken(self._ledgers[actor.stage].succeed(actor.id))
 
     def note_failure(self, actor: Actor, request: str, elsewhere: AbstractSet[str], error: DisaggError) -> None:
         """Note that a living replica failed a request, which had failed at others before."""
         broken = self._ledgers[actor.stage].fail(actor.id, request, elsewhere)
-        self._replace_broken(actor.stage, broken, f", the last with: {error}")
+        self._replace_broken(broken, f", the last with: {error}")
 
-    def _replace_broken(self, stage: str, broken: list[str], detail: str = "") -> None:
+    def _replace_broken(self, broken: list[str], detail: str = "") -> None:
         for actor in map(self.actor, broken):
             self.replace(actor, f"{actor.name}: it failed {MAX_IN_A_ROW} requests in a row{detail}")
 

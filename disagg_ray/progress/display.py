@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import Literal, Protocol, TextIO
 
 from disagg_ray.progress.bars import Bars, fit
@@ -63,9 +62,7 @@ class Display:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._mode != "quiet":
             self._closing.set()
             self._thread.join()

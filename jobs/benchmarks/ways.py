@@ -23,8 +23,8 @@ from disagg_ray import Pipeline, Request, Result
 from disagg_ray.config.load import load_config
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.schema import Config
+from disagg_ray.driver.handle import Handle
 from disagg_ray.errors import Cancelled, DisaggError
-from disagg_ray.pipeline import Handle
 from disagg_ray.planning.layouts import CPU, Layout, Stages, layouts, to_settings, to_yaml
 
 STOCK = "stock diffusers"
