@@ -162,6 +162,11 @@ class ResolvedRequest:
         return max(self.guidance_scale, self.sound_guidance_scale) > 1
 
     @property
+    def num_passes(self) -> int:
+        """Forward passes of the transformer: as many as steps, twice that with CFG."""
+        return self.num_inference_steps * (2 if self.guided else 1)
+
+    @property
     def sound_guidance_scale(self) -> float:
         return self.audio_guidance_scale or self.guidance_scale  # as in diffusers
 

@@ -154,8 +154,7 @@ def _plan(config: Config, request: ResolvedRequest, options: Namespace) -> None:
 
     gpus, profiles = planning.parse_gpus(options.gpus), _read_profiles(options.profile, config.speed)
     hardware = planning.equip(gpus, profiles, _parse_factors(options.factors))
-    passes = request.num_inference_steps * (2 if request.guided else 1)
-    load = Load(request.height, request.width, request.num_frames, passes)
+    load = Load(request.height, request.width, request.num_frames, request.num_passes)
     gangs, notes = _choose_gangs(config, request, hardware)
     made = planning.make_plan(hardware, load, options.requests, gangs, options.aim)
     if set(made.stages.order) != set(config.stages):

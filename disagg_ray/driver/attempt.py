@@ -13,8 +13,7 @@ from disagg_ray.driver.fleet import Fleet
 from disagg_ray.replica.messages import Reply, Task
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import StageTiming
-from disagg_ray.scheduling.job import Assignment, Job
-from disagg_ray.scheduling.work import measure
+from disagg_ray.scheduling.job import Assignment, Job, measure
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
 
 

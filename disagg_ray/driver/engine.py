@@ -34,7 +34,7 @@ from disagg_ray.replica.messages import DriverInfo, Health, ReplicaInfo
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.scheduling.admission import Admission
-from disagg_ray.scheduling.work import measure
+from disagg_ray.scheduling.job import measure
 from disagg_ray.transfer.sockets import filter_of
 
 logger = logging.getLogger("disagg_ray")

@@ -34,8 +34,7 @@ class Case:
     @property
     def load(self) -> Load:
         request = self.request
-        passes = request.num_inference_steps * (2 if request.guided else 1)
-        return Load(request.height, request.width, request.num_frames, passes)
+        return Load(request.height, request.width, request.num_frames, request.num_passes)
 
     def of_stage(self, stage: str, graph: Graph) -> Case:
         """Return the case with the inputs of one stage alone."""

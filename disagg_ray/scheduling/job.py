@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from disagg_ray.request import ResolvedRequest
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -21,7 +23,7 @@ class Job:
 
     request_id: str
     work: float
-    """Frames x pixels x steps, or what else seconds grow with."""
+    """In units that seconds grow with (`measure`)."""
     shape: Hashable
     """Jobs of equal shape take equally long on like hardware."""
     priority: int
@@ -35,3 +37,10 @@ class Job:
     """Replicas that failed it: it goes to others as long as the stage has any."""
     place: Assignment | None = None
     """None: it waits. Set by the scheduler alone."""
+
+
+def measure(request: ResolvedRequest, blocks: list[str]) -> tuple[float, tuple[int, ...]]:
+    """Return the work and the shape of a stage's job, by its blocks; work is in pixels x frames x passes."""
+    passes = request.num_passes if "denoise" in blocks else 1
+    shape = (request.height, request.width, request.num_frames, passes)
+    return float(request.height * request.width * request.num_frames * passes), shape

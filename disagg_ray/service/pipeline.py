@@ -25,7 +25,7 @@ from disagg_ray.progress.events import Event
 from disagg_ray.progress.listener import Listener
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.scheduling.admission import Admission
-from disagg_ray.scheduling.work import measure
+from disagg_ray.scheduling.job import measure
 from disagg_ray.service.autoscale import Load, Scaler
 from disagg_ray.service.changes import changed, resized, scaled
 from disagg_ray.service.protocol import StageState
