@@ -174,13 +174,17 @@ def _check_storage(settings: Settings) -> None:
 
 
 def keys(argv: Sequence[str]) -> int:
-    """Add, list or remove the keys of an HTTP service; a key is printed once and kept as a digest."""
+    """Add, list or remove the keys of an HTTP service; a key is printed once and kept as a digest.
+
+    A day is the last 24 hours; what failed does not count, what was cancelled or deleted does.
+    """
     parser = Parser(prog="disagg-ray keys", description=keys.__doc__)
     parser.add_argument("action", choices=("add", "list", "remove"))
     parser.add_argument("name", nargs="?", metavar="NAME", help="of a tenant: what is asked for with a key is its own")
     parser.add_argument("--file", required=True, type=expand_home, help="the file that service.api_keys names")
     parser.add_argument("--in-flight", dest="max_in_flight", type=int, metavar="N", help="most unfinished jobs at once")
     parser.add_argument("--seconds-a-day", type=float, metavar="SECONDS", help="most seconds of video within a day")
+    parser.add_argument("--images-a-day", type=int, metavar="N", help="most images within a day")
     parser.add_argument("--priority", type=int, help="added to that of its requests")
     options = parser.parse_args(argv)
     from disagg_ray.http.keys import LIMITS, Key, add_key, read_keys, remove_key
@@ -198,7 +202,7 @@ def keys(argv: Sequence[str]) -> int:
     else:
         for key in (found := read_keys(options.file, "--file")):
             print(f"{key.name}: in flight {key.max_in_flight or 'any'}, seconds a day {key.seconds_a_day or 'any'}, "
-                  f"priority {key.priority}")  # fmt: skip
+                  f"images a day {key.images_a_day or 'any'}, priority {key.priority}")  # fmt: skip
         if not found:
             print(f"{options.file} {'has no key' if options.file.exists() else 'is not there'}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import uuid
@@ -18,20 +17,18 @@ from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
 from disagg_ray.http.clock import steady_now
 from disagg_ray.http.files import Folder, file_of, name_of, thumbnail_of
 from disagg_ray.http.keys import Key, Keys
+from disagg_ray.http.limits import check_limits
 from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.queues import Queues
 from disagg_ray.http.repeat import repeat
 from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
-from disagg_ray.http.store import ENDED, UNFINISHED, Accepting, Job, Store
+from disagg_ray.http.store import ENDED, UNFINISHED, Job, Store
 from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
 
 KEEP_HOUSE_S = 0.5
-UNKNOWN_RETRY_S = 10
-"""Until one job has finished, which tells how long one takes."""
-MAX_RETRY_S = 3600
 
 
 class Jobs:
@@ -109,37 +106,29 @@ class Jobs:
         try:
             for place, upload in uploads.items():
                 self.folder.write(images[place], upload.data)
-            with self.store.accepting(key.name) as accepting:
-                if idempotency_key is not None and (before := accepting.find(idempotency_key)):
-                    self.folder.remove(*images.values())
-                    return repeated(before, made_of)
-                self._check_limits(accepting, key, job, runner)
-                accepting.add(job)
+            before = self._add(job, key, runner)
         except (ApiError, OutputError):
             self.folder.remove(*images.values())
             raise
         except SQLAlchemyError:  # a connection that broke may have written the row all the same
             self._doubtful[job_id] = images
             raise
+        if before is not None:
+            self.folder.remove(*images.values())
+            return repeated(before, made_of)
         self.metrics.accepted(key.name)
         runner.run(job)
         return job
 
-    def _check_limits(self, accepting: Accepting, key: Key, job: Job, runner: Runner) -> None:
-        """Refuse a job when the queue or what its key may have is full."""
-        limit = runner.config.limits.max_queued
-        if accepting.count(job.model) >= limit:
-            raise self._overloaded(runner, f"{job.model}: {limit} jobs are unfinished", "queue_full")
-        if key.max_in_flight is not None and accepting.in_flight() >= key.max_in_flight:
-            raise self._overloaded(runner, f"{key.max_in_flight} jobs of this key are unfinished", "too_many_in_flight")
-        if key.seconds_a_day is not None and accepting.seconds_today() + job.length_s > key.seconds_a_day:
-            message = f"{key.seconds_a_day:g} seconds of video a day are this key's limit; ask for less, or tomorrow"
-            raise ApiError(429, message, code="daily_limit", headers={"Retry-After": str(MAX_RETRY_S)})
-
-    def _overloaded(self, runner: Runner, message: str, code: str) -> ApiError:
-        seconds = self.queues.seconds_each(runner.model)
-        retry = min(MAX_RETRY_S, max(1, math.ceil(seconds if seconds is not None else UNKNOWN_RETRY_S)))
-        return ApiError(429, f"{message}; try again in {retry} s", code=code, headers={"Retry-After": str(retry)})
+    def _add(self, job: Job, key: Key, runner: Runner) -> Job | None:
+        """Write the row of a job; if its Idempotency-Key made one before, return that instead."""
+        seconds_each = self.queues.seconds_each(runner.model)
+        with self.store.accepting(key.name) as accepting:
+            if job.idempotency_key is not None and (before := accepting.find(job.idempotency_key)):
+                return before
+            check_limits(accepting, key, job, runner.config.limits.max_queued, seconds_each)
+            accepting.add(job)
+        return None
 
     def runner(self, model: str | None) -> Runner:
         """Return what runs a model's jobs; None is the only one.

@@ -27,7 +27,10 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 SESSION = "local"
 """Name of the key that `disagg-ray serve` prints."""
 SERVICE_KEY = "service.api_keys"
-LIMITS = {"max_in_flight": "--in-flight", "seconds_a_day": "--seconds-a-day", "priority": "--priority"}
+LIMITS = {
+    "max_in_flight": "--in-flight", "seconds_a_day": "--seconds-a-day", "images_a_day": "--images-a-day",
+    "priority": "--priority",
+}  # fmt: skip
 """Fields of a key, and what gives them on the command line."""
 WAIT_S = 10.0
 """For another process that changes the same file."""
@@ -44,6 +47,8 @@ class Key:
     """Most unfinished jobs at once; None: no limit."""
     seconds_a_day: float | None = None
     """Most seconds of video within a day; None: no limit."""
+    images_a_day: int | None = None
+    """Most images within a day; None: no limit."""
     priority: int = 0
     """Added to that of its requests."""
 
@@ -165,7 +170,7 @@ def _state_of(file: Path) -> tuple[int, ...] | None:
 
 def _find_wrong(key: Key) -> tuple[str, str] | None:
     """Return the first field that is impossible, and what it must be; None: none is."""
-    name, most, seconds = key.name, key.max_in_flight, key.seconds_a_day
+    name, seconds = key.name, key.seconds_a_day
     rules: dict[str, tuple[bool, str]] = {
         "name": (
             isinstance(name, str) and NAME.fullmatch(name) is not None and name != SESSION,
@@ -173,7 +178,8 @@ def _find_wrong(key: Key) -> tuple[str, str] | None:
             f"is the key that `disagg-ray serve` prints",
         ),
         "sha256": (isinstance(key.sha256, str) and DIGEST.fullmatch(key.sha256) is not None, "must be a digest"),
-        "max_in_flight": (most is None or (type(most) is int and most >= 1), "must be at least 1"),
+        "max_in_flight": (_is_count(key.max_in_flight), "must be at least 1"),
+        "images_a_day": (_is_count(key.images_a_day), "must be at least 1"),
         "seconds_a_day": (
             seconds is None or (type(seconds) in (int, float) and 0 < seconds < math.inf),
             "must be a positive number",
@@ -184,6 +190,10 @@ def _find_wrong(key: Key) -> tuple[str, str] | None:
         ),
     }
     return next(((field, must) for field, (is_right, must) in rules.items() if not is_right), None)
+
+
+def _is_count(most: object) -> bool:
+    return most is None or (type(most) is int and most >= 1)
 
 
 def add_key(file: Path, key: Key) -> str:

@@ -183,10 +183,13 @@ class Store:
 
     @contextmanager
     def accepting(self, tenant: str) -> Iterator[Accepting]:
-        """Give what counts a tenant's jobs and adds one, no other of the tenant's coming between."""
+        """Give what counts a tenant's jobs and adds one, no other of any process coming between.
+
+        Ask for nothing else of the database meanwhile: those who wait for this hold all its connections.
+        """
         with self._writing() as connection:
             if not self._is_sqlite:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(tenant))))
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCKS)))
             yield Accepting(connection, tenant)
 
     def change(self, job_id: str, before: Sequence[Status], **values: Any) -> bool:
@@ -255,11 +258,19 @@ class Accepting:
 
     def seconds_today(self) -> float:
         """Return the seconds of video that were accepted of the tenant within a day."""
+        return float(self._today(sa.func.sum(JOBS.c.length_s)))
+
+    def images_today(self) -> int:
+        """Return how many images were accepted of the tenant within a day."""
+        return int(self._today(sa.func.count(), JOBS.c.length_s == 0.0))
+
+    def _today(self, what: sa.ColumnElement[Any], *which: sa.ColumnElement[bool]) -> Any:
+        """Return an aggregate over the tenant's jobs of a day, those that failed left out; 0 over none."""
         since = time.time() - DAY_S
-        query = sa.select(sa.func.sum(JOBS.c.length_s)).where(
-            JOBS.c.tenant == self.tenant, JOBS.c.created_at > since, JOBS.c.status != "failed"
+        query = sa.select(what).where(
+            JOBS.c.tenant == self.tenant, JOBS.c.created_at > since, JOBS.c.status != "failed", *which
         )
-        return float(self.connection.execute(query).scalar() or 0.0)
+        return self.connection.execute(query).scalar() or 0
 
     def find(self, idempotency_key: str) -> Job | None:
         query = sa.select(JOBS).where(JOBS.c.tenant == self.tenant, JOBS.c.idempotency_key == idempotency_key)
