@@ -28,10 +28,10 @@ def read(body: str, kind: str) -> tuple[CreateVideo, dict[str, Any]]:
     return asyncio.run(read_body(Request(scope, receive), CreateVideo))
 
 
-def read_form(*parts: tuple[str, str]) -> tuple[CreateVideo, dict[str, Any]]:
+def read_form(*parts: tuple[str, str], end: str = "--x--\r\n") -> tuple[CreateVideo, dict[str, Any]]:
     head = 'Content-Disposition: form-data; name="'
     text = "".join(f'--x\r\n{head}{name}"\r\n\r\n{value}\r\n' for name, value in (("prompt", "a cat"), *parts))
-    return read(f"{text}--x--\r\n", "multipart/form-data; boundary=x")
+    return read(f"{text}{end}", 'multipart/form-data; boundary="x"')
 
 
 @pytest.mark.parametrize("parts", [(FILE, LINK), (LINK, FILE), (LINK, LINK), (FILE, FILE)])
@@ -42,6 +42,19 @@ def test_a_file_that_is_given_twice_is_refused(parts: tuple[tuple[str, str], ...
 
 def test_a_file_or_a_url_of_one_is_read() -> None:
     assert [read_form(part)[1]["image"].data for part in (FILE, LINK)] == [b"a file", b"another"]
+
+
+@pytest.mark.parametrize("end", ["", "--x", "--x\r\nContent-Disposition: form-data", "--"])
+def test_a_form_that_ends_early_is_refused(end: str) -> None:
+    with pytest.raises(ApiError, match="body: the form ends early"):
+        read_form(FILE, end=end)
+    with pytest.raises(ApiError, match="body: the form ends early"):
+        read("", "multipart/form-data; boundary=x")
+
+
+@pytest.mark.parametrize("end", ["--x--", "--x--\r\nan epilogue"])
+def test_a_form_that_ends_is_whole(end: str) -> None:
+    assert read_form(FILE, end=end)[1]["image"].data == b"a file"
 
 
 def test_a_json_field_that_is_given_twice_is_refused() -> None:

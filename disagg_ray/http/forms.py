@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from typing import Any, TypeVar
+from email.message import Message as Headers
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -15,8 +16,13 @@ from disagg_ray.http.bodies import FILES, LISTS, Upload, place_of, upload_of
 from disagg_ray.http.schema import ApiError, explain
 from disagg_ray.text import find_repeated, shown
 
+if TYPE_CHECKING:
+    from starlette.types import Message
+
 MAX_FILES = 64
 """Of one form; how many a model takes, it says."""
+TAIL_BYTES = 1024
+"""Of a form, in which its end stands."""
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -78,9 +84,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 async def _read_form(request: Request, model: type[BaseModel], uploads: dict[str, Upload]) -> dict[str, Any]:
     """Return a form's fields; files go into `uploads`."""
     given: dict[str, Any] = {}
-    parsed = request.form(max_files=MAX_FILES, max_fields=64, max_part_size=request.app.state.max_bytes)
+    tail = b""
+
+    async def receive() -> Message:
+        nonlocal tail
+        message = await request.receive()
+        tail = (tail + message.get("body", b"")[-TAIL_BYTES:])[-TAIL_BYTES:]
+        return message
+
+    watched = Request(request.scope, receive)
+    parsed = watched.form(max_files=MAX_FILES, max_fields=64, max_part_size=request.app.state.max_bytes)
     try:
         async with parsed as form:
+            _check_end(request.headers["content-type"], tail)
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     await _take_file(name, value, model, given, uploads)
@@ -91,6 +107,15 @@ async def _read_form(request: Request, model: type[BaseModel], uploads: dict[str
     except HTTPException as error:
         raise ApiError(400, f"body: {error.detail}") from error
     return given
+
+
+def _check_end(kind: str, tail: bytes) -> None:
+    """Refuse a form of parts whose last bytes lack its end: what was cut off would be left out unseen."""
+    header = Headers()
+    header["Content-Type"] = kind
+    boundary = header.get_boundary()
+    if boundary is not None and f"--{boundary}--".encode("latin-1", "replace") not in tail:
+        raise ApiError(400, "body: the form ends early; send it whole")
 
 
 async def _take_file(
