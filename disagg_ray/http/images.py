@@ -67,7 +67,7 @@ async def _make(
         job = await _finish(request, jobs, key, job)
     finally:
         if not job.is_finished and idempotency_key is None:  # nobody is left who could ask for it
-            jobs.abandon(job)
+            jobs.upkeep.abandon(job)
     if job.status != "completed":
         code = job.error_code or ("cancelled" if job.is_finished else "gone")
         message = job.error_message or "the image was cancelled or deleted before it was finished"

@@ -1,13 +1,11 @@
-"""What an HTTP service does: accept jobs, say how they are, cancel and delete them, and keep house."""
+"""What an HTTP service does: accept jobs, say how they are, cancel and delete them."""
 
 from __future__ import annotations
 
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,15 +18,13 @@ from disagg_ray.http.keys import Key, Keys
 from disagg_ray.http.limits import check_limits
 from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.queues import Queues
-from disagg_ray.http.repeat import repeat
 from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
 from disagg_ray.http.store import ENDED, UNFINISHED, Job, Store
+from disagg_ray.http.upkeep import Upkeep
 from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
-
-KEEP_HOUSE_S = 0.5
 
 
 class Jobs:
@@ -53,26 +49,12 @@ class Jobs:
             for model, config in configs.items()
         }
         self.queues = Queues(self.store, self.runners)
-        self._abandoned = deque[str]()
-        """Jobs to cancel."""
-        self._doubtful: dict[str, dict[str, str]] = {}
-        """Uploads by job, of jobs that the database failed to accept."""
-        self._closing = threading.Event()
-        self._resume(self.queues.read())
-        keep = partial(repeat, "keeping house", self._tidy, lambda: KEEP_HOUSE_S, self._closing)
-        self._housekeeper = threading.Thread(target=keep, daemon=True)
-        self._housekeeper.start()
-
-    def _resume(self, unfinished: list[Job]) -> None:
-        """Run what workers of our numbers left; take numbers over whose process is gone."""
-        for job in unfinished:
-            if self.workers.take(job.worker) and job.model in self.runners:
-                self.runners[job.model].run(job)
+        self.upkeep = Upkeep(settings.service, self.store, self.folder, self.runners, self.queues, self.metrics)
+        self.upkeep.start()
 
     def close(self) -> None:
         """Give running jobs `grace_s`, then leave the others to the next process."""
-        self._closing.set()
-        self._housekeeper.join()
+        self.upkeep.close()
         grace = [self.settings.grace_s]
         closing = [threading.Thread(target=runner.close, args=grace) for runner in self.runners.values()]
         for thread in closing:
@@ -111,7 +93,7 @@ class Jobs:
             self.folder.remove(*images.values())
             raise
         except SQLAlchemyError:  # a connection that broke may have written the row all the same
-            self._doubtful[job_id] = images
+            self.upkeep.doubt(job)
             raise
         if before is not None:
             self.folder.remove(*images.values())
@@ -196,11 +178,10 @@ class Jobs:
         """Delete a job and its files; one that runs is cancelled. Return it."""
         job = self.find(key, job_id)
         gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
-        if job.is_finished:
-            self.folder.remove_all_of(job)  # first, for a full disk has no room for the row's change
+        self.folder.remove_all_of(job)  # first: what fails may be asked again; a full disk gets room for the row
         self.store.change(job_id, (*UNFINISHED, *ENDED), status="deleted", **gone)
         self._cancel_here(job)
-        self.folder.remove_all_of(job)
+        self.folder.remove_all_of(job)  # what was made meanwhile
         return job
 
     def remix(self, key: Key, job_id: str, prompt: str, idempotency_key: str | None) -> Job:
@@ -242,49 +223,3 @@ class Jobs:
     def subscribe(self, job: Job, receive: Callable[[Job], None]) -> Callable[[], None]:
         runner = self.runners.get(job.model)
         return runner.subscribe(job.id, receive) if runner is not None else lambda: None
-
-    def abandon(self, job: Job) -> None:
-        """Cancel a job soon that nobody waits for any more; returns at once, and may be called on an event loop."""
-        self._abandoned.append(job.id)
-
-    def _tidy(self) -> None:
-        """Remove files that are not to stay, write progress, end late jobs, take over those of dead processes."""
-        self.metrics.flush()
-        self._expire(steady_now())
-        self._settle()
-        self.workers.keep()
-        for runner in self.runners.values():
-            runner.flush()
-        unfinished = self.queues.read()
-        for job in unfinished:
-            if job.model not in self.runners or job.worker not in self.workers.numbers:
-                continue
-            runner = self.runners[job.model]
-            limit_s = runner.config.cluster.start_timeout_s
-            if job.deadline_at is not None and steady_now() > job.deadline_at:
-                runner.fail_late(job, "deadline_exceeded", "not finished within deadline_s")
-            elif runner.link.lost_s > limit_s:
-                runner.fail_late(job, "service_lost", f"the service has been away for {limit_s:g} s")
-            elif job.status == "cancelling":
-                runner.cancel(job.id)
-        self._resume(unfinished)
-        self.store.forget_deleted(time.time())
-        self.metrics.queue({model: sum(job.model == model for job in unfinished) for model in self.runners})
-
-    def _expire(self, now: float) -> None:
-        """Remove files that are not to stay, even if the change fails: they make room for the next try's."""
-        for job in self.store.expired(now, self.settings.service.max_bytes):
-            try:
-                self.store.change(job.id, ENDED, num_bytes=0, expires_at=min(job.expires_at or now, now))
-            finally:
-                self.folder.remove_all_of(job)
-
-    def _settle(self) -> None:
-        """Cancel what was abandoned, and remove the uploads of jobs that are in no row."""
-        while self._abandoned:
-            self.store.change(self._abandoned[0], UNFINISHED, status="cancelling")
-            self._abandoned.popleft()
-        for job_id in list(self._doubtful):
-            if self.store.get(job_id) is None:
-                self.folder.remove(*self._doubtful[job_id].values())
-            del self._doubtful[job_id]

@@ -85,6 +85,11 @@ class Runner:
             live = self._lives.get(job.id)
             return live.view(job, self.pace) if live is not None else job
 
+    def job_ids(self) -> list[str]:
+        """Return the jobs that wait or run here."""
+        with self._lock:
+            return list(self._lives)
+
     def subscribe(self, job_id: str, receive: Callable[[Job], None]) -> Callable[[], None]:
         """Have `receive` called, on some thread, for every event of a job; return what ends that."""
         with self._lock:
@@ -254,10 +259,7 @@ class Runner:
     def _end(self, job: Job, status: str, **values: object) -> bool:
         """Write how a job ended, unless it has ended already; return whether it had not."""
         before = ("cancelling",) if status == "cancelled" else UNFINISHED
-        ended: dict[str, object] = {"status": status, "completed_at": time.time()}
-        if self._expires_after_s is not None and (job.images or status == "completed"):
-            ended["expires_at"] = steady_now() + self._expires_after_s
-        done = self._store.change(job.id, before, **ended, **values)
+        done = self._store.change(job.id, before, **end_of(job, status, self._expires_after_s), **values)
         with self._lock:
             live = self._lives.pop(job.id, None)
         self._tries.pop(job.id, None)
@@ -274,3 +276,11 @@ class Runner:
         self._fail(job, code, message)
         if live is not None and live.handle is not None:
             live.handle.cancel()
+
+
+def end_of(job: Job, status: str, expires_after_s: float | None) -> dict[str, object]:
+    """Return the columns of a job that ends now."""
+    ended: dict[str, object] = {"status": status, "completed_at": time.time()}
+    if expires_after_s is not None and (job.images or status == "completed"):
+        ended["expires_at"] = steady_now() + expires_after_s
+    return ended
