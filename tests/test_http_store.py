@@ -12,7 +12,7 @@ import helpers
 import pytest
 
 from disagg_ray.errors import ConfigError
-from disagg_ray.http.store import UNFINISHED, Job, Store
+from disagg_ray.http.store import DAY_S, UNFINISHED, Job, Store
 
 SETTINGS = {"num_frames": 16, "fps": 16, "priority": 0}
 
@@ -68,6 +68,18 @@ def test_pages_follow_each_other_though_jobs_came_at_one_time(store: Store) -> N
     first = store.page(tenant, None, 3, ascending=True)
     rest = store.page(tenant, first[-1], 3, ascending=True)
     assert [job.id for job in first + rest] == made
+
+
+def test_a_page_goes_on_after_a_job_that_was_deleted_since_however_old(store: Store) -> None:
+    tenant = f"t{time.time_ns()}"
+    newer, older = (add(store, name, tenant, created_at=created) for name, created in (("b", 2.0), ("a", 1.0)))
+    assert store.delete(newer.id)
+    store.forget_deleted(time.time())
+    last = store.cursor(newer.id, tenant)
+    assert last is not None and store.cursor(newer.id, "other") is None
+    assert store.page(tenant, last, 3, ascending=False) == [older]
+    store.forget_deleted(time.time() + DAY_S)
+    assert store.cursor(newer.id, tenant) is None
 
 
 def test_two_posts_of_one_idempotency_key_at_once_make_one_job(store: Store) -> None:

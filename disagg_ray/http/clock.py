@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 
 OFFSET_S = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+"""Taken once: when the wall clock moves, a process cannot tell whether it was put right or wrong. To follow it, what is
+stored would have to move too, and a row does not say which process, with which offset, wrote its times."""
 
 
 def steady_now() -> float:

@@ -6,7 +6,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -21,7 +20,7 @@ from disagg_ray.http.queues import Queues
 from disagg_ray.http.runner import Runner
 from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, to_video
 from disagg_ray.http.settings import Settings
-from disagg_ray.http.store import ENDED, UNFINISHED, Job, Store
+from disagg_ray.http.store import UNFINISHED, Job, Store
 from disagg_ray.http.upkeep import Upkeep
 from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
@@ -177,9 +176,8 @@ class Jobs:
     def delete(self, key: Key, job_id: str) -> Job:
         """Delete a job and its files; one that runs is cancelled. Return it."""
         job = self.find(key, job_id)
-        gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
         self.folder.remove_all_of(job)  # first: what fails may be asked again; a full disk gets room for the row
-        self.store.change(job_id, (*UNFINISHED, *ENDED), status="deleted", **gone)
+        self.store.delete(job_id)
         self._cancel_here(job)
         self.folder.remove_all_of(job)  # what was made meanwhile
         return job

@@ -71,8 +71,8 @@ def list_videos(
     jobs: WithJobs, key: WithKey, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:  # fmt: skip
-    """List one's jobs, a page after a job's id."""
-    last = jobs.store.get(after, key.name) if after is not None else None
+    """List one's jobs, a page after a job's id, be it that of one deleted within a day."""
+    last = jobs.store.cursor(after, key.name) if after is not None else None
     if after is not None and last is None:
         raise ApiError(400, f"after: there is no job {shown(after)}", param="after")
     found = jobs.store.page(key.name, last, limit + 1, ascending=order == "asc")

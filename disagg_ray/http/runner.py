@@ -120,7 +120,6 @@ class Runner:
                 job.id: {
                     "progress": job.progress,
                     "status": status,
-                    "started_at": job.started_at or time.time(),
                     "stages": job.stages,
                 }
                 for job in updates

@@ -7,22 +7,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
 from disagg_ray.config.traits import FORMATS
-from disagg_ray.errors import ConfigError
+from disagg_ray.http.database import opening
 from disagg_ray.http.workers import LOCKS, Workers
-from disagg_ray.text import mask, printable
 
 Status = Literal["queued", "in_progress", "cancelling", "completed", "failed", "cancelled", "deleted"]
 UNFINISHED: tuple[Status, ...] = ("queued", "in_progress", "cancelling")
 ENDED: tuple[Status, ...] = ("completed", "failed", "cancelled")
-BUSY_S = 30.0
-"""How long SQLite waits for another process that writes."""
 DAY_S = 86400.0
 
 
@@ -50,7 +46,6 @@ class Job:
     """Of the video, as it is made; an image has none."""
     status: Status = "queued"
     progress: int = 0
-    started_at: float | None = None
     completed_at: float | None = None
     deadline_at: float | None = None
     expires_at: float | None = None
@@ -111,20 +106,11 @@ class Store:
         Raises:
             ConfigError: the URL is none, or the database cannot be reached.
         """
-        try:
-            self._is_sqlite = sa.make_url(url).get_backend_name() == "sqlite"
-            self._engine = sa.create_engine(url, pool_pre_ping=not self._is_sqlite)
-            if self._is_sqlite:
-                Path(self._engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
-                _set_up_sqlite(self._engine)
+        with opening(url) as self._engine:
+            self._is_sqlite = self._engine.dialect.name == "sqlite"
             self._turn = threading.Lock() if self._is_sqlite else nullcontext()
             """Of threads that write: they would wait longer for SQLite, which looks again after up to 0.1 s."""
             self._create_table()
-        except (sa.exc.SQLAlchemyError, OSError, ImportError) as error:
-            raise ConfigError(
-                f"invalid service.database={mask(url)!r}: {printable(str(error).partition(chr(10))[0])}; must be a "
-                f"URL such as sqlite:////path/jobs.db or postgresql://user@host/name, which can be reached and written"
-            ) from error
         self.workers = Workers(self._engine)
 
     def _create_table(self) -> None:
@@ -156,6 +142,13 @@ class Store:
         with self._engine.connect() as connection:
             row = connection.execute(GET, {"job_id": job_id, "tenant_or_none": tenant}).first()
         return Job(*row) if row is not None else None
+
+    def cursor(self, job_id: str, tenant: str) -> Job | None:
+        """Return a job of a tenant after which a page goes on: also one that was deleted within a day."""
+        if "\0" in job_id:
+            return None
+        found = self._select(sa.select(JOBS).where(JOBS.c.id == job_id, JOBS.c.tenant == tenant))
+        return found[0] if found else None
 
     def page(self, tenant: str, after: Job | None, limit: int, *, ascending: bool) -> list[Job]:
         """Return a tenant's jobs in order of their making, from after one."""
@@ -196,6 +189,11 @@ class Store:
         """Set columns of a job that has one of these statuses; return whether it had."""
         return self.change_all({job_id: values}, before) == 1
 
+    def delete(self, job_id: str) -> bool:
+        """Mark a job as deleted, and forget what was asked for; its row counts for the limits of a day, and pages."""
+        gone: dict[str, Any] = {"prompt": "", "images": {}, "idempotency_key": None, "num_bytes": 0}
+        return self.change(job_id, (*UNFINISHED, *ENDED), status="deleted", completed_at=time.time(), **gone)
+
     def change_all(self, values: Mapping[str, Mapping[str, Any]], before: Sequence[Status]) -> int:
         """Set columns of several jobs at once, of those that have one of these statuses; return how many had."""
         with self._writing() as connection:
@@ -225,9 +223,9 @@ class Store:
         return late + [job for job in excess if job not in late]
 
     def forget_deleted(self, now: float) -> None:
-        """Remove rows of jobs that were deleted, once they count for no limit of a day."""
+        """Remove rows of jobs that were deleted over a day ago."""
         with self._writing() as connection:
-            connection.execute(sa.delete(JOBS).where(JOBS.c.status == "deleted", JOBS.c.created_at < now - DAY_S))
+            connection.execute(sa.delete(JOBS).where(JOBS.c.status == "deleted", JOBS.c.completed_at < now - DAY_S))
 
     def check(self) -> None:
         """Raise `SQLAlchemyError` unless the database answers."""
@@ -279,18 +277,3 @@ class Accepting:
 
     def add(self, job: Job) -> None:
         self.connection.execute(sa.insert(JOBS).values(**asdict(job)))
-
-
-def _set_up_sqlite(engine: Engine) -> None:
-    """Have readers go on beside a writer, writers take turns, and what is committed be on disk."""
-
-    @sa.event.listens_for(engine, "connect")
-    def connect(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # `begin` below begins
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={1000 * BUSY_S:.0f}"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @sa.event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        if connection.get_execution_options().get("immediate", False):  # a query alone needs no transaction
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
