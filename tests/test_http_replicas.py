@@ -13,12 +13,14 @@ from typing import Any
 
 import helpers
 import pytest
-from http_client import client_of
+from http_client import client_of, jobs_of
 from postgres import Postgres
 from starlette.testclient import TestClient
 
 from disagg_ray import cli, load_config
+from disagg_ray.http.pace import MOST
 from disagg_ray.http.settings import make_settings
+from disagg_ray.http.store import Job
 
 pytestmark = pytest.mark.proof
 
@@ -86,6 +88,17 @@ def test_a_job_of_one_replica_is_cancelled_through_the_other(pair: tuple[TestCli
     wait_for(other, video_id, "in_progress")
     assert other.post(f"/v1/videos/{video_id}/cancel").json()["status"] in ("cancelling", "cancelled")
     assert wait_for(one, video_id, "cancelled")["progress"] < 100
+
+
+def test_a_job_of_one_replica_that_is_deleted_through_the_other_stops(pair: tuple[TestClient, ...]) -> None:
+    one, other = pair
+    runner, seen = jobs_of(one).runners[MODEL], list[Job]()
+    video_id = post(one, LONG)
+    runner.subscribe(video_id, seen.append)
+    wait_for(other, video_id, "in_progress")
+    assert other.delete(f"/v1/videos/{video_id}").status_code == 200
+    wait_until(lambda: runner.job_ids() == [], "it goes on")
+    assert seen[-1].progress < MOST  # per cent of a job whose stages are done
 
 
 def test_posts_of_one_idempotency_key_to_both_replicas_are_one_job(pair: tuple[TestClient, ...]) -> None:
