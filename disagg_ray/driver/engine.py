@@ -30,7 +30,7 @@ from disagg_ray.graph import build_graph
 from disagg_ray.process import trim
 from disagg_ray.progress.channel import Receiver
 from disagg_ray.progress.events import Event
-from disagg_ray.replica.messages import DriverInfo, Health, ReplicaInfo
+from disagg_ray.replica.messages import DriverInfo, Health
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.result import Result
 from disagg_ray.scheduling.admission import Admission
@@ -73,7 +73,9 @@ class Engine:
         self.driver_epoch = uuid.uuid4().hex[:8]
         """Tells apart the engines that use the same replicas one after the other."""
         self.metrics = Metrics(config.model.path, config.stages)
-        self.fleet = Fleet(config, id, self._lose_replica, self._fail_all, self.metrics, detached=detached)
+        self.fleet = Fleet(
+            config, id, self._lose_replica, self._forget, self._fail_all, self.metrics, detached=detached
+        )  # fmt: skip
         self.driver_pool: DriverPool | None = None
         self.receiver: Receiver | None = None
         self.failure: DisaggError | None = None
@@ -233,12 +235,14 @@ class Engine:
             await off_loop(trim)
             await asyncio.sleep(REFRESH_S)
 
-    def _lose_replica(self, actor: Actor, info: ReplicaInfo) -> None:
-        if self.driver_pool is not None:
-            self.driver_pool.forget(info.sessions)
+    def _lose_replica(self, actor: Actor) -> None:
         for submission in self._submissions.values():
             if submission.run is not None:
                 submission.run.lose_replica(actor)
+
+    def _forget(self, sessions: tuple[str, ...]) -> None:
+        if self.driver_pool is not None:
+            self.driver_pool.forget(sessions)
 
     def _fail_all(self, error: StartError | None) -> None:
         """Fail every request, as a stage has had no replica for too long; with None, serve requests again."""

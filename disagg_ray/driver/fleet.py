@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Any
@@ -35,23 +35,23 @@ MAX_STARTS = 3
 class Fleet:
     """Owns the actors; its methods run on the driver's event loop.
 
-    `on_lost` is called with each actor that is gone, `on_outage` with the reason when a stage has had no replica for
-    too long, and with None once every stage has one again. Who is at fault when something fails: see `blame`.
-
-    Actors of a service are `detached`: they outlive this process and keep the service's spec for the next one.
+    `on_lost` is called with each actor that serves no more, `on_dead` with its sessions once it is killed, `on_outage`
+    with the reason when a stage has had no replica for too long, and with None once every stage has one again. Actors
+    of a service are `detached`: they outlive this process and keep the service's spec for the next one.
     """
 
     def __init__(
         self,
         config: Config,
         pipeline_id: str,
-        on_lost: Callable[[Actor, ReplicaInfo], None],
+        on_lost: Callable[[Actor], None],
+        on_dead: Callable[[tuple[str, ...]], None],
         on_outage: Callable[[StartError | None], None],
         metrics: Metrics,
         *,
         detached: bool,
     ) -> None:
-        self._metrics, self._on_lost = metrics, on_lost
+        self._metrics, self._on_lost, self._on_dead = metrics, on_lost, on_dead
         self.max_starts = None if detached else MAX_STARTS
         self.launcher = Launcher(config, pipeline_id, lambda: self.actors, detached=detached)
         self.schedulers = {stage: StageScheduler() for stage in config.stages}
@@ -64,6 +64,8 @@ class Fleet:
         """Replicas that only a rollout starts and ends."""
         self._stalled: set[str] = set()
         """Ids of actors that were replaced because they hung."""
+        self._ending: list[Actor] = []
+        """Actors that serve no more and are not killed yet."""
         self.outages = Outages(config.stages, on_outage)
         self._background = BackgroundTasks(metrics.task_restarted)
 
@@ -90,11 +92,6 @@ class Fleet:
         runners = self._serving.values()
         return {runner.replica.name: runner.health for runner in runners if runner.health is not None}
 
-    def blocks_of(self, actor: Actor) -> dict[str, str]:
-        """Return the digests of what a replica's outputs follow from, by block."""
-        assert actor.info is not None
-        return actor.info.blocks
-
     def digests_of(self, stage: str) -> dict[str, set[str]]:
         """Return the digests of a stage's serving replicas by block: several while the stage changes."""
         found: dict[str, set[str]] = {block: set() for block in self.config.stages[stage].blocks}
@@ -110,8 +107,7 @@ class Fleet:
         Raises:
             ReplicaLost: it was lost since the scheduler chose it.
         """
-        runner = self._serving.get(actor_id)
-        if runner is None or runner.actor is None:
+        if (runner := self._serving.get(actor_id)) is None or runner.actor is None:
             raise ReplicaLost(f"{actor_id} was lost before it was reached")
         return runner.actor
 
@@ -133,11 +129,22 @@ class Fleet:
         Raises:
             DisaggError: why it did not start.
         """
-        for runner in [other for other in self.runners if other.replica == replica and other.actor is None]:
-            self.runners.pop(runner).cancel()
         if (actor := await self.launcher.start(replica, config, begin_s)) is not None:
             self._keep_running(replica, actor)
         return actor is not None
+
+    def hold(self, replicas: Collection[ReplicaId]) -> None:
+        """Leave replicas to a rollout, which alone starts and ends them from now on; what starts otherwise ends."""
+        self.held.update(replicas)
+        for runner in [other for other in self.runners if other.replica in replicas and other.actor is None]:
+            self._abandon(runner)
+
+    async def retire(self, runner: ReplicaRunner) -> None:
+        """End a replica once it is idle, at once if it has no actor; no other actor follows."""
+        if runner.actor is None:
+            self._abandon(runner)
+        else:
+            await runner.retire()
 
     async def resize(self, config: Config) -> None:
         """Become what `config` says, which differs only in what may change without new replicas.
@@ -155,15 +162,19 @@ class Fleet:
         for replica in wanted:
             if replica not in present | self.held:
                 self._keep_running(replica)
-        for runner, task in list(self.runners.items()):
+        for runner in list(self.runners):
             if runner.is_retiring or runner.replica in wanted or runner.replica in self.held:
                 continue
             if runner.actor is None:
-                self.runners.pop(runner)
-                task.cancel()
+                self._abandon(runner)
             else:
                 runner.is_retiring = True
                 self._spawn(runner.retire)
+
+    def _abandon(self, runner: ReplicaRunner) -> None:
+        """Forget a runner that has no actor; one that starts is killed. Idempotent."""
+        if (task := self.runners.pop(runner, None)) is not None:
+            task.cancel()
 
     def _keep_running(self, replica: ReplicaId, actor: Actor | None = None) -> None:
         """Have an actor serve as a replica, and others after it; without one start it first."""
@@ -224,8 +235,8 @@ class Fleet:
             self._spawn(self._send, actor, method, *args)
 
     async def _send(self, actor: Actor, method: str, *args: Any) -> None:
-        with suppress(DisaggError):  # its runner finds out that it is lost
-            await ask(actor, method, *args)
+        with suppress(DisaggError):
+            await self.ask(actor, method, *args)
 
     def replace(self, actor: Actor, reason: str, *, is_stalled: bool = False) -> None:
         """Take an actor out of service; another is started. Idempotent."""
@@ -242,16 +253,23 @@ class Fleet:
         """End an actor; what it holds is lost. Idempotent."""
         if (runner := self._serving.pop(actor.id, None)) is None or (info := actor.info) is None:
             return
-        actor.kill()
-        for other in self.actors:
-            self.send(other, "forget", info.sessions)
         self._ledgers[actor.stage].remove(actor.id)
         self.schedulers[actor.stage].remove(actor.id, time.monotonic())
         if not self.schedulers[actor.stage].replicas:
             self.outages.begin(actor.stage)
             self._spawn(self.outages.limit, actor.stage, self.config.cluster.start_timeout_s)
         runner.end()
-        self._on_lost(actor, info)
+        self._on_lost(actor)
+        self._ending.append(actor)
+        self._spawn(self._end, actor, info.sessions)
+
+    async def _end(self, actor: Actor, sessions: tuple[str, ...]) -> None:
+        """Kill an actor; then whoever read from it frees what it might still have written to."""
+        await off_loop(actor.kill)  # waits for Ray; tried again where that fails
+        self._ending.remove(actor)
+        self._on_dead(sessions)
+        for other in self.actors:
+            self.send(other, "forget", sessions)
 
     def count(self) -> None:
         """Update the metrics of how many replicas serve and start, their health, and how many jobs wait for one."""
@@ -269,15 +287,13 @@ class Fleet:
         """Have every replica give its pool back, for a while, then kill it."""
         await self._background.close()
         actors = [*self.actors, *await self.launcher.finish()]
-        if closing := [asyncio.ensure_future(ask(actor, "close")) for actor in actors]:
-            await asyncio.wait(closing, timeout=CLOSE_S)
-        for call in closing:
-            call.cancel()
-        await asyncio.gather(*closing, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await asyncio.gather(*(ask(actor, "close") for actor in actors), return_exceptions=True)
         await asyncio.wait([asyncio.ensure_future(off_loop(self.kill))], timeout=CLOSE_S)
 
     def kill(self) -> None:
         """Kill every replica; waits for Ray."""
-        for actor in self.actors:
+        for actor in (*self.actors, *self._ending):
             actor.kill()
         self.launcher.close()

@@ -11,7 +11,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.driver.calls import Actor, ReplicaId, ask, gather_ready, replicas_of
 from disagg_ray.driver.names import find_replicas, release_gangs
 from disagg_ray.driver.placement import Placement, settings_of, without_count
-from disagg_ray.driver.threads import off_loop
+from disagg_ray.driver.threads import begin, off_loop
 from disagg_ray.errors import DisaggError, ReplicaLost
 from disagg_ray.graph import Graph
 from disagg_ray.replica.messages import Description, DriverInfo, ReplicaState, Spec
@@ -84,7 +84,7 @@ class Launcher:
                 actors.append(actor)
             else:
                 logger.warning("replica %s is not adopted: %s", actor.name, error)
-                actor.kill()
+                await off_loop(actor.kill)
         self._adopted.clear()
         return actors
 
@@ -106,7 +106,7 @@ class Launcher:
         finally:
             self._starting.remove(actor)
             if loaded is None:
-                actor.kill()
+                await off_loop(actor.kill)
 
     async def _launch(self, replica: ReplicaId, config: Config) -> Actor:
         incarnation = self._incarnations.get(replica.name, 0)
@@ -182,7 +182,7 @@ class Launcher:
 
 def _kill_launched(launching: asyncio.Future[Actor]) -> None:
     if launching.exception() is None:
-        launching.result().kill()
+        begin(launching.result().kill, "kill")
 
 
 Found = tuple[Actor, ReplicaState | None]
@@ -203,7 +203,7 @@ async def adopt(name: str, config: Config) -> tuple[Spec, list[tuple[Actor, Desc
     replicas, kept = {replica.name: replica for replica in replicas_of(spec.config)}, list[tuple[Actor, Description]]()
     for actor, state in _best_first(found, spec.config, replicas):
         if actor.name not in replicas or state is None or (state.info is None and not state.fresh):
-            actor.kill()
+            await off_loop(actor.kill)
             continue
         settings = without_count(state.config.stages[actor.stage])
         adopted = replace(actor, replica=replicas.pop(actor.name), settings=settings, info=state.info)

@@ -112,7 +112,7 @@ class Outputs:
         if not self._fleet.is_serving(actor):
             return
         output = stage.output = Output(key, reply.handoff, actor, reply)
-        stage.blocks = self._fleet.blocks_of(actor)
+        stage.blocks = actor.info.blocks if actor.info is not None else {}
         if stage.name == self._graph.kept:
             stage.copying = asyncio.ensure_future(self._copy(stage, output))
 

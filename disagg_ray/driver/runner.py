@@ -37,11 +37,14 @@ class ReplicaRunner:
         """The actor serves until it is idle, and no other follows."""
         self.backoff = Backoff()
         self._gone = asyncio.Event()
+        self._idle = asyncio.Event()
+        """The actor retires and computes nothing any more."""
 
     def serve(self, actor: Actor) -> None:
         """Note that an actor serves."""
         self.actor = actor
         self._gone.clear()
+        self._idle.clear()
 
     def end(self) -> None:
         """Note that the actor is gone."""
@@ -91,13 +94,14 @@ class ReplicaRunner:
         return False
 
     async def retire(self) -> None:
-        """End the actor once it computes nothing and others have pulled what it made; no other follows."""
+        """End the actor once it computes nothing and others have pulled what it made; no other follows. Idempotent."""
         if (actor := self.actor) is None:
             return
-        logger.info("replica %s retires", actor.name)
-        self.is_retiring, idle = True, asyncio.Event()
-        self._fleet.schedulers[actor.stage].retire(actor.id, time.monotonic(), idle.set)
-        await idle.wait()
+        scheduler, self.is_retiring = self._fleet.schedulers[actor.stage], True
+        if actor.id in scheduler.replicas:
+            logger.info("replica %s retires", actor.name)
+            scheduler.retire(actor.id, time.monotonic(), self._idle.set)
+        await self._idle.wait()
         deadline = time.monotonic() + EMPTY_S
         while self.actor is not None and time.monotonic() < deadline:
             try:

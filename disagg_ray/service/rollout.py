@@ -107,7 +107,7 @@ class Rollouts:
 
     async def _retire(self, runner: ReplicaRunner) -> None:
         self._fleet.held.add(runner.replica)
-        await runner.retire()
+        await self._fleet.retire(runner)
 
     async def _has_room(self, replica: ReplicaId, config: Config) -> bool:
         deadline = time.monotonic() + ROOM_S
@@ -124,7 +124,7 @@ class Rollouts:
         if not missing:
             return
         self._say(f"{', '.join(replica.name for replica in missing)} start")
-        fleet.held.update(missing)
+        fleet.hold(missing)
         names = {replica.name for replica in wanted}
         going = [runner for runner in fleet.runners if runner.replica.name not in names and not runner.is_retiring]
         if going and not await self._has_room(missing[0], config):
