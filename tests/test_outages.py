@@ -41,3 +41,18 @@ def test_a_stage_without_a_replica_fails_by_name_after_its_time_and_serves_again
     assert [str(reason) for reason in told] == [
         "no replica of transformer is left and none started within cluster.start_timeout_s=0.01 s: no memory", "None",
     ]  # fmt: skip
+
+
+def test_an_outage_that_ends_at_its_limit_fails_nothing():
+    told: list[DisaggError | None] = []
+
+    async def run() -> None:
+        outages = Outages(["decoder"], told.append)
+        outages.begin("decoder")
+        limit = asyncio.ensure_future(outages.limit("decoder", 0.0))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(outages.end, "decoder")
+        await limit
+
+    asyncio.run(run())
+    assert not told

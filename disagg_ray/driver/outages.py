@@ -71,6 +71,8 @@ class Outages:
             async with asyncio.timeout(limit_s):
                 await self._served[stage].wait()
         except TimeoutError:
+            if self._served[stage].is_set():  # at the same moment
+                return
             reason = self.reasons.get(stage, "it is still starting")
             self.report(stage, f"none started within cluster.start_timeout_s={limit_s:g} s: {reason}")
 
