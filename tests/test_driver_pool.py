@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from helpers import HOST, connect_stages, wait_until
 from peer import Peer
 
@@ -17,7 +19,7 @@ from disagg_ray import load_config
 from disagg_ray.driver.pool import NUM_COPIES, DriverPool
 from disagg_ray.errors import PoolError, TransferError
 from disagg_ray.graph import FRAMES, build_graph
-from disagg_ray.transfer.handoff import Handoff
+from disagg_ray.transfer.handoff import AttemptKey, Handoff
 
 
 @pytest.fixture
@@ -45,6 +47,25 @@ def pull(driver_pool: DriverPool, piece: Handoff, times: int) -> list[object]:
         )
 
     return asyncio.run(all_at_once())
+
+
+def test_copies_go_on_when_threads_could_not_be_started_for_a_while(
+    driver_pool: DriverPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def run() -> None:
+        tensors = {"image": torch.zeros(8)}
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", fail)
+            for number in range(NUM_COPIES):
+                with pytest.raises(RuntimeError, match="new thread"):
+                    await driver_pool.publish(AttemptKey("refused", number), tensors)
+        async with asyncio.timeout(60):
+            await driver_pool.publish(AttemptKey("taken", 0), tensors)
+
+    asyncio.run(run())
 
 
 @pytest.mark.slow

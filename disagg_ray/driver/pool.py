@@ -153,7 +153,11 @@ class DriverPool:
                 loop.call_soon_threadsafe(limit.release)
 
         await limit.acquire()
-        call = begin(copy, f"{self._name}-{kind}")
+        try:
+            call = begin(copy, f"{self._name}-{kind}")
+        except BaseException:  # as without a thread that it could have
+            limit.release()
+            raise
         self._copies.add(call)
         call.add_done_callback(end)
         return await asyncio.wrap_future(call)
