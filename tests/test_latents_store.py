@@ -49,6 +49,17 @@ def test_what_is_too_old_goes() -> None:
     assert (old.exists(), young.exists()) == (False, True)
 
 
+def test_folders_of_runs_that_left_nothing_go_when_they_are_old() -> None:
+    keep = LatentsStore("wan", 100, 60)
+    old, young, full = (fill(keep, run, "1").parent for run in ("old", "young", "full"))
+    keep.drop("old", "1")
+    keep.drop("young", "1")
+    for folder in (old, full):
+        os.utime(folder, (time.time() - 61,) * 2)
+    keep.evict()
+    assert [folder.exists() for folder in (old, young, full)] == [False, True, True]
+
+
 def test_evicting_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFixture) -> None:
     keep, ended = LatentsStore("wan", 20_000, 60), threading.Event()
 

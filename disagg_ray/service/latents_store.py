@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from disagg_ray.environment import cache_folder
@@ -44,6 +45,10 @@ class LatentsStore:
                 if (_is_whole(path) and excess > 0) or changed < time.time() - self._expire_s:
                     path.unlink(missing_ok=True)
                     excess -= size if _is_whole(path) else 0
+            for run in self._folder.glob("*"):
+                with suppress(OSError):  # it is not empty, or gone
+                    if run.stat().st_mtime < time.time() - self._expire_s:
+                        run.rmdir()
         except OSError as error:  # no reason to fail a request
             logger.warning("finished latents in %s are not evicted: %s", self._folder, error)
 
