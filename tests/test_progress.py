@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -148,6 +149,17 @@ def test_one_request_does_not_thin_out_another(inbox: Inbox, sender: Sender) -> 
     for request_id in ("first", "second"):
         sender.send(replace(EVENT, request_id=request_id))
     assert [inbox.get().request_id for _ in range(2)] == ["first", "second"]
+
+
+def test_a_request_that_ends_between_two_of_its_steps_is_forgotten(sender: Sender) -> None:
+    class Id(str): ...
+
+    name = Id("cancelled")
+    known = weakref.ref(name)
+    for request_id in (name, "next"):
+        sender.send(replace(EVENT, request_id=request_id))
+    del name, request_id
+    assert known() is None
 
 
 def test_a_clock_that_is_set_back_does_not_silence_a_request(inbox: Inbox, sender: Sender) -> None:

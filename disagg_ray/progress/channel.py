@@ -191,8 +191,8 @@ class Sender:
         """Events that could not be sent; steps that followed too closely not among them."""
         self._lock = threading.Lock()
         """Guards the socket, which is not thread-safe, and the counts."""
-        self._last: dict[str, float] = {}
-        """By request: when a step of it was last sent."""
+        self._last = ("", -math.inf)
+        """Whose step was sent last, and when; a replica computes one request at a time."""
         self._socket = _connect(credentials) if credentials is not None else None
 
     def wait_connected(self, timeout_s: float) -> bool:
@@ -217,11 +217,11 @@ class Sender:
     def _follows_closely(self, event: Event) -> bool:
         """Return whether an event is one step of many in a short time."""
         if event.state != "running" or event.step in (0, event.steps):
-            self._last.pop(event.request_id, None)
             return False
-        if 0 <= event.time - self._last.get(event.request_id, -math.inf) < STEP_INTERVAL_S:
+        request_id, sent = self._last
+        if event.request_id == request_id and 0 <= event.time - sent < STEP_INTERVAL_S:
             return True
-        self._last[event.request_id] = event.time
+        self._last = event.request_id, event.time
         return False
 
     def close(self) -> None:
