@@ -144,7 +144,7 @@ class Connection(PipelineApi):
         while True:
             num_finished = len(self.unacknowledged)
             try:
-                events = await self._supervisor.ask("listen", self.id, self.unacknowledged[:num_finished])
+                events = await self._supervisor.ask("listen", self.id, self._client, self.unacknowledged[:num_finished])
             except Cancelled as error:
                 logger.warning("%s", error)
                 return
@@ -221,7 +221,7 @@ class Connection(PipelineApi):
             await asyncio.wait(tasks, timeout=LEAVE_S)
         try:
             async with asyncio.timeout(LEAVE_S):
-                await self._supervisor.actor.leave.remote(self.id)
+                await self._supervisor.actor.leave.remote(self.id, self._client)
         except (TimeoutError, ray.exceptions.RayError):
             logger.info("service %s could not be notified that this client left; it will notice", self.name)
 

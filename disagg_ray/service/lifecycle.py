@@ -40,8 +40,8 @@ LOOK_S = 1.0
 """How often the status of a rollout is fetched."""
 END_S = 60.0
 """How long taking down may take, beyond what running requests get."""
-MAX_CALLS = 10_000
-"""Calls that a supervisor answers at once: each waiting request is one."""
+MAX_CALLS = 2**30
+"""Calls that a supervisor answers at once: each waiting request is one, and heartbeats never wait behind them."""
 
 
 def up(name: str, config: Config) -> Snapshot:

@@ -99,11 +99,14 @@ class SupervisorStub:
 
     async def _check_running(self) -> None:
         try:
-            await off_loop(find_supervisor, self.name)
+            found = await off_loop(find_supervisor, self.name)
         except InputError:
             raise Cancelled(f"service {self.name} was taken down") from None
         except StartError as error:  # the cluster does not answer either
             logger.warning("service %s: %s", self.name, error)
+        else:
+            if found != self.actor:
+                raise Cancelled(f"service {self.name} was taken down, and put up again; connect to the new one")
 
 
 def value_of(answer: Any, timeout_s: float | None = None) -> Any:

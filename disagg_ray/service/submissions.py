@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -77,11 +76,21 @@ class ClientState:
         self.has_events = asyncio.Event()
         self.has_finished = asyncio.Event()
         """Some entry is finished."""
-        self.heartbeat = time.monotonic()
+        self.heartbeats: dict[str, float] = {}
+        """Last of each connection that has not left, by a monotonic clock."""
 
     @property
     def num_unfinished(self) -> int:
         return sum(not entry.handle.done() for entry in self.entries.values())
+
+    def leave(self, connection: str) -> None:
+        """Cancel and forget what a connection submitted last."""
+        self.heartbeats.pop(connection, None)
+        for request_id, entry in list(self.entries.items()):
+            if entry.message.client == connection:
+                del self.entries[request_id]
+                entry.handle.cancel()
+        self.has_finished.set()
 
     async def wait_for_room(self, message: SubmitMessage, limit: int, *, wait: bool) -> None:
         """Wait until it has fewer than `limit` unfinished requests, or this one.

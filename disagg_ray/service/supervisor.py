@@ -7,10 +7,11 @@ submit again what was not answered.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +22,8 @@ from disagg_ray.config.deployment import ServiceConfig
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.tasks import BackgroundTasks
-from disagg_ray.errors import Cancelled, DisaggError
+from disagg_ray.driver.threads import begin
+from disagg_ray.errors import Cancelled, DisaggError, InputError
 from disagg_ray.progress.events import Event
 from disagg_ray.replica.messages import Health
 from disagg_ray.replica.software import software
@@ -34,6 +36,9 @@ from disagg_ray.service.submissions import ClientState, Entry
 logger = logging.getLogger("disagg_ray")
 
 MAX_STARTS = 3
+"""Failures to start in a row of which the last is told to whoever waits."""
+RETRY_S = 20.0
+"""Between a failure that was told and the next start."""
 
 
 class Supervisor:
@@ -46,18 +51,24 @@ class Supervisor:
         self._clients: dict[str, ClientState] = {}
         self._background = BackgroundTasks(self._count_restart)
         self._loop: asyncio.AbstractEventLoop | None = None
-        starter = ThreadPoolExecutor(1, "disagg_ray-start")
-        self._starting: Future[ServicePipeline] = starter.submit(self._start)
+        self._starting: Future[ServicePipeline] = Future()
+        begin(self._start, "start")
 
-    def _start(self) -> ServicePipeline:
-        for left in reversed(range(MAX_STARTS)):
+    def _start(self) -> None:
+        """Start the pipeline, however often that must be tried: what it lacks may come back. `up` ends a new one."""
+        for num_failures in itertools.count(1):
             try:
-                return ServicePipeline(self._config, self._name, self._relay)
-            except DisaggError as error:
-                if isinstance(error, ValueError) or not left:
-                    raise
+                pipeline = ServicePipeline(self._config, self._name, self._relay)
+            except Exception as error:  # noqa: BLE001 - whoever waits for the pipeline raises it
                 logger.warning("service %s did not start: %s", self._name, error)
-        raise AssertionError("unreachable")
+                may_pass = isinstance(error, DisaggError) and not isinstance(error, InputError)
+                if num_failures >= MAX_STARTS or not may_pass:
+                    self._starting.set_exception(error)
+                    time.sleep(RETRY_S)
+                    self._starting = Future()
+            else:
+                self._starting.set_result(pipeline)
+                return
 
     async def _started(self) -> ServicePipeline:
         """Return the pipeline once it is ready.
@@ -84,10 +95,11 @@ class Supervisor:
         pipeline, request = await self._started(), message.request
         if message.keep:
             await asyncio.to_thread(self._latents.evict)
-        await self._client(run_id).wait_for_room(message, pipeline.engine.config.limits.max_queued, wait=wait)
-        if run_id not in self._clients:
+        room = pipeline.engine.config.limits.max_queued
+        await self._client(run_id, message.client).wait_for_room(message, room, wait=wait)
+        client = self._clients.get(run_id)  # another, if it has been away meanwhile
+        if client is None or message.client not in client.heartbeats:
             raise Cancelled(f"request {request.id}: its client {run_id} left, or its heartbeat stopped")
-        client = self._client(run_id)  # it may have been away meanwhile
         if message.ticket in client.cancelled:
             raise Cancelled(f"request {request.id} was cancelled before there was room for it")
         if (entry := client.entries.get(request.id)) is not None:
@@ -122,10 +134,10 @@ class Supervisor:
         entry = self._entry(run_id, request_id)
         return entry is not None and entry.message.ticket == ticket and entry.handle.cancel()
 
-    async def listen(self, run_id: str, finished: list[tuple[str, str]]) -> list[Event]:
-        """Note a client's heartbeat and which answers it has; return its requests' events, none after a while."""
+    async def listen(self, run_id: str, connection: str, finished: list[tuple[str, str]]) -> list[Event]:
+        """Note a connection's heartbeat and which answers it has; return its client's events, none after a while."""
         self._loop = asyncio.get_running_loop()
-        client, done = self._client(run_id), list[str]()
+        client, done = self._client(run_id, connection), list[str]()
         for request_id, ticket in finished:
             entry = client.entries.get(request_id)
             if entry is not None and entry.message.ticket != ticket:
@@ -153,24 +165,24 @@ class Supervisor:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(client.has_finished.set)
 
-    async def leave(self, run_id: str) -> None:
-        """End a client: cancel its unfinished requests."""
-        if (client := self._clients.pop(run_id, None)) is not None:
-            for entry in client.entries.values():
-                entry.handle.cancel()
-            client.has_finished.set()
+    async def leave(self, run_id: str, connection: str) -> None:
+        """End a connection: cancel its unfinished requests. Those of others under its run id go on."""
+        if (client := self._clients.get(run_id)) is not None:
+            client.leave(connection)
+            if not client.heartbeats:
+                del self._clients[run_id]
 
     def _entry(self, run_id: str, request_id: str) -> Entry | None:
         client = self._clients.get(run_id)
         return client.entries.get(request_id) if client is not None else None
 
-    def _client(self, run_id: str) -> ClientState:
-        """Return a client, whose heartbeat this is."""
-        if run_id not in self._clients:
-            client = self._clients[run_id] = ClientState(run_id)
-            self._background.start("supervisor_watch", self._watch, client)
-        self._clients[run_id].heartbeat = time.monotonic()
-        return self._clients[run_id]
+    def _client(self, run_id: str, connection: str) -> ClientState:
+        """Return a client; this is a heartbeat of one of its connections."""
+        client = self._clients.setdefault(run_id, ClientState(run_id))
+        if connection not in client.heartbeats:
+            self._background.start("supervisor_watch", self._watch, client, connection)
+        client.heartbeats[connection] = time.monotonic()
+        return client
 
     @property
     def _settings(self) -> ServiceConfig:
@@ -185,22 +197,22 @@ class Supervisor:
     @property
     def _pipeline(self) -> ServicePipeline | None:
         """The pipeline; None: it is not ready."""
-        return self._starting.result() if self._starting.done() and self._starting.exception() is None else None
+        starting = self._starting
+        return starting.result() if starting.done() and starting.exception() is None else None
 
     def _count_restart(self, name: str) -> None:
         if self._pipeline is not None:
             self._pipeline.note_restart(name)
 
-    async def _watch(self, client: ClientState) -> None:
-        """Cancel a client's requests once its heartbeat has stopped for `service.client_timeout_s`."""
-        while (left := client.heartbeat + self._settings.client_timeout_s - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-        if self._clients.get(client.run_id) is client:
-            logger.warning(
-                "no heartbeat from client %s for %g s; cancelling its %d requests",
-                client.run_id, self._settings.client_timeout_s, client.num_unfinished,
-            )  # fmt: skip
-            await self.leave(client.run_id)
+    async def _watch(self, client: ClientState, connection: str) -> None:
+        """Cancel a connection's requests once its heartbeat has stopped for `service.client_timeout_s`."""
+        while (heartbeat := client.heartbeats.get(connection)) is not None:
+            if (left := heartbeat + self._settings.client_timeout_s - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+                continue
+            timeout_s = self._settings.client_timeout_s
+            logger.warning("no heartbeat from client %s for %g s; cancelling its requests", client.run_id, timeout_s)
+            await self.leave(client.run_id, connection)
 
     def _relay(self, event: Event) -> None:
         """Pass on an event from the pipeline's thread."""
@@ -221,11 +233,11 @@ class Supervisor:
         clients = {client.run_id: client.num_unfinished for client in self._clients.values()}
         age_s = time.monotonic() - self._began
         snapshot = Snapshot(self._name, "starting", self._config, self._began_at, age_s, node, pid, clients)
-        if not self._starting.done():
+        if not (starting := self._starting).done():
             return snapshot
-        if (error := self._starting.exception()) is not None:
+        if (error := starting.exception()) is not None:
             return replace(snapshot, state=f"failed: {error}")
-        pipeline = self._starting.result()
+        pipeline = starting.result()
         queued, stages = await asyncio.to_thread(pipeline.survey)
         engine, fleet = pipeline.engine, pipeline.fleet
         state = f"failed: {engine.failure}" if engine.failure else "ready"
