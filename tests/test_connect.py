@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from disagg_ray import Connection, Request, StartError, cli, connect
 from disagg_ray.batch.manifest import read_manifest
 from disagg_ray.batch.records import Record
 from disagg_ray.driver.handle import Handle
-from disagg_ray.errors import ReplicaLost
+from disagg_ray.errors import Cancelled, ReplicaLost
 from disagg_ray.progress.events import Event
 from disagg_ray.replica import software
 from disagg_ray.service import lifecycle, stub
@@ -165,6 +166,41 @@ def test_taking_a_pipeline_down_ends_a_batch_and_fails_no_request(
     assert "stopped: " in shown
     assert "run it again to resume" in shown
     assert {record.status for record in records(out).values()} == {"done"}
+
+
+def test_a_client_is_told_that_its_service_was_taken_down_and_another_put_up(cluster: None) -> None:
+    up, down = ["up", "renewed", "--config", T2V, "fused=true"], ["down", "renewed"]
+    assert cli.main(up) == 0
+    with connect("renewed") as client:
+        assert (cli.main(down), cli.main(up)) == (0, 0)
+        with pytest.raises(Cancelled, match="taken down, and put up again"):
+            client.generate(Request("a cat", num_frames=5, num_inference_steps=2))
+    assert cli.main(down) == 0
+
+
+def test_a_service_that_finds_no_model_when_it_comes_back_serves_again_once_it_does(
+    cluster: None, tmp_path: Path
+) -> None:
+    model, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree("disagg_ray/builtin/tiny-wan-t2v", model)
+    assert cli.main(["up", "moved", "--config", T2V, "fused=true", f"model.path={model}"]) == 0
+    with connect("moved") as client:
+        pids = client.snapshot().pid, client.replicas[0].pid
+        model.rename(away)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: state("moved").startswith("failed: model.path: "), "no failure is told")
+        away.rename(model)
+        wait_until(lambda: state("moved") == "ready", "it does not come back")
+        assert client.generate(Request("a cat", num_frames=5, num_inference_steps=2)).data
+    assert cli.main(["down", "moved"]) == 0
+
+
+def state(name: str) -> str:
+    try:
+        return stub.take_snapshot(name).state
+    except StartError:
+        return "its supervisor does not answer"
 
 
 def test_a_supervisor_that_hangs_is_named_by_a_deadline(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:

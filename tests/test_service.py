@@ -22,9 +22,20 @@ import pytest
 import ray
 from PIL import Image
 
-from disagg_ray import Cancelled, Connection, LocalPipeline, Overloaded, Request, RequestError, cli, connect
+from disagg_ray import (
+    Cancelled,
+    Connection,
+    LocalPipeline,
+    Overloaded,
+    Request,
+    RequestError,
+    cli,
+    connect,
+    load_config,
+)
 from disagg_ray.driver.names import find_replicas, services
 from disagg_ray.environment import cache_folder
+from disagg_ray.service import lifecycle
 from disagg_ray.service.stub import SupervisorStub
 
 pytestmark = pytest.mark.proof
@@ -301,6 +312,17 @@ def test_what_cannot_be_is_refused_in_one_line(
 ) -> None:
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_stages_that_are_started_at_once_make_one_pipeline(cluster: None) -> None:
+    config, start = load_config(T2V), partial(lifecycle.up_stage, "at-once", here=False)
+    try:
+        with ThreadPoolExecutor(len(config.stages)) as threads:
+            list(threads.map(lambda stage: start(stage, config), config.stages))
+        with connect("at-once") as connection:
+            assert connection.generate(small(1)).data
+    finally:
+        lifecycle.down("at-once", 0.0)
 
 
 def test_stages_that_are_started_one_by_one_make_a_pipeline(cluster: None, image: Callable[..., Image.Image]) -> None:

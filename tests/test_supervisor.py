@@ -36,7 +36,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, pipeline: Callable[..., Any] = Pipeli
 
 
 async def submit(service: Supervisor, name: str, connection: str) -> SubmitMessage:
-    request, _ = resolve(Request(prompt="a cat", id=name), service._config)
+    request, _ = resolve(Request(prompt="a cat", seed=1, id=name), service._config)
     message = SubmitMessage(request, {}, keep=False, client=connection)
     assert await service.submit("run", message, wait=False) is None
     return message
@@ -67,10 +67,15 @@ def test_a_connection_that_leaves_cancels_its_own_requests_and_no_others_of_its_
 def test_requests_of_a_dead_connection_end_although_another_of_its_run_id_lives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr(supervisor, "time", clock)
+
     async def run() -> None:
-        service = begin(monkeypatch, Pipeline, "service.client_timeout_s=0.4")
+        service = begin(monkeypatch, Pipeline, "service.client_timeout_s=0.1")
         await submit(service, "old", "first")
         await submit(service, "new", "second")
+        now[0] = 10.0
         async with asyncio.timeout(SOON_S):
             while "old" in unfinished(service):
                 await service.listen("run", "second", [])
@@ -81,7 +86,7 @@ def test_requests_of_a_dead_connection_end_although_another_of_its_run_id_lives(
 
 def test_a_service_that_did_not_start_says_so_and_starts_once_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "RETRY_S", 0.01)
-    told, lacking = list[str](), [True]
+    lacking = [True]
 
     def start(*arguments: Any) -> Pipeline:
         if lacking:
@@ -98,4 +103,3 @@ def test_a_service_that_did_not_start_says_so_and_starts_once_it_can(monkeypatch
         await submit(service, "video", "first")
 
     asyncio.run(run())
-    assert not told

@@ -11,7 +11,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.driver.calls import Actor, ReplicaId, ask, gather_ready, replicas_of
 from disagg_ray.driver.names import find_replicas, release_gangs
 from disagg_ray.driver.placement import Placement, settings_of, without_count
-from disagg_ray.driver.threads import begin, off_loop
+from disagg_ray.driver.threads import off_loop
 from disagg_ray.errors import DisaggError, ReplicaLost
 from disagg_ray.graph import Graph
 from disagg_ray.replica.messages import Description, DriverInfo, ReplicaState, Spec
@@ -182,7 +182,7 @@ class Launcher:
 
 def _kill_launched(launching: asyncio.Future[Actor]) -> None:
     if launching.exception() is None:
-        begin(launching.result().kill, "kill")
+        launching.result().kill()
 
 
 Found = tuple[Actor, ReplicaState | None]

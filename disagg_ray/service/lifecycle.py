@@ -14,7 +14,8 @@ import ray
 from ray.actor import ActorHandle
 
 from disagg_ray.config.schema import Config
-from disagg_ray.driver.calls import NOTICE_S, gather_ready, replicas_of
+from disagg_ray.driver.calls import NOTICE_S, Actor, ask, gather_ready, replicas_of
+from disagg_ray.driver.launcher import STATE_S
 from disagg_ray.driver.names import (
     NAMESPACE,
     check_name,
@@ -88,10 +89,12 @@ def _wait(answer: Any, every_s: float, report: Callable[[], None]) -> None:
     value_of(answer)
 
 
-def _launch(name: str, config: Config) -> Snapshot:
+def _launch(name: str, config: Config, *, join: bool = False) -> Snapshot:
+    """Deploy a service; with `join`, wait for the one of this name that another process has just deployed."""
     options: dict[str, Any] = {
         "name": supervisor_name(name), "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0,
         "max_restarts": -1, "max_task_retries": 0, "max_concurrency": MAX_CALLS,
+        "get_if_exists": join,
     }  # fmt: skip
     deadline = time.monotonic() + config.cluster.start_timeout_s
 
@@ -131,23 +134,22 @@ def up_stage(name: str, stage: str, config: Config, *, here: bool) -> Snapshot |
     if missing := [other for other in config.stages if other not in found]:
         logger.info("%s: %s is started; still missing: %s", name, stage, ", ".join(missing))
         return None
-    return _launch(name, replace(config, stages={name: found[name].stages[name] for name in config.stages}))
+    stages = {name: found[name].stages[name] for name in config.stages}
+    return _launch(name, replace(config, stages=stages), join=True)
 
 
 async def _start_stage(name: str, stage: str, config: Config) -> dict[str, Config]:
     """Start a stage's replicas; return the configuration with which each stage was started."""
     placement = Placement(name, detached=True)
     others = find_replicas(name)
-    states: list[ReplicaState] = await gather_ready(config, others, "state")
-    found = {actor.stage: state.config for actor, state in zip(others, states, strict=True)}
-    if stage in found:
+    if any(other.stage == stage for other in others):
         raise InputError(f"--only: {stage} was started already")
-    for other in found.values():
-        check_change(replace(other, stages=config.stages), config)
+    found = await _configs_of(others, config)
     placement.reserve(config)
     actors = [placement.launch(config, replica) for replica in replicas_of(config) if replica.stage == stage]
     try:
         await gather_ready(config, actors, "describe")
+        found |= await _configs_of(find_replicas(name), config)  # others may have been started meanwhile
     except BaseException:
         for actor in actors:
             actor.kill()
@@ -155,6 +157,25 @@ async def _start_stage(name: str, stage: str, config: Config) -> dict[str, Confi
             release_groups(name)
         raise
     return found | {stage: config}
+
+
+async def _configs_of(actors: list[Actor], config: Config) -> dict[str, Config]:
+    """Return with what each stage was started, by name; of those whose replicas have begun and answer.
+
+    Raises:
+        ConfigError: one was started for another model or service; names the key.
+    """
+    calls = [asyncio.ensure_future(ask(actor, "state")) for actor in actors]
+    if calls:
+        await asyncio.wait(calls, timeout=STATE_S)
+    for call in calls:
+        call.cancel()
+    states: list[ReplicaState | BaseException] = await asyncio.gather(*calls, return_exceptions=True)
+    answers = zip(actors, states, strict=True)
+    known = {actor.stage: state.config for actor, state in answers if isinstance(state, ReplicaState)}
+    for other in known.values():
+        check_change(replace(other, stages=config.stages), config)
+    return known
 
 
 def list_all() -> dict[str, Snapshot | str]:
