@@ -61,7 +61,7 @@ def reference_rules(task: Task, name: str, height: int, width: int, size: tuple[
 
 
 def reference_count_rules(task: Task, num_images: int, num_frames: int) -> Iterator[Check]:
-    """Yield that a control of so many frames has a latent frame for each reference image; images have no control."""
+    """Yield a problem if there are more reference images than latent frames of the control video."""
     if task.makes == "video":
         most = task.num_latent_frames(num_frames)
         remedy = f"must be at most {most} images, one a latent frame; {num_frames} frames of control make {most}"

@@ -264,7 +264,7 @@ class Fleet:
         self._spawn(self._end, actor, info.sessions)
 
     async def _end(self, actor: Actor, sessions: tuple[str, ...]) -> None:
-        """Kill an actor; then whoever read from it frees what it might still have written to."""
+        """Kill an actor; then free the memory, here and in other replicas, that it might still have written to."""
         await off_loop(actor.kill)  # waits for Ray; tried again where that fails
         self._ending.remove(actor)
         self._on_dead(sessions)

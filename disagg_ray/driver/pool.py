@@ -155,7 +155,7 @@ class DriverPool:
         await limit.acquire()
         try:
             call = begin(copy, f"{self._name}-{kind}")
-        except BaseException:  # as without a thread that it could have
+        except BaseException:  # no thread could be started, for example
             limit.release()
             raise
         self._copies.add(call)

@@ -36,9 +36,9 @@ from disagg_ray.service.submissions import ClientState, Entry
 logger = logging.getLogger("disagg_ray")
 
 MAX_STARTS = 3
-"""Failures to start in a row of which the last is told to whoever waits."""
+"""After so many failures in a row, those who wait get the error."""
 RETRY_S = 20.0
-"""Between a failure that was told and the next start."""
+"""Wait between such a failure and the next start; on a thread of its own."""
 
 
 class Supervisor:
@@ -59,7 +59,7 @@ class Supervisor:
         for num_failures in itertools.count(1):
             try:
                 pipeline = ServicePipeline(self._config, self._name, self._relay)
-            except Exception as error:  # noqa: BLE001 - whoever waits for the pipeline raises it
+            except Exception as error:  # noqa: BLE001 - passed to those who wait for the pipeline
                 logger.warning("service %s did not start: %s", self._name, error)
                 may_pass = isinstance(error, DisaggError) and not isinstance(error, InputError)
                 if num_failures >= MAX_STARTS or not may_pass:
