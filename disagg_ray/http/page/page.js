@@ -110,7 +110,7 @@ function show(video, first = false) {
   }
   if (card.video && card.video.status !== video.status) announce(video);
   card.video = video;
-  card.className = `card ${video.status}`;
+  card.dataset.status = video.status;
   const [width, height] = video.size.split("x");
   card.style.setProperty("--aspect", `${width} / ${height}`);
   card.querySelector(".prompt").textContent = video.prompt;
@@ -153,7 +153,8 @@ function seconds(number) {
 function showStages(card, stages) {
   card.querySelector(".stages").replaceChildren(...stages.map((stage) => {
     const row = document.createElement("div");
-    row.className = `stage ${stage.state}`;
+    row.className = "stage";
+    row.dataset.state = stage.state;
     const name = document.createElement("span");
     const bar = document.createElement("progress");
     const state = document.createElement("span");
@@ -217,7 +218,7 @@ async function load(card) {
     const url = URL.createObjectURL(content);
     shown.src = url;
     shown.hidden = false;
-    card.querySelector(".waiting").hidden = true;
+    card.querySelector(".placeholder").hidden = true;
     const link = card.querySelector(".download");
     link.href = url;
     link.download = `${card.dataset.id}.${card.video.settings.format}`;
