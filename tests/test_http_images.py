@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import json
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import helpers
 import pytest
-from http_client import client_of, ready
+from http_client import client_of, jobs_of, ready
 from openai import APIStatusError, OpenAI
 from PIL import Image
 from starlette.testclient import TestClient
@@ -21,6 +24,7 @@ from disagg_ray.http.bodies import check_body
 from disagg_ray.http.image_schema import OTHERS, CreateImage, EditImage, refuse_others
 from disagg_ray.http.schema import ApiError, CreateVideo
 from disagg_ray.http.settings import make_settings
+from disagg_ray.http.store import Job
 
 PICTURES, EDITS, BOTH = "pictures", "edits", "both"
 TASKS = {PICTURES: "qwen_image", EDITS: "qwen_image_edit", BOTH: "qwen_image_edit_plus"}
@@ -225,3 +229,46 @@ def test_a_repeated_request_is_the_same_job(http: TestClient) -> None:
     assert first.json() == second.json()
     other = http.post("/v1/images/generations", json=HELLO | SMALL | {"seed": 4}, headers=header)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+
+@pytest.mark.proof
+def test_an_image_whose_client_goes_while_it_is_accepted_is_cancelled(
+    http: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, asked, gone, accepted = jobs_of(http), threading.Event(), threading.Event(), list[Job]()
+    accept = jobs.accept
+
+    def accept_late(*given: Any) -> Job:
+        asked.set()
+        assert gone.wait(120)
+        accepted.append(accept(*given))
+        return accepted[0]
+
+    body = json.dumps(HELLO | SMALL | {"num_inference_steps": 100}).encode()
+    place = "/v1/images/generations"
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": place,
+             "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1)}  # fmt: skip
+    messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        return await asyncio.Event().wait()  # its client says nothing more
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def hang_up() -> None:
+        """Ask and cancel, as Serve does with the request of a client that is gone."""
+        asking = asyncio.create_task(cast("Any", http.app)(scope, receive, send))
+        assert await asyncio.to_thread(asked.wait, 120)
+        asking.cancel()
+        await asyncio.wait([asking])
+        gone.set()
+
+    monkeypatch.setattr(jobs, "accept", accept_late)
+    assert http.portal is not None
+    http.portal.call(hang_up)
+    wait_until(lambda: bool(accepted), "it is never accepted")
+    assert finish(http, accepted[0].id)["status"] == "cancelled"

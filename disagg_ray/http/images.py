@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -62,12 +64,13 @@ async def _make(
 ) -> Images:
     """Accept a job, wait for its end, and return its image."""
     refuse_others(body)
-    job = await run_in_threadpool(_accept, jobs, key, body, files, idempotency_key)
+    accepting = asyncio.ensure_future(run_in_threadpool(_accept, jobs, key, body, files, idempotency_key))
+    job = None
     try:
-        job = await _finish(request, jobs, key, job)
+        job = await _finish(request, jobs, key, await asyncio.shield(accepting))
     finally:
-        if not job.is_finished and idempotency_key is None:  # nobody is left who could ask for it
-            jobs.upkeep.abandon(job)
+        if idempotency_key is None and not (job and job.is_finished):  # nobody is left who could ask for it
+            accepting.add_done_callback(partial(_abandon, jobs))
     if job.status != "completed":
         code = job.error_code or ("cancelled" if job.is_finished else "gone")
         message = job.error_message or "the image was cancelled or deleted before it was finished"
@@ -114,6 +117,11 @@ async def _finish(request: Request, jobs: Jobs, key: Key, job: Job) -> Job:
             if now.is_finished or await request.is_disconnected():
                 return now
     return job  # deleted
+
+
+def _abandon(jobs: Jobs, accepting: asyncio.Future[Job]) -> None:
+    if not accepting.cancelled() and accepting.exception() is None:
+        jobs.upkeep.abandon(accepting.result())
 
 
 def _answer(request: Request, jobs: Jobs, job: Job, body: CreateImage) -> Images:
