@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.schema import ApiError
-from disagg_ray.text import shown
+from disagg_ray.text import name_type, shown
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,7 +97,7 @@ class Guard:
             try:
                 message = await receive()
             except Exception as error:  # noqa: BLE001 - whatever carried the request has died, Serve's proxy for example
-                logger.info("a request can be received no more: %s", error)
+                logger.info("a request can be received no more: %s", name_type(error))
                 return {"type": "http.disconnect"}
             taken += len(message.get("body", b""))
             if taken > most:
