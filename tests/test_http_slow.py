@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,8 @@ NUM_STUCK = 50
 BIG_BYTES = 8 * 2**20
 """Of a video: more than the sockets on its way buffer."""
 LONG = SETTINGS | {"num_inference_steps": 100, "size": "64x64"}
+FORM = "multipart/form-data; boundary=x"
+PART = b'--x\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"\r\n\r\n'
 OPEN = re.compile(r"^\S*disagg_ray_http_requests_open\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -46,6 +49,14 @@ def ask(port: int, path: str) -> socket.socket:
     asking.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode())
     assert asking.recv(12) == b"HTTP/1.1 200"
     return asking
+
+
+def hang_up(port: int, kind: str, sent: bytes, wait_s: float) -> None:
+    """Send the first part of a longer body, wait until it has been read, and go away."""
+    with socket.create_connection((helpers.HOST, port), DEADLINE_S) as sending:
+        head = f"POST /v1/videos HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: {kind}\r\n"
+        sending.sendall(f"{head}Content-Length: {len(sent) + 2**22}\r\n\r\n".encode() + sent)
+        time.sleep(wait_s)
 
 
 def status_of(client: Client, video_id: str) -> str:
@@ -92,3 +103,21 @@ def test_of_clients_that_go_away_from_a_stream_nothing_is_left_and_their_job_goe
     assert status_of(client, last) in ("queued", "in_progress")
     for video_id in (ahead, last):
         client.delete(f"/v1/videos/{video_id}")
+
+
+def test_clients_that_go_away_while_they_send_leave_no_job_no_file_and_no_fault(port: int, folder: Path) -> None:
+    client, before = Client(port), {path.name for path in (folder / "videos").iterdir()}
+    jobs, form = client.list(), PART + bytes(2**21)
+    for kind, sent in ((FORM, form), ("application/json", b'{"prompt": "' + bytes(2**21)), ("application/json", b"")):
+        for wait_s in (0.0, 1.0):
+            hang_up(port, kind, sent, wait_s)
+    answers = re.compile(r'http_requests_total\{.*route="/v1/videos",status="(499|500)".*\} (\S+)')
+
+    def answered() -> dict[str, float]:
+        return {status: float(number) for status, number in answers.findall(client.ask("/metrics").decode())}
+
+    helpers.wait_until(lambda: sum(answered().values()) >= 1, "no hang-up is counted", DEADLINE_S)
+    assert "500" not in answered()
+    assert "Traceback" not in (folder / "log").read_text()
+    assert client.list() == jobs
+    assert {path.name for path in (folder / "videos").iterdir()} == before
