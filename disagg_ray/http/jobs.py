@@ -71,10 +71,10 @@ class Jobs:
         Raises:
             ApiError: it cannot be served, the key is repeated with another body, or there is too much to do.
         """
+        made_of = fingerprint(body, uploads, remixed_from)
+        if (before := self._before(key, idempotency_key, made_of)) is not None:
+            return before
         runner = self.runner(body.model)
-        made_of = fingerprint(body, uploads)
-        if idempotency_key is not None and (job := self.store.by_idempotency_key(key.name, idempotency_key)):
-            return repeated(job, made_of)
         asked = check_body(body, uploads, runner.config, key.priority)
         now, job_id = time.time(), f"{runner.config.model.traits.makes}_{uuid.uuid4().hex}"
         images = {place: name_of(job_id, place) for place in uploads}
@@ -100,6 +100,11 @@ class Jobs:
         self.metrics.accepted(key.name)
         runner.run(job)
         return job
+
+    def _before(self, key: Key, idempotency_key: str | None, made_of: str) -> Job | None:
+        """Return the job that a POST made before, if this repeats one."""
+        job = self.store.by_idempotency_key(key.name, idempotency_key) if idempotency_key is not None else None
+        return repeated(job, made_of) if job is not None else None
 
     def _add(self, job: Job, key: Key, runner: Runner) -> Job | None:
         """Write the row of a job; if its Idempotency-Key made one before, return that instead."""
@@ -188,6 +193,9 @@ class Jobs:
         Raises:
             ApiError: as `accept` and `find`, or the files have expired.
         """
+        made_of = fingerprint(CreateVideo(prompt=prompt), {}, remixed_from=job_id)
+        if (before := self._before(key, idempotency_key, made_of)) is not None:
+            return before
         source = self.find(key, job_id)
         if source.images and source.num_bytes == 0:
             raise ApiError(404, "video_id: the files it was made of have expired", param="video_id", code="expired")
