@@ -45,11 +45,13 @@ def refusal(store: Store, key: Key, asked: Job, max_queued: int = 100) -> tuple[
 
 def test_images_and_seconds_of_video_have_a_limit_a_day_each(store: Store) -> None:
     key = Key(f"t{time.time_ns()}", seconds_a_day=5.0, images_a_day=2)
-    failed = accept(store, key, IMAGE)
-    store.change(failed.id, UNFINISHED, status="failed")  # counts for nothing
+    failed, gone = accept(store, key, IMAGE), accept(store, key, IMAGE)
+    for job in (failed, gone):  # count for nothing
+        store.change(job.id, UNFINISHED, status="failed", error_code="deadline_exceeded")
+    store.delete(gone.id)
     for _ in range(2):
         deleted = accept(store, key, IMAGE)
-        store.change(deleted.id, UNFINISHED, status="deleted")
+        store.delete(deleted.id)
     assert refusal(store, key, IMAGE) == (429, "daily_limit", "2 images")
     accept(store, key, VIDEO)
     assert refusal(store, key, VIDEO) == (429, "daily_limit", "5 seconds of video")
