@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from typing import Any
 import helpers
 import http_client
 import pytest
-from http_client import ready
+from http_client import jobs_of, ready
 from openai import OpenAI
 from PIL import Image
 from starlette.testclient import TestClient
 
 from disagg_ray import Request, cli, connect, load_config
-from disagg_ray.http.bodies import Upload, check_body
+from disagg_ray.http.bodies import Upload, check_body, fingerprint
 from disagg_ray.http.guard import FORM_BYTES
 from disagg_ray.http.keys import Key, add_key
+from disagg_ray.http.metrics import read
 from disagg_ray.http.schema import ApiError, CreateVideo
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
@@ -146,6 +148,29 @@ def test_a_repeated_post_is_the_same_job_and_another_body_is_refused(http: TestC
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
+def test_a_repeated_remix_is_the_same_job_though_its_source_is_gone(http: TestClient) -> None:
+    source, header = post(http, SMALL)["id"], {"Idempotency-Key": "remix"}
+
+    def remix(video_id: str, prompt: str) -> tuple[int, dict[str, Any]]:
+        answer = http.post(f"/v1/videos/{video_id}/remix", json={"prompt": prompt}, headers=header)
+        return answer.status_code, answer.json()
+
+    made = remix(source, "a blue circle")[1]["id"]
+    assert http.delete(f"/v1/videos/{source}").status_code == 200
+    status, again = remix(source, "a blue circle")
+    assert (status, again.get("id")) == (200, made), again
+    assert [remix(*other)[0] for other in ((source, "a green circle"), (made, "a blue circle"))] == [409, 409]
+
+
+def test_a_repeated_post_is_the_same_job_though_its_model_is_served_no_more(http: TestClient) -> None:
+    body = SMALL | {"model": "gone"}
+    made = jobs_of(http).find(Key(""), post(http, SMALL)["id"])
+    old = {"id": "video_old", "model": "gone", "fingerprint": fingerprint(CreateVideo(**body), {})}
+    with jobs_of(http).store.accepting("") as accepting:
+        accepting.add(replace(made, status="completed", idempotency_key="gone", **old))
+    assert post(http, body, **{"Idempotency-Key": "gone"})["id"] == "video_old"
+
+
 def test_a_part_of_a_video_is_read_by_range(http: TestClient) -> None:
     video_id = post(http, SMALL)["id"]
     finish(http, video_id)
@@ -241,10 +266,11 @@ def test_keys_keep_tenants_apart_and_within_their_limits_and_are_not_logged(
         post(http, SMALL, **bob)
         daily = http.post("/v1/videos", json=SMALL, headers=bob)
         assert (daily.status_code, daily.json()["error"]["code"]) == (429, "daily_limit")
-        counted = re.compile(r'disagg_ray_http_jobs_total\{.*key="(alice|bob)".*\} 1')
-        counts = partial(http.get, "/metrics", headers=bob)
-        wait_until(lambda: {*counted.findall(counts().text)} == {"alice", "bob"}, "jobs are not counted by key")
-        told = caplog.text + counts().text
+        by_key = re.compile(r'disagg_ray_http_jobs_total\{.*key="(alice|bob)".*\} 1')
+        wait_until(lambda: {*by_key.findall("\n".join(read()))} == {"alice", "bob"}, "jobs are not counted by key")
+        told, counts = caplog.text + "\n".join(read()), http.get("/metrics").text
+    assert "alice" not in counts and "bob" not in counts  # whoever reads this needs no key
+    assert re.search(r"disagg_ray_http_jobs_total\{.*\} ([2-9]|\d\d)", counts)
     assert not [key for key in (alice, bob) if key["Authorization"].split()[1] in told]
 
 

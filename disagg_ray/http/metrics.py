@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import urllib.request
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -15,6 +16,8 @@ SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30
 """Upper bounds of the histograms' buckets."""
 OURS = "disagg_ray_"
 SCRAPE_S = 5.0
+KEY = re.compile(r'(?<=[{,])key="[^"]*",?')
+"""The label of a sample."""
 
 
 COUNTERS = {
@@ -78,10 +81,28 @@ class Metrics:
 
 
 def scrape() -> str:
-    """Return this node's metrics of ours, in Prometheus' text form."""
+    """Return this node's metrics of ours, in Prometheus' text form, without names of keys: it is read without one."""
+    return "".join(f"{line}\n" for line in without_keys(read()))
+
+
+def read() -> list[str]:
+    """Return the lines of this node's metrics of ours, as Ray's agent has them."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=SCRAPE_S) as answer:
         lines = answer.read().decode().splitlines()
-    return "".join(f"{line}\n" for line in lines if OURS in line.partition("{")[0])
+    return [line for line in lines if OURS in line.partition("{")[0]]
+
+
+def without_keys(lines: Iterable[str]) -> list[str]:
+    """Return lines without the label `key`; samples that differ in nothing else are summed."""
+    sums: dict[str, float | None] = {}
+    for line in lines:
+        text, has_key = KEY.subn("", line)
+        if has_key:
+            sample, _, value = text.rpartition(" ")
+            sums[sample] = (sums.get(sample) or 0.0) + float(value)
+        else:
+            sums[line] = None
+    return [line if total is None else f"{line} {total}" for line, total in sums.items()]
