@@ -322,6 +322,17 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_machine_too_busy_to_start_ray_is_no_bug_of_ours(tmp_path: Path) -> None:
+    """Ray gives its own processes seconds to start, and raises whatever it likes after that; here it gives them none."""
+    command = [*COMMAND, "generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
+    busy = NO_CLUSTER | {"RAY_gcs_server_port_wait_time_s": "0"}
+    done = subprocess.run(command, check=False, env=busy, capture_output=True, text=True, timeout=SURE_S)
+    assert done.returncode == 1
+    assert "failed: cluster: Ray did not start on this machine: Timed out waiting for " in done.stderr
+    assert "; try again, with fewer other programs if the machine is busy ('" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_cluster_that_is_dead_is_named_before_ray_retries_for_minutes(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = "{}:{}".format(*server.getsockname())

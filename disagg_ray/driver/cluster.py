@@ -6,8 +6,8 @@ import logging
 import os
 import secrets
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from disagg_ray.config.schema import Config
 from disagg_ray.config.stages import StageConfig
 from disagg_ray.driver.address import LOCAL, STATUS, find_cluster
 from disagg_ray.driver.signals import handler_kept
-from disagg_ray.errors import ConfigError, DisaggError, StartError
+from disagg_ray.errors import ConfigError, StartError
 from disagg_ray.models.preflight import check_model, check_temporary_folder
 from disagg_ray.replica.software import PACKAGE, is_installed
 from disagg_ray.text import mask, printable, shown
@@ -41,12 +41,23 @@ def join(address: str | None) -> None:
     if ray.is_initialized():
         return
     found = find_cluster(address)
+    with _start_errors(f"cluster.address: '{found}' cannot be joined", STATUS):
+        ray.init(address=found, job_config=_job({}), logging_level=logging.ERROR)
+
+
+@contextmanager
+def _start_errors(what: str, remedy: str) -> Iterator[None]:
+    """Convert what `ray.init` raises, which may be a bare Exception, and leave this process ready to try again."""
+    auth_mode = environment.ray_auth_mode()
     try:
         with handler_kept():
-            ray.init(address=found, job_config=_job({}), logging_level=logging.ERROR)
-    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
-        reason = printable(str(error.__cause__ or error).strip())
-        raise StartError(f"cluster.address: '{found}' cannot be joined: {reason}; {STATUS}") from error
+            yield
+    except Exception as error:
+        if not ray.is_initialized():  # or another thread was quicker
+            ray.shutdown()
+            environment.replace("RAY_AUTH_MODE", auth_mode)
+        reason = printable(str(error.__cause__ or error).strip()) or type(error).__name__
+        raise StartError(f"{what}: {reason}; {remedy}") from error
 
 
 class Cluster:
@@ -71,12 +82,14 @@ class Cluster:
         """Start a cluster on this machine, which only clients with its token can join."""
         check_temporary_folder()
         _make_token()
-        with handler_kept():
+        with _start_errors("cluster: Ray did not start on this machine", _again()):
             ray.init(address="local", logging_level=logging.ERROR, **own_cluster(config))
         self.is_own = True
         try:
-            _check_gpus(config, ray.cluster_resources().get("GPU", 0))
-        except DisaggError:
+            with _start_errors("cluster: Ray on this machine does not answer", _again()):
+                available = ray.cluster_resources().get("GPU", 0)
+            _check_gpus(config, available)
+        except BaseException:
             self.close()
             raise
 
@@ -85,6 +98,11 @@ class Cluster:
             ray.shutdown()
             environment.replace("RAY_AUTH_MODE", self._auth_mode)
             self.is_own = False
+
+
+def _again() -> str:
+    logs = Path(environment.ray_temporary_folder()[1], "ray", "session_latest", "logs")
+    return f"try again, with fewer other programs if the machine is busy ({str(logs)!r} has Ray's logs)"
 
 
 def own_cluster(config: Config) -> dict[str, Any]:
