@@ -323,7 +323,7 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_machine_too_busy_to_start_ray_is_no_bug_of_ours(tmp_path: Path) -> None:
-    """Ray gives its own processes seconds to start, and raises whatever it likes after that; here it gives them none."""
+    """Ray gives its own processes seconds to start, and raises something or other after that; here it gives none."""
     command = [*COMMAND, "generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
     busy = NO_CLUSTER | {"RAY_gcs_server_port_wait_time_s": "0"}
     done = subprocess.run(command, check=False, env=busy, capture_output=True, text=True, timeout=SURE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -147,6 +148,25 @@ def test_a_lost_replica_is_ended_even_if_the_fleet_closes_at_once() -> None:
 
     asyncio.run(run())
     assert {"decoder-0.0", "encoder-0.0", "transformer-0.0"} <= set(ended)
+
+
+def test_a_driver_that_was_stopped_for_a_while_does_not_take_a_sound_replica_for_hung() -> None:
+    asked = list[str]()
+
+    async def stop_once(actor: Actor, method: str) -> None:
+        if (actor.name, method) == ("decoder-0", "health"):
+            asked.append(actor.id)
+            if len(asked) == 1:
+                time.sleep(1.5)  # as a process that was sent SIGSTOP and SIGCONT
+                await asyncio.sleep(0.01)  # until the answer, which came meanwhile, is read
+
+    async def run() -> None:
+        config = load_config(T2V, "failures.answer_s=1")
+        async with serving(config, LocalPlacement(stop_once)), asyncio.timeout(SOON_S):
+            await until(lambda: len(asked) > 1)
+            assert set(asked) == {"decoder-0.0"}
+
+    asyncio.run(run())
 
 
 def test_a_replica_that_cannot_be_told_to_release_a_slot_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_background_tasks_that_fail_are_logged_and_go_on(
     monkeypatch.setattr(
         pipeline.engine.metrics, "_count", lambda name, amount, **tags: counted.append(tags.get("task", ""))
     )
-    looked_again = fail_once(monkeypatch, runner, "ask", when="health")
+    looked_again = fail_once(monkeypatch, runner, "ask_within", when="health")
     counted_again = fail_once(monkeypatch, pipeline.engine.metrics, "refresh")
     assert looked_again.wait(SURE) and counted_again.wait(SURE)
     assert {"fleet_watch", "count"} <= set(counted)

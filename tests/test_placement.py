@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util import placement_group_table
 
 from disagg_ray import CheckpointError, Config, StartError, load_config
 from disagg_ray.driver import calls, placement
@@ -82,6 +83,18 @@ def test_groups_of_a_stage_get_their_own_resources_and_labels(launch: Launch) ->
     assert [actor.replica.group for actor in actors if actor.stage == "transformer"] == ["big", "near", "near"]
     assert told["transformer-0"][1] == {"CPU": 3.0, "disk": 2.0}
     assert [told[f"transformer-{index}"][2] for index in range(3)] == [3, 1, 1]
+
+
+def test_the_bundles_of_ranks_whose_actor_is_not_created_are_given_back(cluster: None) -> None:
+    config = load_config("conf/tiny_t2v.yaml", "stages.transformer.parallel.ulysses=2")
+    (replica,) = (replica for replica in replicas_of(config) if replica.stage == "transformer")
+    name = "disagg_ray-taken-transformer-0"
+    holder: Any = ray.remote(Where).options(name=name).remote("transformer", 0, config)
+    with pytest.raises(ValueError, match="already taken"):
+        Placement("taken").launch(config, replica)
+    (group,) = (group for group in placement_group_table().values() if group["name"] == name)
+    ray.kill(holder)
+    assert group["state"] == "REMOVED"
 
 
 def test_a_replica_that_fits_nowhere_is_waited_for_visibly_until_the_deadline(

@@ -67,19 +67,29 @@ def test_a_connection_that_leaves_cancels_its_own_requests_and_no_others_of_its_
 def test_requests_of_a_dead_connection_end_although_another_of_its_run_id_lives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
-    monkeypatch.setattr(supervisor, "time", clock)
-
     async def run() -> None:
-        service = begin(monkeypatch, Pipeline, "service.client_timeout_s=0.1")
+        service = begin(monkeypatch, Pipeline, "service.client_timeout_s=0.4")
         await submit(service, "old", "first")
         await submit(service, "new", "second")
-        now[0] = 10.0
         async with asyncio.timeout(SOON_S):
             while "old" in unfinished(service):
                 await service.listen("run", "second", [])
         assert unfinished(service) == {"new"}
+
+    asyncio.run(run())
+
+
+def test_a_supervisor_that_was_stopped_for_a_while_does_not_take_its_clients_for_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        service = begin(monkeypatch, Pipeline, "service.client_timeout_s=0.4")
+        await submit(service, "video", "first")
+        await asyncio.sleep(0)
+        time.sleep(0.8)  # as a process that was sent SIGSTOP and SIGCONT
+        await asyncio.sleep(0.01)  # until what came meanwhile is read
+        await service.listen("run", "first", [])
+        assert unfinished(service) == {"video"}
 
     asyncio.run(run())
 

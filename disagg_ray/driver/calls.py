@@ -31,6 +31,9 @@ GROUP_OF = {"run": "compute", "load": "compute", "prefetch": "pull", "encode": "
 AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Pauses before a replica that cannot be reached is called again; after the last it is lost."""
 
+LOOKS = 4
+"""Parts of the time that an answer may take."""
+
 NOTICE_S = 10.0
 """How often a wait says what it waits for."""
 
@@ -170,6 +173,26 @@ async def ask(actor: Actor, method: str, *args: Any) -> Any:
             with_node = "node has died" in reason or getattr(error, "preempted", False)
             raise ReplicaLost(f"{actor.name}: the replica died: {reason}", with_node=with_node) from error
     raise AssertionError("unreachable")
+
+
+async def ask_within(timeout_s: float, actor: Actor, method: str, *args: Any) -> Any:
+    """Call an actor, as `ask`, and wait at most `timeout_s` seconds for its answer.
+
+    However long this process itself is stopped meanwhile, as by SIGSTOP, that counts as one look at most: an answer
+    that has come by then is taken.
+
+    Raises:
+        TimeoutError: no answer by then.
+    """
+    call = asyncio.ensure_future(ask(actor, method, *args))
+    try:
+        for _ in range(LOOKS):
+            await asyncio.wait([call], timeout=timeout_s / LOOKS)
+            if call.done():
+                return call.result()
+        raise TimeoutError(f"{actor.name}: no answer for {timeout_s:g} s")
+    finally:
+        call.cancel()
 
 
 def unwrap(answer: Any) -> Any:

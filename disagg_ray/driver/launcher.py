@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from disagg_ray.config.schema import Config
-from disagg_ray.driver.calls import Actor, ReplicaId, ask, gather_ready, replicas_of
+from disagg_ray.driver.calls import Actor, ReplicaId, ask_within, gather_ready, replicas_of
 from disagg_ray.driver.names import find_replicas, release_gangs
 from disagg_ray.driver.placement import Placement, settings_of, without_count
 from disagg_ray.driver.threads import off_loop
@@ -148,8 +148,7 @@ class Launcher:
 
     async def _known_sessions(self, actor: Actor) -> frozenset[str]:
         try:
-            async with asyncio.timeout(self.spec.config.failures.answer_s):
-                names: frozenset[str] = await ask(actor, "met")
+            names: frozenset[str] = await ask_within(self.spec.config.failures.answer_s, actor, "met")
         except (TimeoutError, DisaggError):  # it will be replaced
             return frozenset()
         return names
@@ -162,10 +161,9 @@ class Launcher:
     async def _follow(self, actor: Actor) -> None:
         """Have a replica work for this driver, and keep the spec."""
         try:
-            async with asyncio.timeout(FOLLOW_S):
-                await ask(actor, "follow", self._driver_info, self.spec)
-        except TimeoutError:
-            raise ReplicaLost(f"{actor.name}: no answer for {FOLLOW_S:g} s") from None
+            await ask_within(FOLLOW_S, actor, "follow", self._driver_info, self.spec)
+        except TimeoutError as error:
+            raise ReplicaLost(str(error)) from None
 
     async def finish(self) -> list[Actor]:
         """Wait a while for launches that were cancelled; return the actors that do not serve."""
@@ -213,11 +211,10 @@ async def adopt(name: str, config: Config) -> tuple[Spec, list[tuple[Actor, Desc
 
 async def _ask_state(actor: Actor) -> ReplicaState | None:
     try:
-        async with asyncio.timeout(STATE_S):
-            state: ReplicaState = await ask(actor, "state")
+        state: ReplicaState = await ask_within(STATE_S, actor, "state")
         check_same(actor.name, state.description.software)
     except (TimeoutError, DisaggError) as error:
-        logger.warning("replica %s is not adopted: %s", actor.name, error or f"no answer for {STATE_S:g} s")
+        logger.warning("replica %s is not adopted: %s", actor.name, error)
         return None
     return state
 

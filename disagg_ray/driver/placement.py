@@ -78,9 +78,14 @@ class Placement:
         settings = settings_of(config, replica)
         lives = {"lifetime": "detached"} if self._detached else {}
         bundles = reserve_ranks(settings, name=name, **lives) if settings.parallel.is_gang else None
-        placed = self.options(config, replica) | _in_bundle(bundles)
-        actor_class = _actor_class(ServedReplica, replica.stage).options(**placed, **options)
-        handle = actor_class.remote(replica.stage, replica.index, config.for_group(replica.stage, replica.group))
+        try:
+            placed = self.options(config, replica) | _in_bundle(bundles)
+            actor_class = _actor_class(ServedReplica, replica.stage).options(**placed, **options)
+            handle = actor_class.remote(replica.stage, replica.index, config.for_group(replica.stage, replica.group))
+        except BaseException:
+            if bundles is not None:  # no actor owns them
+                remove_placement_group(bundles)
+            raise
         return Actor(replica, incarnation, handle, settings, bundles=bundles)
 
     def options(self, config: Config, replica: ReplicaId) -> dict[str, Any]:

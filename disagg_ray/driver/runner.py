@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from disagg_ray.driver.calls import Actor, ReplicaId, ask
+from disagg_ray.driver.calls import Actor, ReplicaId, ask_within
 from disagg_ray.driver.outages import Backoff
 from disagg_ray.errors import DisaggError, InputError
 from disagg_ray.replica.messages import Health
@@ -119,11 +119,9 @@ class ReplicaRunner:
             failures = self._fleet.config.failures
             answer_s = min(failures.answer_s, failures.stall_s)
             try:
-                async with asyncio.timeout(answer_s):
-                    health: Health = await ask(actor, "health")
-            except TimeoutError:
-                reason = f"{actor.name}: no answer for {answer_s:g} s (failures.answer_s)"
-                self._fleet.replace(actor, reason, is_stalled=True)
+                health: Health = await ask_within(answer_s, actor, "health")
+            except TimeoutError as error:
+                self._fleet.replace(actor, f"{error} (failures.answer_s)", is_stalled=True)
                 break
             except DisaggError as error:
                 self._fleet.replace(actor, str(error))

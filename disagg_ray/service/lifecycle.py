@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from disagg_ray.config.schema import Config
-from disagg_ray.driver.calls import NOTICE_S, Actor, ask, gather_ready, replicas_of
+from disagg_ray.driver.calls import NOTICE_S, Actor, ask_within, gather_ready, replicas_of
 from disagg_ray.driver.launcher import STATE_S
 from disagg_ray.driver.names import (
     NAMESPACE,
@@ -145,9 +145,10 @@ async def _start_stage(name: str, stage: str, config: Config) -> dict[str, Confi
     if any(other.stage == stage for other in others):
         raise InputError(f"--only: {stage} was started already")
     found = await _configs_of(others, config)
-    placement.reserve(config)
-    actors = [placement.launch(config, replica) for replica in replicas_of(config) if replica.stage == stage]
+    actors: list[Actor] = []
     try:
+        placement.reserve(config)
+        actors.extend(placement.launch(config, replica) for replica in replicas_of(config) if replica.stage == stage)
         await gather_ready(config, actors, "describe")
         found |= await _configs_of(find_replicas(name), config)  # others may have been started meanwhile
     except BaseException:
@@ -165,12 +166,8 @@ async def _configs_of(actors: list[Actor], config: Config) -> dict[str, Config]:
     Raises:
         ConfigError: one was started for another model or service; names the key.
     """
-    calls = [asyncio.ensure_future(ask(actor, "state")) for actor in actors]
-    if calls:
-        await asyncio.wait(calls, timeout=STATE_S)
-    for call in calls:
-        call.cancel()
-    states: list[ReplicaState | BaseException] = await asyncio.gather(*calls, return_exceptions=True)
+    asked = (ask_within(STATE_S, actor, "state") for actor in actors)
+    states: list[ReplicaState | BaseException] = await asyncio.gather(*asked, return_exceptions=True)
     answers = zip(actors, states, strict=True)
     known = {actor.stage: state.config for actor, state in answers if isinstance(state, ReplicaState)}
     for other in known.values():

@@ -76,8 +76,8 @@ class ClientState:
         self.has_events = asyncio.Event()
         self.has_finished = asyncio.Event()
         """Some entry is finished."""
-        self.heartbeats: dict[str, float] = {}
-        """Last of each connection that has not left, by a monotonic clock."""
+        self.heartbeats: dict[str, int] = {}
+        """How many came from each connection that has not left."""
 
     @property
     def num_unfinished(self) -> int:

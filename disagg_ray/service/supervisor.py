@@ -35,6 +35,8 @@ from disagg_ray.service.submissions import ClientState, Entry
 
 logger = logging.getLogger("disagg_ray")
 
+LOOKS = 4
+"""For a client's next heartbeat, before it counts as gone."""
 MAX_STARTS = 3
 """After so many failures in a row, those who wait get the error."""
 RETRY_S = 20.0
@@ -181,7 +183,7 @@ class Supervisor:
         client = self._clients.setdefault(run_id, ClientState(run_id))
         if connection not in client.heartbeats:
             self._background.start("supervisor_watch", self._watch, client, connection)
-        client.heartbeats[connection] = time.monotonic()
+        client.heartbeats[connection] = client.heartbeats.get(connection, 0) + 1
         return client
 
     @property
@@ -205,12 +207,18 @@ class Supervisor:
             self._pipeline.note_restart(name)
 
     async def _watch(self, client: ClientState, connection: str) -> None:
-        """Cancel a connection's requests once its heartbeat has stopped for `service.client_timeout_s`."""
+        """Cancel a connection's requests once its heartbeat has stopped for `service.client_timeout_s`.
+
+        However long this process itself is stopped meanwhile, as by SIGSTOP, that counts as one look: what clients sent
+        is read after it.
+        """
+        seen, num_quiet = 0, 0
         while (heartbeat := client.heartbeats.get(connection)) is not None:
-            if (left := heartbeat + self._settings.client_timeout_s - time.monotonic()) > 0:
-                await asyncio.sleep(left)
+            num_quiet = num_quiet + 1 if heartbeat == seen else 0
+            seen, timeout_s = heartbeat, self._settings.client_timeout_s
+            if num_quiet < LOOKS:
+                await asyncio.sleep(timeout_s / LOOKS)
                 continue
-            timeout_s = self._settings.client_timeout_s
             logger.warning("no heartbeat from client %s for %g s; cancelling its requests", client.run_id, timeout_s)
             await self.leave(client.run_id, connection)
 
