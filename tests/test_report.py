@@ -178,8 +178,8 @@ def test_what_a_user_or_an_error_says_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_page_loads_nothing_but_the_videos(tmp_path: Path) -> None:
-    name = "a b#1?.mp4"
-    folder = tmp_path / "out 1"
+    name = """a b#1? 100%25 & "it's".mp4"""
+    folder = tmp_path / "out %201&amp;"
     page = report(folder, [record(simulate(1, REPLICAS)[0], "x", file=name)], "--output", str(tmp_path / "report"))
     links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     (video,) = map(str, links)

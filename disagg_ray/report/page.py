@@ -138,7 +138,7 @@ def _prompt(record: Record) -> str:
 
 def _video(record: Record, videos: str, *, preview: bool) -> str:
     name = record.file or ""
-    link = quote(f"{videos}/{name}", errors="replace")
+    link = _link(videos, name)
     suffix = Path(name).suffix.lower()
     if suffix == ".mp4":
         load = "metadata" if preview else "none"
@@ -147,7 +147,9 @@ def _video(record: Record, videos: str, *, preview: bool) -> str:
         return f'<img class="show" loading="lazy" alt="" src="{link}">'
     heard = ""
     if record.sound_file:
-        heard = (
-            f'<audio controls preload="none" src="{quote(f"{videos}/{record.sound_file}", errors="replace")}"></audio>'
-        )
+        heard = f'<audio controls preload="none" src="{_link(videos, record.sound_file)}"></audio>'
     return f'<a class="show" href="{link}">{escape(name)}</a>{heard}'
+
+
+def _link(videos: str, name: str) -> str:
+    return quote(f"{videos}/{name}", errors="replace")
