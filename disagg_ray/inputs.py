@@ -238,6 +238,12 @@ def _video_size(request: Request, config: Config, given: tuple[int, int]) -> tup
         size = _size(request, config, given)
     if size is not None and _fit(given, size, multiple) == size:
         return size
+    if size is None and _like(given, given[0] * given[1], multiple) is not None:
+        area = f"{config.defaults.width}x{config.defaults.height}"
+        raise RequestError(
+            f"{VIDEO}: {shown(str(request.video))} has {given[1]}x{given[0]} pixels, and no size of its aspect, in "
+            f"multiples of {multiple}, is within the default area of {area}; give height and width"
+        )
     asked = "" if size is None else f", and fitted into {size[1]}x{size[0]} it is not of that size"
     raise RequestError(
         f"{VIDEO}: {shown(str(request.video))} has {given[1]}x{given[0]} pixels{asked}; give frames of the "

@@ -280,6 +280,7 @@ REFUSED = [
     (["--connect", "us"], "no service named 'us' in this cluster; running: used"),
     (["--connect", NAME, "--config", T2V], "--config: give either a YAML file, or the NAME of a service as --connect"),
     (["--connect", NAME, "stages.transformer.replicas=2"], "stages.transformer.replicas=2 has no effect"),
+    (["--connect", NAME, "b.png"], "override: 'b.png' is not KEY=VALUE"),
     (["--connect", NAME], "1 lines of"),
 ]
 

@@ -106,6 +106,10 @@ def test_an_mp4_opens_no_other_file(clips: dict[str, Path], tmp_path: Path) -> N
         ({"reference_images": "one.png"}, "invalid reference_images='one.png': must be a list of 1 to 4 images"),
         ({"reference_images": ["one.png"] * 5}, "must be a list of 1 to 4 images"),
         ({"reference_images": ["one.png", "no.png"]}, "reference_images[1]: 'no.png' is not a file"),
+        (
+            {"reference_images": ["a.png,b.png"]},
+            "[0]: 'a.png,b.png' is not a file; give several files one by one, as a flag",
+        ),
         ({"reference_images": ["one.png"] * 3, "num_frames": 5}, "reference_images=3: must be at most 2 images, one a"),
         ({"reference_images": ["one.png"] * 2, "video": "one.png"}, "images, one a latent frame; 1 frames of control"),
         (
@@ -133,6 +137,13 @@ def test_what_cannot_be_used_is_refused_by_name(
         image(*size).save(folder / f"{name}.png")
     image(96, 64).save(folder / "two.gif", save_all=True, append_images=[image(96, 64, 1)])
     assert says in refusal(replace(BOAT, **asked))
+
+
+def test_a_video_with_no_size_within_the_default_area_asks_for_one(clips: dict[str, Path]) -> None:
+    config = load_config(CONF / "tiny_vace.yaml", *SMALL, "defaults.height=32", "defaults.width=32")
+    says = refusal(replace(BOAT, video=clips["a.mp4"]), config)
+    assert "is within the default area of 32x32; give height and width" in says
+    assert resolve(replace(BOAT, video=clips["a.mp4"], height=64, width=96), config)[0].width == 96
 
 
 def test_a_frame_over_the_limit_is_refused(clips: dict[str, Path]) -> None:

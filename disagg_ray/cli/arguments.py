@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from disagg_ray.config.speed import SPEEDS
@@ -11,6 +12,7 @@ from disagg_ray.errors import InputError
 from disagg_ray.text import did_you_mean
 
 CONFIG = "YAML file of the model and its deployment, or builtin:NAME (`disagg-ray config --list`)"
+NUMBERS = {int: "whole number", float: "number"}
 EPILOG = "KEY=VALUE overrides the configuration, as stages.transformer.replicas=2; `disagg-ray config` prints all keys."
 
 
@@ -19,6 +21,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.register("type", int, partial(_number, int))
+        self.register("type", float, partial(_number, float))
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -30,6 +34,14 @@ class Parser(argparse.ArgumentParser):
         ends = next((flag for flag in known if flag.endswith(word[1:])), None)
         near = f"; did you mean {ends}?" if ends else did_you_mean(word, known, 0.7)
         return near or f"; `{self.prog} --help` lists the flags"
+
+
+def _number(kind: type[int] | type[float], text: str) -> int | float:
+    """Return the value of a flag that takes one number."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one {NUMBERS[kind]}") from error
 
 
 def config_parser(name: str, command: Callable[..., int], *, required: bool = False) -> Parser:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from disagg_ray.cli import logs
 from disagg_ray.cli.arguments import config_parser, overrides_of
 from disagg_ray.config.docs import field_docs
-from disagg_ray.config.load import load_config
+from disagg_ray.config.load import load_config, parse_override
 from disagg_ray.config.rules import kinds
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.signals import Interrupts, interruptible
@@ -161,6 +161,8 @@ def _check_source(options: argparse.Namespace) -> None:
         raise InputError("--config: give either a YAML file, or the NAME of a service as --connect")
     overrides = overrides_of(options)
     if options.connect is not None and (overrides or options.local):
+        for override in overrides:  # what is none belongs to a flag, and its message says so
+            parse_override(override)
         given = overrides[0] if overrides else "--local"
         raise InputError(f"--connect: {given} has no effect on a service; leave it out, or run `disagg-ray up` again")
 

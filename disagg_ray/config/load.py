@@ -32,7 +32,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
         ConfigError: names the key, the value and the nearest right key.
     """
     merged: Layer = {}
-    for layer in (*_layers(find_file(path)), *map(_parse_override, overrides)):
+    for layer in (*_layers(find_file(path)), *map(parse_override, overrides)):
         _read_stages(layer, _stages(merged))
         merged = _merge(merged, _sections(SCHEMA, layer))
     _check_groups(_stages(merged))
@@ -171,12 +171,17 @@ def _remedy(path: Path) -> str:
     return "give the path of a YAML file or builtin:NAME"
 
 
-def _parse_override(override: str) -> Tree:
+def parse_override(override: str) -> Tree:
+    """Return what `KEY=VALUE` sets.
+
+    Raises:
+        ConfigError: it is no override.
+    """
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        example = "stages.transformer.replicas=2; a text with spaces goes in quotes"
-        raise ConfigError(f"override: {shown(override)} is not KEY=VALUE, as {example}")
+        remedy = "a text with spaces goes in quotes, and each of several images after a --reference-images of its own"
+        raise ConfigError(f"override: {shown(override)} is not KEY=VALUE, as stages.transformer.replicas=2; {remedy}")
     if "[" in key:
         raise ConfigError(f"override: {shown(override)}: an item of a list cannot be set alone; write the whole list")
     path, kind = _split_key(key)

@@ -127,7 +127,8 @@ def check_image_file(source: ImageSource, field: str) -> None:
 
 def _file(path: Path, field: str, shown: str) -> Path:
     if not path.is_file():
-        raise RequestError(f"{field}: {shown} is not a file")
+        several = "; give several files one by one, as a flag once for each" if "[" in field and "," in shown else ""
+        raise RequestError(f"{field}: {shown} is not a file{several}")
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise RequestError(f"{field}: {shown} is over {MAX_IMAGE_BYTES} bytes; give a smaller one")
     return path
