@@ -22,11 +22,11 @@ import pytest
 from PIL import Image
 
 from disagg_ray import OutputError, Pipeline, Request, Result, load_config
-from disagg_ray.batch.manifest import MANIFEST, Folder, read_manifest, sha256_of
+from disagg_ray.batch.manifest import MANIFEST, Folder, read_manifest, save, sha256_of
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.requests_file import RequestsFile
 from disagg_ray.batch.resume import Options
-from disagg_ray.batch.run import generate, save
+from disagg_ray.batch.run import generate
 from disagg_ray.batch.summary import Summary
 from disagg_ray.media.sound import Sound
 from disagg_ray.request import resolve
@@ -279,6 +279,32 @@ def test_a_moved_folder_or_a_changed_file_ends_the_run(event: str, folder: Path,
     assert 0 < summary.done < 200
     assert summary.missing == 200 - summary.done
     assert len(records(kept)) == summary.done
+
+
+@pytest.mark.proof
+def test_a_writer_that_hangs_ends_the_run_and_keeps_the_folder_locked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file system whose server is gone."""
+    for name, value in {"LOOK_S": 0.2, "MAX_LOOKS": 5, "SETTLE_S": 0.1, "LAST_S": 0.1}.items():
+        monkeypatch.setattr(f"disagg_ray.batch.run.{name}", value)
+    back, append = threading.Event(), Folder.append
+
+    def hang(self: Folder, record: Record) -> None:
+        if record.id == "hung":
+            back.wait(60)
+        append(self, record)
+
+    monkeypatch.setattr(Folder, "append", hang)
+    path = write_requests(folder, {"id": "hung"}, {"id": "b"})
+    summary = run(path, start_fused)
+    assert "hangs: hung not written within 1 s; check its disk" in str(summary.stopped)
+    assert (summary.done, summary.missing, list(records(folder / "out"))) == (1, 1, ["b"])
+    assert "not written: hung; check the disk" in caplog.text
+    with pytest.raises(OutputError, match="is being written by"):
+        Folder(folder / "out")
+    back.set()
+    helpers.wait_until(lambda: set(records(folder / "out")) == {"b", "hung"}, "the disk is back", 60)
 
 
 @contextmanager

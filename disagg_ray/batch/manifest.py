@@ -26,6 +26,7 @@ from disagg_ray.media.locks import locked
 from disagg_ray.media.output import open_own
 from disagg_ray.media.places import SUFFIX_OF, TEMPORARY
 from disagg_ray.media.sound import wav_beside
+from disagg_ray.result import Result, rescued
 
 logger = logging.getLogger("disagg_ray")
 
@@ -48,6 +49,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._guard = threading.Lock()
+        self._is_kept = False
         try:
             with ExitStack() as opened:
                 path.mkdir(parents=True, exist_ok=True)
@@ -76,10 +78,16 @@ class Folder:
         self.close()
 
     def close(self) -> None:
-        """Release the lock, and remove `.work` if it is empty."""
+        """Release the lock, and remove `.work` if it is empty; after `keep_open` do nothing."""
+        if self._is_kept:
+            return
         if not any((self.path / WORK).glob("*")):
             shutil.rmtree(self.path / WORK, ignore_errors=True)
         self._opened.close()
+
+    def keep_open(self) -> None:
+        """Keep the lock until this process ends: a thread of its may still write here."""
+        self._is_kept = True
 
     def video_of(self, name: str, format: str) -> Path:
         """Return the path of a request's video."""
@@ -135,6 +143,25 @@ class Folder:
             torn.flush()
             os.fsync(torn.fileno())
         os.ftruncate(self._manifest, whole)
+
+
+def save(result: Result, path: Path, folder: Folder) -> None:
+    """Write a video into a batch's folder; if that fails and its latents are not kept, save it elsewhere.
+
+    Raises:
+        OSError: the folder is gone.
+        OutputError: it cannot be written; says where it was saved.
+    """
+    try:
+        folder.check()
+        for file in (path, *([sound_beside(path)] if result.sound else [])):
+            if file.is_symlink():
+                file.unlink()  # the folder is the batch's, the link's target is not
+        result.save(path)
+    except (OSError, OutputError) as error:
+        if folder.latents_of(result.request.id).exists():
+            raise
+        raise OutputError(f"{error}; {rescued(result)}") from (error.__cause__ or error)
 
 
 def read_manifest(folder: Path, *, brief: bool = False) -> Iterator[Record]:

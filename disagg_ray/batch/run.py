@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
+from queue import SimpleQueue
 
-from disagg_ray.batch.manifest import Folder, sound_beside, state_of
+from disagg_ray.batch.manifest import Folder, save, sound_beside, state_of
 from disagg_ray.batch.records import Record
 from disagg_ray.batch.request_line import Line, files_of
 from disagg_ray.batch.requests_file import RequestsFile
@@ -22,6 +22,7 @@ from disagg_ray.batch.summary import Summary, Tally
 from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.signals import Answer
+from disagg_ray.driver.threads import begin
 from disagg_ray.errors import (
     Cancelled,
     DisaggError,
@@ -30,10 +31,9 @@ from disagg_ray.errors import (
     RequestError,
     RequestInFlight,
     StartError,
-)  # fmt: skip
+)
 from disagg_ray.media.places import try_folder
 from disagg_ray.pipeline import Pipeline
-from disagg_ray.result import Result, rescued
 from disagg_ray.service.client import Connection
 
 logger = logging.getLogger("disagg_ray")
@@ -44,6 +44,10 @@ UNAVAILABLE = (StartError, ReplicaLost, Cancelled)
 """A stage has no replica left, a service's supervisor did not come back, or the service was taken down."""
 SETTLE_S = 10.0
 """How long a stopped run waits for its last files to be written."""
+LAST_S = 60.0
+"""And for those that are then being written; a writer that hangs is left behind."""
+LOOK_S, MAX_LOOKS = 10.0, 60
+"""How often writers are looked at while no request ends, and how often one may be at the same: its disk hangs then."""
 BUSY_S = 2.0
 """Between two tries of a request whose id a service still computes for an earlier run."""
 
@@ -87,10 +91,13 @@ class Batch:
         self._limit = 2 * config.max_in_flight
         self._in_flight = 0
         self._lock = threading.Lock()
-        """Guards what writers change: `_in_flight`, `_tally` and `_fatal`."""
+        """Guards what writers change: `_in_flight`, `_tally`, `_fatal`, and `_writing` with `_ended`."""
         self._changed: Answer[None] = Answer()
         """Set, and replaced by a new one, whenever a writer has finished a request."""
-        self._writers = ThreadPoolExecutor(NUM_WRITERS, "disagg_ray-writer")
+        self._finished: SimpleQueue[tuple[Line, Handle | RequestError] | None] = SimpleQueue()
+        """What writers take; None ends one."""
+        self._writing: dict[str, int] = {}
+        """How often each request that is being written was looked at, by id."""
 
     def summary(self) -> Summary:
         """Return how it went so far."""
@@ -111,6 +118,8 @@ class Batch:
         if isinstance(pipeline, Pipeline):
             self._note_written = pipeline.note_written
         self._replicas = {name: stage.num_replicas for name, stage in pipeline.config.stages.items()}
+        for _ in range(NUM_WRITERS):
+            begin(self._write, "writer")
         try:
             self._dispatch(pipeline)
             self._wait_until(lambda: bool(self._fatal) or not self._in_flight)
@@ -121,8 +130,7 @@ class Batch:
             raise
         finally:
             self._seconds = time.monotonic() - began
-            self._ended = True
-            self._writers.shutdown(cancel_futures=True)
+            self._end_writers()
         if self._fatal is not None and not isinstance(self._fatal, OSError | DisaggError):
             raise self._fatal
 
@@ -162,15 +170,34 @@ class Batch:
         with self._lock:
             self._in_flight += 1
         if isinstance(outcome, Handle):
-            outcome.add_done_callback(partial(self._start_finish, line))
+            outcome.add_done_callback(lambda handle: self._finished.put((line, handle)))
         else:
-            self._start_finish(line, outcome)
+            self._finished.put((line, outcome))
         return True
 
-    def _start_finish(self, line: Line, outcome: Handle | RequestError) -> None:
-        """Continue on a thread that may wait for the disk."""
-        if not self._ended:
-            self._writers.submit(self._finish, line, outcome)
+    def _write(self) -> None:
+        """Finish one request after the other, on a writer's thread, until the run ends."""
+        while (finished := self._finished.get()) is not None:
+            with self._lock:
+                if self._ended:
+                    return
+                self._writing[finished[0].request.id] = 0
+            self._finish(*finished)
+
+    def _end_writers(self) -> None:
+        """Have writers begin nothing more, and wait a while for what they write."""
+        with self._lock:
+            self._ended = True
+        for _ in range(NUM_WRITERS):
+            self._finished.put(None)
+        try:
+            self._wait_until(lambda: not self._writing, LAST_S)
+        finally:
+            with self._lock:
+                left = ", ".join(self._writing)
+            if left:
+                self._folder.keep_open()
+                logger.error("not written: %s; check the disk, and run the same command again", left)
 
     def _finish(self, line: Line, outcome: Handle | RequestError) -> None:
         """Write and record one request, on a writer's thread; stop the run if that fails."""
@@ -184,6 +211,7 @@ class Batch:
         finally:
             with self._lock:
                 self._in_flight -= 1
+                del self._writing[line.request.id]
                 changed, self._changed = self._changed, Answer()
             changed.set_result(None)
 
@@ -238,30 +266,23 @@ class Batch:
         self._wait_until(lambda: not self._in_flight, SETTLE_S)
 
     def _wait_until(self, is_so: Callable[[], bool], timeout_s: float | None = None) -> None:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._lock:
-                if is_so():
+                if is_so() or time.monotonic() >= deadline:
                     return
                 changed = self._changed
-            if not changed.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                return
+            if not changed.wait(max(0.0, min(LOOK_S, deadline - time.monotonic()))):
+                self._look()
 
-
-def save(result: Result, path: Path, folder: Folder) -> None:
-    """Write a video into a batch's folder; if that fails and its latents are not kept, save it elsewhere.
-
-    Raises:
-        OSError: the folder is gone.
-        OutputError: it cannot be written; says where it was saved.
-    """
-    try:
-        folder.check()
-        for file in (path, *([sound_beside(path)] if result.sound else [])):
-            if file.is_symlink():
-                file.unlink()  # the folder is the batch's, the link's target is not
-        result.save(path)
-    except (OSError, OutputError) as error:
-        if folder.latents_of(result.request.id).exists():
-            raise
-        raise OutputError(f"{error}; {rescued(result)}") from (error.__cause__ or error)
+    def _look(self) -> None:
+        """Stop the run once a writer hangs."""
+        with self._lock:
+            for name in self._writing:
+                self._writing[name] += 1
+            late = ", ".join(name for name, looks in self._writing.items() if looks > MAX_LOOKS)
+            if late and self._fatal is None:
+                hangs = (
+                    f"output-dir: {str(self._folder.path)!r} hangs: {late} not written within {LOOK_S * MAX_LOOKS:g} s"
+                )
+                self._fatal = OutputError(f"{hangs}; check its disk, and run the same command again")
