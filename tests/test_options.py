@@ -289,6 +289,11 @@ def test_sigmas_decide_the_steps(start: Callable[..., LocalPipeline], scheduler:
         frames(given, num_inference_steps=6)
 
 
+def test_where_no_step_cache_can_be_had_the_remedy_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"is not for model\.task=vace; write none$"):
+        load_config("conf/tiny_vace.yaml", f"{DENOISER}.step_cache.method=taylorseer")
+
+
 def test_sea_cache_is_refused_for_images(start: Callable[..., LocalPipeline]) -> None:
     with pytest.raises(ConfigError, match="write one of none, first_block, mag, taylorseer"):
         start(f"{DENOISER}.step_cache.method=sea", "model.max_sequence_length=512", task="i2v")

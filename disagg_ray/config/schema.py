@@ -116,7 +116,8 @@ class Config(Section):
             yield f"defaults.{key}", value, ok, remedy
         yield from cut_rules(self.stages)
         yield from family_rules(self)
-        cached = f"is not for model.task={self.model.task}; write one of {', '.join(('none', *traits.step_caches))}"
+        cached = f"is not for model.task={self.model.task}; write {'one of ' * bool(traits.step_caches)}"
+        cached += ", ".join(("none", *traits.step_caches))
         for name, stage in self.stages.items():
             method = stage.denoiser.step_cache.method
             ok = method == "none" or method in traits.step_caches
