@@ -106,7 +106,7 @@ def test_usage_counts_a_day_and_what_is_unfinished(store: Store) -> None:
     add(store, "now", tenant)
     add(store, "before", tenant, created_at=time.time() - 100_000)
     failed = add(store, "failed", tenant)
-    store.change(failed.id, UNFINISHED, status="failed")
+    store.change(failed.id, UNFINISHED, status="failed", error_code="internal_error")
     with store.accepting(tenant) as accepting:
         assert (accepting.in_flight(), accepting.seconds_today()) == (2, 1.0)
 
