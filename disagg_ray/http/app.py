@@ -16,11 +16,9 @@ import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from ray import serve
-from ray.exceptions import TaskCancelledError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from disagg_ray.config.builtin import find_file
@@ -92,8 +90,6 @@ def _explain(error: Exception) -> ApiError:
             answer = ApiError(400, f"{param}: {first['msg']}", param=param)
         case HTTPException():
             answer = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-        case ClientDisconnect() | TaskCancelledError():  # the latter is Ray Serve's; the answer is only counted
-            answer = ApiError(499, "body: its client went away before its end", code="client_gone")
         case OutputError():
             answer = ApiError(503, "service.folder: files cannot be reached", code="storage_failed")
         case SQLAlchemyError():
@@ -114,12 +110,8 @@ def _explain(error: Exception) -> ApiError:
 
 
 HANDLERS = dict.fromkeys(
-    (
-        ApiError, RequestValidationError, HTTPException, ClientDisconnect, TaskCancelledError, SQLAlchemyError,
-        DisaggError, OSError,
-    ),
-    _answer,
-)  # fmt: skip
+    (ApiError, RequestValidationError, HTTPException, SQLAlchemyError, DisaggError, OSError), _answer
+)
 
 
 def deploy(settings: Settings) -> serve.Application:
