@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import fsspec
@@ -98,8 +98,9 @@ def remove(place: str) -> None:
     """
     with _mapped(place, "removed"):
         filesystem, path = fsspec.core.url_to_fs(place)
-        if filesystem.exists(path):
-            filesystem.rm_file(path)
+        with suppress(FileNotFoundError):  # another process removes it too
+            if filesystem.exists(path):
+                filesystem.rm_file(path)
 
 
 @contextmanager
