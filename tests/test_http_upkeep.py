@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from disagg_ray.http.metrics import Metrics
 from disagg_ray.http.queues import Queues
 from disagg_ray.http.store import Job, Store
 from disagg_ray.http.upkeep import Upkeep
+from disagg_ray.http.uploads import Uploads
 
 
 @pytest.fixture
@@ -29,7 +31,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def upkeep(store: Store, tmp_path: Path) -> Upkeep:
     """Give the upkeep of a service without models."""
-    return Upkeep(ServiceConfig(expires_after_s=60.0), store, Folder(str(tmp_path)), {}, Queues(store, {}), Metrics())
+    folder, config = Folder(str(tmp_path)), ServiceConfig(expires_after_s=60.0)
+    return Upkeep(config, store, folder, Uploads(store, folder), {}, Queues(store, {}), Metrics())
 
 
 def add(store: Store, name: str, **more: Any) -> Job:
@@ -58,6 +61,14 @@ def test_a_file_that_cannot_be_removed_keeps_no_other_and_is_tried_again(
     upkeep.free()
     assert not (tmp_path / file_of(held)).exists()
     assert {job.num_bytes for job in store.page("a", None, 9, ascending=True)} == {0}
+
+
+def test_a_file_that_two_replicas_free_at_once_is_no_failure(tmp_path: Path) -> None:
+    folders = [Folder(str(tmp_path)) for _ in range(4)]
+    with ThreadPoolExecutor(len(folders)) as pool:
+        for number in range(500):
+            (tmp_path / f"{number}.mp4").touch()
+            list(pool.map(lambda folder, number=number: folder.remove(f"{number}.mp4"), folders))
 
 
 def test_a_job_of_a_model_that_is_served_no_more_can_be_cancelled(upkeep: Upkeep, store: Store) -> None:

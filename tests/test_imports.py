@@ -55,7 +55,7 @@ IMPORTERS = {
     "huggingface_hub": {"models"},
     "ray": {"pipeline", "driver", "service", "http", "replica.actor", "replica.gang", "doctor", "jobs"},
     "fastapi": {"http.app", "http.follow", "http.forms", "http.images", "http.routes"},
-    "sqlalchemy": {"http.database", "http.store", "http.workers", "http.app", "http.jobs"},
+    "sqlalchemy": {"http.database", "http.store", "http.workers", "http.app", "http.uploads"},
     "starlette": {"http"},
     "accelerate": {"models"},
     "torchao": {"models"},

@@ -7,9 +7,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from disagg_ray.errors import OutputError
 from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
 from disagg_ray.http.clock import steady_now
 from disagg_ray.http.files import Folder, file_of, name_of, thumbnail_of
@@ -22,6 +19,7 @@ from disagg_ray.http.schema import ApiError, CreateVideo, StageProgress, Video, 
 from disagg_ray.http.settings import Settings
 from disagg_ray.http.store import UNFINISHED, Job, Store
 from disagg_ray.http.upkeep import Upkeep
+from disagg_ray.http.uploads import Uploads
 from disagg_ray.service.stub import take_snapshot
 from disagg_ray.text import shown
 
@@ -39,6 +37,7 @@ class Jobs:
         self.settings, self.metrics = settings, Metrics()
         self.folder = Folder(settings.service.folder)
         self.store = Store(settings.database)
+        self.uploads = Uploads(self.store, self.folder)
         self.keys = Keys(settings.service.api_keys, settings.session_key)
         self.workers = self.store.workers
         self.workers.become_one()
@@ -48,7 +47,9 @@ class Jobs:
             for model, config in configs.items()
         }
         self.queues = Queues(self.store, self.runners)
-        self.upkeep = Upkeep(settings.service, self.store, self.folder, self.runners, self.queues, self.metrics)
+        self.upkeep = Upkeep(
+            settings.service, self.store, self.folder, self.uploads, self.runners, self.queues, self.metrics
+        )
         self.upkeep.start()
 
     def close(self) -> None:
@@ -84,18 +85,12 @@ class Jobs:
             length_s=asked.length_s, num_bytes=sum(len(upload.data) for upload in uploads.values()),
             deadline_at=steady_now() + body.deadline_s if body.deadline_s is not None else None,
         )  # fmt: skip
-        try:
+        with self.uploads.noted(job):
             for place, upload in uploads.items():
                 self.folder.write(images[place], upload.data)
             before = self._add(job, key, runner)
-        except (ApiError, OutputError):
-            self.folder.remove(*images.values())
-            raise
-        except SQLAlchemyError:  # a connection that broke may have written the row all the same
-            self.upkeep.doubt(job)
-            raise
         if before is not None:
-            self.folder.remove(*images.values())
+            self.uploads.drop(job)
             return repeated(before, made_of)
         self.metrics.accepted(key.name)
         runner.run(job)
@@ -113,6 +108,7 @@ class Jobs:
             if job.idempotency_key is not None and (before := accepting.find(job.idempotency_key)):
                 return before
             check_limits(accepting, key, job, runner.config.limits.max_queued, seconds_each)
+            self.uploads.take(accepting, job)
             accepting.add(job)
         return None
 

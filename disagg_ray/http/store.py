@@ -88,7 +88,14 @@ JOBS = sa.Table(
     sa.Index("jobs_by_status", "status"),
     sa.UniqueConstraint("tenant", "idempotency_key"),
 )
-
+UPLOADS = sa.Table(
+    "uploads",
+    METADATA,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("names", sa.JSON, nullable=False),
+    sa.Column("noted_at", sa.Double, nullable=False),
+)
+"""Files of jobs that are being accepted, by `Uploads`."""
 
 GET = sa.select(JOBS).where(
     JOBS.c.id == sa.bindparam("job_id"), JOBS.c.status != "deleted",
@@ -115,7 +122,7 @@ class Store:
 
     def _create_table(self) -> None:
         """Create the table unless it is there; of several processes, one after the other."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             if not self._is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCKS)))
             METADATA.create_all(connection)
@@ -131,7 +138,8 @@ class Store:
         return self._is_sqlite
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """Give a transaction that writes."""
         with self._turn, self._engine.execution_options(immediate=True).begin() as connection:
             yield connection
 
@@ -180,7 +188,7 @@ class Store:
 
         Ask for nothing else of the database meanwhile: those who wait for this hold all its connections.
         """
-        with self._writing() as connection:
+        with self.writing() as connection:
             if not self._is_sqlite:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCKS)))
             yield Accepting(connection, tenant)
@@ -196,7 +204,7 @@ class Store:
 
     def change_all(self, values: Mapping[str, Mapping[str, Any]], before: Sequence[Status]) -> int:
         """Set columns of several jobs at once, of those that have one of these statuses; return how many had."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             return sum(
                 connection.execute(
                     sa.update(JOBS).where(JOBS.c.id == job_id, JOBS.c.status.in_(before)).values(**columns)
@@ -224,13 +232,18 @@ class Store:
 
     def forget_deleted(self, now: float) -> None:
         """Remove rows of jobs that were deleted over a day ago."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(sa.delete(JOBS).where(JOBS.c.status == "deleted", JOBS.c.completed_at < now - DAY_S))
 
     def check(self) -> None:
         """Raise `SQLAlchemyError` unless the database answers."""
         with self._engine.connect() as connection:
             connection.execute(sa.select(1))
+
+    def column(self, query: sa.Select[Any]) -> list[Any]:
+        """Return the first column of what a query finds."""
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
 
     def _select(self, query: sa.Select[Any]) -> list[Job]:
         with self._engine.connect() as connection:

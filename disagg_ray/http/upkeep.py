@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 
 from disagg_ray.config.deployment import ServiceConfig
 from disagg_ray.errors import OutputError
@@ -16,6 +17,7 @@ from disagg_ray.http.queues import Queues
 from disagg_ray.http.repeat import repeat
 from disagg_ray.http.runner import Runner, end_of
 from disagg_ray.http.store import ENDED, UNFINISHED, Job, Store
+from disagg_ray.http.uploads import Uploads
 
 EVERY_S = 0.5
 
@@ -24,15 +26,13 @@ class Upkeep:
     """Tends jobs on one thread and frees files on another: storage that fails or hangs delays no deadline."""
 
     def __init__(
-        self, service: ServiceConfig, store: Store, folder: Folder, runners: Mapping[str, Runner], queues: Queues,
-        metrics: Metrics,
+        self, service: ServiceConfig, store: Store, folder: Folder, uploads: Uploads, runners: Mapping[str, Runner],
+        queues: Queues, metrics: Metrics,
     ) -> None:  # fmt: skip
         self._service, self._store, self._folder, self._metrics = service, store, folder, metrics
-        self._runners, self._queues, self._workers = runners, queues, store.workers
+        self._uploads, self._runners, self._queues, self._workers = uploads, runners, queues, store.workers
         self._abandoned = deque[str]()
         """Jobs to cancel."""
-        self._doubtful: dict[str, list[str]] = {}
-        """Uploads by job, of jobs that the database failed to accept."""
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=repeat, args=(what, call, lambda: EVERY_S, self._closing), daemon=True)
@@ -53,10 +53,6 @@ class Upkeep:
     def abandon(self, job: Job) -> None:
         """Cancel a job soon that nobody waits for any more; returns at once, and may be called on an event loop."""
         self._abandoned.append(job.id)
-
-    def doubt(self, job: Job) -> None:
-        """Remove a job's uploads soon unless it has a row: the connection broke while that was written."""
-        self._doubtful[job.id] = list(job.images.values())
 
     def tend(self) -> None:
         """Write progress, end jobs that are late or cancelled, take over those of dead processes."""
@@ -108,15 +104,13 @@ class Upkeep:
             OutputError: the first that could not be; it is tried again at the next call.
         """
         failures, now = list[OutputError](), steady_now()
-        for job in self._store.expired(now, self._service.max_bytes):
+        removals = [partial(self._expire, job, now) for job in self._store.expired(now, self._service.max_bytes)]
+        removals += [partial(self._uploads.give_up, job_id) for job_id in self._uploads.left()]
+        for remove in removals:
             try:
-                self._expire(job, now)
+                remove()
             except OutputError as error:
                 failures.append(error)
-        for job_id in list(self._doubtful):
-            if self._store.get(job_id) is None:
-                self._folder.remove(*self._doubtful[job_id])
-            del self._doubtful[job_id]
         if failures:
             raise failures[0]
 
