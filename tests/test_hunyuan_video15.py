@@ -227,11 +227,14 @@ def test_what_the_model_has_not_is_refused_by_name(configure: Any, asked: dict[s
         ("model.scheduler=unipc", "invalid model.scheduler"),
         ("model.task=vace", "invalid model.task='vace': must be one of t2v, i2v"),
         ("model.boundary_ratio=0.5", "invalid model.boundary_ratio"),
-        ("stages.transformer.parallel.ulysses=2", "invalid stages.transformer.parallel"),
-        ("stages.decoder.parallel.rows=2", "invalid stages.decoder.parallel"),
+        ("stages.transformer.parallel.ulysses=2", "invalid stages.transformer.parallel.ulysses=2: must be left out"),
+        ("stages.decoder.parallel.rows=2", "invalid stages.decoder.parallel.rows=2: must be left out"),
         ("stages.transformer.denoiser.attention=auto", "invalid stages.transformer.denoiser.attention"),
         ("stages.transformer.denoiser.fuse=true", "invalid stages.transformer.denoiser.fuse"),
-        ("stages.transformer.denoiser.step_cache.method=first_block", "invalid stages.transformer.denoiser.step_cache"),
+        (
+            "stages.transformer.denoiser.step_cache.method=first_block",
+            "invalid stages.transformer.denoiser.step_cache.method='first_block'",
+        ),
     ],
 )
 def test_what_does_not_work_yet_is_refused_by_key(configure: Any, override: str, says: str) -> None:

@@ -163,8 +163,11 @@ def test_a_video_is_no_png(configure: Callable[..., Config]) -> None:
         ("model.task=t2v", "invalid model.task='t2v': must be one of t2i"),
         ("defaults.num_frames=5", "invalid defaults.num_frames=5: must be 1"),
         ("stages.transformer.denoiser.fuse=true", "invalid stages.transformer.denoiser.fuse"),
-        ("stages.transformer.denoiser.step_cache.method=first_block", "invalid stages.transformer.denoiser.step_cache"),
-        ("stages.transformer.parallel.ulysses=2", "invalid stages.transformer.parallel"),
+        (
+            "stages.transformer.denoiser.step_cache.method=first_block",
+            "invalid stages.transformer.denoiser.step_cache.method='first_block'",
+        ),
+        ("stages.transformer.parallel.ulysses=2", "invalid stages.transformer.parallel.ulysses=2: must be left out"),
         ("stages.decoder.warm_up=[[64,64,5]]", "invalid stages.decoder.warm_up=5: must be 1"),
     ],
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from disagg_ray.config.rules import Check, frames_check, side_check
 from disagg_ray.models.families import FAMILIES
@@ -181,7 +182,17 @@ def family_rules(config: Config) -> Iterator[Check]:
             remedy = f"must be left out: models of model.task={config.model.task} do not have it; those of {able} do"
         for place, holder in _holders(config) if section == "stages" else [(section, getattr(config, section))]:
             value, default = attrgetter(rest)(holder), attrgetter(rest)(type(holder)())
-            yield f"{place}.{rest}", value, value == default, remedy
+            for name, one, usual in _leaves(f"{place}.{rest}", value, default):
+                yield name, one, one == usual, remedy
+
+
+def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each key of a section, or the key itself if it is none, with its value and its default."""
+    if not is_dataclass(default):
+        yield key, value, default
+        return
+    for field in fields(default):
+        yield from _leaves(f"{key}.{field.name}", getattr(value, field.name), getattr(default, field.name))
 
 
 def _holders(config: Config) -> Iterator[tuple[str, StageConfig]]:
