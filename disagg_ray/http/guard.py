@@ -7,6 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from disagg_ray.http.metrics import Metrics
@@ -60,6 +61,8 @@ class Guard:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             self._check_place(scope, headers)
             await self._app(scope, self._bounded(headers, receive), send_counted)
+        except ClientDisconnect:
+            logger.info("%s %s: the client hung up", scope["method"], scope["path"])
         except ApiError as error:
             await to_response(error)(scope, receive, send_counted)
         except Exception:
