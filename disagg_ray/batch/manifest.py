@@ -86,7 +86,7 @@ class Folder:
         self._opened.close()
 
     def keep_open(self) -> None:
-        """Keep the lock until this process ends: a thread of its may still write here."""
+        """Keep the lock until this process ends: one of its threads may still write here."""
         self._is_kept = True
 
     def video_of(self, name: str, format: str) -> Path:
