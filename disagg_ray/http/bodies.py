@@ -85,13 +85,13 @@ def upload_of(field: str, url: str) -> Upload:
         raise ApiError(400, f"{field}: its URL is not base64: {error}", param=field) from error
 
 
-def fingerprint(body: CreateVideo, uploads: Mapping[str, Upload], remixed_from: str | None = None) -> str:
-    """Return a digest by which a repeated body is known; `uploads` by their places in the request.
+def fingerprint_remix(job_id: str, prompt: str) -> str:
+    """Return a digest by which a repeated remix is known: what it was made of may be gone by then."""
+    return hashlib.sha256(json.dumps([job_id, prompt]).encode()).hexdigest()
 
-    A remix is known by its source's id and its prompt: the source may be gone when it is repeated.
-    """
-    if remixed_from is not None:
-        return hashlib.sha256(json.dumps([remixed_from, body.prompt]).encode()).hexdigest()
+
+def fingerprint(body: CreateVideo, uploads: Mapping[str, Upload]) -> str:
+    """Return a digest by which a repeated body is known; `uploads` by their places in the request."""
     fields = body.model_dump(exclude=set(FILES), exclude_none=True)
     digests = {place: hashlib.sha256(upload.data).hexdigest() for place, upload in uploads.items()}
     return hashlib.sha256(json.dumps([fields, digests], sort_keys=True).encode()).hexdigest()

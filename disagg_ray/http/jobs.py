@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 
-from disagg_ray.http.bodies import Upload, check_body, fingerprint, repeated
+from disagg_ray.http.bodies import Upload, check_body, fingerprint, fingerprint_remix, repeated
 from disagg_ray.http.clock import steady_now
 from disagg_ray.http.files import Folder, file_of, name_of, thumbnail_of
 from disagg_ray.http.keys import Key, Keys
@@ -64,17 +64,22 @@ class Jobs:
         self.store.close()
 
     def accept(
-        self, key: Key, body: CreateVideo, uploads: Mapping[str, Upload], idempotency_key: str | None = None,
-        remixed_from: str | None = None,
-    ) -> Job:  # fmt: skip
+        self, key: Key, body: CreateVideo, uploads: Mapping[str, Upload], idempotency_key: str | None = None
+    ) -> Job:
         """Check a request and write its job; it is kept once this returns.
 
         Raises:
             ApiError: it cannot be served, the key is repeated with another body, or there is too much to do.
         """
-        made_of = fingerprint(body, uploads, remixed_from)
-        if (before := self._before(key, idempotency_key, made_of)) is not None:
-            return before
+        made_of = fingerprint(body, uploads)
+        before = self._before(key, idempotency_key, made_of)
+        return before or self._accept(key, body, uploads, idempotency_key, made_of)
+
+    def _accept(
+        self, key: Key, body: CreateVideo, uploads: Mapping[str, Upload], idempotency_key: str | None, made_of: str,
+        remixed_from: str | None = None,
+    ) -> Job:  # fmt: skip
+        """Check a request that repeats none, write its job and have it run."""
         runner = self.runner(body.model)
         asked = check_body(body, uploads, runner.config, key.priority)
         now, job_id = time.time(), f"{runner.config.model.traits.makes}_{uuid.uuid4().hex}"
@@ -189,7 +194,7 @@ class Jobs:
         Raises:
             ApiError: as `accept` and `find`, or the files have expired.
         """
-        made_of = fingerprint(CreateVideo(prompt=prompt), {}, remixed_from=job_id)
+        made_of = fingerprint_remix(job_id, prompt)
         if (before := self._before(key, idempotency_key, made_of)) is not None:
             return before
         source = self.find(key, job_id)
@@ -201,7 +206,7 @@ class Jobs:
             place: Upload(place, b"".join(self.folder.read(file, 0, self.folder.size(file))))
             for place, file in source.images.items()
         }
-        return self.accept(key, body, uploads, idempotency_key, remixed_from=job_id)
+        return self._accept(key, body, uploads, idempotency_key, made_of, remixed_from=job_id)
 
     def content(self, job: Job, variant: str) -> tuple[str, int]:
         """Return the name and bytes of a file of a finished job.
