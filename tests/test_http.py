@@ -269,7 +269,7 @@ def test_keys_keep_tenants_apart_and_within_their_limits_and_are_not_logged(
         by_key = re.compile(r'disagg_ray_http_jobs_total\{.*key="(alice|bob)".*\} 1')
         wait_until(lambda: {*by_key.findall("\n".join(read()))} == {"alice", "bob"}, "jobs are not counted by key")
         told, counts = caplog.text + "\n".join(read()), http.get("/metrics").text
-    assert "alice" not in counts and "bob" not in counts  # whoever reads this needs no key
+    assert "alice" not in counts and "bob" not in counts  # /metrics is read without a key
     assert re.search(r"disagg_ray_http_jobs_total\{.*\} ([2-9]|\d\d)", counts)
     assert not [key for key in (alice, bob) if key["Authorization"].split()[1] in told]
 

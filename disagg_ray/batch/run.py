@@ -47,7 +47,7 @@ SETTLE_S = 10.0
 LAST_S = 60.0
 """And for those that are then being written; a writer that hangs is left behind."""
 LOOK_S, MAX_LOOKS = 10.0, 60
-"""How often writers are looked at while no request ends, and how often one may be at the same: its disk hangs then."""
+"""Seconds between looks at the writers while no request ends, and after how many at the same request one hangs."""
 BUSY_S = 2.0
 """Between two tries of a request whose id a service still computes for an earlier run."""
 
