@@ -2,13 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.errors import ConfigError
-from disagg_ray.models.attention import FLASH_4, check_flash_4, set_attention
+from disagg_ray.models import attention
+from disagg_ray.models.attention import (
+    FLASH_4,
+    check_flash_4,
+    check_shared_attention,
+    fastest_attention,
+    set_attention,
+)
 from disagg_ray.models.wan.fusing import FusedGelu, fuse_rotary
 from disagg_ray.models.wan.random import build_random
 from disagg_ray.models.wan.shapes import get_shape
@@ -95,3 +104,22 @@ def test_fused_blocks_are_compiled_once_for_all_of_them() -> None:
     torch._dynamo.reset()  # what other tests compiled counts too
     with torch._dynamo.config.patch(recompile_limit=1):
         torch.testing.assert_close(forward(transformer), expected, rtol=0.1, atol=1e-2)  # the CPU computes GELU exactly
+
+
+def test_ranks_that_share_tokens_on_cpus_choose_what_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, torch's flash attention runs on a CPU as well; what diffusers calls of it for ranks does not."""
+    ranks = SimpleNamespace(parallel=ParallelConfig(ulysses=2), agree=lambda number: number)
+    monkeypatch.setattr(attention, "_seconds", lambda backend, *_: float(backend.value == "native"))
+    transformer = build_random(get_shape("tiny-t2v").transformer, "float32", "cpu")
+    latents = [torch.zeros(1, 4, 3, 8, 8)]
+    assert fastest_attention(transformer, latents, 16) != "native"
+    assert fastest_attention(transformer, latents, 16, ranks) == "native"
+
+
+@pytest.mark.parametrize(("backend", "device"), [("_native_flash", "cpu"), ("_native_efficient", "cuda")])
+def test_what_ranks_cannot_share_tokens_with_is_refused_by_key(backend: str, device: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^invalid stages\.t\.a={backend}: ranks .* cannot use it on {device}; write"
+    ):
+        check_shared_attention("stages.t.a", backend, device)
+    check_shared_attention("stages.t.a", "native", device)

@@ -87,6 +87,20 @@ def check_flash_4(key: str, device: str, dtype: str, head_dim: int) -> None:
         raise ConfigError(f"invalid {key}={FLASH_4}: the kernel does not run on this GPU: {reason}") from error
 
 
+def check_shared_attention(key: str, backend: str, device: str) -> None:
+    """Refuse a backend with which ranks cannot share a video's tokens.
+
+    Raises:
+        ConfigError: names `key`.
+    """
+    if not _shares_tokens(backend, device):
+        known = ", ".join(name for name in EXACT if _shares_tokens(name, device))
+        raise ConfigError(
+            f"invalid {key}={backend}: ranks that share tokens (parallel.ulysses) cannot use it on {device}; "
+            f"write one of auto, {known}"
+        )
+
+
 def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: int, ranks: Ranks | None = None) -> str:
     """Time each exact backend on one block's self and cross attention, and return the fastest in all.
 
@@ -95,9 +109,10 @@ def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: in
     """
     num_shards = 1 if ranks is None else ranks.parallel.num_shards
     inputs = [qkv for size in sizes for qkv in _inputs(transformer, size, text_tokens, num_shards)]
+    device = sizes[0].device.type
     seconds: dict[str, float] = {}
-    for backend in EXACT if num_shards == 1 else [name for name in EXACT if _shares_tokens(name)]:
-        if backend == FLASH_4 and _missing_flash_4(sizes[0].device.type, str(transformer.dtype).split(".")[1]):
+    for backend in EXACT if num_shards == 1 else [name for name in EXACT if _shares_tokens(name, device)]:
+        if backend == FLASH_4 and _missing_flash_4(device, str(transformer.dtype).split(".")[1]):
             continue
         try:
             set_attention("", transformer, backend)
@@ -111,8 +126,10 @@ def fastest_attention(transformer: Any, sizes: Sequence[Tensor], text_tokens: in
     return fastest
 
 
-def _shares_tokens(backend: str) -> bool:
-    return bool(_AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(backend)))
+def _shares_tokens(backend: str, device: str) -> bool:
+    """Whether ranks can share tokens with it: of those that diffusers says so of, most then call kernels of GPUs."""
+    known = backend in _AttentionBackendRegistry._supports_context_parallel
+    return known and (device != "cpu" or backend == "native")
 
 
 def _inputs(transformer: Any, size: Tensor, text_tokens: int, num_shards: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from disagg_ray.config.options import TRANSFORMERS, DenoiserConfig, VaeConfig
 from disagg_ray.config.parallel import ParallelConfig
 from disagg_ray.config.stages import StageConfig
 from disagg_ray.errors import ConfigError
-from disagg_ray.models.attention import FLASH_4, check_flash_4
+from disagg_ray.models.attention import FLASH_4, check_flash_4, check_shared_attention
 from disagg_ray.models.checkpoint import Checkpoint
 from disagg_ray.models.load import check_scheduler, check_tensors, load_component, reserve, weight_bytes
 from disagg_ray.models.model import Model
@@ -90,11 +90,14 @@ class StageComponents:
                 raise ConfigError(f"{key}.denoiser.loras: this model has no {lora.transformer}; write transformer")
 
     def _check_attention(self, dtypes: Mapping[str, str], device: str) -> None:
-        """Refuse FlashAttention 4 where it cannot run, before any weights are loaded."""
-        if self._options.denoiser.attention == FLASH_4:
+        """Refuse a backend that cannot run here or be shared by ranks, before any weights are loaded."""
+        key, backend = f"stages.{self._stage}.denoiser.attention", self._options.denoiser.attention
+        if backend == FLASH_4:
             dims = {n: self._checkpoint.read_config(n)["attention_head_dim"] for n in self.transformers}
             for name, dim in dims.items():
-                check_flash_4(f"stages.{self._stage}.denoiser.attention", device, dtypes[name], dim)
+                check_flash_4(key, device, dtypes[name], dim)
+        if backend not in (None, "auto") and self._options.parallel.num_shards > 1:
+            check_shared_attention(key, backend, device)
 
     def _tune(self, name: str, model: Any, device: str, sizes: Sequence[Sequence[int]]) -> None:
         options = self._options
