@@ -1,12 +1,14 @@
 """One video on several GPUs beside stock diffusers on one and on as many, in one run; prints JSON lines.
 
-python jobs/bench.py parallel --config conf/wan21_t2v_14b.yaml model.path=CKPT --sizes 480x832x81:3/720x1280x81:2
+python jobs/bench.py parallel --config conf/wan21_t2v_14b.yaml model.path=CKPT --sizes 480x832x81:3/720x1280x81:2 \\
+    stages.transformer.num_gpus=0.8 stages.encoder.num_gpus=0.1 stages.decoder.num_gpus=0.1 share_gpu=[]
 python jobs/bench.py parallel --quick     # a CPU, the tiny model: that it runs
 
 A checkpoint of random weights is made by `disagg-ray make-checkpoint`. Stock on several GPUs is what a user would start
 with torchrun: a process a GPU that calls `enable_parallelism`; diffusers needs GPUs for it. Each way is loaded once
 and, for each size, first makes one video of one step that is not timed. Ways run at the same time while there are GPUs
-for them. Stock's `denoise_s` begins with its first forward; ours is what the transformer stage computes.
+for them. A way gets as many GPUs as it has ranks, so encoder and decoder need a part of one. Stock's `denoise_s` begins
+with its first forward; ours is what the transformer stage computes.
 """
 
 from __future__ import annotations

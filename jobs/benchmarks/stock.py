@@ -101,7 +101,10 @@ class StockPipelines:
         for end in self._ends[:most]:
             if not end.poll(timeout_s):
                 raise TimeoutError(f"a stock pipeline gave no answer for {timeout_s:g} s")
-            answers.append(end.recv())
+            try:
+                answers.append(end.recv())
+            except EOFError:
+                raise RuntimeError("a stock pipeline's process died: perhaps the host's memory was full") from None
         failures = [answer for answer in answers if isinstance(answer, str)]
         if failures:
             raise RuntimeError(failures[0])
