@@ -186,7 +186,7 @@ def test_a_failed_copy_keeps_nothing_and_leaks_nothing(pool, monkeypatch):
     assert (kept(pool), pool.cache.bytes_kept) == ([], 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["get", "put"]), st.integers(0, 7)), max_size=40))
 def test_equal_sizes_follow_the_plain_rule(shared_pool, steps):
     rule: OrderedDict[int, None] = OrderedDict()
@@ -207,7 +207,7 @@ def test_equal_sizes_follow_the_plain_rule(shared_pool, steps):
 STEPS = st.tuples(st.sampled_from(["get", "put", "reserve", "release"]), st.integers(0, 7), st.integers(1, CAPACITY))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(STEPS, max_size=40))
 def test_bounds_and_contents_hold_in_any_order(shared_pool, steps):
     keys = [new_key() for _ in range(8)]
@@ -230,7 +230,7 @@ def test_bounds_and_contents_hold_in_any_order(shared_pool, steps):
     empty(shared_pool)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, CACHE_BYTES), max_size=8), st.integers(1, CAPACITY - HEADER_BYTES))
 def test_a_pool_full_of_kept_tensors_serves_whatever_an_empty_one_does(shared_pool, lengths, nbytes):
     for number, length in enumerate(lengths):

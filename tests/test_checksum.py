@@ -4,13 +4,12 @@ import random
 from unittest.mock import patch
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from disagg_ray.transfer import checksum as module
 from disagg_ray.transfer.checksum import checksum
 
-UNTIMED = settings(deadline=None)
 WORDS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40)
 
 
@@ -33,7 +32,6 @@ def defined(words: list[int], row: int) -> int:
     return upper % 2**64 << 64 | lower % 2**64
 
 
-@UNTIMED
 @given(WORDS, st.sampled_from([1, 2, 3, 7, 8, 1024]), st.sampled_from([1, 2, 5]))
 def test_checksum_is_as_defined_whatever_the_chunk(words, row, chunk):
     with patch.object(module, "_ROW", row), patch.object(module, "_CHUNK_ROWS", chunk):
@@ -47,7 +45,6 @@ def test_checksum_is_as_defined_over_several_chunks():
     assert checksum(data.view(torch.uint8)) == defined([(word - 2**63) % 2**64 for word in words], module._ROW)
 
 
-@UNTIMED
 @given(WORDS, st.data())
 def test_any_flipped_bit_changes_the_checksum(words, data):
     place, bit = data.draw(st.integers(0, len(words) - 1)), data.draw(st.integers(0, 63))
@@ -55,7 +52,6 @@ def test_any_flipped_bit_changes_the_checksum(words, data):
     assert of_words(flipped) != of_words(words)
 
 
-@UNTIMED
 @given(WORDS, st.data())
 def test_any_changed_word_changes_the_checksum(words, data):
     place, word = data.draw(st.integers(0, len(words) - 1)), data.draw(st.integers(0, 2**64 - 1))
@@ -63,7 +59,6 @@ def test_any_changed_word_changes_the_checksum(words, data):
     assert of_words([*words[:place], word, *words[place + 1 :]]) != of_words(words)
 
 
-@UNTIMED
 @given(WORDS, st.sampled_from([2, 3, 1024]), st.data())
 def test_swapped_words_change_the_checksum(words, row, data):
     i, j = data.draw(st.integers(0, len(words) - 1)), data.draw(st.integers(0, len(words) - 1))
@@ -74,7 +69,6 @@ def test_swapped_words_change_the_checksum(words, row, data):
         assert of_words(swapped) != of_words(words)
 
 
-@UNTIMED
 @given(WORDS, st.integers(0, 63), st.sampled_from([2, 3, 1024]), st.data())
 def test_one_bit_flipped_in_two_words_changes_the_checksum(words, bit, row, data):
     words = [*words, 0]

@@ -293,7 +293,7 @@ JSON = st.recursive(
 
 
 @pytest.mark.proof
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.data())
 def test_no_configuration_raises_anything_but_a_line(checkpoint: Callable[[str], Path], data: st.DataObject) -> None:
     source = checkpoint("tiny-i2v")
@@ -312,7 +312,7 @@ def test_no_configuration_raises_anything_but_a_line(checkpoint: Callable[[str],
 
 
 @pytest.mark.proof
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.dictionaries(st.text(max_size=3), st.dictionaries(st.sampled_from(("dtype", "shape", "data_offsets")), JSON)),
        st.binary(max_size=16), st.none() | st.integers(0, 2**64 - 1))  # fmt: skip
 def test_no_header_raises_anything_but_a_line(

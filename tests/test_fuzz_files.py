@@ -34,7 +34,7 @@ KEYS = st.sampled_from([*asdict(GOOD), *asdict(GOOD)["request"], *asdict(GOOD)["
 ODD = [1e300, -1, 2**63, 2**70, 1e-320, "", "\ud800", "\0", "\x1b[2J", "../..", "/dev/zero", None, True, [], {}]
 VALUE = st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=5)
 TREES = st.recursive(VALUE, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=9))
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=300, suppress_health_check=list(HealthCheck))
 CUTS = st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=6)), min_size=1, max_size=4)
 
 

@@ -81,7 +81,7 @@ WHOLE = {name: content(name) for name in FILES}
 
 
 @pytest.mark.proof
-@settings(max_examples=3_000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=3_000, suppress_health_check=list(HealthCheck), database=None)
 @given(
     st.sampled_from(sorted(FILES)),
     st.lists(st.tuples(st.integers(0, 400), st.one_of(st.sampled_from([0, 1, 127, 128, 255]), st.integers(0, 255)))),

@@ -203,7 +203,7 @@ TENSORS = st.tuples(
 
 
 @pytest.mark.proof
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(KEYS, TENSORS, max_size=6), st.binary(max_size=64), st.sampled_from((None, 0, 2**63, 2**64 - 1)))
 def test_no_lora_file_raises_anything_but_a_line(
     transformer: Callable[..., Any],

@@ -405,7 +405,7 @@ def test_the_umask_is_respected(umask: int, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "out" / "frame_00000.png").stat().st_mode) == 0o666 & ~umask
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=200, suppress_health_check=list(HealthCheck), database=None)
 @given(
     name=st.text("ab./-:\0\n\udc80\u202e é*?[]%#&=", max_size=20),
     suffix=st.sampled_from(["", ".mp4", ".GIF", ".npy", ".txt"]),

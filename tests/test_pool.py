@@ -359,7 +359,7 @@ STEPS = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(STEPS, max_size=25))
 def test_nothing_leaks_from_any_mix_of_successes_and_failures(producer, shared_consumer, steps):
     keys = [new_key() for _ in range(3)]

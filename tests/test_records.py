@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from runs import record, simulate, write_manifest
 
@@ -122,7 +122,6 @@ PATHS = [*VALUES, *(f"request.{name}" for name in VALUES["request"]), *(f"stages
 
 
 @given(st.sampled_from(PATHS), ANY)
-@settings(deadline=None)
 def test_any_value_in_a_field_gives_a_record_or_a_fault(path: str, value: Any) -> None:
     try:
         assert isinstance(parse(with_value(path, value).encode()), Record)

@@ -492,4 +492,4 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestAnyOrderOfEvents.settings = settings(max_examples=80, stateful_step_count=60)

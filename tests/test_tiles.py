@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.wan.decoders import WanVaeDecoderStep
 from diffusers.video_processor import VideoProcessor
 from faulty import faulty_replicas
 from helpers import offload, wait_until
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from splits import HOST, Split
 
@@ -154,7 +154,6 @@ def test_a_vae_with_patches_is_shared_alike(tmp_path: Path, size: tuple[int, int
 GEOMETRY = open_checkpoint(load_config(CONF / "tiny_t2v.yaml").model).geometry
 
 
-@settings(deadline=None)
 @given(st.integers(1, 120), st.integers(1, 120), st.integers(2, 9))
 def test_no_part_s_tiles_are_larger_than_their_slot(height: int, width: int, num_parts: int) -> None:
     """Sizes are in latents of 8 x 8 pixels."""
