@@ -33,7 +33,7 @@ def main() -> None:
         assert num_nodes() == 1
         job = generate(address, folder / "circle.mp4")
         wait_until(lambda: num_nodes() == 3 or job.poll() is not None, "no nodes came")
-        shown, _ = job.communicate(timeout=180)
+        shown, _ = job.communicate(timeout=240)
         print(shown, flush=True)
         assert job.returncode == 0
         assert "waiting for" in shown or "Adding" in shown  # ours comes every ten seconds; the autoscaler's at once
@@ -42,7 +42,7 @@ def main() -> None:
         wait_until(lambda: num_nodes() == 1, "idle nodes stay")
         print("idle nodes went")
         job = generate(address, folder / "never.mp4", "stages.transformer.num_cpus=64", "cluster.start_timeout_s=30")
-        shown, _ = job.communicate(timeout=180)
+        shown, _ = job.communicate(timeout=240)
         print(shown, flush=True)
         assert job.returncode == 1
         assert "No available node types can fulfill resource request {'CPU': 64.0}" in shown

@@ -94,10 +94,10 @@ def test_a_plain_head_with_a_token_is_found_and_a_token_that_is_missing_is_named
         command = [RAY, "start", "--head", f"--port={address.rpartition(':')[2]}", *options, "--block"]
         with subprocess.Popen(command, env=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
             try:
-                wait_until(lambda: "token" in refusal(address), "the head did not come up", timeout_s=120)
-                joined = partial(subprocess.run, check=False, stderr=subprocess.PIPE, text=True, timeout=120)
+                wait_until(lambda: "token" in refusal(address), "the head did not come up", timeout_s=240)
+                joined = partial(subprocess.run, check=False, stderr=subprocess.PIPE, text=True, timeout=240)
                 wait_until(
-                    lambda: joined([*JOIN, address], env=home).returncode == 0, "its own node is not joined", 120
+                    lambda: joined([*JOIN, address], env=home).returncode == 0, "its own node is not joined", 240
                 )  # a busy machine's node is there long after its head answers
                 for without in ({"HOME": str(folder)}, OTHER):
                     told = joined([*JOIN, address], env=home | without).stderr
@@ -112,4 +112,4 @@ def test_the_address_local_starts_a_cluster_with_room_for_every_stage(tmp_path: 
     arguments = ["generate", "--config", "conf/tiny_t2v.yaml", "--prompt", "x", "--num-inference-steps", "1"]
     environment = os.environ | {"RAY_ADDRESS": "local"}
     more = ["--output", str(tmp_path / "x.mp4"), "stages.transformer.replicas=3"]
-    assert subprocess.run([*COMMAND, *arguments, *more], check=False, env=environment, timeout=180).returncode == 0
+    assert subprocess.run([*COMMAND, *arguments, *more], check=False, env=environment, timeout=500).returncode == 0

@@ -24,7 +24,7 @@ from disagg_ray.config.docs import field_docs, to_markdown
 T2V = "conf/tiny_t2v.yaml"
 COMMAND = [sys.executable, "-m", "disagg_ray.cli"]
 SMALL = ["--num-frames", "9", "--num-inference-steps", "4"]
-SURE_S = 180.0
+SURE_S = 300.0
 NO_CLUSTER = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
@@ -309,7 +309,7 @@ def test_a_video_is_done_whoever_listens(redirection: str, tmp_path: Path) -> No
 def test_a_listing_that_cannot_be_written_is_a_failure() -> None:
     command = [*COMMAND, "config", "--config", T2V]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr == "disagg-ray: failed: standard output cannot be written: No space left on device\n"
 
@@ -319,7 +319,7 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
     arguments = ["generate", "--config", T2V, "--prompt", "x", "--output", str(tmp_path / "out.mp4")]
     arguments += ["stages.transformer.num_gpus=1", "stages.transformer.replicas=64"]
     done = subprocess.run(
-        [*COMMAND, *arguments], check=False, env=NO_CLUSTER, capture_output=True, text=True, timeout=120
+        [*COMMAND, *arguments], check=False, env=NO_CLUSTER, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
     assert "the stages need 64 GPUs (encoder 1 x 0, transformer 64 x 1, decoder 1 x 0)" in done.stderr
@@ -346,7 +346,7 @@ def test_a_cluster_that_is_dead_is_named_before_ray_retries_for_minutes(tmp_path
         ("RAY_ADDRESS", ["ls"], {"RAY_ADDRESS": address}),
     ):
         done = subprocess.run(
-            [*COMMAND, *arguments], check=False, env=NO_CLUSTER | given, capture_output=True, text=True, timeout=60
+            [*COMMAND, *arguments], check=False, env=NO_CLUSTER | given, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 1
         assert f"{key}: '{address}' cannot be joined: nothing answers at {address}: " in done.stderr

@@ -28,7 +28,7 @@ from disagg_ray.progress.events import Event
 from disagg_ray.progress.wording import describe, summary
 
 EVENT = Event("a1b2", "transformer", "transformer-0", 0, "running", 0, 50, 1000.0)
-DEADLINE_S = 60
+DEADLINE_S = 300
 NEVER_S = 3600.0
 """Interval of a display whose thread draws nothing in a test."""
 

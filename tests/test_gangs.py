@@ -89,5 +89,5 @@ def test_two_ranks_make_the_video_of_one(cluster: None) -> None:
         result = pipeline.generate(request)
         assert result.data == LocalPipeline.from_config(T2V).generate(request).data
         assert [timing.num_ranks for timing in result.stages] == [1, 2, 1]
-        wait_until(lambda: set(pipeline.health()) == {r.name for r in pipeline.replicas}, "a replica is silent", 120)
+        wait_until(lambda: set(pipeline.health()) == {r.name for r in pipeline.replicas}, "a replica is silent", 240)
         assert {name: len(health.memory) for name, health in pipeline.health().items()}[gang.name] == 2

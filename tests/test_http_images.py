@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {"num_inference_steps": 2, "seed": 3}
 HELLO: dict[str, Any] = {"prompt": "a red circle", "model": PICTURES, "size": "96x64"}
 CONFIG = load_config(f"conf/tiny_{TASKS[PICTURES]}.yaml")
 
-wait_until = partial(helpers.wait_until, timeout_s=120.0)
+wait_until = partial(helpers.wait_until, timeout_s=240.0)
 
 
 def test_an_image_has_no_length_and_a_format_that_is_served() -> None:
@@ -92,7 +92,7 @@ def http(cluster: None, folder: Path) -> Iterator[TestClient]:
     for name, kind in TASKS.items():
         assert cli.main(["up", name, "--config", f"conf/tiny_{kind}.yaml", "fused=true"]) == 0
     config = load_config(f"conf/tiny_{TASKS[PICTURES]}.yaml", f"service.folder={folder}")
-    with ready(client_of(make_settings(tuple(TASKS), config)), 120.0) as client:
+    with ready(client_of(make_settings(tuple(TASKS), config)), 240.0) as client:
         yield client
     for name in TASKS:
         assert cli.main(["down", name]) == 0

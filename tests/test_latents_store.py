@@ -75,7 +75,7 @@ def test_evicting_races_neither_writers_nor_droppers(caplog: pytest.LogCaptureFi
     with ThreadPoolExecutor(4) as threads:
         evicting = [threads.submit(evict) for _ in range(2)]
         writing = [threads.submit(write, run_id) for run_id in ("a", "b")]
-        wait(writing, 60)
+        wait(writing, 300)
         ended.set()
         [writer.result(0) for writer in writing]
         [each.result(60) for each in evicting]

@@ -24,7 +24,7 @@ from disagg_ray.http import metrics as http_metrics
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 TOKEN = "secret"
 
 Query = Callable[[str], list[tuple[dict[str, str], float]]]
@@ -181,7 +181,7 @@ def test_a_real_run_is_counted(query: Query) -> None:
         "transfer_bytes_total{MODEL} > bool 0": {"transformer": 1.0, "decoder": 1.0},
         "pool_capacity_bytes{MODEL} > bool 0": {**one_each, "driver": 1.0},
     }
-    deadline = time.monotonic() + 2 * DEADLINE_S
+    deadline = time.monotonic() + DEADLINE_S
     while (found := {expression: by_stage(query, expression) for expression in expected}) != expected:
         assert time.monotonic() < deadline, found
         time.sleep(1)
@@ -205,7 +205,7 @@ def test_events_that_have_not_happened_read_zero(query: Query) -> None:
 
 def test_rules_pass_their_own_tests() -> None:
     command = [find_tool("promtool"), "test", "rules", "rules_test.yml"]
-    subprocess.run(command, cwd=DOCKER / "prometheus", check=True, timeout=60)
+    subprocess.run(command, cwd=DOCKER / "prometheus", check=True, timeout=300)
 
 
 def test_every_alert_is_tested() -> None:

@@ -60,7 +60,7 @@ def ray_node(namespace: str, environment: dict[str, str], log: Path, *options: s
     with log.open("w") as file:
         node = subprocess.Popen([*command, *options], env=environment, stdout=file, stderr=file)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while "Ray runtime started" not in log.read_text():
                 assert node.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)

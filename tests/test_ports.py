@@ -32,7 +32,7 @@ def test_replacements_serve_though_every_port_was_a_dead_ones(cluster: None, mon
         monkeypatch.setattr(DriverPool, "known_sessions", property(lambda self: known(self) | dead))
         for number in range(1, 3):
             os.kill(pipeline.replicas[0].pid, signal.SIGKILL)
-            wait_until(lambda: pipeline.num_restarts["fused"] == number, "no replacement", 120)  # noqa: B023
+            wait_until(lambda: pipeline.num_restarts["fused"] == number, "no replacement", 240)  # noqa: B023
             assert not {*pipeline.replicas[0].sessions} & dead
             assert pipeline.generate(REQUEST).data == video
 

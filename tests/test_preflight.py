@@ -53,7 +53,7 @@ def run(env: dict[str, str | None], *overrides: str) -> subprocess.CompletedProc
     given = {name: value for name, value in (os.environ | env).items() if value is not None and name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "disagg_ray.cli", "generate", "--config", T2V, "--prompt", "x"]
     output = ["--output", "/tmp/never.mp4", *overrides]
-    return subprocess.run([*command, *output], env=given, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*command, *output], env=given, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow

@@ -176,4 +176,4 @@ with Interrupts():
     assert signal.getsignal(signal.SIGTERM) == before
 """
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=environment)
