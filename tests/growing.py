@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def growing_cluster(folder: Path, head_cpus: int = 2) -> Iterator[str]:
             head.terminate()
             head.wait(90)
             for process in processes:  # the nodes that the autoscaler started
-                if process.is_running():
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
 
 

@@ -69,8 +69,11 @@ def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
     def stands() -> bool:
-        stats = Path(f"/proc/{pid}/task").glob("*/stat")
-        return all(stat.read_text().rpartition(") ")[2][0] == "T" for stat in stats)
+        try:
+            stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+        except OSError:  # a thread has ended
+            return False
+        return all(stat.rpartition(") ")[2][0] == "T" for stat in stats)
 
     wait_until(stands, f"{pid} does not stop", 60)
 
@@ -88,10 +91,11 @@ def stopped(*pids: int) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
-def lives(process: psutil.Process) -> bool:
-    """Return whether a process has not ended, be it that nobody has asked how."""
+def lives(process: psutil.Process | int) -> bool:
+    """Return whether a process, or that of an id, has not ended, be it that nobody has asked how."""
     with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        found = psutil.Process(process) if isinstance(process, int) else process
+        return found.is_running() and found.status() != psutil.STATUS_ZOMBIE
     return False
 
 
@@ -167,7 +171,7 @@ def head_node(log: Path) -> Iterator[Head]:
 
 def _wait_for_agent(client: dict[str, str]) -> None:
     """The head answers before its agent takes jobs: wait until one is taken."""
-    deadline, command = time.monotonic() + 120, ["ray", "job", "submit", "--no-wait", "--", "true"]
+    deadline, command = time.monotonic() + 240, ["ray", "job", "submit", "--no-wait", "--", "true"]
     while (asked := subprocess.run(command, env=client, capture_output=True, text=True, check=False)).returncode:
         assert time.monotonic() < deadline, f"the head node did not come up: {asked.stdout}{asked.stderr}"
         time.sleep(1)

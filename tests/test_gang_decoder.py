@@ -51,7 +51,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
 def pipeline(cluster: None, faults: Faults) -> Iterator[Pipeline]:
     with Pipeline.from_config(T2V, *ROWS, "failures.stall_s=60", "failures.max_attempts=4") as pipeline:
         yield pipeline
-    assert living_bundles() == 0
+    wait_until(lambda: living_bundles() == 0, "bundles are left")
 
 
 def test_mixed_sizes_are_the_videos_of_one_process(pipeline: Pipeline, local: LocalPipeline) -> None:

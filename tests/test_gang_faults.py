@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import helpers
-import psutil
 import pytest
 from faulty import Faults
+from helpers import lives
 from ray.util import placement_group_table
 
 from disagg_ray import Cancelled, LocalPipeline, Pipeline, Request
@@ -38,7 +38,7 @@ def started(cluster: None, faults: Faults) -> Iterator[Pipeline]:
     given = (f"{T}.parallel.ulysses=2", f"{T}.num_threads=1", "failures.stall_s=20", "failures.max_attempts=4")
     with Pipeline.from_config(T2V, *given) as pipeline:
         yield pipeline
-    assert living_bundles() == 0
+    wait_until(lambda: living_bundles() == 0, "bundles are left")
 
 
 @pytest.fixture
@@ -63,10 +63,6 @@ def video() -> Callable[[int], bytes | None]:
 def gang(pipeline: Pipeline) -> ReplicaInfo:
     wait_until(lambda: any(replica.ranks for replica in pipeline.replicas), "no gang serves")
     return next(replica for replica in pipeline.replicas if replica.ranks)
-
-
-def lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def living_bundles() -> int:

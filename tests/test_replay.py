@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -71,7 +72,7 @@ def pid_of(pipeline: Pipeline, name: str) -> int:
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", f"{pid} lives")
+    wait_until(lambda: not helpers.lives(pid), f"{pid} lives")
 
 
 def at_copy(monkeypatch: pytest.MonkeyPatch, strike: Callable[[str], None], *, after: bool) -> None:
@@ -317,8 +318,11 @@ def test_drain_finishes_what_runs_and_close_leaves_nothing_behind(
     faults.set("encoder.publish", "wait")
     handles = [started.submit(ask(f"drained-{n}")) for n in range(started.config.max_in_flight + 1)]
     faults.await_arrival("encoder.publish")
-    faults.clear("encoder.publish")
-    started.drain(SURE)
+    with ThreadPoolExecutor(1) as thread:
+        draining = thread.submit(started.drain, SURE)
+        wait_until(handles[-1].done, "what waits is not cancelled")
+        faults.clear("encoder.publish")
+        draining.result(SURE)
     assert all(handle.result(SURE).data == video(6) for handle in handles[:-1])
     with pytest.raises(Cancelled):
         handles[-1].result(SURE)
