@@ -39,7 +39,7 @@ def main() -> None:
         results = list(pipeline.generate_all(map(ask, NAMES)))
         assert all(result.data == video and result.stages[0].attempts == 1 for result in results)
         assert (computed := Counter(name for _, _, name in faults.computed())) == dict.fromkeys(NAMES, 1), computed
-        wait_until_empty(pipeline, 30.0)
+        wait_until_empty(pipeline, 120.0)
         assert pipeline.num_restarts == {"fused": 0}
     print(again.count)
 
