@@ -286,7 +286,7 @@ def test_a_writer_that_hangs_ends_the_run_and_keeps_the_folder_locked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a file system whose server is gone."""
-    for name, value in {"LOOK_S": 0.2, "MAX_LOOKS": 5, "SETTLE_S": 0.1, "LAST_S": 0.1}.items():
+    for name, value in {"LOOK_S": 0.2, "MAX_LOOKS": 10, "SETTLE_S": 0.1, "LAST_S": 0.1}.items():
         monkeypatch.setattr(f"disagg_ray.batch.run.{name}", value)
     back, append = threading.Event(), Folder.append
 
@@ -296,9 +296,9 @@ def test_a_writer_that_hangs_ends_the_run_and_keeps_the_folder_locked(
         append(self, record)
 
     monkeypatch.setattr(Folder, "append", hang)
-    path = write_requests(folder, {"id": "hung"}, {"id": "b"})
+    path = write_requests(folder, {"id": "b"}, {"id": "hung"})  # one after the other
     summary = run(path, start_fused)
-    assert "hangs: hung not written within 1 s; check its disk" in str(summary.stopped)
+    assert "hangs: hung not written within 2 s; check its disk" in str(summary.stopped)
     assert (summary.done, summary.missing, list(records(folder / "out"))) == (1, 1, ["b"])
     assert "not written: hung; check the disk" in caplog.text
     with pytest.raises(OutputError, match="is being written by"):

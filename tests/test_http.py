@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,10 +113,28 @@ def test_pages_follow_a_cursor_either_way(http: TestClient) -> None:
     assert ([video["id"] for video in upwards["data"]], upwards["has_more"]) == ([made[2]], False)
 
 
-def test_a_stream_follows_the_steps_until_the_end(http: TestClient) -> None:
-    video_id = post(http, SMALL | {"num_inference_steps": 6})["id"]
-    with http.stream("GET", f"/v1/videos/{video_id}/events") as stream:
-        lines = [line for line in stream.iter_lines() if line.startswith(("event:", "data:"))]
+def test_a_stream_follows_the_steps_until_the_end(
+    http: TestClient, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe, followed = jobs_of(http).subscribe, threading.Event()
+
+    def note(*given: Any) -> Any:
+        unsubscribe = subscribe(*given)
+        followed.set()
+        return unsubscribe
+
+    def follow(video_id: str) -> list[str]:
+        with http.stream("GET", f"/v1/videos/{video_id}/events") as stream:
+            return [line for line in stream.iter_lines() if line.startswith(("event:", "data:"))]
+
+    monkeypatch.setattr(jobs_of(http), "subscribe", note)
+    with connect(model) as service:
+        (replica,) = service.replicas
+    with ThreadPoolExecutor(1) as thread:
+        with helpers.stopped(replica.pid):  # or it might be done before it is followed
+            following = thread.submit(follow, post(http, SMALL | {"num_inference_steps": 6})["id"])
+            assert followed.wait(240)
+        lines = following.result(240)
     events = [json.loads(line.removeprefix("data:")) for line in lines[1::2]]
     progress = [event["progress"] for event in events]
     assert (progress, progress[-1], lines[-2]) == (sorted(progress), 100, "event: completed")
