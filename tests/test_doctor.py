@@ -200,7 +200,9 @@ def test_open_ports_without_a_token_are_listed() -> None:
     assert check_ports([]).status == "skipped"
 
 
-def test_ports_that_serve_metrics_to_other_machines_are_a_warning() -> None:
+def test_ports_that_serve_metrics_to_other_machines_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("disagg_ray.doctor.security.METRICS_S", 2.0)
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = self.path == "/metrics"

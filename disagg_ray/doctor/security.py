@@ -33,8 +33,8 @@ PORT_RETRIES = 50
 """The dashboard takes the first free port from the given one on, within this range."""
 
 METRICS_OWNERS = ("agent", "autoscaler", "dashboard metrics")
-METRICS_S = 2.0
-"""Timeout of a request for metrics."""
+METRICS_S = 10.0
+"""Timeout of a request for metrics: of those of a busy node."""
 
 MOST_LISTED = 4
 
