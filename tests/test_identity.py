@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import connect_stages
 from PIL import Image
 from safetensors.torch import save_file
 
 from disagg_ray import Connection, LocalPipeline, Pipeline, Request, RequestError, cli, load_config
 from disagg_ray.config.schema import Config
+from disagg_ray.errors import ConfigError
+from disagg_ray.graph import build_graph
 from disagg_ray.models import identity
 from disagg_ray.models.identity import identify_blocks, identify_request, identify_setup
 from disagg_ray.models.provenance import digest_model
 from disagg_ray.models.random import make_checkpoint
+from disagg_ray.replica.sizing import driver_pool_bytes
 from disagg_ray.request import resolve
 from disagg_ray.result import Result
 from disagg_ray.service.protocol import UnknownRequest
@@ -49,6 +53,21 @@ def make_lora(path: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def local() -> LocalPipeline:
     return LocalPipeline.from_config(I2V, *TWO)
+
+
+@pytest.mark.slow
+def test_more_resumed_requests_than_the_drivers_pool_holds_wait_for_their_turn(cluster: None, tmp_path: Path) -> None:
+    most = replace(ASKED, height=256, width=256, num_frames=33, num_inference_steps=1, image=RED.resize((256, 256)))
+    settings = [*TWO, "limits.max_image_pixels=65536"]
+    stages_of = connect_stages(load_config(I2V, *settings))
+    graph, geometry = build_graph([s.ports for s in stages_of.values()]), stages_of["decoder"].geometry
+    with pytest.raises(ConfigError, match="one request may take") as refused:
+        driver_pool_bytes(load_config(I2V, *settings, "transport.driver_pool_bytes=1"), graph, geometry)
+    least = str(refused.value).split()[-2]
+    with Pipeline.from_config(I2V, *settings, f"transport.driver_pool_bytes={least}") as pipeline:
+        pipeline.submit(most, latents_file=tmp_path / "latents").result(180)
+        again = [pipeline.submit(replace(most, id=f"{n}"), latents_file=tmp_path / "latents") for n in range(4)]
+        assert [stages(handle.result(180)) for handle in again] == [["decoder"]] * 4
 
 
 @pytest.mark.slow

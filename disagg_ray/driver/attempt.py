@@ -137,6 +137,8 @@ class StageRun:
     """What consumers pull: of a replica, or the copy."""
     copy: Output | None = None
     """Of finished latents, in the driver's pool."""
+    copy_key: AttemptKey | None = None
+    """Of the latest copy, under way or done."""
     blocks: dict[str, str] = field(default_factory=dict)
     """Digests of the blocks that made the output."""
     timing: StageTiming | None = None

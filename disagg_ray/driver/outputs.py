@@ -71,26 +71,34 @@ class Outputs:
         self._keys.append(key)
         return key
 
-    async def publish_images(self, images: Mapping[str, torch.Tensor]) -> None:
-        """Put the request's images where stages can pull them."""
-        if images:
-            self._images = await self._driver_pool.publish(self.new_key(), images)
+    async def begin(self, images: Mapping[str, torch.Tensor]) -> None:
+        """Put the request's images, and its latents if the file of an earlier run has them, where stages can pull them.
 
-    async def resume(self) -> None:
-        """Start from the latents file of an earlier run, if it holds this request's latents."""
+        Room for all is taken at once: requests that held some and waited for more would wait for each other.
+        """
+        latents = await self._read_latents()
+        tensors = dict(images) if latents is None else {**images, LATENTS: latents}
+        if not tensors:
+            return
+        key = self.new_key()
+        handoff = await self._driver_pool.publish(key, tensors)
+        if images:
+            self._images = handoff.only(images)
+        if latents is not None:
+            assert self._graph.kept is not None, "latents were read for it"
+            stage = self._stages[self._graph.kept]
+            stage.copy = stage.output = Output(key, handoff.only((LATENTS,)), None)
+            self._log("resumes from %s", self._latents_file)
+
+    async def _read_latents(self) -> torch.Tensor | None:
         name, request = self._graph.kept, self._request
         if self._latents_file is None or name is None or self._graph.outputs(name) != (LATENTS,):
-            return
+            return None
         blocks: dict[str, set[str]] = {}
         for maker in self._graph.upstream(name):
             blocks |= self._fleet.digests_of(maker)
         shape = self._geometry.latents_shape(request.height, request.width, request.num_frames)
-        latents = await off_loop(read_latents, self._latents_file, Wanted(request, blocks, shape))
-        if latents is None:
-            return
-        key, stage = self.new_key(), self._stages[name]
-        stage.copy = stage.output = Output(key, await self._driver_pool.publish(key, {LATENTS: latents}), None)
-        self._log("resumes from %s", self._latents_file)
+        return await off_loop(read_latents, self._latents_file, Wanted(request, blocks, shape))
 
     def handoffs(self, stage: str) -> tuple[Handoff, ...]:
         """Return where the inputs of a stage are now.
@@ -114,11 +122,11 @@ class Outputs:
         output = stage.output = Output(key, reply.handoff, actor, reply)
         stage.blocks = actor.info.blocks if actor.info is not None else {}
         if stage.name == self._graph.kept:
-            stage.copying = asyncio.ensure_future(self._copy(stage, output))
+            stage.copy_key = self.new_key()
+            stage.copying = asyncio.ensure_future(self._copy(stage, output, stage.copy_key))
 
-    async def _copy(self, stage: StageRun, output: Output) -> None:
+    async def _copy(self, stage: StageRun, output: Output, key: AttemptKey) -> None:
         """Copy latents into the driver's pool and their file; from then on no replica's death costs the denoise."""
-        key = self.new_key()
         self._copied.clear()
         try:
             handoff, tensors = await self._driver_pool.hold(key, output.handoff)
@@ -170,6 +178,8 @@ class Outputs:
         stage.output = stage.copy
         if stage.copy is not None:
             return
+        if stage.copying is not None and stage.copy_key is not None:
+            self._driver_pool.give_up(stage.copy_key)
         for consumer in (self._stages[name] for name in self._graph.consumers(stage.name)):
             if consumer.computing and consumer.attempt and consumer.attempt.actor is None:  # it only waits
                 consumer.computing.cancel()

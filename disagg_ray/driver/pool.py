@@ -128,6 +128,10 @@ class DriverPool:
             raise PoolError("the driver's pool is closed")
         return key
 
+    def give_up(self, key: AttemptKey) -> None:
+        """Have a copy that still waits for room fail as cancelled: what it is of is lost."""
+        self._pool.give_up(key)
+
     def release(self, key: AttemptKey) -> None:
         self._pool.release(key)
 

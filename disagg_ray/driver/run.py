@@ -63,8 +63,7 @@ class RequestRun:
         """
         started = time.monotonic()
         try:
-            await self._outputs.publish_images(self._images)
-            await self._outputs.resume()
+            await self._outputs.begin(self._images)
             while True:
                 await self._make_last_output()
                 if (video := await self._fetch_video()) is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -66,6 +67,10 @@ class Handoff:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.tensors)
+
+    def only(self, names: Collection[str]) -> Handoff:
+        """Return it with these tensors alone."""
+        return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor.name in names))
 
     @property
     def nbytes(self) -> int:

@@ -139,6 +139,12 @@ class Reservations:
                 self._released.add(key)
             self._changed.notify_all()
 
+    def give_up(self, key: AttemptKey) -> None:
+        """Release a key that has no slots yet, which ends its wait; one that has is left alone."""
+        with self._changed:
+            if key not in self.slots:
+                self.release(key)
+
     def free_quarantine(self, session: str) -> None:
         """Free what is quarantined, now or by a read that still runs, for a session whose process is dead."""
         with self._changed:
