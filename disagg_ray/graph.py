@@ -67,6 +67,10 @@ class Graph:
     def consumers(self, stage: str) -> tuple[str, ...]:
         return tuple(edge.consumer for edge in self.edges if edge.producer == stage)
 
+    def has_sibling(self, stage: str) -> bool:
+        """Return whether another stage's outputs are needed too before a stage's own are of use."""
+        return any(len(self.producers(consumer)) > 1 for consumer in self.consumers(stage))
+
     def upstream(self, stage: str) -> tuple[str, ...]:
         """Return a stage and all stages whose outputs it depends on, in order."""
         found = {stage}

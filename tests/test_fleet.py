@@ -53,7 +53,7 @@ class LocalActor(Actor):
         if method == "describe":
             return Description(StagePorts(stage, *(frozenset[str](),) * 3), Geometry.__new__(Geometry), software())
         if method == "load":
-            return ReplicaInfo(name, stage, "", 0, "cpu", 0, {}, (f"session of {self.id}",), 0.0, 0.0, {})
+            return ReplicaInfo(name, stage, "", 0, "cpu", 0, 0, {}, (f"session of {self.id}",), 0.0, 0.0, {})
         if method == "health":
             return Health(0, 0, 0, {}, 0, 0, 0, (RankMemory(0, 0),), 0)
         return frozenset() if method == "met" else None

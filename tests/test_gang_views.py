@@ -19,7 +19,7 @@ RANKS = (RankInfo(0, 11, "cuda", "10.0.0.1", "3"), RankInfo(1, 12, "cuda", "10.0
 def snapshot() -> Snapshot:
     """Return a service whose transformer is a gang of two."""
     config = load_config("conf/tiny_t2v.yaml", "stages.transformer.parallel.cfg=2")
-    info = ReplicaInfo("transformer-0", "transformer", "10.0.0.1", 11, "cuda", 1, {}, (), 1.0, 0.0, {}, RANKS)
+    info = ReplicaInfo("transformer-0", "transformer", "10.0.0.1", 11, "cuda", 1, 1, {}, (), 1.0, 0.0, {}, RANKS)
     stages = tuple(StageState(name, 1, 1, 0, 0, 0) for name in config.stages)
     began = time.time() + 86400  # by a clock that is a day ahead
     return Snapshot("wan", "ready", config, began, 60.0, "10.0.0.1", 1, stages=stages, replicas=(info,))

@@ -22,8 +22,8 @@ from disagg_ray.planning.layouts import CPU, Layout, Seat, Stages
 from disagg_ray.planning.predict import Hardware, Predictor
 from disagg_ray.planning.profile import VERSION, Load, Point, Profile, StageProfile
 from disagg_ray.replica.actor import Replica
-from disagg_ray.replica.messages import Task
-from disagg_ray.replica.sizing import num_rooms, pool_bytes
+from disagg_ray.replica.messages import ReplicaInfo, Task
+from disagg_ray.replica.sizing import driver_pool_bytes, enough_for, most_in_flight, num_rooms, pool_bytes
 from disagg_ray.replica.stage import Stage
 from disagg_ray.request import Request, resolve
 from disagg_ray.scheduling.job import Assignment, Job
@@ -65,6 +65,15 @@ def test_a_stage_that_scales_has_room_for_when_it_is_smallest(stages: dict[str, 
     assert pool_bytes(scaled, stages["encoder"]) > pool_bytes(fixed, stages["encoder"])
 
 
+def test_the_driver_has_room_for_a_stage_when_it_is_largest(stages: dict[str, Stage]) -> None:
+    graph, geometry = build_graph([stage.ports for stage in stages.values()]), stages["decoder"].geometry
+    scaled, fixed = (
+        load_config("conf/tiny_t2v.yaml", f"stages.transformer.replicas={replicas}")
+        for replicas in ("{min: 2, max: 9}", "9")
+    )
+    assert driver_pool_bytes(scaled, graph, geometry) == driver_pool_bytes(fixed, graph, geometry)
+
+
 def test_a_plan_counts_the_pools_that_stages_make(stages: dict[str, Stage]) -> None:
     counts = {"encoder": 3, "transformer": 9, "decoder": 4}
     config = load_config("conf/tiny_t2v.yaml", *(f"stages.{name}.replicas={count}" for name, count in counts.items()))
@@ -102,6 +111,21 @@ def test_a_stage_beside_another_that_feeds_the_same_one_needs_room_for_all_in_fl
     few = load_config("conf/tiny_i2v.yaml", *apart, f"transport.pool_bytes={least - 1}")
     with pytest.raises(ConfigError, match=rf"is too small: 2 inputs and 8 outputs .* take {least} bytes"):
         pool_bytes(few, stages["image"])
+
+
+def info(stage: str, num_rooms: int) -> ReplicaInfo:
+    return ReplicaInfo(stage, stage, "", 0, "cpu", 0, num_rooms, {}, (), 0.0, 0.0, {})
+
+
+def test_siblings_that_were_started_for_fewer_requests_bound_what_is_admitted() -> None:
+    apart = ("stages.encoder.blocks=[text_encoder]", "stages.image.blocks=[image_encoder, vae_encoder]")
+    config = load_config("conf/tiny_i2v.yaml", *apart, "stages.transformer.replicas=9")
+    graph = build_graph([stage.ports for stage in connect_stages(config).values()])
+    replicas = [info("encoder", 8), info("image", 8), info("image", 10), info("transformer", 2)]
+    assert most_in_flight(config, graph, replicas) == 8
+    assert most_in_flight(config, graph, [info("encoder", 24), info("image", 24)]) == config.max_in_flight == 24
+    assert most_in_flight(config, graph, [info("encoder", 12), info("image", 9), info("image", 10)]) == 9
+    assert most_in_flight(config, graph, []) == 24
 
 
 def test_a_replica_without_room_waits_until_an_output_is_released(stages: dict[str, Stage]) -> None:
@@ -152,17 +176,24 @@ class Factory:
     def run(self, num_requests: int) -> int:
         """Return how many requests end."""
         self.left = num_requests
-        for _ in range(self.in_flight):
+        self.work(self.in_flight)
+        return self.ended
+
+    def work(self, num_more: int) -> None:
+        """Admit so many more, and go on until nothing is computed."""
+        for _ in range(num_more):
             self.admit()
         while self.events:
             self.now, _, seconds, job = heapq.heappop(self.events)
             self.finish(job, seconds)
-        return self.ended
+
+    def prioritize(self) -> int:
+        return self.dice.choice([0, 0, 1, 5])
 
     def admit(self) -> None:
         if self.left:
             self.left -= 1
-            self.priorities[f"{self.left:04}"] = self.dice.choice([0, 0, 1, 5])
+            self.priorities[f"{self.left:04}"] = self.prioritize()
             for stage in ("text", "image"):
                 self.push(f"{self.left:04}", stage)
 
@@ -232,6 +263,33 @@ def least_rooms(num_replicas: int) -> Callable[[str, int], int]:
         return num_rooms(in_flight, num_replicas, last=False) if has_sibling else REPLICA_WINDOW
 
     return rooms
+
+
+def end_after_an_outage(factory: Factory, in_flight: int) -> int:
+    """Return how many requests end if one sibling is away until others of higher priority wait too."""
+    factory.left, num_first = 100, min(in_flight, 10)
+    factory.schedulers["image"].retire("image-0", factory.now, lambda: None)
+    with patch.object(factory, "prioritize", lambda: 0):
+        factory.work(num_first)
+    with patch.object(factory, "prioritize", lambda: 5):
+        factory.work(in_flight - num_first)
+        factory.schedulers["image"].add("image-0", "1.0", factory.now)
+        factory.work(0)
+    return factory.ended
+
+
+def test_a_service_admits_no_more_than_its_siblings_pools_were_made_for() -> None:
+    rooms = num_rooms(REPLICA_WINDOW * len(INPUTS), 1, last=False)
+    scaled = REPLICA_WINDOW * (len(INPUTS) + 15)
+    assert end_after_an_outage(Factory(1, lambda *_: rooms, 0), scaled) < 100, "nothing waits for ever"
+    assert end_after_an_outage(Factory(1, lambda *_: rooms, 0), enough_for(rooms, 1)) == 100
+
+
+@given(st.integers(2, 2000), st.integers(1, 1000))
+def test_rooms_are_enough_for_what_they_were_counted_for(in_flight: int, replicas: int) -> None:
+    rooms = num_rooms(in_flight, replicas, last=False)
+    assert enough_for(rooms, replicas) >= in_flight
+    assert num_rooms(enough_for(rooms, replicas), replicas, last=False) <= rooms
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])

@@ -112,6 +112,7 @@ class Replica:
             pid=psutil.Process().pid,
             device=device,
             pool_bytes=self.pool.capacity,
+            num_rooms=self.stage.needs().num_outputs(self.pool.capacity),
             weights=self.stage.weights,
             sessions=tuple(session.name for session in self.pool.sessions),
             load_s=time.monotonic() - began,

@@ -61,6 +61,8 @@ class ReplicaInfo:
     pid: int
     device: str
     pool_bytes: int
+    num_rooms: int
+    """Requests of the largest size within limits whose outputs fit the pool."""
     weights: dict[str, int]
     """Bytes by component."""
     sessions: tuple[str, ...]

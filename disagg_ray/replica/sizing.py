@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ UNEVEN = 2
 """Pool over-provisioning: capacity as a multiple of the replica's even share of what is in flight."""
 
 if TYPE_CHECKING:
+    from disagg_ray.replica.messages import ReplicaInfo
     from disagg_ray.replica.stage import Stage
 
 
@@ -39,6 +41,26 @@ def num_rooms(in_flight: int, replicas: int, *, last: bool) -> int:
     return min(in_flight, own + REPLICA_WINDOW)
 
 
+def enough_for(rooms: int, replicas: int) -> int:
+    """Return for how many requests in flight so many rooms at each of a stage's replicas are enough (`num_rooms`)."""
+    return max(rooms, replicas * ((rooms - REPLICA_WINDOW) // UNEVEN))
+
+
+def most_in_flight(config: Config, graph: Graph, replicas: Sequence[ReplicaInfo]) -> int:
+    """Return how many requests may be in flight with these replicas, some of which may have been started for fewer.
+
+    As many as replicas are asked to compute and prefetch. Where several stages feed one, though, no more than their
+    pools have room for: requests that have one's output would wait for those that have its sibling's, and they for
+    these.
+    """
+    most = sum(REPLICA_WINDOW * stage.num_replicas for stage in config.stages.values())
+    for stage in filter(graph.has_sibling, config.stages):
+        rooms = [replica.num_rooms for replica in replicas if replica.stage == stage]
+        if rooms:
+            most = min(most, enough_for(min(rooms), len(rooms)))
+    return most
+
+
 def pool_bytes(config: Config, stage: Stage) -> int:
     """Return the memory that a replica of a stage registers.
 
@@ -53,7 +75,7 @@ def pool_bytes(config: Config, stage: Stage) -> int:
     # with less, requests that have one stage's output would wait for those that have its sibling's, and they for these
     least = slots if stage.has_sibling else REPLICA_WINDOW * needs.minimum
     if int(asked) < least:
-        num_outputs = (least - REPLICA_WINDOW * needs.input_bytes) // needs.output_bytes
+        num_outputs = needs.num_outputs(least)
         raise ConfigError(
             f"transport.pool_bytes: {asked} is too small: {REPLICA_WINDOW} inputs and {num_outputs} outputs of the "
             f"largest requests within limits take {least} bytes of a {stage.name}'s pool (each {needs.input_bytes} in, "
@@ -76,6 +98,10 @@ class PoolNeeds:
     @property
     def minimum(self) -> int:
         return self.input_bytes + self.output_bytes
+
+    def num_outputs(self, nbytes: int) -> int:
+        """Return how many requests' outputs fit a pool beside the inputs of those that are computed and prefetched."""
+        return (nbytes - REPLICA_WINDOW * self.input_bytes) // self.output_bytes
 
 
 def frame_bytes(pixels: int) -> int:
@@ -110,7 +136,7 @@ def driver_pool_bytes(config: Config, graph: Graph, geometry: Geometry) -> int:
     pieces = REPLICA_WINDOW * slot_bytes(most_piece_bytes(limits))
     asked, minimum = config.transport.driver_pool_bytes, images + held + pieces
     if asked == "auto":
-        num_held = REPLICA_WINDOW * sum(config.stages[stage].num_replicas for stage in after)
+        num_held = REPLICA_WINDOW * sum(config.stages[stage].most_replicas for stage in after)
         return config.max_in_flight * images + num_held * held + pieces
     if int(asked) < minimum:
         raise ConfigError(f"transport.driver_pool_bytes: {asked} is too small: one request may take {minimum} bytes")

@@ -154,8 +154,7 @@ class Stage:
             torch.cuda.set_per_process_memory_fraction(min(1.0, most / total))
         self._inputs = graph.inputs(self.name) + graph.image_inputs(self.name)
         self._outputs = graph.outputs(self.name)
-        self.has_sibling = any(len(graph.producers(consumer)) > 1 for consumer in graph.consumers(self.name))
-        """Another stage's outputs are needed too before its own are of use."""
+        self.has_sibling = graph.has_sibling(self.name)
 
     def load(self, ranks: Ranks | None = None) -> None:
         """Load the weights of this stage's components and nothing else, and run the sizes of its warm-up once.

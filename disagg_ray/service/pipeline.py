@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from disagg_ray.config.schema import REPLICA_WINDOW, Config
+from disagg_ray.config.schema import Config
 from disagg_ray.driver.handle import Handle
 from disagg_ray.driver.host import EngineHost
 from disagg_ray.driver.loop import LoopThread
@@ -23,6 +23,7 @@ from disagg_ray.driver.threads import off_loop
 from disagg_ray.models.identity import identify_setup
 from disagg_ray.progress.events import Event
 from disagg_ray.progress.listener import Listener
+from disagg_ray.replica.sizing import most_in_flight
 from disagg_ray.request import ResolvedRequest
 from disagg_ray.scheduling.admission import Admission
 from disagg_ray.scheduling.job import measure
@@ -57,7 +58,7 @@ class ServicePipeline:
             raise
 
     async def _admit(self) -> None:
-        self.engine.admission.resize(_room(self.engine.config))
+        self._resize_admission()
         self.engine.background.start("settle", self.rollouts.settle)
         self.engine.background.start("scale", self._scale)
 
@@ -100,7 +101,11 @@ class ServicePipeline:
                     self.engine.metrics.scaled(stage, old, new, reason)
             if reason == "config":
                 self.setup = await asyncio.to_thread(identify_setup, config)
-            self.engine.admission.resize(_room(config))
+            self._resize_admission()
+
+    def _resize_admission(self) -> None:
+        """Admit what the replicas that serve now can hold."""
+        self.engine.admission.resize(most_in_flight(self.engine.config, self.engine.graph, self.fleet.replicas))
 
     async def _scale(self) -> None:
         """Let the load decide the number of replicas of stages whose configuration gives bounds."""
@@ -108,6 +113,7 @@ class ServicePipeline:
         scaler = Scaler(settings)
         while True:
             await asyncio.sleep(DECIDE_S)
+            self._resize_admission()  # replicas come and go
             if settings != self.engine.config.service:
                 settings = self.engine.config.service
                 scaler = Scaler(settings)
@@ -154,8 +160,3 @@ class ServicePipeline:
         gpu_bytes = sum(self.fleet.healths[name].gpu_allocated_bytes for name in names & set(self.fleet.healths))
         numbers = settings.num_replicas, len(scheduler.replicas), scheduler.num_running, scheduler.num_waiting
         return StageState(stage, *numbers, gpu_bytes)
-
-
-def _room(config: Config) -> int:
-    """Return how many requests the configured replicas can hold."""
-    return sum(REPLICA_WINDOW * stage.num_replicas for stage in config.stages.values())
