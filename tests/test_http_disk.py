@@ -102,10 +102,11 @@ def test_a_job_that_cannot_be_failed_on_a_full_disk_stops_no_other(
 
 
 def test_files_that_expire_make_room_on_a_full_disk(model: str, disk: Path, job: Job) -> None:
-    with closing(Store(f"sqlite:///{disk / 'jobs.db'}")) as store, store.accepting("") as accepting:
-        accepting.add(replace(job, status="completed", completed_at=1.0, num_bytes=65536, expires_at=time.time() + 20))
-    (disk / file_of(job)).write_bytes(bytes(65536))
     with ready(serve(disk), 240.0) as http:
+        (disk / file_of(job)).write_bytes(bytes(65536))
+        old = replace(job, status="completed", completed_at=1.0, num_bytes=65536, expires_at=time.time() + 20)
+        with closing(Store(f"sqlite:///{disk / 'jobs.db'}")) as store, store.accepting("") as accepting:
+            accepting.add(old)
         full = fill(disk)
         wait_until(lambda: not (disk / file_of(job)).exists(), "it stays")
         assert full.exists()
