@@ -1,6 +1,7 @@
 """A process of its own that publishes tensors, for tests of transfers between processes."""
 
 import multiprocessing
+import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -31,6 +32,13 @@ def make_tensors() -> dict[str, torch.Tensor]:
         "frames": torch.randint(0, 256, (3, 5, 7), generator=generator, dtype=torch.uint8),
         "flow_shift": torch.tensor(2.5, dtype=torch.float64),
     }
+
+
+def fill(pool: Pool, leave: int = 0) -> AttemptKey:
+    """Reserve all that is free but `leave` bytes, which must lie in one piece; return the key to release."""
+    key = AttemptKey(secrets.token_hex(8), 0)
+    pool.reserve(key, {"filling": pool.capacity - pool.bytes_in_use - leave - HEADER_BYTES}, timeout_s=60)
+    return key
 
 
 def publish(pool: Pool) -> Handoff:

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import HOST, connect_stages, wait_until
-from peer import Peer
+from peer import Peer, fill
 
 from disagg_ray import load_config
 from disagg_ray.driver.pool import NUM_COPIES, DriverPool
 from disagg_ray.errors import Cancelled, PoolError, TransferError
 from disagg_ray.graph import FRAMES, build_graph
 from disagg_ray.transfer.handoff import AttemptKey, Handoff
-from disagg_ray.transfer.slots import HEADER_BYTES
 
 
 @pytest.fixture
@@ -71,11 +70,11 @@ def test_copies_go_on_when_threads_could_not_be_started_for_a_while(
 
 def test_a_copy_that_is_given_up_ends_its_wait_for_room_and_one_that_has_room_goes_on(driver_pool: DriverPool) -> None:
     async def run(peer: Peer) -> None:
-        held, waiting, others = (AttemptKey(name, 0) for name in ("held", "waiting", "others"))
+        held, waiting = AttemptKey("held", 0), AttemptKey("waiting", 0)
         await driver_pool.hold(held, peer.handoff)
         driver_pool.give_up(held)
         pool = driver_pool._pool
-        pool.reserve(others, {"image": pool.capacity - pool.bytes_in_use - HEADER_BYTES}, timeout_s=60)
+        fill(pool)
         copying = asyncio.ensure_future(driver_pool.hold(waiting, peer.handoff))
         while not pool.num_waiting:
             await asyncio.sleep(0.01)

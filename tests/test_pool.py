@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peer import HOST, TRANSPORT, make_tensors
+from peer import HOST, TRANSPORT, fill, make_tensors
 
 from disagg_ray.errors import Cancelled, ConfigError, PoolError, TransferError
 from disagg_ray.transfer import pool as module
@@ -74,13 +74,6 @@ def wait_until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-
-
-def fill(pool: Pool, leave: int = 0) -> AttemptKey:
-    """Reserve all but `leave` bytes of an empty pool."""
-    key = new_key()
-    pool.reserve(key, {"filling": pool.capacity - leave - HEADER_BYTES})
-    return key
 
 
 def waiting(pool: Pool, workers: ThreadPoolExecutor, key: AttemptKey, nbytes: int = UNIT, **limit: float) -> Future:

@@ -22,13 +22,12 @@ import psutil
 import pytest
 import ray
 from faulty import RESUMED, Faults
+from peer import fill
 
 from disagg_ray import Cancelled, LocalPipeline, Overloaded, Pipeline, Request, StageError, StartError, load_config
 from disagg_ray.driver.pool import DriverPool
 from disagg_ray.errors import ReplicaLost
 from disagg_ray.models.checkpoint import open_checkpoint
-from disagg_ray.transfer.handoff import AttemptKey
-from disagg_ray.transfer.slots import HEADER_BYTES
 
 pytestmark = pytest.mark.proof
 
@@ -129,34 +128,33 @@ def test_an_encoder_that_dies_before_its_output_is_pulled_costs_an_encode(
     assert faults.times_computed("lost-embeddings") == ONCE | {"encoder": 2}
 
 
-def test_a_transformer_that_dies_between_denoise_and_copy_costs_a_denoise(
-    pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def lose_uncopied(pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Kill the transformer right before the driver copies its latents; check that they are computed again."""
     faults.set("decoder.pull", "wait")
     at_copy(monkeypatch, lambda producer: kill(pid_of(pipeline, producer)), after=False)
-    handle = pipeline.submit(ask("before-copy"))
+    handle = pipeline.submit(ask(name))
     faults.await_arrival("decoder.pull")
     faults.clear("decoder.pull")
     assert handle.result(SURE).data == video(6)
-    assert faults.times_computed("before-copy") == ONCE | {"transformer": 2}
+    assert faults.times_computed(name) == ONCE | {"transformer": 2}
+
+
+def test_a_transformer_that_dies_between_denoise_and_copy_costs_a_denoise(
+    pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_uncopied(pipeline, faults, video, monkeypatch, "before-copy")
 
 
 def test_a_transformer_that_dies_while_the_copy_waits_for_room_costs_a_denoise(
     pipeline: Pipeline, faults: Faults, video: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pipeline.engine.driver_pool is not None
-    pool, others = pipeline.engine.driver_pool._pool, AttemptKey("others", 0)
-    pool.reserve(others, {"image": pool.capacity - pool.bytes_in_use - HEADER_BYTES}, timeout_s=SURE)
+    pool = pipeline.engine.driver_pool._pool
+    filling = fill(pool)
     try:
-        faults.set("decoder.pull", "wait")
-        at_copy(monkeypatch, lambda producer: kill(pid_of(pipeline, producer)), after=False)
-        handle = pipeline.submit(ask("no-copy"))
-        faults.await_arrival("decoder.pull")
-        faults.clear("decoder.pull")
-        assert handle.result(SURE).data == video(6)
+        lose_uncopied(pipeline, faults, video, monkeypatch, "no-copy")
     finally:
-        pool.release(others)
-    assert faults.times_computed("no-copy") == ONCE | {"transformer": 2}
+        pool.release(filling)
 
 
 def test_a_transformer_that_dies_between_copy_and_decode_costs_nothing(

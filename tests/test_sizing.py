@@ -180,7 +180,7 @@ class Factory:
         return self.ended
 
     def work(self, num_more: int) -> None:
-        """Admit so many more, and go on until nothing is computed."""
+        """Admit up to `num_more` requests and run until no replica computes."""
         for _ in range(num_more):
             self.admit()
         while self.events:

@@ -42,7 +42,7 @@ def num_rooms(in_flight: int, replicas: int, *, last: bool) -> int:
 
 
 def enough_for(rooms: int, replicas: int) -> int:
-    """Return for how many requests in flight so many rooms at each of a stage's replicas are enough (`num_rooms`)."""
+    """Return how many requests in flight need no more than these rooms at each replica, by `num_rooms`."""
     return max(rooms, replicas * ((rooms - REPLICA_WINDOW) // UNEVEN))
 
 
